@@ -1,0 +1,78 @@
+"""What a reader gives back: runs as immutable values, the same for our logs and for published ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("generation", "inference", "training", "switch", "other")
+PROVENANCES = ("measured", "published", "simulated", "rehearsal")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One PPO iteration. Stages exclude each other and add up to `e2e_seconds`; what was not measured is NaN."""
+
+    iteration: int
+    stage_seconds: Mapping[str, float]
+    e2e_seconds: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One change of the actor's layout (or a ZeRO-3 gather), inside the iteration `iteration`."""
+
+    iteration: int
+    seconds: float
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Something a reader dropped, repaired or preferred. `line` counts from 1; None speaks of the whole file."""
+
+    source: str
+    line: int | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one variant.
+
+    `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity, the
+    numbers as the published plot scripts read them from the log of this run, in log order, iteration 0 included,
+    in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and `experience`
+    (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). `notes` are remarks on the numbers.
+    """
+
+    run_id: str
+    repeat: int
+    figures: tuple[str, ...]
+    cluster: str
+    variant: str
+    actor: str
+    critic: str
+    config: Mapping[str, Any]
+    layouts: Mapping[str, Any]
+    provenance: str
+    software: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    git_commit: str | None
+    source: str
+    iterations: tuple[Iteration, ...]
+    switches: tuple[Switch, ...]
+    stages: tuple[Mapping[str, Any], ...]
+    ranks: tuple[Mapping[str, Any], ...]
+    printed: Mapping[str, tuple[float, ...]]
+    notes: tuple[Mapping[str, Any], ...]
+    reports: tuple[Report, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All runs under a folder, and what was wrong that belongs to no single run."""
+
+    runs: tuple[Run, ...]
+    reports: tuple[Report, ...]
