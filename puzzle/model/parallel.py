@@ -1,0 +1,152 @@
+"""The tensor-parallel group of one stage, and the differentiable moves of tokens inside it.
+
+Between matrix multiplications activations are cut along tokens (sequence parallelism): a rank holds T/tp rows.
+A column-parallel matrix needs all T rows (gather); a row-parallel one leaves a partial sum of all T rows
+(scatter: sum and keep the own rows). The forward of one is the backward of the other.
+Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class TensorGroup:
+    """The ranks that share every matrix of one stage. Without a process group: one rank, nothing is sent.
+
+    `moved` counts the bytes of the full tensors this rank has put through collectives.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.moved = 0
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(n, ...) on every rank -> (size * n, ...) in rank order."""
+        if self.size == 1:
+            return x
+        out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
+        _all_gather(out, x.contiguous(), group=self.group)
+        self.moved += out.nbytes
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """(size * n, ...) on every rank -> the sum's own (n, ...)."""
+        if self.size == 1:
+            return x
+        out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        _reduce_scatter(out, x.contiguous(), group=self.group)
+        self.moved += x.nbytes
+        return out
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+            self.moved += x.nbytes
+        return x
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            self.moved += x.nbytes
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Every rank receives the first rank's values, in place."""
+        if self.size > 1:
+            dist.broadcast(x, group_src=0, group=self.group)
+            self.moved += x.nbytes
+        return x
+
+    def combine(self, x: Tensor, sharded: bool) -> Tensor:
+        """Sum the ranks' partial (T, ...): the own T/tp rows if `sharded` along tokens, else all."""
+        if self.size == 1:
+            return x
+        if sharded:
+            return _Scatter.apply(x, self)
+        if x.requires_grad:
+            raise RuntimeError("activations that are whole on every rank have no backward pass")
+        return self.all_reduce(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.reduce_scatter(grads[0]), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return group.reduce_scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.all_gather(grads[0]), None
+
+
+class _GatherOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group, ctx.rows = group, x.shape[0]
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].narrow(0, ctx.group.rank * ctx.rows, ctx.rows), None
+
+
+class _GatherLinear(torch.autograd.Function):
+    """Keeps the shard alone for the backward pass and gathers it again there: activations stay 1/tp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup) -> Tensor:
+        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(group.all_gather(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = ctx.group.reduce_scatter(grad @ weight) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ ctx.group.all_gather(x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
+
+
+def gather_tokens(x: Tensor, group: TensorGroup) -> Tensor:
+    """(T/tp, ...) -> (T, ...). Ranks use the rows in different ways: the backward pass sums over them."""
+    return x if group.size == 1 else _Gather.apply(x, group)
+
+
+def gather_outputs(x: Tensor, group: TensorGroup) -> Tensor:
+    """(T/tp, ...) -> (T, ...) for results that every rank puts into the same loss: backward sums nothing."""
+    return x if group.size == 1 else _GatherOutputs.apply(x, group)
+
+
+def column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup, sharded: bool
+) -> Tensor:
+    """The own columns of x @ weight.T + bias for all T tokens; x is (T/tp, in) if `sharded`, else (T, in)."""
+    if group.size == 1 or not sharded:
+        return F.linear(x, weight, bias)
+    return _GatherLinear.apply(x, weight, bias, group)
