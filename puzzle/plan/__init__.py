@@ -1,0 +1,1 @@
+"""Plans as immutable values made by pure functions: layouts, shards, schedules, switches, memory, cost."""
