@@ -1,5 +1,4 @@
 """Schedules of one model: 1F1B training and forward-only inference, for any P stages and M micro-batches."""
-micro-batches."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """Puts transfers around the passes of a stage: builders order passes, this adds sends, receives, waits."""
-waits."""
 
 from __future__ import annotations
 
