@@ -1,0 +1,230 @@
+"""From a YAML file and `--section.key value` to a `TrainConfig`; a mistake becomes one line naming its place.
+
+The command line wins over the file, the file over the defaults.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
+
+from puzzle.config import ROLES, SOURCES, TrainConfig
+from puzzle.errors import UserError
+
+Key = tuple[str, ...]
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed YAML file: its values and the line of each key."""
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[Key, int] = field(default_factory=dict)
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a mapping of YAML's safe types; raises UserError (bad syntax, a key given twice, no mapping)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[Key, int] = {}
+        _walk(path, node, (), lines, set())
+        data = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections of keys, found {type(data).__name__}")
+    return Document(path, data, lines)
+
+
+def _walk(path: Path, node: Any, key: Key, lines: dict[Key, int], seen: set[int]) -> None:
+    """Record the line of every key below `node`; refuses a key given twice. `seen` ends alias loops."""
+    if not isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _walk(path, child, (*key, str(index)), lines, seen)
+        return
+    for name, child in node.value:
+        inner = (*key, str(name.value))
+        line = name.start_mark.line + 1
+        if inner in lines and name.value != "<<":
+            raise UserError(f"{path}:{line}: {'.'.join(inner)} is given twice, first in line {lines[inner]}")
+        lines[inner] = line
+        _walk(path, child, inner, lines, seen)
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the last one on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            below = result.get(name)
+            both = isinstance(value, Mapping) and isinstance(below, Mapping)
+            result[name] = merge(below, value) if both else value
+    return result
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def keys(model: type[BaseModel] = TrainConfig, prefix: Key = ()) -> Iterator[tuple[Key, bool]]:
+    """Every key of the configuration and whether it is a section."""
+    for name, info in model.model_fields.items():
+        inner = _section(info.annotation)
+        yield (*prefix, name), inner is not None
+        if inner is not None:
+            yield from keys(inner, (*prefix, name))
+
+
+def suggestion(key: Key) -> str:
+    """`; did you mean a.b?` for an unknown key, or nothing."""
+    known = [k for k, _ in keys()]
+    siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
+    near = get_close_matches(key[-1], siblings, 1)
+    if near:
+        return f"; did you mean {'.'.join(siblings[near[0]])}?"
+    same = [".".join(k) for k in known if k[-1] == key[-1]]
+    near = same[:1] or get_close_matches(".".join(key), [".".join(k) for k in known], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--section.key value` (lists as JSON or comma-separated; null) to nested values, not yet validated."""
+    known = {".".join(key) for key, _ in keys()}
+    for argument in arguments:
+        name = argument[2:].split("=", 1)[0]
+        if argument.startswith("--") and name not in known and name != "help":
+            raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')))}")
+    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in TrainConfig.model_fields.items()}
+    try:
+        source = CliSettingsSource[Any](
+            create_model("Arguments", __base__=BaseSettings, **fields),
+            cli_prog_name="puzzle train",
+            cli_parse_args=list(arguments),
+            cli_exit_on_error=False,
+            cli_parse_none_str="null",
+            cli_hide_none_type=True,
+        )
+        return source()
+    except SettingsError as error:
+        text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
+        raise UserError(" ".join(text.split())) from None
+
+
+def build(data: Mapping[str, Any], place: Callable[[Key], str]) -> TrainConfig:
+    """Validate nested values. `place` says where a key came from, for the one line of a mistake."""
+    sections = {key for key, is_section in keys() if is_section and key[-1] != "init"}
+    try:
+        return TrainConfig.model_validate(_without_empty_sections(data, sections))
+    except ValidationError as error:
+        problems = error.errors()
+        problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+        raise UserError(_explain(problem, place)) from None
+
+
+def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        key = (*prefix, str(name))
+        if value is None and key in sections:
+            continue
+        kept[name] = _without_empty_sections(value, sections, key) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _explain(problem: Mapping[str, Any], place: Callable[[Key], str]) -> str:
+    known = {key for key, _ in keys()}
+    path = tuple(str(part) for part in problem["loc"])
+    key = path
+    if problem["type"] != "extra_forbidden":
+        while key and key not in known:
+            key = key[:-1]  # list positions and names of union branches
+    name = ".".join(key)
+    head = f"{place(key)}: {name}: " if key else f"{place(())}: "
+    if problem["type"] == "extra_forbidden":
+        return f"{place(key)}: {name}: unknown key{suggestion(key)}"
+    if problem["type"] == "value_error":
+        reason = problem["msg"].removeprefix("Value error, ")
+        shown = isinstance(problem["input"], (str, int, float, bool, list, tuple))
+        return f"{head}{reason}{', got ' + _show(problem['input']) if shown else ''}"
+    if problem["type"] == "missing":
+        return f"{head}a value is missing"
+    template = _EXPECTED.get(problem["type"])
+    expected = template.format(**problem.get("ctx", {})) if template else problem["msg"]
+    return f"{head}expected {expected}, got {_show(problem['input'])}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig:
+    """The run that `file` and the command line describe; raises UserError naming the file and line."""
+    document = read_yaml(file) if file else Document(Path("defaults"), {})
+    overrides = parse_overrides(arguments)
+
+    def place(key: Key) -> str:
+        inner: Any = overrides
+        for part in key:
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        if key and inner is not None:
+            return "command line"
+        line = next(
+            (document.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in document.lines), None
+        )
+        return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
+
+    return build(merge(_replaced_sources(document.data, overrides), overrides), place)
+
+
+def _replaced_sources(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` without the sources that the command line replaces: `--actor.model` puts `actor.init` away."""
+    kept = dict(data)
+    for role in ROLES:
+        given = [key for key in SOURCES if overrides.get(role, {}).get(key) is not None]
+        if given and isinstance(kept.get(role), Mapping):
+            kept[role] = {k: v for k, v in kept[role].items() if k not in SOURCES or k in given}
+    return kept
