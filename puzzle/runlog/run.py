@@ -43,7 +43,10 @@ class Run:
     `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity, the
     numbers as the published plot scripts read them from the log of this run, in log order, iteration 0 included,
     in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and `experience`
-    (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). `notes` are remarks on the numbers.
+    (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). A quantity that was never printed has no key.
+    `notes` are remarks on the numbers: `kind`, `text`, and where they apply `series` (keys of `printed`), `indices`
+    (places in those series), `seconds`, `values`, `instead` (the `run_id` whose numbers to use in a corrected reading).
+    `started` is ISO 8601 with a zone. `source` is the path of the log, or the name of the published log.
     """
 
     run_id: str
@@ -59,6 +62,7 @@ class Run:
     software: Mapping[str, Any]
     hardware: Mapping[str, Any]
     git_commit: str | None
+    started: str | None
     source: str
     iterations: tuple[Iteration, ...]
     switches: tuple[Switch, ...]
