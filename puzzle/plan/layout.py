@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from puzzle.errors import UserError
 from puzzle.spec.model import ModelSpec
+from puzzle.spec.tensors import Place
 
 GroupKind = Literal["tp", "dp", "pp", "replica", "embedding"]
 
@@ -49,7 +50,7 @@ class Layout:
     def balanced(cls, tp: int, pp: int, dp: int, spec: ModelSpec) -> Layout:
         """Smallest largest stage by parameters, counting embedding, final norm and head at the ends."""
         _enough_layers(pp, spec.num_layers)
-        sizes = {place: 0 for place in ("embed", "head", "tied", 0)}
+        sizes: dict[Place, int] = {"embed": 0, "head": 0, "tied": 0, 0: 0}
         for tensor in spec.tensors():
             if tensor.place in sizes:
                 sizes[tensor.place] += tensor.size
@@ -126,7 +127,8 @@ class Layout:
             raise UserError(f"layout.tp={self.tp} does not divide {heads} query heads; use one of {choices}")
         if self.tp % kv and kv % self.tp:
             raise UserError(
-                f"layout.tp={self.tp} and {kv} key/value heads: one must divide the other; use one of {choices}"
+                f"layout.tp={self.tp} and {kv} key/value heads: one must divide the other;"
+                f" use one of {choices}"
             )
         if blocks % self.tp:
             raise UserError(
@@ -149,8 +151,9 @@ class Placement:
     def __post_init__(self) -> None:
         """Raise UserError unless every coordinate has a rank of its own."""
         if len(self.ranks) != self.layout.world or len(set(self.ranks)) != len(self.ranks):
+            found = len(set(self.ranks))
             raise UserError(
-                f"layout {self.layout} needs {self.layout.world} different ranks, {len(set(self.ranks))} given;"
+                f"layout {self.layout} needs {self.layout.world} different ranks, {found} given;"
                 " change layout.tp, layout.pp or layout.dp"
             )
 
@@ -222,19 +225,23 @@ def _enough_layers(pp: int, layers: int) -> None:
 
 
 def _merge(stages: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Join neighbouring stages into `parts` with the smallest largest sum; earlier parts take the larger."""
-
-    def fill(bound: int) -> list[int]:
-        sums, left = [0], len(stages)
-        for layers in stages:
-            # Leave at least one stage for every part still to come.
-            if sums[-1] and (sums[-1] + layers > bound or left == parts - len(sums)):
-                sums.append(0)
-            sums[-1] += layers
-            left -= 1
-        return sums
-
-    bound = max(stages)
-    while len(fill(bound)) > parts:
-        bound += 1
-    return tuple(fill(bound))
+    """Join neighbouring stages into `parts`: smallest largest sum, then the least sum of squares."""
+    count = len(stages)
+    sums = [sum(stages[:end]) for end in range(count + 1)]
+    # best[end]: (largest sum, sum of squares, sums) for the first `end` stages in as many parts as the round.
+    best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, ())] + [None] * count
+    for _ in range(parts):
+        row: list[tuple[int, int, tuple[int, ...]] | None] = [None] * (count + 1)
+        for end in range(1, count + 1):
+            options = []
+            for start in range(end):
+                before = best[start]
+                if before is not None:
+                    size = sums[end] - sums[start]
+                    options.append((max(before[0], size), before[1] + size * size, (*before[2], size)))
+            # Among equals the larger sums come first, as in an even layout.
+            row[end] = min(options, key=lambda o: (o[0], o[1], [-n for n in o[2]]), default=None)
+        best = row
+    chosen = best[count]
+    assert chosen is not None  # parts <= len(stages)
+    return chosen[2]
