@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Draws figures 8-12 and table 3 from logs. Installs what it needs (tier plot) on first use.
+#   ./RUNME-a.sh [--logs DIR] [--out DIR] [--only figure8 ...] [--reading published|corrected]
+# Without --logs: the published measurements, logs/published. Without --out: outputs_from_logs_<time>/ here.
+set -euo pipefail
+root=$(dirname "$(readlink -f "$0")")
+began=$(date '+%Y-%m-%d %H:%M:%S')
+export PUZZLE_ENV="${PUZZLE_ENV:-plot}"
+. "$root/env.sh"
+
+# Whether option $1 is among the arguments after it.
+given() {
+  local option=$1 argument
+  shift
+  for argument in "$@"; do
+    if [[ $argument == "$option" || $argument == "$option="* ]]; then return 0; fi
+  done
+  return 1
+}
+
+defaults=()
+given --logs "$@" || defaults+=(--logs "$root/logs/published")
+given --out "$@" || defaults+=(--out "outputs_from_logs_$(date +%Y%m%d-%H%M%S)")
+
+echo "start: $began"
+status=0
+python -m plotting "${defaults[@]}" "$@" || status=$?
+echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
+exit "$status"
