@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from puzzle.config import ROLES, SOURCES, TrainConfig
@@ -151,6 +152,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     except SettingsError as error:
         text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
         raise UserError(" ".join(text.split())) from None
+
+
+def option_help() -> str:
+    """One line per key: option, default, meaning."""
+    lines = []
+    for key, is_section in keys():
+        info = _field(key)
+        if not is_section:
+            default = "" if info.default is None else f"[{info.default}] "
+            lines.append(f"  --{'.'.join(key):<36} {default}{info.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _field(key: Key) -> FieldInfo:
+    model: type[BaseModel] = TrainConfig
+    for part in key[:-1]:
+        model = _section(model.model_fields[part].annotation) or model
+    return model.model_fields[key[-1]]
 
 
 def build(data: Mapping[str, Any], place: Callable[[Key], str]) -> TrainConfig:

@@ -1,0 +1,20 @@
+"""What this version cannot run yet; the command line and the campaign ask here before they start."""
+
+from puzzle.config import TrainConfig
+
+
+def missing(config: TrainConfig) -> list[str]:
+    """What `config` asks for that does not exist yet; empty when it can run."""
+    lacks: list[str] = []
+    if config.log.variant == "dschat":
+        lacks.append("the DeepSpeed-Chat baseline (log.variant dschat)")
+    layouts = config.layouts()
+    if any(layout.tp > 1 or layout.pp > 1 for layout in layouts.values()):
+        lacks.append("tensor and pipeline parallelism (tp or pp above 1)")
+    if len({layout.dp for layout in layouts.values()}) > 1:
+        lacks.append("models in different layouts")
+    if config.generation.layout != config.actor.layout:
+        lacks.append("switching layouts between stages (generation.layout)")
+    if config.intra.fuse_training or config.intra.fuse_inference:
+        lacks.append("fused schedules (intra.fuse_training, intra.fuse_inference)")
+    return lacks

@@ -1,0 +1,56 @@
+"""The command line: `puzzle COMMAND ...`. Commands are imported when they run: help needs no torch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from puzzle import __version__
+from puzzle.errors import UserError, describe
+
+# Each module has `run(arguments: list[str]) -> int | None`.
+COMMANDS = {
+    "train": "train a model by PPO",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are user errors, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{self.prog}: {message}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it ended well, 2 after a user error, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"puzzle {__version__}")
+        return 0
+    try:
+        if given[0] not in COMMANDS:
+            raise UserError(f"{given[0]}: unknown command; there are {', '.join(COMMANDS)}")
+        return import_module(f"puzzle.cli.{given[0]}").run(given[1:]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141  # the reader of our output left, as in `puzzle ... | head`
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: puzzle COMMAND ...", "", *lines, "", "puzzle COMMAND --help says more."])

@@ -1,0 +1,1 @@
+"""Launchers place processes; each process runs the same program."""

@@ -1,0 +1,241 @@
+"""Start the processes of one run on this host, or join those that torchrun started.
+
+Workers find each other through `env://`: the parent holds a TCPStore on a free loopback port for as long as
+they live, so there is no fixed port and no moment in which another program could take it.
+"""
+
+import contextlib
+import errno
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from puzzle.errors import UserError, describe
+
+# What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+GRACE_SECONDS = 5.0
+SETTLE_SECONDS = 0.5
+
+
+class WorkerError(Exception):
+    """A worker died of something that is no user error; `code` is the exit code to hand on."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Death:
+    """Why a worker ended: `kind` is user, error or signal; `when` is the host's clock in seconds."""
+
+    rank: int
+    kind: str
+    line: str
+    code: int
+    when: float
+
+
+def identity() -> tuple[int, int]:
+    """(rank, world) of this process as its launcher says; (0, 1) when nothing launched it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def threads_per_worker(world: int) -> int:
+    """Cores of this host that each of `world` workers may use, unless OMP_NUM_THREADS says otherwise."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else max(1, len(os.sched_getaffinity(0)) // world)
+
+
+def run(target: str, args: Sequence[Any], world: int, logs: Path | None = None) -> None:
+    """Run `target` ("module:function") as `world` processes; returns when all have ended well.
+
+    In one process, or in a process of torchrun, it is a plain call. Otherwise `logs` receives the output of
+    every rank but the first. Raises UserError or WorkerError with the first failure's line, all others gone.
+    """
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        started = int(os.environ["WORLD_SIZE"])
+        if started != world:
+            raise UserError(f"{started} processes were started but tp x pp x dp is {world}; change layout.dp")
+        _resolve(target)(*args)
+    elif world == 1:
+        _resolve(target)(*args)
+    else:
+        _launch(target, args, world, logs)
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    threads = threads_per_worker(world)
+    with _environment({"OMP_NUM_THREADS": str(threads)}):
+        multiprocessing.forkserver.ensure_running()
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
+    workers: list[Any] = []
+    reports: list[Connection] = []
+    with _terminate_as_exit():
+        try:
+            for rank in range(world):
+                receive, send = context.Pipe(duplex=False)
+                log = None if logs is None or rank == 0 else logs / f"rank-{rank:03d}.log"
+                place = (rank, world, store.port, threads, log)
+                worker = context.Process(target=_work, args=(target, tuple(args), place, send, alive))
+                worker.start()
+                send.close()
+                workers.append(worker)
+                reports.append(receive)
+            death = _watch(workers, reports)
+        finally:
+            _end(workers)
+            held.close()
+            alive.close()
+    if death is not None:
+        _raise(death, logs)
+
+
+def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, alive: Connection) -> None:
+    rank, world, port, threads, log = place
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    ranks = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in (*ranks.items(), ("MASTER_PORT", port))})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// joins the parent's store, makes none
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        _resolve(target)(*args)
+    except UserError as error:
+        report.send((time.time(), "user", str(error)))
+        raise SystemExit(2) from None
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            report.send((time.time(), "user", describe(error)))
+            raise SystemExit(2) from None
+        text = str(error).strip().splitlines()
+        report.send((time.time(), "error", f"{type(error).__name__}: {text[0] if text else ''}"))
+        raise
+
+
+def _die_with_parent(alive: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv()
+    os._exit(1)
+
+
+def _watch(workers: Sequence[Any], reports: Sequence[Connection]) -> Death | None:
+    """Wait for all workers, or for the first failure and those that follow from it within a moment."""
+    running = {worker.sentinel: rank for rank, worker in enumerate(workers)}
+    while running:
+        for sentinel in wait(list(running)):
+            rank = running.pop(sentinel)
+            workers[rank].join()
+            if workers[rank].exitcode:
+                deadline = time.monotonic() + SETTLE_SECONDS
+                while running and (left := deadline - time.monotonic()) > 0:
+                    for other in wait(list(running), timeout=left):
+                        workers[running.pop(other)].join()
+                return _first([_death(r, workers[r], reports[r]) for r in range(len(workers))])
+    return None
+
+
+def _death(rank: int, worker: Any, report: Connection) -> Death | None:
+    code = worker.exitcode
+    if report.poll():
+        with contextlib.suppress(EOFError):
+            when, kind, line = report.recv()
+            return Death(rank, kind, line, 2 if kind == "user" else 1, when)
+    if not code:
+        return None
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+        return Death(rank, "signal", f"killed by {name}{hint}", 128 - code, time.time())
+    return Death(rank, "error", f"ended with exit code {code}", code, time.time())
+
+
+def _first(deaths: Sequence[Death | None]) -> Death | None:
+    """The cause among deaths: user errors, then signals (an abort may follow a lost peer), then by time."""
+    order = {"user": 0, "signal": 1, "error": 2}
+
+    def key(death: Death) -> tuple[int, float]:
+        follows = death.kind == "signal" and death.code == 128 + signal.SIGABRT
+        return (3 if follows else order[death.kind], death.when)
+
+    return min((death for death in deaths if death is not None), key=key, default=None)
+
+
+def _end(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _raise(death: Death, logs: Path | None) -> None:
+    if death.kind == "user":
+        raise UserError(death.line)
+    log = f"; its log: {logs / f'rank-{death.rank:03d}.log'}" if logs is not None and death.rank else ""
+    raise WorkerError(f"rank {death.rank} on {socket.gethostname()}: {death.line}{log}", death.code)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _terminate_as_exit() -> Generator[None]:
+    """SIGTERM (a scheduler's cancel) unwinds like an exception, so that workers are ended."""
+
+    def leave(number: int, _frame: Any) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
