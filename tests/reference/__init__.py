@@ -1,0 +1,1 @@
+"""An independent single-process truth: transformers and numpy, no code of puzzle."""

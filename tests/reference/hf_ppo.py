@@ -1,0 +1,331 @@
+"""One PPO iteration in one process, written plainly on transformers and torch.optim: the truth for the
+engine in every layout.
+
+It shares no code with puzzle. Sequences are handled one by one without padding (only `greedy` left-pads, as
+transformers does), everything is fp32 on the CPU, and the arithmetic between forward passes is float64
+(`numpy_ppo`).
+
+Conventions, for prompt p of P tokens and answer a of R >= 1 tokens (the end-of-text token included when it
+was drawn): answer token k has log-prob, entropy and value at position P + k - 1 of the sequence p + a, the
+state before it was written; logits are divided by the temperature; the reward model's score is its head's
+output at the last answer token.
+
+Use:
+result = run_reference(actor, critic, reference, reward, prompts, ReferenceConfig(...))              #
+greedy answers
+result = run_reference(..., responses=[answers of iteration 0, answers of iteration 1, ...])         #
+teacher-forced or `ReferencePPO` for single stages: greedy, sampled, rollout, update, next_logits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from tests.reference import numpy_ppo
+from tests.reference.numpy_ppo import Ragged
+
+Tokens = list[list[int]]
+RewardFunction = Callable[[Tokens, Tokens], list[float]]
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Everything that PPO depends on beyond models and prompts."""
+
+    max_new_tokens: int = 12
+    eos_token_id: int | None = None
+    temperature: float = 1.0
+    kl_coef: float = 0.1
+    kl_estimator: str = "k1"
+    kl_place: str = "reward"  # or "loss"
+    reference_free: bool = False
+    score_clip: float = 5.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = False
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    entropy_coef: float = 0.0
+    epochs: int = 1
+    minibatches: Callable[[int, int], list[list[int]]] | None = None  # (iteration, epoch) -> rows per step
+    loss_average: str = "token"  # or "microbatch": mean of the means of each `microbatch` consecutive rows
+    microbatch: int = 1
+    actor_lr: float = 1e-4
+    critic_lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class Rollout:
+    """What one iteration's answers lead to; ragged lists with one entry per answer token."""
+
+    prompts: Tokens
+    responses: Tokens
+    scores: list[float]
+    logprobs: Ragged
+    ref_logprobs: Ragged | None
+    values: Ragged
+    rewards: Ragged
+    advantages: Ragged
+    returns: Ragged
+
+
+@dataclass
+class Step:
+    """One optimizer step of both models. Gradients are those before clipping, by Hugging Face name."""
+
+    rows: list[int]
+    actor_loss: float
+    critic_loss: float
+    actor_grads: dict[str, Tensor]
+    critic_grads: dict[str, Tensor]
+    actor_grad_norm: float
+    critic_grad_norm: float
+
+
+@dataclass
+class ReferenceResult:
+    """One rollout per iteration, all steps in order, and the weights at the end by Hugging Face name."""
+
+    rollouts: list[Rollout]
+    steps: list[Step]
+    actor_weights: dict[str, Tensor]
+    critic_weights: dict[str, Tensor]
+
+
+def _load_lm(folder: Path | str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def _load_value(folder: Path | str) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def token_values(model: PreTrainedModel, sequence: Sequence[int]) -> Tensor:
+    """(S,) output of a one-label head after every token."""
+    ids = torch.tensor([list(sequence)])
+    return model.get_submodule("score")(model.base_model(input_ids=ids).last_hidden_state)[0, :, 0]
+
+
+class ReferencePPO:
+    """The four models and two optimizers; stages can be called one by one."""
+
+    def __init__(
+        self,
+        actor: Path | str,
+        critic: Path | str,
+        reference: Path | str,
+        reward: Path | str | RewardFunction,
+        config: ReferenceConfig,
+    ) -> None:
+        self.config = config
+        self.actor, self.reference = _load_lm(actor), _load_lm(reference)
+        self.critic = _load_value(critic)
+        self.reward: RewardFunction = (
+            self._model_reward(reward) if isinstance(reward, (str, Path)) else reward
+        )
+        self.actor_optimizer = self._optimizer(self.actor, config.actor_lr)
+        self.critic_optimizer = self._optimizer(self.critic, config.critic_lr)
+
+    def _optimizer(self, model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
+        c = self.config
+        return torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, foreach=False
+        )
+
+    def _model_reward(self, folder: Path | str) -> RewardFunction:
+        """The reward head's output at the last answer token."""
+        model = _load_value(folder)
+        return lambda prompts, responses: [
+            float(token_values(model, p + a)[-1]) for p, a in zip(prompts, responses, strict=True)
+        ]
+
+    # Generation
+
+    @torch.no_grad()
+    def greedy(self, prompts: Tokens) -> Tokens:
+        """Answers by transformers' own generate on one left-padded batch."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        eos = self.config.eos_token_id
+        output = cast(Any, self.actor).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        answers = []
+        for row in output[:, width:].tolist():
+            stop = row.index(eos) + 1 if eos in row else len(row)
+            answers.append(row[:stop])
+        return answers
+
+    @torch.no_grad()
+    def next_logits(self, prompt: list[int], answer: list[int]) -> Tensor:
+        """(V,) logits / temperature of the token after prompt + answer."""
+        return self.actor(torch.tensor([prompt + answer])).logits[0, -1] / self.config.temperature
+
+    def sampled(self, prompts: Tokens, noise: Callable[[int, int], Tensor]) -> Tokens:
+        """Answers by argmax(logits / temperature + noise(row, position)), position counting answer tokens."""
+        answers = []
+        for row, prompt in enumerate(prompts):
+            answer: list[int] = []
+            while len(answer) < self.config.max_new_tokens:
+                answer.append(int((self.next_logits(prompt, answer) + noise(row, len(answer))).argmax()))
+                if answer[-1] == self.config.eos_token_id:
+                    break
+            answers.append(answer)
+        return answers
+
+    # Inference
+
+    def answer_logprobs(
+        self, model: PreTrainedModel, prompt: list[int], answer: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (R,) of the answer's tokens at the temperature."""
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        everything = torch.log_softmax(logits / self.config.temperature, dim=-1)
+        entropy = -(everything.exp() * everything).sum(dim=-1)
+        return everything[torch.arange(len(answer)), torch.tensor(answer)], entropy
+
+    def answer_values(self, prompt: list[int], answer: list[int]) -> Tensor:
+        """(R,) critic values of the states before each answer token."""
+        return token_values(self.critic, prompt + answer)[len(prompt) - 1 : -1]
+
+    @torch.no_grad()
+    def rollout(self, prompts: Tokens, responses: Tokens) -> Rollout:
+        """Log-probs, values, rewards, advantages and returns of given answers."""
+        c = self.config
+        pairs = list(zip(prompts, responses, strict=True))
+        logprobs = [self.answer_logprobs(self.actor, p, a)[0].tolist() for p, a in pairs]
+        ref_logprobs = None
+        if not c.reference_free:
+            ref_logprobs = [self.answer_logprobs(self.reference, p, a)[0].tolist() for p, a in pairs]
+        values = [self.answer_values(p, a).tolist() for p, a in pairs]
+        scores = self.reward(prompts, responses)
+        penalised = ref_logprobs if c.kl_place == "reward" else None
+        rewards = numpy_ppo.rewards(logprobs, penalised, scores, c.kl_coef, c.score_clip, c.kl_estimator)
+        both = [numpy_ppo.gae(r, v, c.gamma, c.lam) for r, v in zip(rewards, values, strict=True)]
+        advantages, returns = [a for a, _ in both], [r for _, r in both]
+        if c.whiten:
+            advantages = numpy_ppo.whiten(advantages)
+        return Rollout(
+            prompts, responses, scores, logprobs, ref_logprobs, values, rewards, advantages, returns
+        )
+
+    # Training
+
+    def _actor_row_loss(self, rollout: Rollout, row: int) -> Tensor:
+        """Sum of the policy loss over one row's answer tokens."""
+        c = self.config
+        new, entropy = self.answer_logprobs(self.actor, rollout.prompts[row], rollout.responses[row])
+        advantage = torch.tensor(rollout.advantages[row])
+        ratio = torch.exp(new - torch.tensor(rollout.logprobs[row]))
+        held = torch.clamp(ratio, 1 - c.clip, 1 + c.clip)
+        loss = -torch.min(advantage * ratio, advantage * held).sum() - c.entropy_coef * entropy.sum()
+        if c.kl_place == "loss" and rollout.ref_logprobs is not None:
+            gap = torch.tensor(rollout.ref_logprobs[row]) - new
+            kl = {"k1": -gap, "k2": 0.5 * gap**2, "k3": torch.exp(gap) - 1 - gap}[c.kl_estimator]
+            loss = loss + c.kl_coef * kl.sum()
+        return loss
+
+    def _critic_row_loss(self, rollout: Rollout, row: int) -> Tensor:
+        """Sum of the value loss over one row's answer tokens."""
+        clip = self.config.value_clip
+        value = self.answer_values(rollout.prompts[row], rollout.responses[row])
+        old, target = torch.tensor(rollout.values[row]), torch.tensor(rollout.returns[row])
+        errors = [(value - target) ** 2]
+        if clip is not None:
+            errors.append((old + torch.clamp(value - old, -clip, clip) - target) ** 2)
+        return 0.5 * torch.stack(errors).max(dim=0).values.sum()
+
+    def _row_weights(self, rollout: Rollout, rows: list[int]) -> list[float]:
+        """What each row's sum is multiplied with, so that the rows of a minibatch add up to its loss."""
+        lengths = [len(rollout.responses[row]) for row in rows]
+        if self.config.loss_average == "token":
+            return [1 / sum(lengths)] * len(rows)
+        size = self.config.microbatch
+        groups = [lengths[i : i + size] for i in range(0, len(rows), size)]
+        return [1 / (sum(group) * len(groups)) for group in groups for _ in group]
+
+    def _step(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        row_loss: Callable[[Rollout, int], Tensor],
+        rollout: Rollout,
+        rows: list[int],
+    ) -> tuple[float, dict[str, Tensor], float]:
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for row, weight in zip(rows, self._row_weights(rollout, rows), strict=True):
+            loss = row_loss(rollout, row) * weight
+            loss.backward()
+            total += float(loss.detach())
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norm = float(sum(g.double().square().sum() for g in grads.values())) ** 0.5
+        for parameter in model.parameters():
+            if parameter.grad is not None and norm > self.config.max_grad_norm:
+                parameter.grad.mul_(self.config.max_grad_norm / norm)
+        optimizer.step()
+        return total, grads, norm
+
+    def update(self, rollout: Rollout, iteration: int = 0) -> list[Step]:
+        """All optimizer steps of one iteration: `epochs` passes over the minibatches."""
+        steps = []
+        for epoch in range(self.config.epochs):
+            order = [list(range(len(rollout.prompts)))]
+            if self.config.minibatches is not None:
+                order = self.config.minibatches(iteration, epoch)
+            for rows in order:
+                actor = self._step(self.actor, self.actor_optimizer, self._actor_row_loss, rollout, rows)
+                critic = self._step(self.critic, self.critic_optimizer, self._critic_row_loss, rollout, rows)
+                steps.append(Step(rows, actor[0], critic[0], actor[1], critic[1], actor[2], critic[2]))
+        return steps
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of all parameters by Hugging Face name; a tied matrix appears once."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def run_reference(
+    actor: Path | str,
+    critic: Path | str,
+    reference: Path | str,
+    reward: Path | str | RewardFunction,
+    prompts: Tokens,
+    config: ReferenceConfig,
+    responses: Sequence[Tokens] | None = None,
+    iterations: int = 1,
+) -> ReferenceResult:
+    """Run PPO on the same prompts for `iterations` iterations, or one per entry of `responses` when answers
+    are given.
+    """
+    ppo = ReferencePPO(actor, critic, reference, reward, config)
+    rollouts: list[Rollout] = []
+    steps: list[Step] = []
+    for iteration in range(iterations if responses is None else len(responses)):
+        answers = ppo.greedy(prompts) if responses is None else responses[iteration]
+        rollouts.append(ppo.rollout(prompts, answers))
+        steps += ppo.update(rollouts[-1], iteration)
+    return ReferenceResult(rollouts, steps, weights(ppo.actor), weights(ppo.critic))

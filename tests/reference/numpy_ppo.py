@@ -1,0 +1,146 @@
+"""PPO arithmetic written plainly in float64, one ragged sequence at a time: the truth that puzzle.rlhf.ppo
+is checked against.
+
+A sequence is a list of floats, one per answer token; a batch is a list of such lists of any lengths (0
+included). Nothing is padded and nothing is masked, so a mistake in masks cannot hide here. Losses are
+averages over all answer tokens of the batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Ragged = list[list[float]]
+
+
+def kl_estimate(logprob: float, ref_logprob: float, estimator: str) -> float:
+    """One token's estimate of KL(policy || reference), the token drawn from the policy."""
+    ratio = math.exp(ref_logprob - logprob)
+    if estimator == "k1":
+        return -math.log(ratio)
+    if estimator == "k2":
+        return math.log(ratio) ** 2 / 2
+    if estimator == "k3":
+        return (ratio - 1) - math.log(ratio)
+    raise ValueError(estimator)
+
+
+def rewards(
+    logprobs: Ragged,
+    ref_logprobs: Ragged | None,
+    scores: list[float],
+    beta: float,
+    limit: float,
+    estimator: str,
+) -> Ragged:
+    """-beta KL at every answer token, and the clipped score at the last one. Without a reference the KL is
+    0.
+    """
+    result: Ragged = []
+    for i, row in enumerate(logprobs):
+        reward = []
+        for t in range(len(row)):
+            kl = kl_estimate(row[t], ref_logprobs[i][t], estimator) if ref_logprobs is not None else 0.0
+            reward.append(-beta * kl)
+        if reward:
+            reward[-1] += min(max(scores[i], -limit), limit)
+        result.append(reward)
+    return result
+
+
+def gae(reward: list[float], value: list[float], gamma: float, lam: float) -> tuple[list[float], list[float]]:
+    """Advantages by the definition sum_l (gamma lam)^l delta_{t+l}, and returns = advantages + values; the
+    value beyond is 0.
+    """
+    length = len(reward)
+    value_after = [*value[1:], 0.0]
+    delta = [reward[t] + gamma * value_after[t] - value[t] for t in range(length)]
+    advantage = [sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, length)) for t in range(length)]
+    return advantage, [a + v for a, v in zip(advantage, value, strict=True)]
+
+
+def whiten(rows: Ragged, keep_mean: bool = False) -> Ragged:
+    """Subtract the mean of all tokens and divide by the root of their variance + 1e-8 (divided by n, not n
+    - 1).
+    """
+    flat = np.array([x for row in rows for x in row], dtype=np.float64)
+    if flat.size == 0:
+        return rows
+    mean, scale = flat.mean(), math.sqrt(flat.var() + 1e-8)
+    return [[(x - mean) / scale + (mean if keep_mean else 0.0) for x in row] for row in rows]
+
+
+@dataclass
+class Loss:
+    """A loss averaged over `tokens` answer tokens, its gradient with respect to the network's output per
+    token, and fractions.
+    """
+
+    value: float
+    gradient: Ragged
+    clip_fraction: float
+    approx_kl: float
+    tokens: int
+
+
+def policy_loss(logprobs: Ragged, old_logprobs: Ragged, advantages: Ragged, clip: float) -> Loss:
+    """Mean of max(-A rho, -A clip(rho)); approx_kl is the k3 estimate of KL(old || new); tokens drawn from
+    old.
+    """
+    tokens = sum(len(row) for row in logprobs)
+    total, clipped, kl = 0.0, 0, 0.0
+    gradient: Ragged = []
+    for new_row, old_row, advantage_row in zip(logprobs, old_logprobs, advantages, strict=True):
+        gradient.append([])
+        for new, old, advantage in zip(new_row, old_row, advantage_row, strict=True):
+            rho = math.exp(new - old)
+            free = -advantage * rho
+            bound = -advantage * min(max(rho, 1 - clip), 1 + clip)
+            total += max(free, bound)
+            clipped += bound > free
+            kl += (rho - 1) - (new - old)
+            gradient[-1].append(free / max(tokens, 1) if free >= bound else 0.0)
+    n = max(tokens, 1)
+    return Loss(total / n, gradient, clipped / n, kl / n, tokens)
+
+
+def value_loss(values: Ragged, old_values: Ragged, returns: Ragged, clip: float | None) -> Loss:
+    """Half the mean of max((V - R)^2, (clip(V, old +- clip) - R)^2)."""
+    tokens = sum(len(row) for row in values)
+    total, clipped = 0.0, 0
+    gradient: Ragged = []
+    for value_row, old_row, return_row in zip(values, old_values, returns, strict=True):
+        gradient.append([])
+        for value, old, target in zip(value_row, old_row, return_row, strict=True):
+            bound = value if clip is None else min(max(value, old - clip), old + clip)
+            free_error, bound_error = (value - target) ** 2, (bound - target) ** 2
+            total += 0.5 * max(free_error, bound_error)
+            clipped += bound_error > free_error
+            slope = (value - target) if free_error >= bound_error else 0.0
+            gradient[-1].append(slope / max(tokens, 1))
+    n = max(tokens, 1)
+    return Loss(total / n, gradient, clipped / n, 0.0, tokens)
+
+
+def kl_loss(logprobs: Ragged, ref_logprobs: Ragged, estimator: str) -> Loss:
+    """Mean KL estimate as a loss, and its derivative with respect to the policy's log-probs."""
+    tokens = sum(len(row) for row in logprobs)
+    n = max(tokens, 1)
+    total = 0.0
+    gradient: Ragged = []
+    for row, ref_row in zip(logprobs, ref_logprobs, strict=True):
+        gradient.append([])
+        for x, ref in zip(row, ref_row, strict=True):
+            total += kl_estimate(x, ref, estimator)
+            slope = {"k1": 1.0, "k2": x - ref, "k3": 1.0 - math.exp(ref - x)}[estimator]
+            gradient[-1].append(slope / n)
+    return Loss(total / n, gradient, 0.0, 0.0, tokens)
+
+
+def adaptive_kl(beta: float, observed: float, target: float, responses: int, horizon: int) -> float:
+    """Proportional controller in log space: an error of 20 % or more changes beta by 20 % per `horizon`
+    responses.
+    """
+    error = min(max(observed / target - 1, -0.2), 0.2)
+    return beta * (1 + error * responses / horizon)
