@@ -1,0 +1,1 @@
+"""The algorithm: PPO arithmetic, what one rollout batch is, rewards, the iteration."""
