@@ -44,7 +44,7 @@ class Layout:
     def even(cls, tp: int, pp: int, dp: int, layers: int) -> Layout:
         """Layers spread evenly, the remainder over the first stages."""
         _enough_layers(pp, layers)
-        return cls(tp, pp, dp, tuple(layers // pp + (p < layers % pp) for p in range(max(pp, 1))))
+        return cls(tp, pp, dp, tuple(layers // pp + (p < layers % pp) for p in range(pp)))
 
     @classmethod
     def balanced(cls, tp: int, pp: int, dp: int, spec: ModelSpec) -> Layout:
@@ -220,12 +220,14 @@ def _tp_fits(tp: int, spec: ModelSpec) -> bool:
 
 
 def _enough_layers(pp: int, layers: int) -> None:
+    if pp < 1:
+        raise UserError(f"layout.pp is {pp}; it must be at least 1")
     if pp > layers:
         raise UserError(f"layout.pp={pp} is more than the model's {layers} layers; use at most {layers}")
 
 
 def _merge(stages: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Join neighbouring stages into `parts`: smallest largest sum, then the least sum of squares."""
+    """Join neighbouring stages into `parts`: smallest largest sum, the others alike where that is free."""
     count = len(stages)
     sums = [sum(stages[:end]) for end in range(count + 1)]
     # best[end]: (largest sum, sum of squares, sums) for the first `end` stages in as many parts as the round.

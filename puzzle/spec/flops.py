@@ -1,0 +1,55 @@
+"""Floating-point operations of a model, a multiply-add counted as two.
+
+Counted are the matrix products of the layers and the head, and attention's two products over the positions
+that a token sees (causal, within the sliding window). Formula: Narayanan et al., "Efficient Large-Scale
+Language Model Training on GPU Clusters Using Megatron-LM" (SC'21), appendix; model FLOPs utilisation as in Chowdhery
+et al., "PaLM" (2022), appendix B: recomputation does not count. Both count attention over all S x S pairs;
+here it is the causal half, so utilisations come out lower than by their convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from puzzle.spec.model import ModelSpec
+
+
+def layer_matmul_flops(spec: ModelSpec) -> int:
+    """Forward matrix-product FLOPs of one token in one decoder layer."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    weights = spec.hidden_size * (2 * q + 2 * kv + 3 * spec.intermediate_size)
+    return 2 * weights
+
+
+def head_flops(spec: ModelSpec) -> int:
+    """Forward FLOPs of one token in the head; multiply by the positions that have logits or values."""
+    return 2 * spec.hidden_size * (spec.vocab_size if spec.head == "lm" else spec.num_labels)
+
+
+def matmul_flops(spec: ModelSpec) -> int:
+    """Forward matrix-product FLOPs of one token: all layers and the head."""
+    return spec.num_layers * layer_matmul_flops(spec) + head_flops(spec)
+
+
+def layer_attention_flops(spec: ModelSpec, length: int, cached: int = 0) -> int:
+    """Forward FLOPs of attention's two products in one layer for positions [cached, length) of a sequence."""
+    return 4 * spec.num_heads * spec.head_dim * (_pairs(length, spec) - _pairs(cached, spec))
+
+
+def forward_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
+    """Forward FLOPs of whole sequences of the given lengths in tokens, the head at every position."""
+    token, total = matmul_flops(spec), 0
+    for length in lengths:
+        total += length * token + spec.num_layers * layer_attention_flops(spec, length)
+    return total
+
+
+def train_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
+    """Forward and backward FLOPs: the backward pass has two products for each of the forward's."""
+    return 3 * forward_flops(spec, lengths)
+
+
+def _pairs(length: int, spec: ModelSpec) -> int:
+    """Pairs of (position, position it sees, itself included) in the first `length` positions."""
+    window = min(spec.sliding_window or length, length)
+    return window * (window + 1) // 2 + (length - window) * window
