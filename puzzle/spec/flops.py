@@ -2,9 +2,9 @@
 
 Counted are the matrix products of the layers and the head, and attention's two products over the positions
 that a token sees (causal, within the sliding window). Formula: Narayanan et al., "Efficient Large-Scale
-Language Model Training on GPU Clusters Using Megatron-LM" (SC'21), appendix; model FLOPs utilisation as in Chowdhery
-et al., "PaLM" (2022), appendix B: recomputation does not count. Both count attention over all S x S pairs;
-here it is the causal half, so utilisations come out lower than by their convention.
+Language Model Training on GPU Clusters Using Megatron-LM" (SC'21), appendix; model FLOPs utilisation as in
+Chowdhery et al., "PaLM" (2022), appendix B: recomputation does not count. Both count attention over all S x S
+pairs; here it is the causal half, so utilisations come out lower than by their convention.
 """
 
 from __future__ import annotations

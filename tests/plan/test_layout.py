@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.layout import Coord, GroupKind, Layout, Placement
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.published import published
 from tests.plan.worlds import layouts, specs
@@ -83,7 +83,8 @@ def test_ranks_and_groups(data):
         assert rank in placement.replica_group(coord)
         ends = placement.embedding_group(coord)
         assert (rank in ends) == (coord.p in (0, layout.pp - 1))
-    for kind, size in [("tp", layout.tp), ("dp", layout.dp), ("pp", layout.pp)]:
+    sizes: dict[GroupKind, int] = {"tp": layout.tp, "dp": layout.dp, "pp": layout.pp}
+    for kind, size in sizes.items():
         groups = placement.groups(kind)
         assert sorted(rank for group in groups for rank in group) == sorted(ranks)
         assert {len(group) for group in groups} == {size}
