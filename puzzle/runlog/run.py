@@ -10,7 +10,7 @@ PROVENANCES = ("measured", "published", "simulated", "rehearsal")
 
 @dataclass(frozen=True)
 class Iteration:
-    """One PPO iteration. Stages exclude each other and add up to `e2e_seconds`; what was not measured is NaN."""
+    """One PPO iteration. Stages exclude each other and add up to `e2e_seconds`; a metric may be NaN."""
 
     iteration: int
     stage_seconds: Mapping[str, float]
@@ -29,7 +29,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Report:
-    """Something a reader dropped, repaired or preferred. `line` counts from 1; None speaks of the whole file."""
+    """Something a reader dropped, repaired or preferred. `line` counts from 1; None: the whole file."""
 
     source: str
     line: int | None
@@ -40,13 +40,13 @@ class Report:
 class Run:
     """One run of one variant.
 
-    `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity, the
-    numbers as the published plot scripts read them from the log of this run, in log order, iteration 0 included,
-    in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and `experience`
-    (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). A quantity that was never printed has no key.
-    `notes` are remarks on the numbers: `kind`, `text`, and where they apply `series` (keys of `printed`), `indices`
-    (places in those series), `seconds`, `values`, `instead` (the `run_id` whose numbers to use in a corrected reading).
-    `started` is ISO 8601 with a zone. `source` is the path of the log, or the name of the published log.
+    `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity,
+    the numbers as the published plot scripts read them from the log of this run, in log order, iteration 0
+    included, in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and
+    `experience` (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). A quantity that was
+    never printed has no key. `notes` are remarks on the numbers: `kind`, `text`, and where they apply
+    `series` (keys of `printed`), `indices` (places in those series), `seconds`, `values`. `started` is
+    ISO 8601 with a zone. `source` is the path of the log, or the name of the published log.
     """
 
     run_id: str
