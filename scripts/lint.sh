@@ -36,7 +36,7 @@ step() {
 
 find_shellcheck
 mapfile -d '' shells < <(shell_files)
-step "ruff check" python -m ruff check .
+step "ruff check" python -m ruff check --output-format concise .
 step "ruff format" python -m ruff format --check .
 step "ty" python -m ty check --python "$(python -c 'import sys; print(sys.prefix)')"
 step "shellcheck (${#shells[@]} files)" shellcheck "${shells[@]}"
