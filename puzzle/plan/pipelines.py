@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from puzzle.plan.schedule import Action, Op, Schedule, Work
-from puzzle.plan.wiring import pipeline_flow, wire
+from puzzle.plan.wiring import Wiring, pipeline_flow
 
 Unit = tuple[str, int]
 """A micro-batch of a model."""
@@ -69,5 +69,8 @@ def pipeline(
     if num_stages < 1 or any(w.microbatches < 1 for w in work) or prefetch < 0:
         raise ValueError(f"{name}: stages and micro-batches must be at least 1, prefetch at least 0")
     flow = pipeline_flow(num_stages)
-    actions = tuple(wire(s, stage, flow, prefetch) for s, stage in enumerate(passes))
-    return Schedule(name, num_stages, actions, work)
+    actions = []
+    for stage, order in enumerate(passes):
+        wiring = Wiring(stage, flow, prefetch)
+        actions.append((*wiring.part(order), *wiring.drain()))
+    return Schedule(name, num_stages, tuple(actions), work)

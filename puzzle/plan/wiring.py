@@ -1,22 +1,29 @@
-"""Puts transfers around the passes of a stage: builders order passes, this adds sends, receives, waits."""
+"""Which messages passes need and yield, and where their transfers stand: builders only order passes."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from puzzle.plan.schedule import PASSES, Action, Channel, Message, Op, Payload, transfer
+from puzzle.plan.schedule import PASSES, Action, Channel, Generation, Message, Op, Payload, Schedule, transfer
 
 Flow = Callable[[int, Action], tuple[list[Message], list[Message]]]
 """The messages that a pass of a stage needs before it, and those that it yields."""
+
+
+def flow_of(schedule: Schedule) -> Flow:
+    """What the passes of a schedule need and yield, by what the schedule promises."""
+    rings = {w.model: ring_flow(schedule.num_stages, w) for w in schedule.work if isinstance(w, Generation)}
+    pipeline = pipeline_flow(schedule.num_stages)
+    return lambda stage, action: rings.get(action.model, pipeline)(stage, action)
 
 
 def pipeline_flow(num_stages: int) -> Flow:
     """A plain pipeline: hidden states go to the next stage, their gradients to the stage before."""
 
     def flow(stage: int, action: Action) -> tuple[list[Message], list[Message]]:
-        forward = action.op is Op.FORWARD
-        hop, payload = (1, Payload.ACTIVATION) if forward else (-1, Payload.GRADIENT)
+        hop = -1 if action.op is Op.BACKWARD else 1
+        payload = Payload.GRADIENT if action.op is Op.BACKWARD else Payload.ACTIVATION
 
         def leaving(src: int) -> list[Message]:
             if not (0 <= src < num_stages and 0 <= src + hop < num_stages):
@@ -28,43 +35,88 @@ def pipeline_flow(num_stages: int) -> Flow:
     return flow
 
 
-def wire(
-    stage: int,
-    passes: Sequence[Action],
-    flow: Flow,
-    prefetch: int = 1,
-    send_buffers: Mapping[Payload, int] | None = None,
-    tail: Sequence[Message] = (),
-) -> tuple[Action, ...]:
-    """The full action list of a stage from its passes in order (optimizer actions may stand among them).
+def ring_flow(num_stages: int, generation: Generation) -> Flow:
+    """A decode ring: hidden states go down the pipeline; the token ids that step n sampled for a decode
+    micro-batch go from the last stage straight to the first, whose step n + 1 needs them. The first tokens
+    of a decode micro-batch leave after the last prefill micro-batch that it shares sequences with. With
+    one stage nothing is sent."""
+    pipeline = pipeline_flow(num_stages)
+    last = num_stages - 1
+    first_tokens = defaultdict(list)
+    for j, (start, end) in enumerate(generation.decode):
+        covering = [i for i, (a, b) in enumerate(generation.prefill) if a < end and start < b]
+        first_tokens[max(covering)].append(j)
 
-    A receive is started `prefetch` passes before the pass that needs it, and before that earlier pass's
-    own waits, so that the transfer runs beside compute. At most `send_buffers[payload]` (default 1) sends of
-    a channel are under way: a further one first waits for the oldest. `tail` is received at the end, without
-    a pass that needs it. The list ends with no transfer under way.
+    def tokens(microbatches: Iterable[int], step: int) -> list[Message]:
+        channel = Channel(last, 0, Payload.TOKENS)
+        return [Message(channel, generation.model, j, step) for j in microbatches]
+
+    def flow(stage: int, action: Action) -> tuple[list[Message], list[Message]]:
+        needs, yields = pipeline(stage, action)
+        if num_stages > 1 and action.op is Op.DECODE and stage == 0:
+            needs = tokens([action.microbatch], action.step - 1)
+        if num_stages > 1 and stage == last:
+            prefilled = first_tokens.get(action.microbatch, [])
+            yields = tokens([action.microbatch] if action.op is Op.DECODE else prefilled, action.step)
+        return needs, yields
+
+    return flow
+
+
+class Wiring:
+    """Adds the transfers of one stage, part after part.
+
+    A receive is started `prefetch` passes before the pass that needs it, and before that earlier pass's own
+    waits, so that the transfer runs beside compute; never before its part. At most one send of a channel is
+    under way: a further one first waits for the oldest. Of token ids (small, and needed late) there may be
+    `token_sends`, and they alone may still be under way at the end of a part.
     """
-    limits = send_buffers or {}
-    needed = [flow(stage, a)[0] for a in passes if a.op in PASSES]
-    under_way: defaultdict[Channel, deque[Message]] = defaultdict(deque)
-    out: list[Action] = []
-    posted = reached = 0
-    for action in passes:
-        if action.op not in PASSES:
+
+    def __init__(self, stage: int, flow: Flow, prefetch: int = 1, token_sends: int = 1) -> None:
+        self._stage = stage
+        self._flow = flow
+        self._prefetch = prefetch
+        self._token_sends = token_sends
+        self._under_way: defaultdict[Channel, deque[Message]] = defaultdict(deque)
+
+    def resume(self, under_way: Iterable[Message]) -> None:
+        """Takes over sends that an earlier part left under way."""
+        for message in under_way:
+            self._under_way[message.channel].append(message)
+
+    def part(self, passes: Sequence[Action]) -> list[Action]:
+        """The action list of a part from its passes in order; optimizer actions may stand among them."""
+        needed = [self._flow(self._stage, a)[0] for a in passes if a.op in PASSES]
+        out: list[Action] = []
+        posted = reached = 0
+        for action in passes:
+            if action.op in PASSES:
+                while posted < len(needed) and posted <= reached + self._prefetch:
+                    out += self._all(Op.RECV, needed[posted])
+                    posted += 1
+                out += self._all(Op.WAIT_RECV, needed[reached])
+                reached += 1
             out.append(action)
-            continue
-        while posted < len(needed) and posted <= reached + prefetch:
-            out.extend(transfer(Op.RECV, m, stage) for m in needed[posted])
-            posted += 1
-        out.extend(transfer(Op.WAIT_RECV, m, stage) for m in needed[reached])
-        out.append(action)
-        reached += 1
-        for message in flow(stage, action)[1]:
-            queue = under_way[message.channel]
-            while len(queue) >= limits.get(message.channel.payload, 1):
-                out.append(transfer(Op.WAIT_SEND, queue.popleft(), stage))
-            out.append(transfer(Op.SEND, message, stage))
-            queue.append(message)
-    out.extend(transfer(Op.RECV, m, stage) for m in tail)
-    out.extend(transfer(Op.WAIT_RECV, m, stage) for m in tail)
-    out.extend(transfer(Op.WAIT_SEND, m, stage) for queue in under_way.values() for m in queue)
-    return tuple(out)
+            if action.op in PASSES:
+                for message in self._flow(self._stage, action)[1]:
+                    out += self._send(message)
+        for channel in [c for c in self._under_way if c.payload is not Payload.TOKENS]:
+            out += self._all(Op.WAIT_SEND, self._under_way.pop(channel))
+        return out
+
+    def drain(self, tail: Sequence[Message] = ()) -> list[Action]:
+        """The end: receives `tail`, which no pass needs, and waits for every send."""
+        out = self._all(Op.RECV, tail) + self._all(Op.WAIT_RECV, tail)
+        while self._under_way:
+            out += self._all(Op.WAIT_SEND, self._under_way.popitem()[1])
+        return out
+
+    def _all(self, op: Op, messages: Iterable[Message]) -> list[Action]:
+        return [transfer(op, message, self._stage) for message in messages]
+
+    def _send(self, message: Message) -> list[Action]:
+        queue = self._under_way[message.channel]
+        limit = self._token_sends if message.channel.payload is Payload.TOKENS else 1
+        waits = [queue.popleft()] if len(queue) >= limit else []
+        queue.append(message)
+        return [*self._all(Op.WAIT_SEND, waits), transfer(Op.SEND, message, self._stage)]

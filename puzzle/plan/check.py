@@ -1,0 +1,193 @@
+"""What makes a schedule right. Independent of how it was built; it reads only the promise and the action
+lists."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+
+from puzzle.plan.schedule import (
+    PASSES,
+    TRANSFERS,
+    Action,
+    Channel,
+    Generation,
+    Message,
+    Op,
+    Schedule,
+    Work,
+    transfer,
+)
+from puzzle.plan.simulate import Execution
+from puzzle.plan.wiring import flow_of
+
+_OPTIMIZER = (Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER)
+
+
+def check(
+    schedule: Schedule,
+    cap: Sequence[float] | None = None,
+    weight: Mapping[str, Sequence[float]] | None = None,
+) -> list[str]:
+    """Every violation, one line each; an empty list for a right schedule.
+
+    Complete: each stage runs each promised pass and optimizer action once, after what it depends on.
+    Messages are sent after the pass that yields them, received before the pass that needs them, once, and
+    waited for. Both ends of a channel issue its messages in one order, all stages issue the sums of norms
+    in one order, and an execution in which a transfer ends only when both sides have started it reaches
+    the end. `cap` bounds what every stage holds between forward and backward (see
+    `Schedule.peak_in_flight` for `weight`).
+    """
+    broken = [*_promises(schedule), *_well_formed(schedule)]
+    if broken:
+        return broken
+    for stage in range(schedule.num_stages):
+        broken += _Stage(schedule, stage).violations()
+    broken += _orders(schedule)
+    broken += [f"deadlock: {line}" for line in Execution(schedule, lambda stage, action: 0.0).run()]
+    if cap is not None:
+        peaks = schedule.peak_in_flight(weight)
+        broken += [
+            f"stage {s} holds {peak:g} activations, its cap is {limit:g}"
+            for s, (peak, limit) in enumerate(zip(peaks, cap, strict=True))
+            if peak > limit
+        ]
+    return broken
+
+
+def _promises(schedule: Schedule) -> Iterator[str]:
+    names = [w.model for w in schedule.work]
+    if len(set(names)) < len(names):
+        yield f"a model is promised twice among {names}"
+    for work in schedule.work:
+        if not isinstance(work, Generation):
+            continue
+        ends = []
+        for kind, ranges in (("prefill", work.prefill), ("decode", work.decode)):
+            ends.append(ranges[-1][1] if ranges else 0)
+            borders = [0, *(end for _, end in ranges)]
+            if [start for start, _ in ranges] != borders[:-1] or borders != sorted(set(borders)):
+                yield f"{kind} micro-batches {ranges} do not cut the batch"
+        if ends[0] != ends[1] or not ends[0]:
+            yield f"prefill covers {ends[0]} sequences, decode {ends[1]}"
+
+
+def _well_formed(schedule: Schedule) -> Iterator[str]:
+    stages = range(schedule.num_stages)
+    for stage, action in schedule.walk():
+        is_transfer = action.op in TRANSFERS
+        if is_transfer != (action.peer is not None) or is_transfer != (action.payload is not None):
+            yield f"stage {stage}: {action.label} and its peer and payload do not fit"
+        elif action.peer is not None and (action.peer not in stages or action.peer == stage):
+            yield f"stage {stage}: {action.label} has no such peer"
+
+
+def _passes(work: Work | Generation) -> list[Action]:
+    """The passes that every stage owes to a promise."""
+    if isinstance(work, Work):
+        ops = [Op.FORWARD, Op.BACKWARD] if work.backward else [Op.FORWARD]
+        return [Action(op, work.model, m) for op in ops for m in range(work.microbatches)]
+    prefills = [Action(Op.PREFILL, work.model, i) for i in range(len(work.prefill))]
+    steps, microbatches = range(1, work.rounds + 1), range(len(work.decode))
+    return prefills + [Action(Op.DECODE, work.model, j, step=t) for t in steps for j in microbatches]
+
+
+def _before(work: Work | Generation, action: Action) -> list[Action]:
+    """The passes of the same stage that a pass depends on: a backward on its forward, a decode step on its
+    keys and values."""
+    model, m = work.model, action.microbatch
+    if isinstance(work, Work):
+        return [Action(Op.FORWARD, model, m)] if action.op is Op.BACKWARD else []
+    if action.op is Op.PREFILL:
+        return []
+    if action.step > 1:
+        return [Action(Op.DECODE, model, m, step=action.step - 1)]
+    start, end = work.decode[m]
+    return [Action(Op.PREFILL, model, i) for i, (a, b) in enumerate(work.prefill) if a < end and start < b]
+
+
+class _Stage:
+    """The rules that one stage's list can break by itself."""
+
+    def __init__(self, schedule: Schedule, stage: int) -> None:
+        self._actions = schedule.actions[stage]
+        self._stage = stage
+        self._flow = flow_of(schedule)
+        self._work = {w.model: w for w in schedule.work}
+        self._owed = Counter(a for w in schedule.work for a in _passes(w))
+        for work in schedule.work:
+            if isinstance(work, Work) and work.optimizer:
+                self._owed.update(Action(op, work.model) for op in _OPTIMIZER)
+        self._done: Counter[Action] = Counter()
+        self._yielded: set[Message] = set()
+
+    def violations(self) -> list[str]:
+        """All of them, each with the stage and the action."""
+        broken = []
+        for action in self._actions:
+            broken += [f"stage {self._stage}: {action.label} {why}" for why in self._faults(action)]
+            self._done[action] += 1
+            if action.op in PASSES:
+                self._yielded.update(self._flow(self._stage, action)[1])
+        return broken + list(self._missing())
+
+    def _faults(self, action: Action) -> Iterator[str]:
+        if self._done[action]:
+            yield "comes twice"
+        if action.op in TRANSFERS:
+            yield from self._transfer_faults(action)
+            return
+        if not self._owed[action]:
+            yield "was not promised"
+            return
+        if action.op in PASSES:
+            needs = [transfer(Op.WAIT_RECV, m, self._stage) for m in self._flow(self._stage, action)[0]]
+            missing = [a for a in [*_before(self._work[action.model], action), *needs] if not self._done[a]]
+            if self._done[Action(Op.STEP, action.model)]:
+                yield "comes after the optimizer step"
+        else:
+            previous = _OPTIMIZER[: _OPTIMIZER.index(action.op)]
+            missing = [Action(op, action.model) for op in previous]
+            missing += [a for a in self._owed if a.model == action.model and a.op is Op.BACKWARD]
+            missing = [a for a in missing if not self._done[a]]
+        yield from (f"comes before {a.label}" for a in missing)
+
+    def _transfer_faults(self, action: Action) -> Iterator[str]:
+        message = action.message(self._stage)
+        if action.op is Op.WAIT_SEND and not self._done[transfer(Op.SEND, message, self._stage)]:
+            yield "comes before the send"
+        if action.op is Op.WAIT_RECV and not self._done[transfer(Op.RECV, message, self._stage)]:
+            yield "comes before the receive"
+        if action.op is Op.SEND and message not in self._yielded:
+            yield "comes before the pass that yields it"
+
+    def _missing(self) -> Iterator[str]:
+        for action in self._owed - self._done:
+            yield f"stage {self._stage}: {action.label} is missing"
+        for message in self._yielded:
+            if not self._done[transfer(Op.SEND, message, self._stage)]:
+                yield f"stage {self._stage}: nobody sends {message}"
+        for action in self._actions:
+            if action.op in (Op.SEND, Op.RECV):
+                wait = Op.WAIT_SEND if action.op is Op.SEND else Op.WAIT_RECV
+                if not self._done[transfer(wait, action.message(self._stage), self._stage)]:
+                    yield f"stage {self._stage}: nobody waits for {action.label}"
+
+
+def _orders(schedule: Schedule) -> Iterator[str]:
+    """Both ends of a communicator must issue the same operations in the same order."""
+    sent: defaultdict[Channel, list[Message]] = defaultdict(list)
+    received: defaultdict[Channel, list[Message]] = defaultdict(list)
+    for stage, action in schedule.walk():
+        if action.op in (Op.SEND, Op.RECV):
+            message = action.message(stage)
+            (sent if action.op is Op.SEND else received)[message.channel].append(message)
+    for channel in sorted(sent.keys() | received.keys()):
+        for k, (a, b) in enumerate(zip_longest(sent[channel], received[channel])):
+            if a != b:
+                yield f"{channel}: transfer {k} is sent as {a} and received as {b}"
+                break
+    norms = [[a.model for a in stage if a.op is Op.NORM] for stage in schedule.actions]
+    if any(order != norms[0] for order in norms):
+        yield f"the stages sum norms in different orders: {norms}"

@@ -1,0 +1,67 @@
+"""Seconds per action: what a simulation needs to know about a machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from puzzle.errors import UserError
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Payload
+from puzzle.plan.timeline import Timeline
+
+Seconds = float | tuple[float, ...]
+"""The same for every stage, or one number per stage (of a transfer: of the sending stage)."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """`seconds[model][what]`, where `what` is a compute op, a collective's start op, or a payload."""
+
+    seconds: Mapping[str, Mapping[str, Seconds]]
+
+    @classmethod
+    def uniform(
+        cls, models: Iterable[str], forward: float = 1.0, backward: float = 1.0, **others: float
+    ) -> CostTable:
+        """Equal stages and equal models; what is not named (transfers, optimizer) is free."""
+        zero = {str(what): 0.0 for what in (*COMPUTE, *COLLECTIVES, *Payload)}
+        costs = {**zero, "forward": forward, "backward": backward, **others}
+        if unknown := costs.keys() - zero.keys():
+            raise ValueError(f"no actions are called {sorted(unknown)}")
+        return cls(dict.fromkeys(models, costs))
+
+    @classmethod
+    def measured(cls, timeline: Timeline, stage_of: Mapping[int, int]) -> CostTable:
+        """From the spans of a real run, whose rows (ranks) play the stages `stage_of`: the mean over
+        compute spans, but the shortest of transfers and collectives, because theirs include the wait for
+        the other side."""
+        samples: defaultdict[tuple[str, str], defaultdict[int, list[float]]]
+        samples = defaultdict(lambda: defaultdict(list))
+        known = {str(what) for what in (*COMPUTE, *COLLECTIVES, *Payload)}
+        for span in timeline.spans:
+            if span.category in known and span.row in stage_of:
+                samples[span.model, span.category][stage_of[span.row]].append(span.seconds)
+        table: defaultdict[str, dict[str, Seconds]] = defaultdict(dict)
+        stages = range(max(stage_of.values()) + 1)
+        for (model, what), by_stage in samples.items():
+            pick = _mean if what in {str(op) for op in COMPUTE} else min
+            table[model][what] = tuple(pick(by_stage[s]) if by_stage[s] else 0.0 for s in stages)
+        return cls(dict(table))
+
+    def of(self, stage: int, action: Action) -> float:
+        """Seconds that a compute action, a collective or a transfer (asked as its SEND) takes. UserError
+        if unknown."""
+        what = str(action.payload if action.op is Op.SEND else action.op)
+        try:
+            seconds = self.seconds[action.model][what]
+            return seconds[stage] if isinstance(seconds, tuple) else seconds
+        except (KeyError, IndexError):
+            message = (
+                f"no cost of {what} of {action.model} on stage {stage}: measure it or add it to the costs"
+            )
+            raise UserError(message) from None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,117 @@
+"""The decode ring: prefill, then rounds of decode micro-batches that chase one another through the stages.
+
+Stages hand hidden states down the pipeline; the last one sends the sampled token ids straight to the
+first, which starts the next step of that micro-batch. With at least as many decode micro-batches as stages
+nobody waits. How many rounds it takes is known only when sequences stop, so the ring is made of parts that
+repeat: a round of step n is the round of step 1 with its steps moved by n - 1, and only token ids are
+under way between two parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from puzzle.errors import UserError
+from puzzle.plan.schedule import Action, Channel, Generation, Message, Op, Payload, Schedule
+from puzzle.plan.wiring import Wiring, ring_flow
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Generation for `batch` sequences on `num_stages` stages, prefilled `prefill_mb` and decoded
+    `decode_mb` at a time (the last micro-batch of each kind holds the remainder). Impossible numbers raise
+    UserError."""
+
+    num_stages: int
+    batch: int
+    prefill_mb: int
+    decode_mb: int
+    model: str = "actor"
+    prefetch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "batch", "prefill_mb", "decode_mb"):
+            if getattr(self, name) < 1:
+                raise UserError(f"a decode ring needs {name} of at least 1, not {getattr(self, name)}")
+
+    def promise(self, rounds: int) -> Generation:
+        """What the ring does in `rounds` decode rounds."""
+        return Generation(
+            self.model, _cut(self.batch, self.prefill_mb), _cut(self.batch, self.decode_mb), rounds
+        )
+
+    @property
+    def decode_microbatches(self) -> int:
+        """Decode micro-batches in a round."""
+        return -(-self.batch // self.decode_mb)
+
+    def prefill(self) -> Schedule:
+        """All prompts, up to the sends of every decode micro-batch's first token ids."""
+        return self._schedule("ring prefill", lambda stage: self._wiring(stage).part(self._prefills()))
+
+    def round(self, step: int, refills: Mapping[int, int] | None = None) -> Schedule:
+        """One decode step of every decode micro-batch. `refills[j] = i` puts a prefill of new sequences,
+        numbered i on from the first prefill's, before decode micro-batch j; its first tokens leave with
+        j's."""
+
+        def actions(stage: int) -> list[Action]:
+            wiring = self._wiring(stage)
+            if stage == self.num_stages - 1:
+                wiring.resume(self._tokens(step - 1))
+            return wiring.part(self._decodes(step, refills))
+
+        return self._schedule("ring round", actions)
+
+    def drain(self, step: int) -> Schedule:
+        """The end after the round of `step` (0: after the prefill): the first stage receives the last
+        token ids."""
+
+        def actions(stage: int) -> list[Action]:
+            wiring = self._wiring(stage)
+            if stage == self.num_stages - 1:
+                wiring.resume(self._tokens(step))
+            return wiring.drain(self._tokens(step) if stage == 0 else ())
+
+        return self._schedule("ring drain", actions)
+
+    def unrolled(self, rounds: int) -> Schedule:
+        """Prefill, `rounds` rounds and the end as one schedule, to check, simulate and draw."""
+
+        def actions(stage: int) -> list[Action]:
+            wiring = self._wiring(stage)
+            out = wiring.part(self._prefills())
+            for step in range(1, rounds + 1):
+                out += wiring.part(self._decodes(step))
+            return out + wiring.drain(self._tokens(rounds) if stage == 0 else ())
+
+        whole = self._schedule("ring", actions)
+        return Schedule(whole.name, whole.num_stages, whole.actions, (self.promise(rounds),))
+
+    def _wiring(self, stage: int) -> Wiring:
+        flow = ring_flow(self.num_stages, self.promise(0))
+        return Wiring(stage, flow, self.prefetch, token_sends=self.decode_microbatches)
+
+    def _schedule(self, name: str, actions: Callable[[int], list[Action]]) -> Schedule:
+        return Schedule(name, self.num_stages, tuple(tuple(actions(s)) for s in range(self.num_stages)))
+
+    def _prefills(self) -> list[Action]:
+        return [Action(Op.PREFILL, self.model, i) for i in range(-(-self.batch // self.prefill_mb))]
+
+    def _decodes(self, step: int, refills: Mapping[int, int] | None = None) -> list[Action]:
+        out = []
+        for j in range(self.decode_microbatches):
+            if refills and j in refills:
+                out.append(Action(Op.PREFILL, self.model, refills[j]))
+            out.append(Action(Op.DECODE, self.model, j, step=step))
+        return out
+
+    def _tokens(self, step: int) -> list[Message]:
+        if self.num_stages == 1:
+            return []
+        channel = Channel(self.num_stages - 1, 0, Payload.TOKENS)
+        return [Message(channel, self.model, j, step) for j in range(self.decode_microbatches)]
+
+
+def _cut(batch: int, size: int) -> tuple[tuple[int, int], ...]:
+    return tuple((start, min(start + size, batch)) for start in range(0, batch, size))

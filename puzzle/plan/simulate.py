@@ -1,0 +1,125 @@
+"""Runs a schedule in virtual time, under the rules that a real execution obeys.
+
+A stage issues its actions in order. Compute occupies the stage. Starting a transfer or a collective costs
+nothing; it runs on its own lane. The k-th transfer of a channel begins when both sides have started theirs
+and the one before is over (rendezvous, in stream order); the sum of norms begins when all stages have
+started it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from puzzle.plan.cost import CostTable
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Channel, Op, Schedule
+from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
+
+_STARTS = {wait: start for start, wait in COLLECTIVES.items()}
+
+
+def simulate(schedule: Schedule, cost: CostTable) -> Timeline:
+    """The schedule's timeline under the costs. ValueError for a schedule that deadlocks, UserError for a
+    missing cost."""
+    execution = Execution(schedule, cost.of)
+    if blocked := execution.run():
+        raise ValueError(f"{schedule.name} deadlocks: " + "; ".join(blocked))
+    return Timeline(tuple(execution.spans))
+
+
+@dataclass
+class _Lane:
+    """Transfers of a channel, or collectives: starts of every side in order, and ends of those that are
+    over."""
+
+    sides: int
+    starts: list[list[tuple[float, Hashable, int, Action]]] = field(default_factory=list)
+    over: int = 0
+    free_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.starts = [[] for _ in range(self.sides)]
+
+
+class Execution:
+    """One run of a schedule in virtual time; `seconds(stage, action)` is asked for compute, collectives
+    and sends."""
+
+    def __init__(self, schedule: Schedule, seconds: Callable[[int, Action], float]) -> None:
+        self.schedule = schedule
+        self.seconds = seconds
+        self.spans: list[Span] = []
+        self._clock = [0.0] * schedule.num_stages
+        self._next = [0] * schedule.num_stages
+        self._ends: dict[Hashable, float] = {}
+        self._lanes: dict[Hashable, _Lane] = {}
+
+    def run(self) -> list[str]:
+        """Runs to the end; gives back where every blocked stage stands (nothing if all are done)."""
+        stages = range(self.schedule.num_stages)
+        # Progress of one stage never undoes another's, so any order of tries ends in the same state.
+        while sum(self._advance(stage) for stage in stages):
+            pass
+        return [
+            f"stage {s} waits in {self.schedule.actions[s][self._next[s]].label}"
+            for s in stages
+            if self._next[s] < len(self.schedule.actions[s])
+        ]
+
+    def _advance(self, stage: int) -> bool:
+        actions, first = self.schedule.actions[stage], self._next[stage]
+        while self._next[stage] < len(actions) and self._issue(stage, actions[self._next[stage]]):
+            self._next[stage] += 1
+        return self._next[stage] > first
+
+    def _issue(self, stage: int, action: Action) -> bool:
+        """Issues an action; False if it has to wait for something that has not been started."""
+        if action.op in COMPUTE:
+            start = self._clock[stage]
+            self._clock[stage] = start + self.seconds(stage, action)
+            self._record(stage, COMPUTE_LANE, action, start, self._clock[stage])
+        elif action.op in TRANSFERS:
+            message = action.message(stage)
+            side = 0 if action.op in (Op.SEND, Op.WAIT_SEND) else 1
+            if action.op in (Op.WAIT_SEND, Op.WAIT_RECV):
+                return self._wait(stage, (message, side))
+            self._start(message.channel, 2, side, stage, action, (message, side))
+        elif action.op in COLLECTIVES:
+            every = action.op is Op.NORM
+            group: Hashable = action.op if every else (stage, "optimizer")
+            sides, side = (self.schedule.num_stages, stage) if every else (1, 0)
+            self._start(group, sides, side, stage, action, (action.op, action.model, stage))
+        else:
+            return self._wait(stage, (_STARTS[action.op], action.model, stage))
+        return True
+
+    def _wait(self, stage: int, key: Hashable) -> bool:
+        if key not in self._ends:
+            return False
+        self._clock[stage] = max(self._clock[stage], self._ends[key])
+        return True
+
+    def _start(
+        self, group: Hashable, sides: int, side: int, stage: int, action: Action, key: Hashable
+    ) -> None:
+        lane = self._lanes.setdefault(group, _Lane(sides))
+        lane.starts[side].append((self._clock[stage], key, stage, action))
+        while all(len(starts) > lane.over for starts in lane.starts):
+            begun = [starts[lane.over] for starts in lane.starts]
+            start = max(lane.free_at, *(time for time, *_ in begun), 0.0)
+            lane.free_at = start + max(self.seconds(s, a) for _, _, s, a in begun if a.op is not Op.RECV)
+            for _, begun_key, s, a in begun:
+                self._ends[begun_key] = lane.free_at
+                if a.op is not Op.RECV:
+                    self._record(s, _lane_name(group, a), a, start, lane.free_at)
+            lane.over += 1
+
+    def _record(self, stage: int, lane: str, action: Action, start: float, end: float) -> None:
+        category = str(action.payload if action.op is Op.SEND else action.op)
+        self.spans.append(
+            Span(stage, lane, action.label, start, end, category, action.model, action.microbatch)
+        )
+
+
+def _lane_name(group: Hashable, action: Action) -> str:
+    return f"{group.payload} to {group.dst}" if isinstance(group, Channel) else str(action.op)

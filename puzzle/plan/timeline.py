@@ -1,0 +1,111 @@
+"""What happened when: one type for simulated and measured time, written as a Perfetto trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+COMPUTE_LANE = "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took from `start` to `end` seconds on a lane (a stream: "compute", a channel, ...) of
+    a row (a stage of a simulated plan, a rank of a measured run). `category` is the op of an action, or a
+    phase."""
+
+    row: int
+    lane: str
+    name: str
+    start: float
+    end: float
+    category: str = ""
+    model: str = ""
+    microbatch: int = -1
+
+    @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Spans in any order, all on one clock in seconds."""
+
+    spans: tuple[Span, ...]
+    source: Literal["simulated", "measured"] = "simulated"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The stages or ranks that have spans, sorted."""
+        return tuple(sorted({s.row for s in self.spans}))
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end; 0 without spans."""
+        return max((s.end for s in self.spans), default=0.0) - min((s.start for s in self.spans), default=0.0)
+
+    def busy(self, row: int, lane: str = COMPUTE_LANE) -> float:
+        """Seconds in which at least one span of the lane runs."""
+        total, until = 0.0, float("-inf")
+        for span in sorted((s for s in self.spans if (s.row, s.lane) == (row, lane)), key=lambda s: s.start):
+            total += max(0.0, span.end - max(span.start, until))
+            until = max(until, span.end)
+        return total
+
+    def bubble_share(self, row: int | None = None, lane: str = COMPUTE_LANE) -> float:
+        """The idle part of the makespan on a row's lane, or its mean over all rows; 0 for an empty
+        timeline."""
+        rows = self.rows if row is None else (row,)
+        if not rows or self.makespan == 0:
+            return 0.0
+        return 1 - sum(self.busy(r, lane) for r in rows) / (len(rows) * self.makespan)
+
+    def to_perfetto(self) -> dict[str, Any]:
+        """Chrome trace events (Perfetto and chrome://tracing read them): a process per row, a thread per
+        lane."""
+        lanes = sorted({(s.row, s.lane != COMPUTE_LANE, s.lane) for s in self.spans})
+        threads = {(row, lane): tid for tid, (row, _, lane) in enumerate(lanes, start=1)}
+        word = "stage" if self.source == "simulated" else "rank"
+        events = [_metadata("process_name", row, 0, f"{word} {row}") for row in self.rows]
+        events += [_metadata("thread_name", row, tid, lane) for (row, lane), tid in threads.items()]
+        events += [
+            {
+                "name": s.name,
+                "cat": s.category or "phase",
+                "ph": "X",
+                "ts": s.start * 1e6,
+                "dur": s.seconds * 1e6,
+                "pid": s.row,
+                "tid": threads[s.row, s.lane],
+                "args": {"model": s.model, "microbatch": s.microbatch},
+            }
+            for s in sorted(self.spans, key=lambda s: (s.start, s.row, s.lane))
+        ]
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"source": self.source}}
+
+    @classmethod
+    def from_perfetto(cls, trace: Mapping[str, Any]) -> Timeline:
+        """Reads back what `to_perfetto` wrote, to a nanosecond. KeyError or TypeError for other JSON."""
+        events: Sequence[Mapping[str, Any]] = trace["traceEvents"]
+        lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+        spans = tuple(
+            Span(
+                e["pid"],
+                lanes[e["pid"], e["tid"]],
+                e["name"],
+                e["ts"] / 1e6,
+                (e["ts"] + e["dur"]) / 1e6,
+                e["cat"],
+                **e["args"],
+            )
+            for e in events
+            if e["ph"] == "X"
+        )
+        return cls(spans, trace["otherData"]["source"])
+
+
+def _metadata(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
