@@ -1,0 +1,264 @@
+"""ppo.py against the plain float64 reference, on ragged random batches with garbage in the padding."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.rlhf import ppo
+from tests.reference import numpy_ppo
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = st.sampled_from(list(TOLERANCE))
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+class Case:
+    """Ragged rows and their padded tensors; the padding holds NaN and infinities."""
+
+    def __init__(self, lengths: list[int], seed: int, dtype: torch.dtype) -> None:
+        self.lengths, self.dtype = lengths, dtype
+        self.rng = np.random.default_rng(seed)
+        width = max(lengths) + 2
+        self.mask_BS = torch.arange(width) < torch.tensor(lengths)[:, None]
+
+    def rows(self, scale: float = 1.0, shift: float = 0.0) -> list[list[float]]:
+        rows = [self.rng.normal(size=n) * scale + shift for n in self.lengths]
+        return [[float(torch.tensor(x, dtype=self.dtype)) for x in row] for row in rows]
+
+    def near(self, rows: list[list[float]], scale: float) -> list[list[float]]:
+        moved = [[x + scale * self.rng.normal() for x in row] for row in rows]
+        return [[float(torch.tensor(x, dtype=self.dtype)) for x in row] for row in moved]
+
+    def padded(self, rows: list[list[float]]) -> torch.Tensor:
+        garbage = torch.tensor(self.rng.choice([np.nan, np.inf, -np.inf, 1e30], size=self.mask_BS.shape))
+        result = garbage.to(self.dtype)
+        result[self.mask_BS] = torch.tensor([x for row in rows for x in row], dtype=self.dtype)
+        return result
+
+    def packed(self, rows: list[list[float]]) -> torch.Tensor:
+        return torch.tensor([x for row in rows for x in row], dtype=self.dtype)
+
+    def check(self, result_BS: torch.Tensor, rows: list[list[float]], scale: float = 1.0) -> None:
+        """Rows inside the mask equal; outside exactly 0."""
+        assert result_BS.dtype == self.dtype
+        assert not result_BS[~self.mask_BS].any()
+        flat = np.array([x for row in rows for x in row])
+        bound = TOLERANCE[self.dtype] * scale * max(1.0, np.abs(flat).max(initial=0.0))
+        np.testing.assert_allclose(result_BS[self.mask_BS].double().numpy(), flat, rtol=0, atol=bound)
+
+    def close(self, result: torch.Tensor, expected: float) -> None:
+        bound = TOLERANCE[self.dtype] * max(1.0, abs(expected), sum(self.lengths))
+        assert float(result.detach()) == pytest.approx(expected, abs=bound)
+
+
+cases = st.builds(Case, LENGTHS, SEEDS, DTYPES)
+
+
+@given(cases, st.sampled_from(["k1", "k2", "k3"]), st.booleans(), st.sampled_from([5.0, 0.5]))
+def test_rewards(case, estimator, reference_free, limit):
+    logprobs = case.rows(1.0, -2.0)
+    reference = None if reference_free else case.near(logprobs, 0.5)
+    scores = [float(x) for x in case.rng.normal(size=len(case.lengths)).astype(np.float32) * 8]
+    kl_BS = None
+    if reference is not None:
+        kl_BS = ppo.token_kl(case.padded(logprobs), case.padded(reference), estimator)
+    scores_B = torch.tensor(scores, dtype=case.dtype)
+    rewards_BS = ppo.token_rewards(scores_B, kl_BS, case.mask_BS, 0.1, limit)
+    case.check(rewards_BS, numpy_ppo.rewards(logprobs, reference, scores, 0.1, limit, estimator))
+
+
+@given(cases, st.sampled_from([(1.0, 0.95), (0.9, 1.0), (0.97, 0.0)]))
+def test_gae(case, discounts):
+    gamma, lam = discounts
+    rewards, values = case.rows(), case.rows()
+    advantages_BS, returns_BS = ppo.gae(
+        case.padded(rewards), case.padded(values), case.mask_BS, gamma=gamma, lam=lam
+    )
+    both = [numpy_ppo.gae(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
+    case.check(advantages_BS, [a for a, _ in both])
+    case.check(returns_BS, [r for _, r in both])
+
+
+def test_gae_does_not_change_its_inputs_and_carries_no_gradient():
+    values = torch.ones(2, 3, requires_grad=True)
+    rewards = torch.ones(2, 3)
+    advantages, returns = ppo.gae(rewards, values, torch.ones(2, 3, dtype=torch.bool), 1.0, 0.95)
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+    assert rewards.eq(1).all()
+    assert values.eq(1).all()
+
+
+@given(cases, st.integers(1, 4))
+def test_whitening_over_ranks(case, ranks):
+    rows = case.rows(3.0, 10.0)
+    x_BS = case.padded(rows)
+    parts = [
+        ppo.moments(part, mask)
+        for part, mask in zip(x_BS.chunk(ranks), case.mask_BS.chunk(ranks), strict=True)
+    ]
+    case.check(ppo.whiten(x_BS, case.mask_BS, torch.stack(parts).sum(0)), numpy_ppo.whiten(rows), scale=100)
+
+
+def backward(sums, leaf_BS, tokens):
+    (sums.loss / tokens).backward()
+    return leaf_BS.grad
+
+
+@given(cases, st.sampled_from([0.2, 0.05]))
+def test_policy_loss_and_gradient(case, clip):
+    old = case.rows(1.0, -2.0)
+    new, advantages = case.near(old, 0.3), case.rows()
+    expected = numpy_ppo.policy_loss(new, old, advantages, clip)
+    tokens = max(expected.tokens, 1)
+    leaf_BS = case.padded(new).requires_grad_()
+    sums = ppo.actor_loss(leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, clip=clip)
+    case.close(sums.loss, expected.value * tokens)
+    case.close(sums.policy, expected.value * tokens)
+    case.close(sums.approx_kl, expected.approx_kl * tokens)
+    assert int(sums.clipped) == round(expected.clip_fraction * tokens)
+    assert int(sums.tokens) == expected.tokens
+    assert (float(sums.kl), float(sums.entropy)) == (0.0, 0.0)
+    case.check(backward(sums, leaf_BS, tokens), expected.gradient)
+
+
+@given(cases, st.sampled_from([0.2, 0.5, None]))
+def test_value_loss_and_gradient(case, clip):
+    old = case.rows()
+    new, returns = case.near(old, 0.4), case.near(old, 1.0)
+    expected = numpy_ppo.value_loss(new, old, returns, clip)
+    tokens = max(expected.tokens, 1)
+    leaf_BS = case.padded(new).requires_grad_()
+    sums = ppo.critic_loss(leaf_BS, case.padded(old), case.padded(returns), case.mask_BS, clip=clip)
+    case.close(sums.loss, expected.value * tokens)
+    case.close(sums.squared_error, 2 * tokens * numpy_ppo.value_loss(new, old, returns, None).value)
+    assert int(sums.clipped) == round(expected.clip_fraction * tokens)
+    case.check(backward(sums, leaf_BS, tokens), expected.gradient)
+
+
+@given(cases, st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_and_entropy_in_the_loss(case, estimator):
+    old = case.rows(1.0, -2.0)
+    new, reference, entropy = case.near(old, 0.1), case.near(old, 0.5), case.rows(1.0, 3.0)
+    zero = [[0.0] * n for n in case.lengths]
+    leaf_BS, entropy_BS = case.padded(new).requires_grad_(), case.padded(entropy).requires_grad_()
+    sums = ppo.actor_loss(
+        leaf_BS,
+        case.padded(old),
+        case.padded(zero),
+        case.mask_BS,
+        clip=0.2,
+        entropy=entropy_BS,
+        entropy_coef=0.01,
+        ref_logprobs=case.padded(reference),
+        kl_coef=0.2,
+        kl_estimator=estimator,
+    )
+    expected = numpy_ppo.kl_loss(new, reference, estimator)
+    tokens = max(expected.tokens, 1)
+    total = sum(x for row in entropy for x in row)
+    case.close(sums.kl, expected.value * tokens)
+    case.close(sums.entropy, total)
+    case.close(sums.loss, 0.2 * expected.value * tokens - 0.01 * total)
+    sums.loss.backward()
+    assert leaf_BS.grad is not None
+    assert entropy_BS.grad is not None
+    case.check(leaf_BS.grad, [[0.2 * tokens * g for g in row] for row in expected.gradient])
+    case.check(entropy_BS.grad, [[-0.01] * n for n in case.lengths])
+
+
+@given(cases, st.integers(1, 5))
+def test_packed_micro_batches_add_up(case, parts):
+    """A padded minibatch and its packed tokens cut anywhere give the same sums and gradients."""
+    old = case.rows(1.0, -2.0)
+    new, advantages = case.near(old, 0.3), case.rows()
+    leaf_BS = case.padded(new).requires_grad_()
+    whole = ppo.actor_loss(leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, clip=0.2)
+    whole.loss.backward()
+    leaf_T = case.packed(new).requires_grad_()
+    everywhere = torch.ones_like(leaf_T, dtype=torch.bool)
+    tensors = (leaf_T, case.packed(old), case.packed(advantages), everywhere)
+    pieces = [
+        ppo.actor_loss(*piece, clip=0.2)
+        for piece in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True)
+    ]
+    for piece in pieces:
+        piece.loss.backward()
+    for field in ppo.ActorSums._fields:
+        case.close(
+            sum(getattr(piece, field) for piece in pieces).detach(), float(getattr(whole, field).detach())
+        )
+    assert leaf_BS.grad is not None
+    torch.testing.assert_close(leaf_T.grad, leaf_BS.grad[case.mask_BS])
+
+
+def test_an_empty_micro_batch_is_harmless():
+    empty = torch.full((7,), math.nan, requires_grad=True)
+    nothing = torch.zeros(7, dtype=torch.bool)
+    for sums in (
+        ppo.actor_loss(empty, empty.detach(), empty.detach(), nothing, clip=0.2, entropy=empty),
+        ppo.critic_loss(empty, empty.detach(), empty.detach(), nothing, clip=0.2),
+    ):
+        empty.grad = None
+        sums.loss.backward()
+        assert empty.grad is not None
+        assert not empty.grad.any()
+        assert all(float(x.detach()) == 0 for x in sums)
+    assert not ppo.whiten(empty.detach(), nothing, ppo.moments(empty.detach(), nothing)).any()
+
+
+def test_unknown_estimator():
+    with pytest.raises(ValueError, match="k4"):
+        ppo.token_kl(torch.zeros(1), torch.zeros(1), "k4")  # ty: ignore[invalid-argument-type]
+
+
+@given(st.floats(0.001, 1), st.floats(0, 50), st.floats(0.1, 20), st.integers(1, 512))
+def test_adaptive_kl(coef, observed, target, responses):
+    expected = numpy_ppo.adaptive_kl(coef, observed, target, responses, 1000)
+    assert ppo.adapted_kl_coef(coef, observed, target, responses, 1000) == pytest.approx(expected)
+
+
+def test_adaptive_kl_reaches_its_target():
+    coef = 0.5
+    for _ in range(2000):  # a policy whose KL falls as the coefficient rises
+        coef = ppo.adapted_kl_coef(coef, 0.3 / coef, 6.0, 64, 1000)
+    assert 0.3 / coef == pytest.approx(6.0, rel=1e-3)
+
+
+@given(st.lists(st.lists(st.floats(-100, 100), max_size=8), max_size=6))
+def test_running_moments(batches):
+    state = ppo.RunningMoments()
+    for batch in batches:
+        scores = torch.tensor(batch, dtype=torch.float64)
+        state = state.merged(ppo.moments(scores, torch.ones_like(scores, dtype=torch.bool)))
+        state = ppo.RunningMoments(**json.loads(json.dumps(dataclasses.asdict(state))))
+    everything = np.array([x for batch in batches for x in batch])
+    assert state.count == everything.size
+    if everything.size:
+        assert state.mean == pytest.approx(everything.mean(), abs=1e-9)
+        assert state.deviations / state.count == pytest.approx(everything.var(), abs=1e-8)
+    scores = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    if everything.size and everything.var() > 1e-6:
+        expected = scores.numpy() / np.sqrt(everything.var() + 1e-8)
+        np.testing.assert_allclose(state.scaled(scores).numpy(), expected, rtol=1e-4)
+    elif not everything.size:
+        assert state.scaled(scores) is scores
+
+
+def test_needs_torch_alone():
+    """The baseline runs this module in an environment of its own."""
+    code = (
+        "import sys; before = set(sys.modules); import torch; after_torch = set(sys.modules);"
+        "import puzzle.rlhf.ppo; new = {m.split('.')[0] for m in set(sys.modules) - after_torch};"
+        "assert new <= {'puzzle'}, new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
