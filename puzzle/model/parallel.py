@@ -1,6 +1,6 @@
 """The tensor-parallel group of one stage, and the differentiable moves of tokens inside it.
 
-Between matrix multiplications activations are cut along tokens (sequence parallelism): a rank holds T/tp rows.
+Between matrices, activations are cut along tokens (sequence parallelism): a rank holds T/tp rows.
 A column-parallel matrix needs all T rows (gather); a row-parallel one leaves a partial sum of all T rows
 (scatter: sum and keep the own rows). The forward of one is the backward of the other.
 Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TensorGroup:
@@ -37,7 +37,7 @@ class TensorGroup:
         if self.size == 1:
             return x
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=self.group)
+        all_gather_flat(out, x.contiguous(), group=self.group)
         self.moved += out.nbytes
         return out
 
@@ -46,7 +46,7 @@ class TensorGroup:
         if self.size == 1:
             return x
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        _reduce_scatter(out, x.contiguous(), group=self.group)
+        reduce_scatter_flat(out, x.contiguous(), group=self.group)
         self.moved += x.nbytes
         return out
 

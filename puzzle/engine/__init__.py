@@ -1,0 +1,1 @@
+"""Executes plans: process groups, pipeline runner, optimizer, generation."""

@@ -1,0 +1,340 @@
+"""AdamW with ZeRO-1: a replica keeps all gradients in fp32, but master weights and moments of its own rows.
+
+A local parameter is cut along storage rows into dp intervals (`plan.shards.zero_rows`), so an optimizer shard
+is a list of boxes like everything else. Parameters are grouped into buckets; a bucket's gradient buffer is
+(dp, chunk) with every replica's rows side by side, so that one reduce-scatter leaves the own rows' sum, and
+one all-gather spreads the stepped rows.
+(Rajbhandari et al. 2020, "ZeRO", stage 1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from puzzle.engine.world import World
+from puzzle.errors import UserError
+from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
+from puzzle.plan.layout import Coord, Placement
+from puzzle.plan.schedule import Op
+from puzzle.plan.shards import LocalParam, sharers, zero_rows
+from puzzle.spec.model import ModelSpec
+
+BUCKET = 1 << 26
+"""Elements per bucket at most, unless one parameter alone has more."""
+
+
+@dataclass
+class AdamWSettings:
+    """Hyper-parameters; `lr_at(step)` gives the learning rate of optimizer step 0, 1, ..."""
+
+    lr_at: Callable[[int], float]
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float | None = 1.0
+    backend: str = "torch"
+
+
+@dataclass
+class _Slot:
+    """Where one parameter lies in a bucket: `rows` of every replica's chunk, from element `offset` on."""
+
+    local: LocalParam
+    param: nn.Parameter
+    offset: int
+    rows: int
+    low: int
+    high: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.local.row_size
+
+
+@dataclass
+class _Bucket:
+    slots: list[_Slot] = field(default_factory=list)
+    chunk: int = 0
+    grads: Tensor | None = None  # fp32 (dp, chunk)
+    shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows
+    hits: int = 0
+    work: dist.Work | None = None
+    gathered: Tensor | None = None
+
+
+class ZeroAdamW:
+    """Optimizer of one model on one rank. The schedule's optimizer actions are its methods, in this order:
+
+    `begin`, then backward passes (gradients are taken over by hooks), then `do(Op.REDUCE)`, `WAIT_REDUCE`,
+    `NORM`, `WAIT_NORM`, `STEP`, `GATHER`, `WAIT_GATHER`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: ModelSpec,
+        placement: Placement,
+        coord: Coord,
+        params: Sequence[tuple[LocalParam, nn.Parameter]],
+        world: World,
+        settings: AdamWSettings,
+        bucket: int = BUCKET,
+    ) -> None:
+        self.name, self.spec, self.placement, self.coord = name, spec, placement, coord
+        self.world, self.settings = world, settings
+        self.dp = placement.layout.dp
+        self.group = world.group(placement.dp_group(coord), "dp")
+        self.everyone = world.group(tuple(sorted(placement.ranks)), "model")
+        self.steps = 0
+        self.grad_norm = float("nan")
+        self.passes = 0
+        self._reducing = False
+        self._norm: tuple[Tensor, dist.Work | None] | None = None
+        self.buckets = self._fill_buckets(params, bucket)
+        self.slots = [slot for b in self.buckets for slot in b.slots]
+        self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
+        self.masters = [self._master(slot) for slot in self.slots]
+        self.shared = self._shared_rows()
+        self.owned = self._owned_rows()
+        self.adam = _adam(self.masters, settings)
+        for slot in self.slots:
+            slot.param.register_post_accumulate_grad_hook(self._take)
+
+    def _fill_buckets(self, params: Sequence[tuple[LocalParam, nn.Parameter]], limit: int) -> list[_Bucket]:
+        """Last layers first: the order in which backward completes them."""
+        buckets = [_Bucket()]
+        for local, param in reversed(params):
+            rows = -(-local.rows // self.dp)
+            size = rows * local.row_size
+            if buckets[-1].slots and (buckets[-1].chunk + size) * self.dp > limit:
+                buckets.append(_Bucket())
+            low, high = zero_rows(local, self.dp, self.coord.d)
+            buckets[-1].slots.append(_Slot(local, param, buckets[-1].chunk, rows, low, high))
+            buckets[-1].chunk += size
+        return buckets
+
+    def _master(self, slot: _Slot) -> Tensor:
+        """fp32 values of the own rows; the parameter's own memory where that is fp32 already."""
+        own = slot.param.detach()[slot.low : slot.high]
+        return own if own.dtype == torch.float32 else own.float()
+
+    def _shared_rows(self) -> list[tuple[dist.ProcessGroup, list[tuple[int, int, int]]]]:
+        """Per set of ranks of the replica that hold the same boxes: (slot, first, last own row)."""
+        tensors = {t.name: t for t in self.spec.tensors()}
+        rows: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+        for i, slot in enumerate(self.slots):
+            for piece in slot.local.clip(slot.low, slot.high):
+                same = sharers(tensors[piece.tensor], self.placement.layout, self.coord)
+                if len(same) > 1:
+                    ranks = tuple(self.placement.rank_of(c) for c in same)
+                    rows.setdefault(ranks, []).append((i, piece.start - slot.low, piece.stop - slot.low))
+        shared = []
+        for ranks in sorted(rows):
+            group = self.world.group(ranks, "sharers")
+            assert group is not None
+            # A tied embedding and its head are different slots: order by what both stages agree on.
+            shared.append((group, sorted(rows[ranks], key=lambda r: _order(self.slots[r[0]], r))))
+        return shared
+
+    def _owned_rows(self) -> list[tuple[int, int, int]]:
+        """(slot, first, last row) of the own shard that this rank counts in norms, padding left out."""
+        tensors = {t.name: t for t in self.spec.tensors()}
+        owned: list[tuple[int, int, int]] = []
+        for i, slot in enumerate(self.slots):
+            for piece in slot.local.clip(slot.low, slot.high):
+                if sharers(tensors[piece.tensor], self.placement.layout, self.coord)[0] != self.coord:
+                    continue
+                first, last = piece.start - slot.low, piece.stop - slot.low
+                if owned and owned[-1][0] == i and owned[-1][2] == first:
+                    first = owned.pop()[1]
+                owned.append((i, first, last))
+        return owned
+
+    def begin(self, passes: int) -> None:
+        """Prepare zeroed gradient buffers for `passes` backward passes."""
+        self.passes = passes
+        for bucket in self.buckets:
+            bucket.hits = 0
+            if bucket.grads is None:
+                device = bucket.slots[0].param.device
+                bucket.grads = torch.zeros((self.dp, bucket.chunk), dtype=torch.float32, device=device)
+            else:
+                bucket.grads.zero_()
+
+    def _take(self, param: nn.Parameter) -> None:
+        """Move a fresh gradient into its bucket; the last of the last pass starts the bucket's reduction."""
+        bucket, slot = self._home[id(param)]
+        assert param.grad is not None
+        assert bucket.grads is not None, f"{self.name}: backward outside of a step"
+        grad, param.grad = param.grad, None
+        home = bucket.grads[:, slot.offset : slot.offset + slot.size]
+        rows = slot.local.rows
+        if rows == slot.rows * self.dp:
+            home.add_(grad.reshape(self.dp, slot.size))
+        else:
+            for d in range(self.dp):
+                part = grad[d * slot.rows : min((d + 1) * slot.rows, rows)]
+                if part.numel():
+                    home[d, : part.numel()].add_(part.reshape(-1))
+        bucket.hits += 1
+        if bucket.hits == self.passes * len(bucket.slots):
+            self._start_reduce(bucket)
+
+    def _start_reduce(self, bucket: _Bucket) -> None:
+        assert bucket.grads is not None
+        if self.group is None:
+            bucket.shard = bucket.grads[0]
+            return
+        if bucket.shard is None:
+            bucket.shard = torch.empty_like(bucket.grads[0])
+        bucket.work = reduce_scatter_flat(bucket.shard, bucket.grads.view(-1), self.group, async_op=True)
+        self.world.moved["reduce_scatter"] += bucket.grads.nbytes
+
+    def do(self, op: Op) -> None:
+        """Run one optimizer action of a schedule."""
+        {
+            Op.REDUCE: self._check_reduced,
+            Op.WAIT_REDUCE: self._wait_reduce,
+            Op.NORM: self._start_norm,
+            Op.WAIT_NORM: self._wait_norm,
+            Op.STEP: self._step,
+            Op.GATHER: self._start_gather,
+            Op.WAIT_GATHER: self.wait_gather,
+        }[op]()
+
+    def _check_reduced(self) -> None:
+        """The hooks start every reduction with the last backward, unless a schedule lost one."""
+        for bucket in self.buckets:
+            wanted = self.passes * len(bucket.slots)
+            assert bucket.hits == wanted, f"{self.name}: {bucket.hits} gradients of {wanted} arrived"
+
+    def _wait_reduce(self) -> None:
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+        for group, rows in self.shared:
+            parts = [self._grad(i)[first:last] for i, first, last in rows]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(flat, group=group)
+            self.world.moved["all_reduce"] += flat.nbytes
+            for part, summed in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+                part.copy_(summed.view_as(part))
+
+    def _grad(self, i: int) -> Tensor:
+        """The reduced gradient of slot i's own rows, in the shape of those rows."""
+        slot = self.slots[i]
+        shard = self._home[id(slot.param)][0].shard
+        assert shard is not None
+        rows = slot.high - slot.low
+        return shard[slot.offset : slot.offset + rows * slot.local.row_size].view(rows, *slot.local.shape[1:])
+
+    def _start_norm(self) -> None:
+        parts = [self._grad(i)[first:last] for i, first, last in self.owned]
+        device = self.world.device
+        norms = torch.stack(torch._foreach_norm(parts)) if parts else torch.zeros(1, device=device)
+        square = norms.square().sum()
+        work = None
+        if self.everyone is not None:
+            work = dist.all_reduce(square, group=self.everyone, async_op=True)
+        self._norm = (square, work)
+
+    def _wait_norm(self) -> None:
+        assert self._norm is not None
+        square, work = self._norm
+        if work is not None:
+            work.wait()
+        self._norm = None
+        self.grad_norm = float(square.sqrt())
+        if not torch.isfinite(square):
+            raise UserError(
+                f"{self.name}: the gradient norm is {self.grad_norm} at optimizer step {self.steps}; "
+                "look at the loss, lower the learning rate, or resume from an earlier checkpoint"
+            )
+
+    def _step(self) -> None:
+        clip = self.settings.grad_clip
+        grads = [self._grad(i) for i in range(len(self.slots))]
+        if clip is not None and self.grad_norm > clip:
+            torch._foreach_mul_(grads, clip / (self.grad_norm + 1e-6))
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad
+        for group in self.adam.param_groups:
+            group["lr"] = self.settings.lr_at(self.steps)
+        with torch.no_grad():
+            self.adam.step()
+        for master in self.masters:
+            master.grad = None
+        self.steps += 1
+
+    def _start_gather(self) -> None:
+        """Spread the stepped rows: alone by a copy, among replicas by one all-gather per bucket."""
+        with torch.no_grad():
+            masters = dict(zip(map(id, self.slots), self.masters, strict=True))
+            for bucket in reversed(self.buckets):  # the first layers are needed first
+                for slot in bucket.slots:
+                    own = slot.param[slot.low : slot.high]
+                    if own.dtype != torch.float32:
+                        own.copy_(masters[id(slot)])
+                if self.group is None:
+                    continue
+                sample = bucket.slots[0].param
+                mine = torch.empty(bucket.chunk, dtype=sample.dtype, device=sample.device)
+                for slot in bucket.slots:
+                    own = slot.param[slot.low : slot.high].reshape(-1)
+                    mine[slot.offset : slot.offset + own.numel()] = own
+                bucket.gathered = mine.new_empty(self.dp * bucket.chunk)
+                bucket.work = all_gather_flat(bucket.gathered, mine, self.group, async_op=True)
+                self.world.moved["all_gather"] += bucket.gathered.nbytes
+
+    def wait_gather(self) -> None:
+        """Put the other replicas' rows in place; without a gather under way, nothing."""
+        for bucket in reversed(self.buckets):
+            if bucket.gathered is None or bucket.work is None:
+                continue
+            bucket.work.wait()
+            chunks = bucket.gathered.view(self.dp, bucket.chunk)
+            with torch.no_grad():
+                for slot in bucket.slots:
+                    for d in range(self.dp):
+                        low, high = zero_rows(slot.local, self.dp, d)
+                        if d != self.coord.d and low < high:
+                            size = (high - low) * slot.local.row_size
+                            rows = chunks[d, slot.offset : slot.offset + size]
+                            slot.param[low:high] = rows.view(high - low, *slot.local.shape[1:])
+            bucket.work = bucket.gathered = None
+
+    def release(self) -> None:
+        """Give the gradient buffers back; the next `begin` takes them again."""
+        for bucket in self.buckets:
+            bucket.grads = bucket.shard = None
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Reduced fp32 gradients of the own rows by storage name."""
+        return {slot.local.name: self._grad(i) for i, slot in enumerate(self.slots)}
+
+
+def _order(slot: _Slot, row: tuple[int, int, int]) -> tuple[str, int]:
+    piece = slot.local.clip(slot.low + row[1], slot.low + row[2])[0]
+    return piece.tensor, row[1]
+
+
+def _adam(masters: Sequence[Tensor], settings: AdamWSettings) -> torch.optim.Optimizer:
+    """AdamW over the masters: decay on matrices alone, as is usual."""
+    groups = []
+    for matrices in (True, False):
+        members = [m for m in masters if (m.dim() > 1) is matrices and m.numel()]
+        if members:
+            groups.append({"params": members, "weight_decay": settings.weight_decay if matrices else 0.0})
+    if settings.backend == "apex":
+        try:
+            from apex.optimizers import FusedAdam  # ty: ignore[import-not-found]
+        except ImportError as error:
+            raise UserError(f"optimizer.backend apex: {error}; install apex or use torch") from error
+        return FusedAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)

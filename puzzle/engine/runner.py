@@ -1,0 +1,159 @@
+"""Runs a schedule on this rank's stage: passes on the device, transfers on channels of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puzzle.engine.world import World
+from puzzle.plan.schedule import COLLECTIVES, TRANSFERS, Action, Channel, Message, Op, Schedule
+
+ACK = 1
+"""Tag of the one-byte note by which a gloo receiver says that its receive is posted."""
+
+
+class StageWork(Protocol):
+    """One model's share of a schedule on this rank."""
+
+    def buffer(self, action: Action) -> Tensor:
+        """An empty tensor of the shape and dtype of the message that `action` receives."""
+        ...
+
+    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+        """Do a pass with what it needs; the tensor to send on, if any."""
+        ...
+
+    def optimize(self, op: Op) -> None:
+        """Start, or wait for, a part of the optimizer step."""
+        ...
+
+
+class Clock:
+    """Start and end of every pass and wait, by host clock or by device events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[Action, _Instant, _Instant]] = []
+        self._origin = self.now()
+
+    def now(self) -> _Instant:
+        """A point in time of the current stream."""
+        return _Instant(self.device)
+
+    def mark(self, action: Action, start: _Instant) -> None:
+        """The action began at `start` and ends now."""
+        self._marks.append((action, start, self.now()))
+
+    def spans(self) -> list[tuple[Action, float, float]]:
+        """(action, start, end) in seconds since the clock was made; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [(action, start - self._origin, end - self._origin) for action, start, end in self._marks]
+
+
+class _Instant:
+    """A moment of the host (seconds) or of a CUDA stream (an event)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = time.perf_counter()
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def __sub__(self, earlier: _Instant) -> float:
+        if self.event is None or earlier.event is None:
+            return self.host - earlier.host
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class Runner:
+    """Executes schedules for one pipeline: `ranks[s]` is the global rank of its stage s."""
+
+    def __init__(self, world: World, ranks: tuple[int, ...], pipelines: list[tuple[int, ...]]) -> None:
+        """`pipelines` are the rank lists of all pipelines of the placement, alike on every rank."""
+        self.world = world
+        self.ranks = ranks
+        self.stage = ranks.index(world.rank)
+        self.pipelines = pipelines
+        self.doing = "idle"
+
+    def run(self, schedule: Schedule, models: Mapping[str, StageWork], clock: Clock | None = None) -> None:
+        """Execute this stage's actions in order. A failed transfer raises RuntimeError that names it."""
+        ends = [(p[c.src], p[c.dst], c) for c in schedule.channels for p in self.pipelines]
+        execution = _Execution(self, self.world.connect(ends), models)
+        for action in schedule.actions[self.stage]:
+            self.doing = action.label
+            if clock is None or action.op in (Op.SEND, Op.RECV):
+                execution.do(action)
+                continue
+            start = clock.now()
+            execution.do(action)
+            clock.mark(action, start)
+        self.doing = "idle"
+        execution.finish()
+
+
+class _Execution:
+    """Tensors and transfers under way in one run of a schedule."""
+
+    def __init__(
+        self, runner: Runner, groups: Mapping[Channel, dist.ProcessGroup], models: Mapping[str, StageWork]
+    ) -> None:
+        self.runner, self.groups, self.models = runner, groups, models
+        self.world, self.stage = runner.world, runner.stage
+        self.under_way: dict[Message, tuple[Tensor, dist.Work]] = {}
+        self.arrived: list[Tensor] = []
+        self.leaving: Tensor | None = None
+        self.acks: list[dist.Work] = []
+
+    def do(self, action: Action) -> None:
+        if action.op in TRANSFERS:
+            try:
+                self._transfer(action)
+            except RuntimeError as error:
+                peer = self.runner.ranks[action.peer or 0]
+                raise RuntimeError(f"{action.label} (rank {peer}) failed: {error}") from error
+        elif action.op in COLLECTIVES or action.op in COLLECTIVES.values() or action.op is Op.STEP:
+            self.models[action.model].optimize(action.op)
+        else:
+            received = self.arrived.pop() if self.arrived else None
+            self.leaving = self.models[action.model].compute(action, received)
+
+    def _transfer(self, action: Action) -> None:
+        message = action.message(self.stage)
+        group, peer = self.groups[message.channel], self.runner.ranks[action.peer or 0]
+        acknowledge = self.world.acknowledge and self.world.device.type == "cpu"
+        if action.op is Op.SEND:
+            assert self.leaving is not None, f"{action.label}: nothing to send"
+            tensor, self.leaving = self.leaving.contiguous(), None
+            work = dist.isend(tensor, peer, group=group)
+            assert work is not None
+            self.under_way[message] = (tensor, work)
+            self.world.moved[str(message.channel.payload)] += tensor.nbytes
+        elif action.op is Op.RECV:
+            tensor = self.models[action.model].buffer(action)
+            work = dist.irecv(tensor, peer, group=group)
+            assert work is not None
+            if acknowledge:
+                ack = dist.isend(torch.zeros(1, dtype=torch.uint8), peer, group=group, tag=ACK)
+                assert ack is not None
+                self.acks.append(ack)
+            self.under_way[message] = (tensor, work)
+        else:
+            tensor, work = self.under_way.pop(message)
+            if action.op is Op.WAIT_SEND and acknowledge:
+                dist.recv(torch.zeros(1, dtype=torch.uint8), peer, group=group, tag=ACK)
+            work.wait()
+            if action.op is Op.WAIT_RECV:
+                self.arrived.append(tensor)
+
+    def finish(self) -> None:
+        for ack in self.acks:
+            ack.wait()
+        assert not self.under_way, "the schedule ended with transfers under way"

@@ -1,0 +1,109 @@
+"""One model of one process: its stage, its groups, its optimizer, and the passes that callers ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
+from puzzle.engine.runner import Clock, Runner
+from puzzle.engine.stage import Finish, StageRun
+from puzzle.engine.world import World
+from puzzle.model.decoder import Decoder
+from puzzle.model.packing import PackedBatch
+from puzzle.model.parallel import TensorGroup
+from puzzle.plan.layout import Coord, Placement
+from puzzle.plan.pipelines import forward_only, one_f_one_b
+from puzzle.plan.schedule import Schedule
+from puzzle.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a pass of batches gave: the schedule that ran, results per micro-batch (last stage alone)."""
+
+    schedule: Schedule
+    results: list[Tensor]
+
+
+class ModelRuntime:
+    """A model under a placement. All ranks of the placement make the same calls in the same order."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: ModelSpec,
+        placement: Placement,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+    ) -> None:
+        """Weights are zero until `model.hf` fills `decoder`. UserError if the layout does not fit."""
+        placement.layout.check(spec)
+        self.name, self.spec, self.placement, self.world = name, spec, placement, world
+        self.coord: Coord = placement.coord_of(world.rank)
+        self.tensor = TensorGroup(world.group(placement.tp_group(self.coord), "tp"))
+        self.decoder = Decoder(
+            spec, placement.layout, self.coord, self.tensor, dtype, world.device, recompute
+        )
+        self.runner = Runner(world, placement.pp_group(self.coord), list(placement.groups("pp")))
+        self.optimizer: ZeroAdamW | None = None
+        self.clock: Clock | None = None
+
+    def attach_optimizer(self, settings: AdamWSettings) -> None:
+        """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
+        params = [(s, self.decoder.get_parameter(s.name)) for s in self.decoder.storages]
+        self.optimizer = ZeroAdamW(
+            self.name, self.spec, self.placement, self.coord, params, self.world, settings
+        )
+
+    def freeze(self) -> None:
+        """No gradients for this model."""
+        self.decoder.requires_grad_(False)
+
+    @property
+    def owns_results(self) -> bool:
+        """Whether this rank speaks for its replica: tensor rank 0 of the last stage."""
+        return self.decoder.last and self.coord.t == 0
+
+    def rows(self, count: int) -> range:
+        """This replica's share of `count` rows of a global batch: contiguous, sizes differ by one at most."""
+        return share(count, self.placement.layout.dp, self.coord.d)
+
+    def infer(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
+        """Forward passes without gradients; `finish` results on every rank of the last stage."""
+        schedule = forward_only(self.placement.layout.pp, len(batches), self.name)
+        return self._run(schedule, StageRun(self.decoder, batches, finish))
+
+    def train(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
+        """Forward and backward passes under 1F1B, then an optimizer step.
+
+        `finish` gives losses whose sum over micro-batches and replicas is the minibatch's loss.
+        """
+        schedule = one_f_one_b(self.placement.layout.pp, len(batches), self.name, optimizer=True)
+        return self._run(schedule, StageRun(self.decoder, batches, finish, self.optimizer))
+
+    def _run(self, schedule: Schedule, stage: StageRun) -> StageResult:
+        self.runner.run(schedule, {self.name: stage}, self.clock)
+        return StageResult(schedule, [r for r in stage.results if r is not None])
+
+    def collect(self, local_RS: Tensor | None, rows: range, shape: tuple[int, ...]) -> Tensor:
+        """Every replica's rows of a global tensor on every rank of the run.
+
+        `local_RS` are this replica's rows `rows` of a tensor of `shape`; the rank that speaks for it counts.
+        """
+        dtype = torch.float32 if local_RS is None or local_RS.is_floating_point() else torch.int64
+        whole = torch.zeros(shape, dtype=dtype, device=self.world.device)
+        if local_RS is not None and self.owns_results:
+            whole[rows.start : rows.stop] = local_RS.to(dtype)
+        return self.world.sum(whole)
+
+
+def share(count: int, parts: int, index: int) -> range:
+    """Contiguous share `index` of `count` rows in `parts`; the first ones take the remainder."""
+    size, rest = divmod(count, parts)
+    start = index * size + min(index, rest)
+    return range(start, start + size + (index < rest))

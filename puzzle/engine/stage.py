@@ -1,0 +1,71 @@
+"""One model's share of a schedule on this rank: micro-batches through the decoder's stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from puzzle.engine.optimizer import ZeroAdamW
+from puzzle.model.decoder import Decoder
+from puzzle.model.packing import PackedBatch
+from puzzle.plan.schedule import Action, Op
+
+Finish = Callable[[int, Tensor], Tensor]
+"""(micro-batch, final hidden states (T/tp, D)) -> 0-d loss when training, any result otherwise."""
+
+
+class StageRun:
+    """Forwards, and if `optimizer` is given backwards, of `batches` through one stage.
+
+    On the last stage `finish` turns final hidden states into a loss or a result; `results` keeps it detached.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batches: Sequence[PackedBatch],
+        finish: Finish,
+        optimizer: ZeroAdamW | None = None,
+    ) -> None:
+        self.decoder, self.batches, self.finish, self.optimizer = decoder, batches, finish, optimizer
+        self.results: list[Tensor | None] = [None] * len(batches)
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        if optimizer is not None:
+            optimizer.begin(len(batches))
+
+    def buffer(self, action: Action) -> Tensor:
+        """Hidden states or their gradients: (T/tp, D) in the decoder's dtype."""
+        rows = self.batches[action.microbatch].total // self.decoder.layout.tp
+        shape = (rows, self.decoder.spec.hidden_size)
+        return torch.empty(shape, dtype=self.decoder.dtype, device=self.decoder.device)
+
+    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+        """One pass of one micro-batch; what the neighbouring stage needs of it."""
+        if action.op is Op.FORWARD:
+            return self._forward(action.microbatch, received)
+        return self._backward(action.microbatch, received)
+
+    def _forward(self, index: int, received: Tensor | None) -> Tensor | None:
+        batch = self.batches[index]
+        train = self.optimizer is not None
+        x = batch.tokens_T if received is None else received.requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            out = self.decoder(x, batch)
+            if self.decoder.last:
+                out = self.finish(index, out)
+                self.results[index] = out.detach()
+        if train:
+            self._kept[index] = (x, out)
+        return None if self.decoder.last else out.detach()
+
+    def _backward(self, index: int, received: Tensor | None) -> Tensor | None:
+        x, out = self._kept.pop(index)
+        torch.autograd.backward(out, received)
+        return None if self.decoder.first else x.grad
+
+    def optimize(self, op: Op) -> None:
+        """Hand an optimizer action on."""
+        assert self.optimizer is not None, "an optimizer action for a model that is not trained"
+        self.optimizer.do(op)

@@ -1,0 +1,126 @@
+"""All processes of a run: this one's place, its device, process groups, and global sums for the algorithm."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puzzle.errors import UserError
+from puzzle.plan.schedule import Channel
+
+
+class World:
+    """This process among the run's processes; owns every process group, so that none is global.
+
+    `moved` counts bytes this rank put into collectives and messages, by kind.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, *, acknowledge: bool = False) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.acknowledge = acknowledge
+        self.moved: Counter[str] = Counter()
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+    @classmethod
+    def start(cls, device: str = "auto", *, timeout: float = 600.0, acknowledge: bool = False) -> World:
+        """Join the run that torchrun's variables (RANK, WORLD_SIZE, ...) describe; alone without them.
+
+        `acknowledge` makes gloo sends wait for their receiver, as NCCL's do: a debugging aid. UserError if
+        the device is absent.
+        """
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if kind == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("device: cuda asked for but torch sees no GPU; use --device cpu")
+            if local >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise UserError(
+                    f"layout: process {local} of this host has no GPU ({count} here); shrink tp, pp or dp"
+                )
+            place = torch.device("cuda", local)
+            torch.cuda.set_device(place)
+        else:
+            place = torch.device("cpu")
+        if size > 1:
+            backend = "nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout),
+                device_id=place if kind == "cuda" else None,
+            )
+        return cls(rank, size, place, acknowledge=acknowledge)
+
+    def close(self) -> None:
+        """Leave the run."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def group(self, ranks: tuple[int, ...], purpose: str) -> dist.ProcessGroup | None:
+        """The process group of `ranks` for a purpose; None for one rank. Members call in the same order."""
+        if len(ranks) < 2:
+            return None
+        key = (purpose, ranks)
+        if key not in self._groups:
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            assert group is not None
+            self._groups[key] = group
+        return self._groups[key]
+
+    def connect(self, ends: list[tuple[int, int, Channel]]) -> dict[Channel, dist.ProcessGroup]:
+        """Communicators of the channels (source rank, destination rank, channel) that end at this rank.
+
+        Every rank passes the same list. The first message of an NCCL pair is a handshake of both, so all
+        pairs shake hands here, in one order: later, two ranks could each wait for the other's first message.
+        """
+        mine = {}
+        for src, dst, channel in sorted(ends):
+            if self.rank not in (src, dst):
+                continue
+            known = (str(channel.payload), (src, dst)) in self._groups
+            group = self.group((src, dst), str(channel.payload))
+            assert group is not None
+            mine[channel] = group
+            if not known:
+                token = torch.zeros(1, device=self.device)
+                if self.rank == src:
+                    dist.send(token, dst, group=group)
+                else:
+                    dist.recv(token, src, group=group)
+        return mine
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            self.moved["all_reduce"] += x.nbytes
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+            self.moved["all_reduce"] += x.nbytes
+        return x
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (plain Python data) on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def synchronize(self) -> None:
+        """Wait until this rank's device is idle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
