@@ -1,4 +1,7 @@
-"""Sequences laid end to end: T tokens without padding, but for a dummy segment that rounds T up."""
+"""What a forward pass runs over: packed sequences, or one new token per cached sequence.
+
+Packed sequences lie end to end: T tokens without padding, but for a dummy segment that rounds T up.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,15 +56,53 @@ class PackedBatch:
         return places.to(self.tokens_T.device)
 
     @cached_property
-    def segment_T(self) -> Tensor:
-        """int64 (T,): index of each token's segment."""
-        lengths = torch.tensor(self.segments)
+    def row_tokens(self) -> Tensor:
+        """int64 (sequences * longest,): the token at each place of left-aligned rows; 0 behind an end."""
+        places = torch.arange(max(self.lengths))
+        lengths = torch.tensor(self.lengths)[:, None]
+        tokens = torch.where(places < lengths, lengths.cumsum(0) - lengths + places, 0)
+        return tokens.flatten().to(self.tokens_T.device)
+
+    @cached_property
+    def token_rows(self) -> Tensor:
+        """int64 (T,): where each token stands in left-aligned rows; 0 for the dummy segment's tokens."""
+        starts = torch.arange(len(self.lengths)) * max(self.lengths)
+        rows = torch.repeat_interleave(starts, torch.tensor(self.lengths)).to(self.tokens_T.device)
+        return F.pad(rows + self.positions_T[: len(rows)], (0, self.total - len(rows)))
+
+    @cached_property
+    def rows_T(self) -> Tensor:
+        """int64 (sum of lengths,): the sequence of each token; the dummy segment's tokens have none."""
+        lengths = torch.tensor(self.lengths)
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens_T.device)
 
     @cached_property
     def last_rows(self) -> Tensor:
         """int64 (sequences,): row of each sequence's last token."""
         return (self.cu_seqlens[1 : len(self.lengths) + 1] - 1).long()
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new token for each of the first B rows of a cache; the longest row reaches to `reach` with it."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    reach: int
+
+    @cached_property
+    def rows_T(self) -> Tensor:
+        """int64 (B,): the row of each token."""
+        return torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+
+    def mask(self, window: int | None) -> Tensor:
+        """bool (B, 1, 1, reach): cached places that each row's new token sees, the last `window` if given."""
+        place = torch.arange(self.reach, device=self.positions_T.device)
+        last = self.positions_T[:, None]
+        seen = place <= last
+        if window is not None:
+            seen &= place > last - window
+        return seen[:, None, None]
 
 
 def pack(

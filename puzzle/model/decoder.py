@@ -1,0 +1,231 @@
+"""One pipeline stage of one model: embedding, layers, final norm, head, all cut over a tensor group.
+
+The parameters are the storages of `plan.shards.local_params`, under the same names. The same modules
+train, score and generate. Suffixes: T packed tokens, D hidden, H query heads, K key/value heads, h
+head_dim, F ffn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from puzzle.errors import UserError
+from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.logprobs import TokenStats, project, token_stats
+from puzzle.model.packing import DecodeBatch, PackedBatch
+from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
+from puzzle.model.rope import frequencies, rotate, rotation
+from puzzle.plan.layout import Coord, Layout
+from puzzle.plan.shards import LocalParam, local_params
+from puzzle.spec.model import ModelSpec
+
+
+@dataclass
+class Pass:
+    """What the layers of a stage share during one forward pass.
+
+    A packed pass is `sharded`: hidden states are (T/tp, D). A decode pass keeps all B rows on every
+    tensor rank.
+    """
+
+    spec: ModelSpec
+    group: TensorGroup
+    batch: PackedBatch | DecodeBatch
+    cache: KVCache | None
+    cos: Tensor
+    sin: Tensor
+
+    def __post_init__(self) -> None:
+        self.sharded = isinstance(self.batch, PackedBatch)
+        window = self.spec.sliding_window
+        self.mask = self.batch.mask(window) if isinstance(self.batch, DecodeBatch) else None
+
+    def attend(self, index: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        """Attention of the stage's layer `index`; keys and values go into the cache if there is one."""
+        if self.cache is not None:
+            self.cache.write(index, k_TKh, v_TKh, self.batch)
+        if isinstance(self.batch, PackedBatch):
+            return packed_attention(q_THh, k_TKh, v_TKh, self.batch, self.spec.sliding_window)
+        assert self.cache is not None
+        assert self.mask is not None
+        return decode_attention(q_THh, *self.cache.read(index, self.batch), self.mask)
+
+
+class Layer(nn.Module):
+    """Attention and gated feed-forward, each behind a norm and added to its input."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attention_out: Tensor
+    attention_out_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    def __init__(self, spec: ModelSpec, tp: int, index: int) -> None:
+        """`index` counts from the first layer of the stage."""
+        super().__init__()
+        self.index, self.head_dim, self.eps = index, spec.head_dim, spec.norm_eps
+        self.kv_groups = max(1, spec.num_kv_heads // tp)
+        self.ffn_blocks = spec.ffn_blocks // tp
+        for name in ("qkv_bias", "q_norm", "k_norm", "attention_out_bias", "gate_up_bias", "down_bias"):
+            self.register_parameter(name, None)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """Hidden states in, hidden states out: (T/tp, D), or (B, D) in a decode pass."""
+        x = x + self._attention(rms_norm(x, self.attention_norm, self.eps), run)
+        return x + self._ffn(rms_norm(x, self.mlp_norm, self.eps), run)
+
+    def _attention(self, x: Tensor, run: Pass) -> Tensor:
+        qkv = column_linear(x, self.qkv, self.qkv_bias, run.group, run.sharded)
+        # Rows interleave by kv group: its query heads, its key head, its value head.
+        qkv = qkv.view(qkv.shape[0], self.kv_groups, -1, self.head_dim)
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        q, k = rotate(q, run.cos, run.sin), rotate(k, run.cos, run.sin)
+        out = run.attend(self.index, q.flatten(1, 2), k.flatten(1, 2), v)
+        return self._row_linear(out.flatten(1), self.attention_out, self.attention_out_bias, run)
+
+    def _ffn(self, x: Tensor, run: Pass) -> Tensor:
+        both = column_linear(x, self.gate_up, self.gate_up_bias, run.group, run.sharded)
+        gate, up = both.view(both.shape[0], self.ffn_blocks, 2, -1).unbind(2)
+        return self._row_linear((F.silu(gate) * up).flatten(1), self.down, self.down_bias, run)
+
+    @staticmethod
+    def _row_linear(x: Tensor, weight_transposed: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
+        out = run.group.combine(torch.mm(x, weight_transposed), run.sharded)
+        return out if bias is None else out + bias
+
+
+class Decoder(nn.Module):
+    """Stage `coord.p` of a model, tensor rank `coord.t`. Weights are zero until `model.hf` fills them.
+
+    `recompute` keeps only the layers' inputs for the backward pass. UserError if the layout does not fit
+    the model.
+    """
+
+    embed: nn.Parameter
+    head: nn.Parameter
+    final_norm: Tensor
+    freq: Tensor
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        coord: Coord,
+        group: TensorGroup,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        layout.check(spec)
+        if spec.head == "value" and spec.num_labels != 1:
+            raise UserError(
+                f"config: a value head has 1 label, this model {spec.num_labels}; set num_labels to 1"
+            )
+        if (group.rank, group.size) != (coord.t, layout.tp):
+            raise ValueError(f"rank {group.rank} of {group.size} cannot be {coord} of layout {layout}")
+        self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
+        self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
+        self.recompute = recompute
+        self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
+        self.layers = nn.ModuleDict()
+        for index, layer in enumerate(layout.layers(coord.p)):
+            self.layers[str(layer)] = Layer(spec, layout.tp, index)
+        for storage in self.storages:
+            path, _, name = storage.name.rpartition(".")
+            weight = nn.Parameter(torch.zeros(storage.shape, dtype=dtype, device=device))
+            self.get_submodule(path).register_parameter(name, weight)
+        self.register_buffer("freq", frequencies(spec.rope, spec.head_dim).to(device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and hidden states."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """What the last stage's head multiplies by: its own storage or, tied on the only stage, `embed`."""
+        return self.head if "head" in self._parameters else self.embed
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty key/value cache for this stage: `rows` sequences of up to `capacity` tokens."""
+        layers, kv_heads = len(self.layers), max(1, self.spec.num_kv_heads // self.layout.tp)
+        shape = (layers, rows, kv_heads, capacity, self.spec.head_dim)
+        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv"))
+
+    def forward(self, x: Tensor, batch: PackedBatch | DecodeBatch, cache: KVCache | None = None) -> Tensor:
+        """Token ids (T,) on the first stage, else hidden states.
+
+        Returns hidden states, normed on the last stage.
+
+        Hidden states of a packed batch are this rank's (T/tp, D), of a decode batch all (B, D). With a
+        cache, sequence i of the batch is its row i.
+        """
+        cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
+        run = Pass(self.spec, self.group, batch, cache, cos, sin)
+        h = self._embedded(x, run.sharded) if self.first else x
+        for layer in self.layers.values():
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, run, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, run)
+        return rms_norm(h, self.final_norm, self.spec.norm_eps) if self.last else h
+
+    def token_stats(
+        self,
+        hidden: Tensor,
+        rows_N: Tensor,
+        targets_N: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> TokenStats:
+        """float32 (N,) log-probabilities of `targets_N` after the tokens `rows_N` (of T), from (T/tp, D)."""
+        chosen = gather_tokens(hidden, self.group).index_select(0, rows_N)
+        return token_stats(
+            chosen, self.head_weight, targets_N, self.group, self.spec.vocab_size, temperature, entropy
+        )
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """float32 (T,) outputs of the value head from (T/tp, D)."""
+        values = F.linear(hidden.float(), self.head_weight.float())[:, 0]
+        return gather_outputs(values, self.group)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 (N, V here) for hidden states (N, D) that are the same on every tensor rank.
+
+        No padded rows.
+        """
+        weight = self.head_weight
+        return project(hidden, weight[: max(0, self.spec.vocab_size - self.coord.t * weight.shape[0])])
+
+    def _embedded(self, tokens_T: Tensor, sharded: bool) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(tokens_T, self.embed)
+        local = tokens_T - self.coord.t * self.embed.shape[0]
+        inside = (local >= 0) & (local < self.embed.shape[0])
+        partial = F.embedding(torch.where(inside, local, 0), self.embed) * inside[:, None]
+        return self.group.combine(partial, sharded)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, weight.shape, weight, eps)

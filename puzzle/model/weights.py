@@ -1,0 +1,81 @@
+"""Storages of a stage filled from, and read back as, boxes of logical tensors; random weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from puzzle.model.decoder import Decoder
+from puzzle.plan.shards import Box
+from puzzle.spec.tensors import TensorSpec
+
+INIT_STD = 0.02
+"""Standard deviation of random matrices, as Hugging Face models have it (`initializer_range`)."""
+
+
+class Sliceable(Protocol):
+    """A logical tensor, or something that reads boxes of one."""
+
+    def __getitem__(self, slices: tuple[slice, ...], /) -> Tensor:
+        """The box cut out by one slice per dimension."""
+        ...
+
+
+@torch.no_grad()
+def fill(decoder: Decoder, source: Callable[[str], Sliceable]) -> None:
+    """Copy every box of the stage from the logical tensors that `source` opens by name, converting the dtype.
+
+    `source` is called once per name and storage.
+    """
+    for storage in decoder.storages:
+        weight = decoder.get_parameter(storage.name)
+        opened = {name: source(name) for name in dict.fromkeys(piece.tensor for piece in storage.pieces)}
+        for piece in storage.pieces:
+            box = opened[piece.tensor][piece.box.slices]
+            weight[piece.start : piece.stop].copy_(box.t() if storage.transposed else box)
+
+
+def boxes(decoder: Decoder, values: Callable[[str], Tensor]) -> Iterator[tuple[str, Box, Tensor]]:
+    """(logical name, box, view of its values) of every piece.
+
+    `values` gives a storage-shaped tensor by name.
+    """
+    for storage in decoder.storages:
+        rows = values(storage.name).detach()
+        for piece in storage.pieces:
+            box = rows[piece.start : piece.stop]
+            yield piece.tensor, piece.box, box.t() if storage.transposed else box
+
+
+def logical_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of a model that lies in one process, in the order of the spec."""
+    if decoder.layout.tp * decoder.layout.pp > 1:
+        raise ValueError(f"layout {decoder.layout} spreads the model over processes")
+    parts: dict[str, list[tuple[Box, Tensor]]] = {}
+    for name, box, values in boxes(decoder, decoder.get_parameter):
+        parts.setdefault(name, []).append((box, values))
+    for tensor in decoder.spec.tensors():
+        whole = torch.empty(tensor.shape, dtype=decoder.dtype, device=decoder.device)
+        for box, values in parts[tensor.name]:
+            whole[box.slices] = values
+        yield tensor.name, whole
+
+
+def random_tensor(tensor: TensorSpec, seed: int, device: torch.device) -> Tensor:
+    """float32 initial weights, a function of (seed, name) and the device's type: norms one, biases zero."""
+    if len(tensor.shape) == 1:
+        value = 0.0 if tensor.name.endswith(".bias") else 1.0
+        return torch.full(tensor.shape, value, device=device)
+    digest = hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.empty(tensor.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
+
+
+def initialise(decoder: Decoder, seed: int) -> None:
+    """Random weights, equal in every layout on one type of device."""
+    tensors = {tensor.name: tensor for tensor in decoder.spec.tensors()}
+    fill(decoder, lambda name: random_tensor(tensors[name], seed, decoder.device))
