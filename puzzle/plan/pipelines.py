@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from puzzle.plan.schedule import Action, Op, Schedule, Work
 from puzzle.plan.wiring import Wiring, pipeline_flow
@@ -17,17 +18,21 @@ def in_flight_cap(num_stages: int, stage: int, microbatches: int) -> int:
 
 
 def one_f_one_b(
-    num_stages: int, microbatches: int, model: str = "actor", *, optimizer: bool = False, prefetch: int = 1
+    num_stages: int,
+    microbatches: int,
+    model: str = "actor",
+    *,
+    optimizer: bool = False,
+    tied: bool = False,
+    prefetch: int = 1,
 ) -> Schedule:
     """One forward, one backward: (M + P - 1)(f + b) seconds with equal costs and free transfers, holding
     `in_flight_cap` micro-batches. `optimizer` ends it with the optimizer's actions."""
     units = [(model, m) for m in range(microbatches)]
     reach = [[min(j + num_stages - s, microbatches) for j in range(microbatches)] for s in range(num_stages)]
-    passes = interleave(units, reach)
-    if optimizer:
-        passes = [stage + optimizer_tail(model) for stage in passes]
-    work = Work(model, microbatches, backward=True, optimizer=optimizer)
-    return pipeline("1f1b", passes, (work,), prefetch)
+    slots = [optimizer_slots(units, stage, num_stages) if optimizer else {} for stage in range(num_stages)]
+    work = Work(model, microbatches, backward=True, optimizer=optimizer, tied=tied)
+    return pipeline("1f1b", interleave(units, reach, slots), (work,), prefetch)
 
 
 def forward_only(num_stages: int, microbatches: int, model: str = "actor", *, prefetch: int = 1) -> Schedule:
@@ -36,29 +41,53 @@ def forward_only(num_stages: int, microbatches: int, model: str = "actor", *, pr
     return pipeline("forward", passes, (Work(model, microbatches),), prefetch)
 
 
-def interleave(units: Sequence[Unit], reach: Sequence[Sequence[int]]) -> list[list[Action]]:
+def interleave(
+    units: Sequence[Unit], reach: Sequence[Sequence[int]], slots: Sequence[Mapping[int, list[Action]]]
+) -> list[list[Action]]:
     """The passes of every stage for a stream of units; forwards and backwards both keep the stream's order.
 
     `reach[s][j]` is how many forwards stage s has done before its backward of unit j: more than j, never
     falling with j, never rising with s. The last makes the stream deadlock-free: no stage waits for a forward
-    that the stage before withholds until its next backward.
+    that the stage before withholds until its next backward. `slots[s][j]` follows the backward of unit j.
     """
     passes = []
-    for row in reach:
+    for row, after in zip(reach, slots, strict=True):
         done = 0
         stage: list[Action] = []
         for j, (model, microbatch) in enumerate(units):
             stage.extend(Action(Op.FORWARD, *unit) for unit in units[done : row[j]])
-            done = max(done, row[j])
+            done = row[j]
             stage.append(Action(Op.BACKWARD, model, microbatch))
+            stage.extend(after.get(j, ()))
         passes.append(stage)
     return passes
 
 
-def optimizer_tail(model: str) -> list[Action]:
-    """The optimizer's actions when nothing is left to overlap them with."""
-    ops = (Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER)
-    return [Action(op, model) for op in ops]
+def optimizer_slots(
+    units: Sequence[Unit], stage: int, num_stages: int, defer: int = 1, tied: Collection[str] = ()
+) -> dict[int, list[Action]]:
+    """Where the optimizers of the models in a stream act on a stage: after which unit's backward.
+
+    A model's gradient reduction starts with its last backward; `defer` units later it is waited for and
+    the norms start to be summed. That sum is over when the first stage has come so far. A backward moves
+    one stage in at most the time that a unit takes, so the step comes `stage + defer` units later still,
+    and costs no waiting; its gather ends with the stream. The reduction of a model with `tied` embeddings
+    joins the first and the last stage, which has to wait for the first. What finds no units left comes at
+    the end, in the order in which models end.
+    """
+    last = len(units) - 1
+    ends = {model: j for j, (model, _) in enumerate(units)}
+    slots: defaultdict[int, list[Action]] = defaultdict(list)
+    for model, end in sorted(ends.items(), key=lambda item: item[1]):
+        lag = num_stages - 1 if model in tied else stage
+        norm = end + defer + (lag if model in tied and stage == num_stages - 1 else 0)
+        # First in its slot: it needs nothing but the backward just done, others' waits may hold up the stage.
+        slots[end].insert(0, Action(Op.REDUCE, model))
+        slots[min(norm, last)] += [Action(op, model) for op in (Op.WAIT_REDUCE, Op.NORM)]
+        step = end + lag + 2 * defer
+        slots[min(step, last)] += [Action(op, model) for op in (Op.WAIT_NORM, Op.STEP, Op.GATHER)]
+    slots[last] += [Action(Op.WAIT_GATHER, model) for model in ends]
+    return dict(slots)
 
 
 def pipeline(

@@ -118,12 +118,13 @@ def transfer(op: Op, message: Message, stage: int) -> Action:
 @dataclass(frozen=True)
 class Work:
     """What a schedule promises for one model: forwards of `microbatches`, their backwards, an optimizer
-    step."""
+    step. `tied`: its gradient reduction also joins the first and the last stage, for tied embeddings."""
 
     model: str
     microbatches: int
     backward: bool = False
     optimizer: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ started it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from puzzle.plan.cost import CostTable
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Channel, Op, Schedule
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Channel, Op, Schedule, Work
 from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
 
 _STARTS = {wait: start for start, wait in COLLECTIVES.items()}
@@ -49,6 +49,7 @@ class Execution:
         self.schedule = schedule
         self.seconds = seconds
         self.spans: list[Span] = []
+        self._tied = {w.model for w in schedule.work if isinstance(w, Work) and w.tied}
         self._clock = [0.0] * schedule.num_stages
         self._next = [0] * schedule.num_stages
         self._ends: dict[Hashable, float] = {}
@@ -85,13 +86,21 @@ class Execution:
                 return self._wait(stage, (message, side))
             self._start(message.channel, 2, side, stage, action, (message, side))
         elif action.op in COLLECTIVES:
-            every = action.op is Op.NORM
-            group: Hashable = action.op if every else (stage, "optimizer")
-            sides, side = (self.schedule.num_stages, stage) if every else (1, 0)
-            self._start(group, sides, side, stage, action, (action.op, action.model, stage))
+            group, stages = self._collective(stage, action)
+            key = (action.op, action.model, stage)
+            self._start(group, len(stages), stages.index(stage), stage, action, key)
         else:
             return self._wait(stage, (_STARTS[action.op], action.model, stage))
         return True
+
+    def _collective(self, stage: int, action: Action) -> tuple[Hashable, Sequence[int]]:
+        """The lane of a collective and the stages that take part in it."""
+        stages = range(self.schedule.num_stages)
+        if action.op is Op.NORM:
+            return action.op, stages
+        if action.op is Op.REDUCE and action.model in self._tied and stage in (stages[0], stages[-1]):
+            return (action.op, action.model), (stages[0], stages[-1])[: len(stages)]
+        return stage, (stage,)
 
     def _wait(self, stage: int, key: Hashable) -> bool:
         if key not in self._ends:

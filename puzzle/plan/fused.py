@@ -1,0 +1,143 @@
+"""Several models in one stream: the next model fills the pipeline while the one before drains.
+
+For models that train together the stream is one 1F1B over the micro-batches of all of them, in any order
+that keeps each model's own: with P stages, M micro-batches per model and equal costs, 2M + P - 1 slots of
+forward and backward instead of 2(M + P - 1), and the same gradients as one after the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from puzzle.errors import UserError
+from puzzle.plan.layout import Placement
+from puzzle.plan.pipelines import Unit, interleave, optimizer_slots, pipeline
+from puzzle.plan.schedule import Action, Op, Schedule, Work
+
+Order = Literal["sequential", "alternating"] | Sequence[str]
+"""One model after the other, evenly mixed, or spelled out: the model of every place in the stream."""
+
+
+@dataclass(frozen=True)
+class StreamModel:
+    """A model in a stream. `activation_bytes[s]` is what one of its micro-batches holds on stage s between
+    forward and backward; only streams with a cap need it. `tied`: its embeddings are."""
+
+    name: str
+    microbatches: int
+    activation_bytes: tuple[float, ...] = ()
+    tied: bool = False
+
+
+def stream(models: Sequence[StreamModel], order: Order) -> list[Unit]:
+    """The micro-batches of all models in stream order. UserError if an order spelled out does not fit the
+    models."""
+    counts = {m.name: m.microbatches for m in models}
+    if order == "sequential":
+        return [(m.name, k) for m in models for k in range(m.microbatches)]
+    if order == "alternating":
+        # Every model's micro-batches lie evenly spread over the stream; on ties the first model leads.
+        places = [
+            ((k + 0.5) / m.microbatches, i, k) for i, m in enumerate(models) for k in range(m.microbatches)
+        ]
+        return [(models[i].name, k) for _, i, k in sorted(places)]
+    if Counter(order) != counts:
+        raise UserError(
+            f"the stream order has {dict(Counter(order))} micro-batches, the models have {counts}"
+        )
+    seen: Counter[str] = Counter()
+    units = []
+    for name in order:
+        units.append((name, seen[name]))
+        seen[name] += 1
+    return units
+
+
+def fused_1f1b(
+    models: Sequence[StreamModel],
+    num_stages: int,
+    order: Order = "sequential",
+    *,
+    cap_bytes: Sequence[float] | None = None,
+    optimizer: bool = True,
+    defer: int = 1,
+    prefetch: int = 1,
+) -> Schedule:
+    """Training of several models as one 1F1B stream.
+
+    A stage holds at most P - s micro-batches between forward and backward, of all models together, and at
+    most `cap_bytes[s]` (UserError if that is less than one micro-batch). The optimizer of a model that
+    ends before the stream does is spread over the micro-batches that follow, see `optimizer_slots`.
+    """
+    units = stream(models, order)
+    reach = _reach(models, units, num_stages, cap_bytes)
+    tied = {m.name for m in models if m.tied}
+    slots = [
+        optimizer_slots(units, s, num_stages, defer, tied) if optimizer else {} for s in range(num_stages)
+    ]
+    work = tuple(
+        Work(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied) for m in models
+    )
+    return pipeline("fused 1f1b", interleave(units, reach, slots), work, prefetch)
+
+
+def fused_forward(
+    models: Sequence[StreamModel], num_stages: int, order: Order = "sequential", *, prefetch: int = 1
+) -> Schedule:
+    """Forwards of several models as one stream, without a drain between models."""
+    passes = [Action(Op.FORWARD, *unit) for unit in stream(models, order)]
+    work = tuple(Work(m.name, m.microbatches) for m in models)
+    return pipeline("fused forward", [passes] * num_stages, work, prefetch)
+
+
+def why_not_fused(placements: dict[str, Placement]) -> str | None:
+    """The reason why these models cannot share a stream, or None: a stage must be the same ranks for all
+    of them. Sizes, layer counts and the split of a stage's ranks into tp and dp may differ."""
+    (first, reference), *others = placements.items()
+    for name, placement in others:
+        if placement.layout.pp != reference.layout.pp:
+            return f"{first} has pp={reference.layout.pp} and {name} has pp={placement.layout.pp}"
+        for stage in range(reference.layout.pp):
+            if _stage_ranks(placement, stage) != _stage_ranks(reference, stage):
+                return f"stage {stage} of {first} and of {name} are different ranks"
+    return None
+
+
+def _stage_ranks(placement: Placement, stage: int) -> set[int]:
+    coords = zip(placement.layout.coords(), placement.ranks, strict=True)
+    return {rank for coord, rank in coords if coord.p == stage}
+
+
+def _reach(
+    models: Sequence[StreamModel],
+    units: Sequence[Unit],
+    num_stages: int,
+    cap_bytes: Sequence[float] | None,
+) -> list[list[int]]:
+    """`reach` of `interleave`: as far ahead as the in-flight count, the bytes and the stage before allow."""
+    sizes = {m.name: m.activation_bytes for m in models}
+    reach: list[list[int]] = []
+    for stage in range(num_stages):
+        row: list[int] = []
+        done, held = 0, 0.0
+        for j, (model, _) in enumerate(units):
+            ahead = min(j + num_stages - stage, len(units), reach[-1][j] if reach else len(units))
+            while done < ahead:
+                size = sizes[units[done][0]][stage] if cap_bytes else 0.0
+                if cap_bytes and held + size > cap_bytes[stage]:
+                    break
+                held += size
+                done += 1
+            if done <= j:
+                assert cap_bytes is not None
+                raise UserError(
+                    f"one micro-batch of {model} holds {sizes[model][stage]:.0f} bytes on stage {stage}, the"
+                    f" cap is {cap_bytes[stage]:.0f}: use smaller micro-batches or a larger cap"
+                )
+            row.append(done)
+            held -= sizes[model][stage] if cap_bytes else 0.0
+        reach.append(row)
+    return reach
