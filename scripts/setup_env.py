@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("plot", "engine", "baseline", "dev")
 OPTIONS = "options"  # the extra whose packages only single features need
 UV = "uv>=0.9"
+CPU_INDEX = ("--torch-backend=cpu",)
 
 
 class SetupError(Exception):
@@ -126,7 +127,7 @@ def choose_torch(
         return TorchBuild("gpu", ("--torch-backend=auto",))
     if offers_cpu_torch(folders, requirement, python):
         return TorchBuild("cpu")
-    return TorchBuild("cpu", ("--torch-backend=cpu",))
+    return TorchBuild("cpu", CPU_INDEX)
 
 
 # What is there
@@ -195,7 +196,7 @@ def command(arguments: list[str], environ: Mapping[str, str], failure: str) -> N
     except OSError as error:
         raise SetupError(f"{failure} ({error})") from None
     if code != 0:
-        raise SetupError(f"{failure} (its own message is above)")
+        raise SetupError(f"{failure} (the reason is above)")
 
 
 def require_venv_module() -> None:
@@ -208,8 +209,9 @@ def require_venv_module() -> None:
         raise SetupError(failure)
     say(f"installing {package} (apt-get)")
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    command(["apt-get", "-qq", "update"], environ, failure)
-    command(["apt-get", "-qq", "install", "-y", package], environ, failure)
+    # apt-get has no way to be silent but for its errors, so a shell drops the rest.
+    script = f"{{ apt-get -qq update && apt-get -qq install -y {package}; }} </dev/null >/dev/null"
+    command(["sh", "-c", script], environ, failure)
 
 
 def pip_settings(python: Path) -> dict[str, str]:
@@ -269,7 +271,7 @@ def install(tier: str, root: Path, repair: bool) -> str:
         uv.append("--quiet")
     if repair:
         uv.append("--reinstall")
-    failure = f"cannot install the tier {tier}; try again, or remove {root / '.venv'} first"
+    failure = f"cannot install the tier {tier}"
     torch = TorchBuild("")
     arguments = ["-r", str(requirement_files(tier, root)[0])]
     if needs_torch(tier):
@@ -277,6 +279,10 @@ def install(tier: str, root: Path, repair: bool) -> str:
         folders = environ.get("UV_FIND_LINKS", "").split(",")
         torch = choose_torch(os.environ, folders, requirement, sys.version_info[:2], has_gpu())
         arguments += [requirement, *torch.options]
+        if torch.options == CPU_INDEX:
+            failure += (
+                "; where PyTorch's index is out of reach, name a folder with its CPU wheel in UV_FIND_LINKS"
+            )
         if torch.kind == "gpu" and built_torch(root) == "cpu":
             arguments += ["--reinstall-package", "torch"]
     command([*uv, *arguments], environ, failure)
