@@ -55,15 +55,17 @@ def read_jsonl(path: Path) -> Run | tuple[Report, ...]:
         _take(line, collected)
     header = collected.header
     if header is None:
-        collected.report(None, "no readable run record: not the log of a run")
-        return tuple(collected.reports)
+        first = (
+            f"; line {collected.reports[0].line}: {collected.reports[0].what}" if collected.reports else ""
+        )
+        return (Report(collected.source, None, f"no readable run record, so not the log of a run{first}"),)
     return _run(collected, header)
 
 
 def _valid_lines(data: bytes, collected: _Collected) -> list[_Line]:
     found = []
     if not data.strip():
-        collected.report(None, "empty log")
+        collected.report(0, "empty log")
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -165,9 +167,10 @@ def _take_iteration(line: _Line, collected: _Collected) -> None:
 def _run(collected: _Collected, header: Record) -> Run:
     order = sorted(collected.iterations)
     iterations = tuple(collected.iterations[index][1] for index in order)
-    missing = sorted(set(range(order[-1] + 1)) - set(order)) if order else []
-    if missing:
-        collected.report(None, f"iterations are missing: {', '.join(map(str, missing))}")
+    gap = next((place for place, index in enumerate(order) if place != index), None)
+    if gap is not None:
+        missing = order[-1] + 1 - len(order)
+        collected.report(None, f"{missing} iterations are missing, the first is {gap}")
     switches = []
     for index in sorted(collected.switches):
         last = max(attempt for attempt, _ in collected.switches[index])

@@ -7,40 +7,45 @@ others seconds.
 import re
 from collections.abc import Mapping
 
-NUMBER = r"-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf)"
-_MS = r"\d+\.\d{3}"
-_S2 = r"-?\d+\.\d\d"
-# What may stand right behind a number that is whole: nothing, a space, or the separator of fields.
-END = r"(?=\s|$|\|)"
+# Digits are limited: what is longer is no number of a log.
+NUMBER = r"-?(?:\d{1,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,3})?|nan|inf)"
+_TIME = r"\d{1,9}\.\d{1,30}(?:e-\d{1,3})?"
+_MS = r"\d{1,12}\.\d{3}"
+_S2 = r"-?\d{1,12}\.\d\d"
+_COUNT = r"\d{1,9}"
+_END = r"(?=\s|$)"
+# Behind a number that ends a pattern: another process's text is no harm, more of a number is.
+GLUED = re.compile(r"[^\s\d.,:;+\-_/%]")
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 PUZZLE = re.compile(
-    r"epoch: (?P<epoch>\d+) \| step: (?P<step>\d+)/(?P<steps>\d+) \| ppo_ep: \d+"
-    r" \| global_batch_size: (?P<global_batch_size>\d+)"
+    rf"epoch: (?P<epoch>{_COUNT}) \| step: (?P<step>{_COUNT})/(?P<steps>{_COUNT}) \| ppo_ep: \d+"
+    rf" \| global_batch_size: (?P<global_batch_size>{_COUNT})"
     rf" \| average_reward: (?P<average_reward>{NUMBER}) \| act_loss: (?P<actor_loss>{NUMBER})"
     rf" \| cri_loss: (?P<critic_loss>{NUMBER}) \| stage 1\(gen\.\) \(ms\): (?P<stage1_gen>{_MS})"
     rf" \| stage 2\(infer\.\) \(ms\): (?P<stage2_infer>{_MS})"
-    rf" \| stage 3\(train\.\) \(ms\): (?P<stage3_train>{_MS}) \| e2e_time \(ms\): (?P<e2e_time>{_MS}){END}"
+    rf" \| stage 3\(train\.\) \(ms\): (?P<stage3_train>{_MS}) \| e2e_time \(ms\): (?P<e2e_time>{_MS}){_END}"
 )
 # The same line with another process's text somewhere in it: the parts that must be whole.
-PUZZLE_STEP = re.compile(r"epoch: (?P<epoch>\d+) \| step: (?P<step>\d+)/(?P<steps>\d+) \|")
-PUZZLE_MS = re.compile(rf"\(ms\): (?P<ms>{_MS}){END}")
+PUZZLE_STEP = re.compile(rf"epoch: (?P<epoch>{_COUNT}) \| step: (?P<step>{_COUNT})/(?P<steps>{_COUNT}) \|")
+PUZZLE_MS = re.compile(rf"\(ms\): ({_MS})")
 PUZZLE_METRICS = (
-    re.compile(r" global_batch_size: (?P<global_batch_size>\d+) \|"),
+    re.compile(rf" global_batch_size: (?P<global_batch_size>{_COUNT}) \|"),
     re.compile(rf" average_reward: (?P<average_reward>{NUMBER}) \|"),
     re.compile(rf" act_loss: (?P<actor_loss>{NUMBER}) \|"),
     re.compile(rf" cri_loss: (?P<critic_loss>{NUMBER}) \|"),
 )
 PUZZLE_STAGES = ("stage1_gen", "stage2_infer", "stage3_train", "e2e_time")
-RESHARD = re.compile(rf"apply shadow model time: (?P<apply_shadow_model_time>{NUMBER})")
+RESHARD = re.compile(rf"apply shadow model time: (?P<apply_shadow_model_time>{_TIME})")
 
 GENERATION = re.compile(
-    rf"Generation time: (?P<generation_time>{NUMBER}), exp gen time: (?P<exp_gen_time>{NUMBER})"
+    rf"Generation time: (?P<generation_time>{_TIME}), exp gen time: (?P<exp_gen_time>{_TIME})"
 )
-TRAINING = re.compile(rf"Training time: (?P<training_time>{NUMBER})")
+TRAINING = re.compile(rf"Training time: (?P<training_time>{_TIME})")
 CHAT_STEP = re.compile(
-    rf"Epoch: (?P<epoch>\d+) \| Step: (?P<step>\d+) \| PPO Epoch: \d+ \| Actor Loss: (?P<actor_loss>{NUMBER})"
+    rf"Epoch: (?P<epoch>{_COUNT}) \| Step: (?P<step>{_COUNT}) \| PPO Epoch: \d+"
+    rf" \| Actor Loss: (?P<actor_loss>{NUMBER})"
     rf" \| Critic Loss: (?P<critic_loss>{NUMBER}) \| Unsupervised Loss: (?P<unsupervised_loss>{NUMBER})"
 )
 # Lines of which an iteration has one each, after its CHAT_STEP.
@@ -48,13 +53,13 @@ CHAT_PERF = (
     re.compile(
         rf"End-to-End => Latency: (?P<perf_e2e_latency>{_S2})s, TFLOPs: (?P<perf_e2e_tflops>{_S2}),"
         rf" Samples/sec: (?P<perf_samples_per_sec>{_S2}), Time/seq (?P<perf_time_per_seq>{_S2})s,"
-        r" Batch Size: (?P<perf_batch_size>\d+), Total Seq\. Length: (?P<perf_total_seq_len>\d+)"
+        rf" Batch Size: (?P<perf_batch_size>{_COUNT}), Total Seq\. Length: (?P<perf_total_seq_len>{_COUNT})"
     ),
     re.compile(
         rf"Generation => Latency: (?P<perf_generation_latency>{_S2})s,"
         rf" Per-token Latency (?P<perf_per_token_latency>{_S2}) ms,"
         rf" TFLOPs: (?P<perf_generation_tflops>{_S2}), BW: (?P<perf_generation_bw>{_S2}) GB/sec,"
-        r" Answer Seq\. Length: (?P<perf_answer_seq_len>\d+)"
+        rf" Answer Seq\. Length: (?P<perf_answer_seq_len>{_COUNT})"
     ),
     re.compile(
         rf"Training   => Latency: (?P<perf_training_latency>{_S2})s, TFLOPs: (?P<perf_training_tflops>{_S2})"
