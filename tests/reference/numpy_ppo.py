@@ -60,7 +60,7 @@ def gae(reward: list[float], value: list[float], gamma: float, lam: float) -> tu
     return advantage, [a + v for a, v in zip(advantage, value, strict=True)]
 
 
-def whiten(rows: Ragged, keep_mean: bool = False) -> Ragged:
+def whiten(rows: Ragged) -> Ragged:
     """Subtract the mean of all tokens and divide by the root of their variance + 1e-8 (divided by n, not n
     - 1).
     """
@@ -68,7 +68,7 @@ def whiten(rows: Ragged, keep_mean: bool = False) -> Ragged:
     if flat.size == 0:
         return rows
     mean, scale = flat.mean(), math.sqrt(flat.var() + 1e-8)
-    return [[(x - mean) / scale + (mean if keep_mean else 0.0) for x in row] for row in rows]
+    return [[float((x - mean) / scale) for x in row] for row in rows]
 
 
 @dataclass

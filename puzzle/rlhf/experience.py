@@ -1,0 +1,142 @@
+"""What one rollout batch is, and how it is cut into minibatches, micro-batches and packed tokens.
+
+An `Experience` holds the whole batch, not a rank's share: every rank has an equal one, so models of
+different layouts cut it as each of them needs, by row numbers alone, and nothing here knows a layout.
+Suffixes: B rows = prompts x samples, S longest response, R rows of a micro-batch, N response tokens of a
+micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Row r answers prompt `r // samples` (its group) and is that prompt's sample `r % samples`.
+
+    Tensors are float32 and right-padded; what lies outside `mask_BS` means nothing. Column k belongs to
+    response token k: its log-prob, and the value of the state before it. `dataclasses.replace` adds what an
+    iteration finds out. Raises ValueError if rows and prompts do not fit together or a row is empty.
+    """
+
+    prompts: tuple[Tokens, ...]
+    prompt_ids: tuple[int, ...]
+    responses: tuple[Tokens, ...]
+    samples: int = 1
+    scores_B: Tensor | None = None
+    logprobs_BS: Tensor | None = None
+    ref_logprobs_BS: Tensor | None = None
+    values_BS: Tensor | None = None
+    advantages_BS: Tensor | None = None
+    returns_BS: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.prompt_ids):
+            raise ValueError(f"{len(self.prompts)} prompts but {len(self.prompt_ids)} ids")
+        if len(self.responses) != len(self.prompts) * self.samples:
+            raise ValueError(
+                f"{len(self.prompts)} prompts x {self.samples} samples but {len(self.responses)} responses"
+            )
+        if not all(self.prompts) or not all(self.responses):
+            raise ValueError("a prompt or response without tokens")
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.responses)
+
+    @cached_property
+    def mask_BS(self) -> Tensor:
+        """bool (B, S) on the CPU: True at response tokens."""
+        lengths_B = torch.tensor([len(response) for response in self.responses])
+        return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+
+    @cached_property
+    def groups_B(self) -> Tensor:
+        """int64 (B,): which prompt of the batch each row answers."""
+        return torch.arange(len(self)) // self.samples
+
+    def prompt(self, row: int) -> Tokens:
+        """The prompt that a row answers."""
+        return self.prompts[row // self.samples]
+
+    def sequence(self, row: int) -> Tokens:
+        """Prompt and response, to be packed."""
+        return self.prompt(row) + self.responses[row]
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of each row's sequence."""
+        return [len(self.prompt(row)) + len(self.responses[row]) for row in rows]
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Response tokens of the rows: what losses are divided by."""
+        return sum(len(self.responses[row]) for row in rows)
+
+    def targets_N(self, rows: Sequence[int]) -> Tensor:
+        """int64 (N,): the response tokens of the rows, one row after the other."""
+        return torch.tensor([token for row in rows for token in self.responses[row]], dtype=torch.int64)
+
+    def states_N(self, rows: Sequence[int]) -> Tensor:
+        """int64 (N,): where, in the packed sequences of `rows`, the token before each response token stands.
+
+        Log-probs and values of `targets_N` are computed from the hidden states there.
+        """
+        places, start = [torch.empty(0, dtype=torch.int64)], 0
+        for row, length in zip(rows, self.lengths(rows), strict=True):
+            first = start + len(self.prompt(row)) - 1
+            places.append(torch.arange(first, first + len(self.responses[row])))
+            start += length
+        return torch.cat(places)
+
+    def take_N(self, x_BS: Tensor, rows: Sequence[int]) -> Tensor:
+        """(N,): the response tokens' entries of a (B, S) tensor, one row after the other."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return x_BS[index.to(x_BS.device)][self.mask_BS[index].to(x_BS.device)]
+
+    def put_RS(self, x_N: Tensor, rows: Sequence[int]) -> Tensor:
+        """(R, S): the inverse of `take_N`; 0 outside the mask."""
+        mask_RS = self.mask_BS[torch.tensor(rows, dtype=torch.int64)].to(x_N.device)
+        return x_N.new_zeros(mask_RS.shape).masked_scatter(mask_RS, x_N)
+
+
+def minibatches(count: int, size: int, seed: int, iteration: int, epoch: int) -> list[list[int]]:
+    """Rows of each minibatch of one epoch: a permutation of range(count) cut into pieces of `size`.
+
+    The order is that of hashes of (seed, iteration, epoch, row): it depends on nothing else, in particular
+    on no layout and on no library's generator.
+    """
+
+    def place(row: int) -> bytes:
+        return hashlib.sha256(f"{seed} {iteration} {epoch} {row}".encode()).digest()
+
+    order = sorted(range(count), key=place)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+def microbatches(
+    rows: Sequence[int], lengths: Sequence[int], size: int | None = None, tokens: int | None = None
+) -> list[list[int]]:
+    """Cut `rows`, in order, into runs of at most `size` rows and at most `tokens` tokens; a longer row
+    stands alone.
+
+    `lengths` are the tokens of each of `rows`. None sets no limit. Every stage of a pipeline knows the
+    lengths and comes to the same cut.
+    """
+    cut: list[list[int]] = []
+    held = 0
+    for row, length in zip(rows, lengths, strict=True):
+        full = not cut or len(cut[-1]) == size or (tokens is not None and held + length > tokens)
+        if full:
+            cut.append([])
+            held = 0
+        cut[-1].append(row)
+        held += length
+    return cut
