@@ -1,0 +1,147 @@
+"""Which models share a stream, in which order, and whether it pays: candidates are simulated with measured
+costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+
+from puzzle.plan.cost import CostTable
+from puzzle.plan.fused import Order, StreamModel, fused_1f1b, fused_forward, stream
+from puzzle.plan.schedule import Schedule
+from puzzle.plan.simulate import simulate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Schedules that run one after the other and together do the work of a stage of the iteration."""
+
+    name: str
+    schedules: tuple[Schedule, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate takes: seconds, times the pipeline runs empty, idle share of compute."""
+
+    candidate: Candidate
+    seconds: float
+    flushes: int
+    bubble_share: float
+
+
+def choose(candidates: Sequence[Candidate], cost: CostTable) -> tuple[Estimate, ...]:
+    """Estimates from best to worst; among equals the earlier candidate comes first."""
+    return tuple(sorted((estimate(c, cost) for c in candidates), key=lambda e: e.seconds))
+
+
+def estimate(candidate: Candidate, cost: CostTable) -> Estimate:
+    """Simulates a candidate's schedules one after the other."""
+    timelines = [simulate(schedule, cost) for schedule in candidate.schedules]
+    seconds = sum(t.makespan for t in timelines)
+    idle = sum(t.makespan * t.bubble_share() for t in timelines)
+    flushes = sum(schedule.flushes for schedule in candidate.schedules)
+    return Estimate(candidate, seconds, flushes, idle / seconds if seconds else 0.0)
+
+
+def training_candidates(
+    models: Sequence[StreamModel],
+    num_stages: int,
+    cost: CostTable,
+    *,
+    cap_bytes: Sequence[float] | None = None,
+    defer: Sequence[int] = (1, 2, 4),
+    prefetch: int = 1,
+    trials: int = 200,
+) -> list[Candidate]:
+    """Apart, one after the other in every order, alternating from every first model, and the best order
+    found in `trials` simulations; each fused one with the best of the `defer` values (see `fused_1f1b`)."""
+    build = partial(fused_1f1b, num_stages=num_stages, cap_bytes=cap_bytes, prefetch=prefetch)
+    candidates = [Candidate("apart", tuple(build([m]) for m in models))]
+    if len(models) == 1:
+        return candidates
+    orders: dict[str, list[str]] = {}
+    for kind in ("sequential", "alternating"):
+        for arranged in permutations(models):
+            name = f"{kind} {' '.join(m.name for m in arranged)}"
+            orders[name] = [model for model, _ in stream(arranged, kind)]
+
+    def seconds(order: Order) -> float:
+        return simulate(build(models, order=order), cost).makespan
+
+    orders["searched"] = search_order(min(orders.values(), key=seconds), seconds, trials)
+    for name, order in orders.items():
+        variants = [build(models, order=order, defer=d).renamed(name) for d in defer]
+        best = min(variants, key=lambda s: simulate(s, cost).makespan)
+        candidates.append(Candidate(name, (best,)))
+    return candidates
+
+
+def inference_candidates(
+    models: Sequence[StreamModel],
+    num_stages: int,
+    why_not: Callable[[Sequence[str]], str | None] = lambda names: None,
+    prefetch: int = 1,
+) -> list[Candidate]:
+    """Every way to group the models into forward-only streams, each stream in every order. Groups for which
+    `why_not` gives a reason are left out."""
+    candidates = []
+    for groups in _partitions(list(models)):
+        if any(len(group) > 1 and why_not([m.name for m in group]) for group in groups):
+            continue
+        for arranged in _arrangements(groups):
+            name = " | ".join(" ".join(m.name for m in group) for group in arranged)
+            schedules = tuple(fused_forward(group, num_stages, prefetch=prefetch) for group in arranged)
+            candidates.append(Candidate(name, schedules))
+    return candidates
+
+
+def search_order(start: Sequence[str], seconds: Callable[[Order], float], trials: int) -> list[str]:
+    """Hill climbing from an order: a run of one model's micro-batches moves to another place; strides
+    halve when no move helps. Asks for at most `trials` simulations and is never worse than `start`."""
+    best = list(start)
+    best_seconds, left = seconds(best), trials - 1
+    stride = max(1, len(best) // 2)
+    while stride and left > 0:
+        improved = False
+        for moved in _moves(best, stride):
+            if left <= 0:
+                break
+            left -= 1
+            if (found := seconds(moved)) < best_seconds:
+                best, best_seconds, improved = moved, found, True
+                break
+        stride = stride if improved else stride // 2
+    return best
+
+
+def _moves(order: list[str], stride: int) -> Iterator[list[str]]:
+    """Orders in which `stride` neighbouring places have moved; those that change nothing are left out."""
+    for source in range(0, len(order) - stride + 1, stride):
+        run, rest = order[source : source + stride], order[:source] + order[source + stride :]
+        for target in range(0, len(rest) + 1, stride):
+            moved = rest[:target] + run + rest[target:]
+            if moved != order:
+                yield moved
+
+
+def _partitions(models: list[StreamModel]) -> Iterator[list[list[StreamModel]]]:
+    if not models:
+        yield []
+        return
+    first, rest = models[0], models[1:]
+    for groups in _partitions(rest):
+        yield [[first], *groups]
+        for i, group in enumerate(groups):
+            yield [*groups[:i], [first, *group], *groups[i + 1 :]]
+
+
+def _arrangements(groups: list[list[StreamModel]]) -> Iterator[list[list[StreamModel]]]:
+    if not groups:
+        yield []
+        return
+    for head in permutations(groups[0]):
+        for tail in _arrangements(groups[1:]):
+            yield [list(head), *tail]
