@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from puzzle.capabilities import missing
 from puzzle.cli import Parser
-from puzzle.config import ROLES, TrainConfig
+from puzzle.config import TrainConfig
 from puzzle.configio import load_config, option_help
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.sources import check
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,35 +39,6 @@ def run(arguments: Sequence[str]) -> int:
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
     return start(config, options.out)
-
-
-def check(config: TrainConfig) -> None:
-    """Raise UserError for what is wrong before any process starts: files, folders, absent features."""
-    lacks = missing(config)
-    if lacks:
-        raise UserError(f"this version has no {', nor '.join(lacks)}")
-    for role in ROLES:
-        section = getattr(config, role)
-        if section.model is not None and not (role == "reference" and config.ppo.reference_free):
-            _check_folder(f"{role}.model", Path(section.model))
-    for key in ("prompts", "eval_prompts"):
-        path = getattr(config.data, key)
-        if path is not None and not Path(path).exists():
-            raise UserError(f"data.{key}: {path}: no such file")
-
-
-def _check_folder(key: str, folder: Path) -> None:
-    if not folder.is_dir():
-        kind = "is a file, not a model folder" if folder.exists() else "no such folder"
-        hint = "; puzzle convert makes a folder of it" if folder.suffix == ".gguf" else ""
-        raise UserError(f"{key}: {folder}: {kind}{hint}")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{key}: {file} is not valid JSON: {error}") from None
 
 
 def start(config: TrainConfig, out: Path) -> int:

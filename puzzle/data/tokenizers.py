@@ -1,0 +1,112 @@
+"""Tokenizers, through transformers: load, encode without a second BOS, render chats, tokenise again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puzzle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = object
+
+BYTES = "bytes"
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model folder, or of UTF-8 bytes for `bytes`; raises UserError if there is none."""
+    if name == BYTES:
+        return byte_tokenizer()
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder to take a tokenizer from")
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder}: has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    if tokenizer is None:
+        raise UserError(f"{folder}: transformers knows no tokenizer for this model")
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Tokens 0-255 are bytes in the order of the byte-level alphabet, 256 ends a text, 257 pads."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Core(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text`, with the BOS that the tokenizer adds, once."""
+    tokens = list(tokenizer(text)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
+
+
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: bool = True
+) -> tuple[str, list[int]]:
+    """The chat as the tokenizer's template renders it, and its ids; `answer` opens the assistant's turn.
+
+    The template writes the special tokens, BOS among them; none are added. Raises UserError without one.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("data.chat_template is set, but the tokenizer has no chat template; unset it")
+    from jinja2.exceptions import TemplateError
+
+    try:
+        turns = [dict(turn) for turn in messages]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer))
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a prompt: {_first_line(error)}") from None
+    return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
+    """Ids that end a response, sorted: the tokenizer's EOS and those of generation_config.json."""
+    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    file = folder / "generation_config.json" if folder is not None else None
+    if file is not None and file.is_file():
+        try:
+            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file}: not valid JSON: {error}") from None
+        ids.update(given if isinstance(given, list) else [] if given is None else [given])
+    return tuple(sorted(ids))
+
+
+def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
+    """Whether both give the same ids to the same text: then ids need not be made again."""
+    if first.get_vocab() != second.get_vocab():
+        return False
+    one, other = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (first, second))
+    return one is not None and other is not None and one.to_str() == other.to_str()
+
+
+def dialogue_ids(
+    tokenizer: Tokenizer, prompt: str, messages: Sequence[Mapping[str, str]] | None, response: str
+) -> list[int]:
+    """Ids of prompt and response for a model with another tokenizer: the text is tokenised again.
+
+    A chat goes through that tokenizer's template when it has one; plain text is prompt + response.
+    """
+    if messages is not None and tokenizer.chat_template:
+        turns = [*messages, {"role": "assistant", "content": response}]
+        return render(tokenizer, turns, answer=False)[1]
+    return encode(tokenizer, prompt + response)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """\
+actor:
+  init: {vocab_size: 258, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2,
+         num_attention_heads: 8}
+reward: {function: "puzzle.rlhf.rewards:vader_sentiment"}
+data: {prompts: prompts.jsonl, tokenizer: bytes}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The soup was"}\n' * 40)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/run.jsonl").write_text("{}\n")
+    (tmp_path / "weights.gguf").write_text("GGUF")
+    return tmp_path
+
+
+RUN = ["train", "--config", "run.yaml", "--out", "o"]
+BAD = [
+    ([], "usage: puzzle COMMAND"),
+    (["trian"], "trian: unknown command; there are train"),
+    (["train"], "actor: no model"),
+    (["train", "--config"], "expected one argument"),
+    (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
+    (["train", "--config", "run.yaml"], "--out DIR is missing"),
+    ([*RUN, "--ppo.clp", "1"], "did you mean ppo.clip?"),
+    ([*RUN, "--out", "run.yaml"], "is a file, not a folder"),
+    ([*RUN, "--out", "used"], "already holds a run"),
+    ([*RUN, "--out", "/proc/x"], "/proc/x: "),
+    ([*RUN, "--actor.model", "absent"], "actor.model: absent: no such folder"),
+    ([*RUN, "--actor.model", "empty", "--data.tokenizer", "bytes"], "empty has no config.json"),
+    ([*RUN, "--critic.model", "broken"], "config.json is not valid JSON"),
+    ([*RUN, "--reward.model", "weights.gguf"], "is a file, not a model folder; puzzle convert makes"),
+    ([*RUN, "--reward.model", "gpt2"], "reward: gpt2: config: model_type 'gpt2' is not supported"),
+    ([*RUN, "--data.prompts", "gone.jsonl"], "gone.jsonl: no such file"),
+    ([*RUN, "--actor.init.preset", "8b"], "no published model size '8b'"),
+    ([*RUN, "--actor.layers", "3"], "actor.layers is 3, but the model has only 2"),
+    ([*RUN, "--critic.init.preset", "7b"], "critic: its vocabulary has 32000 tokens, the actor's 258"),
+    ([*RUN, "--generation.max_new_tokens", "1900"], "exceed its 2048 positions"),
+    ([*RUN, "--log.variant", "dschat"], "this version does not have: the DeepSpeed-Chat baseline"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_input_ends_with_one_line_and_code_2(folder, capsys, arguments, words):
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in out + err
+    if arguments:
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_dry_run_prints_the_whole_configuration(folder, capsys):
+    assert main(["train", "--config", "run.yaml", "--dry-run", "--seed", "5"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["seed"] == 5
+    assert printed["critic"]["init"] == printed["actor"]["init"]
+    assert sorted(p.name for p in folder.iterdir() if p.name == "o") == []
+
+
+def test_help_names_every_command_and_key_without_torch():
+    code = (
+        "import sys; from puzzle.cli import main\n"
+        "assert main(['--help']) == 0 and main(['train', '--help']) == 0 and main(['--version']) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "train " in done.stdout
+    assert "--actor.optimizer.lr" in done.stdout
+
+
+def test_interrupted(monkeypatch):
+    monkeypatch.setattr("puzzle.cli.import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["train"]) == 130

@@ -1,0 +1,195 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.config import LayoutConfig, TrainConfig, TrainedConfig
+from puzzle.configio import build, keys, load_config, merge, parse_overrides, read_yaml
+from puzzle.errors import UserError
+
+BYTES = ["--data.tokenizer", "bytes"]
+BASE = """\
+seed: 3
+layout: {dp: 2}
+actor:
+  model: some/actor
+  layers: 4
+  optimizer:
+    lr: 5e-5
+reward: {function: "scorers:length"}
+data: {prompts: prompts.jsonl}
+ppo:
+generation: {max_new_tokens: 20}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_command_line_over_file_over_defaults(config_file):
+    config = load_config(
+        config_file, ["--seed", "7", "--actor.optimizer.betas", "0.8,0.9", "--ppo.kl.coef=2e-2"]
+    )
+    assert config.seed == 7
+    assert config.actor.optimizer.lr == 5e-5
+    assert config.actor.optimizer.betas == (0.8, 0.9)
+    assert config.ppo.kl.coef == 0.02
+    assert config.ppo.clip == 0.2
+    assert load_config(config_file).seed == 3
+
+
+def test_models_and_layouts_are_inherited(config_file):
+    config = load_config(config_file, ["--critic.layout.dp", "1", "--critic.layout.tp", "2"])
+    assert (config.critic.model, config.critic.layers) == ("some/actor", None)
+    assert (config.reference.model, config.reference.layers) == ("some/actor", 4)
+    assert config.generation.layout == config.actor.layout == LayoutConfig(dp=2)
+    assert config.critic.layout == LayoutConfig(tp=2)
+    assert config.world == 2
+    assert set(config.layouts()) == {"actor", "critic", "reference", "generation"}
+    switched = load_config(config_file, ["--actor.layout.tp", "2", "--actor.layout.dp", "1"])
+    assert switched.generation.layout == LayoutConfig(tp=2)
+
+
+def test_a_source_on_the_command_line_replaces_the_files(config_file):
+    config = load_config(config_file, ["--reward.model", "some/reward", "--actor.init.preset", "7b", *BYTES])
+    assert (config.reward.model, config.reward.function) == ("some/reward", None)
+    assert config.actor.model is None
+    assert config.actor.init is not None
+    assert config.actor.init.preset == "7b"
+
+
+def test_the_resolved_run_is_the_run(config_file):
+    config = load_config(config_file, ["--layout.stages", "balanced"])
+    assert TrainConfig.model_validate(config.resolved()) == config
+    other = TrainConfig(
+        actor=TrainedConfig(model="a", layout=LayoutConfig(dp=2)),
+        layout=LayoutConfig(dp=2),
+        **{key: config.resolved()[key] for key in ("reward", "data")},
+    )
+    assert other.critic.model == "a"
+    assert other.generation.layout.dp == 2
+
+
+WRONG = [
+    (["--ppo.cilp", "0.3"], "--ppo.cilp: unknown option; did you mean ppo.clip?"),
+    (["--lr", "1"], "--lr: unknown option; did you mean actor.optimizer.lr?"),
+    (["--sead=1"], "--sead: unknown option; did you mean seed?"),
+    (["stray"], "unrecognized arguments: stray"),
+    (["--batch"], "argument --batch: expected one argument"),
+    (["--batch", "many"], "command line: batch: expected a whole number, got 'many'"),
+    (["--batch", "1.5"], "command line: batch: expected a whole number, got '1.5'"),
+    (["--batch", "0"], "command line: batch: expected at least 1, got '0'"),
+    (["--seed", "-1"], "command line: seed: expected at least 0, got '-1'"),
+    (["--ppo.clip", "nan"], "command line: ppo.clip: expected a finite number, got 'nan'"),
+    (["--ppo.whiten", "perhaps"], "command line: ppo.whiten: expected true or false, got 'perhaps'"),
+    (["--ppo.kl.estimator", "k4"], "command line: ppo.kl.estimator: expected 'k1', 'k2' or 'k3', got 'k4'"),
+    (["--actor.optimizer.betas", "0.9"], "command line: actor.optimizer.betas: a value is missing"),
+    (
+        ["--dtype", "fp16"],
+        "command line: dtype: fp16 is not supported (it needs loss scaling)",
+    ),
+    (["--generation.top_p", "0"], "command line: generation.top_p: expected more than 0"),
+    (["--generation.min_new_tokens", "30"], "min_new_tokens 30 exceeds max_new_tokens 20"),
+    (["--layout.stages", "uneven"], "layout.stages: expected even, balanced or a list of layers per stage"),
+    (["--layout.stages", "2,2"], "layout: stages lists 2 stages but pp is 1"),
+    (["--critic.layout.tp", "3"], "critic.layout: tp x pp x dp = 3 x 1 x 2 = 6 but the run has 2 processes"),
+    (["--ppo.minibatch", "7"], "ppo.minibatch 7 does not divide batch x generation.samples = 32"),
+    (
+        ["--ppo.microbatch=2", "--ppo.microbatch_tokens=9"],
+        "give microbatch or microbatch_tokens, not both",
+    ),
+    (["--reward.function", "null"], "reward: no model; give reward.model, reward.init or reward.function"),
+    (["--actor.model", "a", "--actor.init.preset", "7b"], "actor: give model or init, not both"),
+    (["--actor.init.hidden_size", "8"], "actor.init: give preset, or also vocab_size, intermediate_size"),
+    (["--data.prompts", "null"], "data: give prompts (a file) or random_tokens"),
+    (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
+    (["--checkpoint.best", "true"], "checkpoint.best needs eval.every"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG)
+def test_wrong_options_get_one_line(config_file, arguments, words):
+    with pytest.raises(UserError) as raised:
+        load_config(config_file, arguments)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+WRONG_FILES = [
+    ("sed: 3\n", ":1: sed: unknown key; did you mean seed?"),
+    ("ppo:\n  clip: 0.2\n  kl:\n    coeff: 1\n", ":4: ppo.kl.coeff: unknown key; did you mean ppo.kl.coef?"),
+    ("seed: 1\nbatch: 2\nseed: 3\n", ":3: seed is given twice, first in line 1"),
+    ("ppo: {clip: 0.1, clip: 0.2}\n", ":1: ppo.clip is given twice"),
+    ("seed: [1\n", ":2: not valid YAML"),
+    ("seed: !!python/object/apply:os.system ['true']\n", ":1: not valid YAML"),
+    ("- seed\n", ": expected sections of keys, found list"),
+    ("ppo: 5\n", ":1: ppo: expected a section of keys, got 5"),
+    ("batch: true\n", ":1: batch: a truth value has no meaning here, got True"),
+    ("actor: {model: 5}\n", ":1: actor.model: expected text, got 5"),
+    ("layout: {stages: [4, 0], pp: 2}\n", ":1: layout.stages: expected even, balanced or a list"),
+    ("", ": actor: no model; give actor.model, actor.init"),
+    ("seed: 1\x00\n", ": not valid YAML"),
+    ("a: &a [*a]\n", ":1: a: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG_FILES)
+def test_wrong_files_get_their_line(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(str(path))
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for path, words in [(tmp_path / "absent", "no such file"), (tmp_path, "cannot be read")]:
+        with pytest.raises(UserError, match=words):
+            load_config(path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "binary")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+NAMES = st.sampled_from([key[-1] for key, _ in keys()])
+
+
+@given(st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES, v, max_size=4)))
+def test_any_value_is_a_run_or_a_user_error(value):
+    data = value if isinstance(value, dict) else {"actor": value, "layout": value, "ppo": {"kl": value}}
+    with pytest.raises(UserError):
+        build(data, lambda key: "here")
+
+
+def test_every_scalar_key_is_an_option():
+    samples = {"layout.stages": "even", "actor.optimizer.betas": "0.9,0.99", "log.figures": "a,b"}
+    for key, is_section in keys():
+        if not is_section:
+            name = ".".join(key)
+            nested = parse_overrides([f"--{name}", samples.get(name, "1")])
+            for part in key[:-1]:
+                nested = nested[part]
+            assert key[-1] in nested
+
+
+def test_merge_is_deep_and_leaves_its_arguments():
+    low, high = {"a": {"b": 1, "c": 2}, "d": 1}, {"a": {"b": 3}, "d": {"e": 1}}
+    assert merge(low, high) == {"a": {"b": 3, "c": 2}, "d": {"e": 1}}
+    assert low == {"a": {"b": 1, "c": 2}, "d": 1}
+
+
+def test_lines_of_keys(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a:\n  b: 1\nc: {d: 2}\n")
+    document = read_yaml(path)
+    assert document.data == {"a": {"b": 1}, "c": {"d": 2}}
+    assert document.lines == {("a",): 1, ("a", "b"): 2, ("c",): 3, ("c", "d"): 3}
+    assert isinstance(document.path, Path)

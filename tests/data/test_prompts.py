@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.config import DataConfig
+from puzzle.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, random_prompts, read_rows
+from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.errors import UserError
+
+TEXTS = ["The soup was", "Ünïcode 漢字 🙂", "A third one"]
+
+
+def data(**changes) -> DataConfig:
+    return DataConfig(prompts="unused", **changes)
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=["jsonl", "parquet", "txt", "dataset"])
+def prompts_file(request, tmp_path):
+    path = tmp_path / f"prompts.{request.param}"
+    records = [{"prompt": text, "other": 1} for text in TEXTS]
+    if request.param == "jsonl":
+        return write_jsonl(path, records)
+    if request.param == "txt":
+        path.write_text("\n\n".join(TEXTS), encoding="utf-8")
+        return path
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(records)
+    if request.param == "parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path)
+    return path
+
+
+def test_every_format_gives_the_same_prompts(prompts_file):
+    loaded = load_prompts(prompts_file, data(), byte_tokenizer())
+    assert [p.text for p in loaded.prompts] == TEXTS
+    assert [p.index for p in loaded.prompts] == [0, 1, 2]
+    assert [len(p.tokens) for p in loaded.prompts] == [len(t.encode()) for t in TEXTS]
+
+
+BAD_LINES = [
+    (b'{"prompt": "fine"}\n\n{"prompt": \n', ":3: not valid JSON"),
+    (b'{"prompt": "fine"}\n["prompt"]\n', ":2: expected a JSON object, found list"),
+    (b'{"text": "x"}\n', ":1: no field 'prompt'; it has text"),
+    (b'{"prompt": "  "}\n', ":1: the prompt is empty"),
+    (b'{"prompt": 5}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": [{"role": "user"}]}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": [{"role": "user", "content": "x"}]}\n', ":1: prompt is a chat; set data.chat_template"),
+    (b'{"prompt": "fine"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text"),
+    (b"\n \n", ": holds no prompts"),
+    (b'{"prompt": "123456789"}\n', ":1: the prompt has 9 tokens, data.max_prompt_tokens is 8"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_LINES)
+def test_bad_lines_are_named(tmp_path, content, words):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_prompts(path, data(max_prompt_tokens=8), byte_tokenizer())
+    assert str(raised.value).startswith(f"{path}{words}")
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "p.parquet").write_bytes(b"no parquet")
+    (tmp_path / "p.csv").write_text("a,b")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "splits/train").mkdir(parents=True)
+    (tmp_path / "splits/dataset_dict.json").write_text('{"splits": ["train"]}')
+    for name, words in [
+        ("absent.jsonl", "no such file"),
+        ("p.parquet", "not a readable parquet file"),
+        ("p.csv", "must be .jsonl, .parquet, .txt"),
+        ("folder", "not a saved Hugging Face dataset"),
+        ("splits", "name one of its folders: train"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            read_rows(tmp_path / name, "prompt", None)
+
+
+def test_long_prompts_are_dropped_and_indices_stay(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x" * 9}, {"prompt": "short"}, {"prompt": "ok"}])
+    loaded = load_prompts(path, data(max_prompt_tokens=8, too_long="drop"), byte_tokenizer())
+    assert loaded.dropped == 1
+    assert [(p.index, p.id, p.text) for p in loaded.prompts] == [(1, "1", "short"), (2, "2", "ok")]
+    with pytest.raises(UserError, match="all 3 prompts exceed"):
+        load_prompts(path, data(max_prompt_tokens=1, too_long="drop"), byte_tokenizer())
+
+
+def test_ids_come_from_a_field_and_differ(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "key": 7}, {"prompt": "b", "key": 8}])
+    loaded = load_prompts(path, data(id_field="key"), byte_tokenizer())
+    assert [p.id for p in loaded.prompts] == ["7", "8"]
+    write_jsonl(path, [{"prompt": "a", "key": 7}, {"prompt": "b", "key": 7}])
+    with pytest.raises(UserError, match=r":2: key '7' is taken by .*:1"):
+        load_prompts(path, data(id_field="key"), byte_tokenizer())
+
+
+def make_set(count: int) -> PromptSet:
+    return PromptSet(tuple(Prompt(i, str(i), f"t{i}", None, (i,)) for i in range(count)), 0)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**40), st.booleans())
+def test_stream_deals_each_epoch_once_and_resumes(count, batch, seed, shuffle):
+    prompts = make_set(count)
+    if batch > count:
+        with pytest.raises(UserError, match=f"only {count} prompts"):
+            PromptStream(prompts, batch, seed, shuffle)
+        return
+    stream = PromptStream(prompts, batch, seed, shuffle)
+    per_epoch = count // batch
+    for epoch in range(3):
+        assert stream.epoch == epoch
+        dealt = [p.index for _ in range(per_epoch) for p in stream.next()]
+        assert len(dealt) == len(set(dealt)) == per_epoch * batch
+        if not shuffle:
+            assert dealt == list(range(per_epoch * batch))
+    resumed = PromptStream(prompts, batch, seed, shuffle)
+    resumed.restore(json.loads(json.dumps(stream.state())))
+    assert resumed.next() == stream.next()
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    def order(seed: int, epochs: int) -> list[int]:
+        stream = PromptStream(make_set(64), 64, seed, True)
+        return [[p.index for p in stream.next()] for _ in range(epochs)][-1]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) != order(1, 2)
+
+
+def test_state_of_other_prompts_is_refused():
+    state = PromptStream(make_set(4), 2, 0, True).state()
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        PromptStream(make_set(5), 2, 0, True).restore(state)
+    with pytest.raises(UserError, match="batch is 1 but 2"):
+        PromptStream(make_set(4), 1, 0, True).restore(state)
+
+
+def test_random_prompts_are_a_function_of_seed_and_index():
+    few, many = random_prompts(3, 200, 50, seed=9), random_prompts(8, 200, 50, seed=9)
+    assert few.prompts == many.prompts[:3]
+    assert few.prompts[0].tokens != random_prompts(1, 200, 50, seed=8).prompts[0].tokens
+    counts = np.bincount(np.concatenate([p.tokens for p in many.prompts]), minlength=50)
+    assert counts.shape == (50,)
+    assert counts.min() > 0

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from puzzle.data.tokenizers import (
+    byte_tokenizer,
+    dialogue_ids,
+    encode,
+    load_tokenizer,
+    render,
+    same_tokenizer,
+    stop_ids,
+)
+from puzzle.errors import UserError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_bos():
+    """A byte tokenizer that puts a BOS first, as LLaMA's does, and has a chat template that does so too."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    core = tokenizer.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@given(st.text(max_size=60))
+def test_bytes_round_trip(text):
+    tokenizer = byte_tokenizer()
+    ids = encode(tokenizer, text.replace("<eos>", "").replace("<pad>", ""))
+    assert len(ids) == len(text.replace("<eos>", "").replace("<pad>", "").encode())
+    assert tokenizer.decode(ids) == text.replace("<eos>", "").replace("<pad>", "")
+
+
+def test_byte_tokenizer_is_saved_and_found_again(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, 256, 257)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert encode(again, "Ünïcode") == encode(tokenizer, "Ünïcode")
+
+
+def test_one_bos_however_the_prompt_comes():
+    tokenizer = with_bos()
+    bos = tokenizer.bos_token_id
+    assert encode(tokenizer, "hi").count(bos) == 1
+    assert encode(tokenizer, "<bos>hi") == encode(tokenizer, "hi")
+    text, ids = render(tokenizer, [{"role": "user", "content": "hi"}])
+    assert text == "<bos><user>hi\n<assistant>"
+    assert ids.count(bos) == 1
+    assert ids[0] == bos
+    assert tokenizer.decode(ids) == text
+
+
+def test_dialogue_for_another_tokenizer_is_made_from_text():
+    plain, chat = byte_tokenizer(), with_bos()
+    turns = [{"role": "user", "content": "hi"}]
+    assert plain.decode(dialogue_ids(plain, "hi", turns, " you")) == "hi you"
+    assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi\n<assistant> you\n"
+    assert chat.decode(dialogue_ids(chat, "hi", None, " you")) == "<bos>hi you"
+    assert same_tokenizer(plain, byte_tokenizer())
+    assert not same_tokenizer(plain, chat)
+
+
+def test_stop_ids_join_tokenizer_and_generation_config(tmp_path):
+    tokenizer = byte_tokenizer()
+    assert stop_ids(tokenizer, None) == (256,)
+    assert stop_ids(tokenizer, tmp_path) == (256,)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [3, 256]}))
+    assert stop_ids(tokenizer, tmp_path) == (3, 256)
+    file.write_text(json.dumps({"eos_token_id": 4}))
+    assert stop_ids(tokenizer, tmp_path) == (4, 256)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
+        stop_ids(tokenizer, tmp_path)
+
+
+def test_what_has_no_tokenizer_or_template_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="no chat template"):
+        render(byte_tokenizer(), [{"role": "user", "content": "hi"}])
+    raising = with_bos()
+    raising.chat_template = "{{ raise_exception('system turns are not supported') }}"
+    with pytest.raises(UserError, match="system turns are not supported"):
+        render(raising, [{"role": "user", "content": "hi"}])
