@@ -1,12 +1,13 @@
 """The log of a run: schema, writer and readers. Standard library only."""
 
 from puzzle.runlog.load import load_runs
-from puzzle.runlog.run import PROVENANCES, STAGES, Iteration, Loaded, Report, Run, Switch
+from puzzle.runlog.run import PROVENANCES, STAGES, Evaluation, Iteration, Loaded, Report, Run, Switch
 from puzzle.runlog.writer import RunHeader, RunWriter
 
 __all__ = [
     "PROVENANCES",
     "STAGES",
+    "Evaluation",
     "Iteration",
     "Loaded",
     "Report",

@@ -8,7 +8,7 @@ from typing import Any
 
 from puzzle.errors import UserError
 from puzzle.runlog import records
-from puzzle.runlog.run import Iteration, Report, Run, Switch
+from puzzle.runlog.run import Evaluation, Iteration, Report, Run, Switch
 
 Record = dict[str, Any]
 
@@ -30,6 +30,7 @@ class _Collected:
     attempt: int = 0
     iterations: dict[int, tuple[int, Iteration]] = field(default_factory=dict)
     switches: dict[int, list[tuple[int, Switch]]] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
     ranks: dict[int, Record] = field(default_factory=dict)
     stages: list[Record] = field(default_factory=list)
     notes: list[Record] = field(default_factory=list)
@@ -115,6 +116,9 @@ def _take(line: _Line, collected: _Collected) -> None:
                 )
         case "iteration":
             _take_iteration(line, collected)
+        case "evaluation":
+            values = _numbers(record["metrics"])
+            collected.evaluations[record["iteration"]] = Evaluation(record["iteration"], values)
         case "switch":
             known = {"record", "seq", "time", "iteration", "seconds"}
             fields = {name: value for name, value in record.items() if name not in known}
@@ -140,6 +144,10 @@ def _content(record: Record) -> Record:
     return {name: value for name, value in record.items() if name not in ("record", "seq", "time")}
 
 
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
 def _take_header(line: _Line, collected: _Collected) -> None:
     if collected.header is None:
         collected.header = line.record
@@ -155,7 +163,7 @@ def _take_header(line: _Line, collected: _Collected) -> None:
 def _take_iteration(line: _Line, collected: _Collected) -> None:
     record = line.record
     index = record["iteration"]
-    metrics = {name: math.nan if value is None else float(value) for name, value in record["metrics"].items()}
+    metrics = _numbers(record["metrics"])
     seconds = {name: float(value) for name, value in record["stage_seconds"].items()}
     before = collected.iterations.get(index)
     if before is not None and before[0] == collected.attempt:
@@ -200,6 +208,7 @@ def _run(collected: _Collected, header: Record) -> Run:
         notes=tuple(collected.notes),
         reports=tuple(collected.reports),
         ended=collected.ended,
+        evaluations=tuple(collected.evaluations[index] for index in sorted(collected.evaluations)),
     )
 
 

@@ -126,6 +126,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
                                                                   "bubble_share": _number}),
     "iteration": ({"iteration": _count, "stage_seconds": _stage_seconds, "e2e_seconds": _seconds,
                    "metrics": _metrics}, {}),
+    "evaluation": ({"iteration": _count, "metrics": _metrics}, {}),
     "switch": ({"iteration": _count, "seconds": _seconds}, {}),
     "checkpoint": ({"iteration": _count, "path": _text}, {"seconds": _seconds, "bytes": _count}),
     "resume": ({"iteration": _count}, {"checkpoint": _text_or_null, "changed": _mapping}),

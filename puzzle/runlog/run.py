@@ -19,6 +19,14 @@ class Iteration:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Held-out metrics of the policy after `iteration` iterations; 0 is the policy before the first."""
+
+    iteration: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Switch:
     """One change of the actor's layout (or a ZeRO-3 gather), inside the iteration `iteration`."""
 
@@ -72,6 +80,7 @@ class Run:
     notes: tuple[Mapping[str, Any], ...]
     reports: tuple[Report, ...]
     ended: bool
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True)

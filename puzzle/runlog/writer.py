@@ -191,6 +191,14 @@ class RunWriter:
             self._say(lines.reshard_line(stages["switch"]))
         self._say(lines.puzzle_line(iteration, total, batch, stages, e2e, values))
 
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics (`reward`, ...) of the policy after `iteration` iterations; NaN becomes null."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._write("evaluation", iteration=iteration, metrics=finite)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._say(f"held out after {iteration} iterations: {shown}")
+
     def switch(self, iteration: int, seconds: float, **fields: Any) -> None:
         """One change of layout: `bytes`, `lower_bound_bytes`, `local_share`, and what else is known."""
         self._write("switch", iteration=iteration, seconds=float(seconds), **fields)
