@@ -68,7 +68,7 @@ _puzzle_activate() {
     if [ "${VIRTUAL_ENV:-}" = "$root/.venv" ]; then unset VIRTUAL_ENV; fi
   else
     python="$(_puzzle_find_python "$root")" || return 2
-    "$python" -I "$root/scripts/setup_env.py" ensure ${PUZZLE_ENV:+"$PUZZLE_ENV"} || return 2
+    "$python" -E -s "$root/scripts/setup_env.py" ensure ${PUZZLE_ENV:+"$PUZZLE_ENV"} || return 2
     front="$root/.venv/bin:$root/scripts/bin"
     export VIRTUAL_ENV="$root/.venv"
   fi

@@ -4,16 +4,12 @@
 says what the running interpreter lacks. Exit code 2 and one line say what is wrong.
 
 Each tier of `requirements/` holds the one before, with the same versions: one `.venv` serves all, and a built
-tier builds the lesser ones. A stamp per tier records what it was installed from. `.venv.lock` is locked
-while installing and holds a word from then until success: what a killed installation left is installed anew.
+tier builds the lesser ones.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,166 +18,88 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TIERS = ("plot", "engine", "baseline", "dev")
-OPTIONS = "options"  # the extra whose packages only single features need
-UV = "uv>=0.9"
-CPU_INDEX = ("--torch-backend=cpu",)
+from tiers import (
+    CPU_INDEX,
+    OPTIONS,
+    ROOT,
+    TIERS,
+    UV,
+    SetupError,
+    choose_torch,
+    digest,
+    extra,
+    has_gpu,
+    needs_torch,
+    requirement_files,
+    satisfies,
+    split_requirement,
+    torch_requirement,
+)
+
+IN_DOUBT = ""  # in place of a digest: an installation began and has not ended well
 
 
-class SetupError(Exception):
-    """One line for people: what is wrong and how to mend it."""
+@dataclass
+class State:
+    """What `.venv` holds: the digest each built tier was made from, and the kind of torch build."""
 
+    tiers: dict[str, str] = field(default_factory=dict)
+    torch: str = ""
 
-# What is asked for
+    @staticmethod
+    def path(root: Path) -> Path:
+        """It goes when the environment goes."""
+        return root / ".venv" / ".puzzle.json"
 
+    @classmethod
+    def load(cls, root: Path) -> "State":
+        """The recorded state; an empty one where there is none to read."""
+        try:
+            return cls(**json.loads(cls.path(root).read_text()))
+        except (OSError, ValueError, TypeError):
+            return cls()
 
-def extra(name: str, root: Path = ROOT) -> list[str]:
-    """Requirements (PEP 508, without markers) of an extra of pyproject.toml, the extras it names included."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    found: list[str] = []
-    for requirement in project["optional-dependencies"][name]:
-        inner = re.fullmatch(rf"{project['name']}\[(.+)\]", requirement)
-        found += [r for part in inner[1].split(",") for r in extra(part, root)] if inner else [requirement]
-    return found
+    def save(self, root: Path) -> None:
+        """Replaces the record at once."""
+        temporary = self.path(root).with_suffix(".tmp")
+        temporary.write_text(json.dumps({"tiers": self.tiers, "torch": self.torch}))
+        os.replace(temporary, self.path(root))
 
+    def is_current(self, tier: str, root: Path) -> bool:
+        """Whether the tier was built from today's locks, with a torch that uses the GPU if there is one."""
+        if self.tiers.get(tier) != digest(tier, root):
+            return False
+        # A CUDA build serves hosts without a GPU too (login nodes); a CPU build wastes hosts with one.
+        return not (needs_torch(tier) and self.torch == "cpu" and has_gpu())
 
-def split_requirement(requirement: str) -> tuple[str, str]:
-    """`"torch>=2.11,<2.14"` -> `("torch", ">=2.11,<2.14")`."""
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)(.*)", requirement)
-    if match is None:
-        raise SetupError(f"pyproject.toml: requirement {requirement!r} is not NAME followed by versions")
-    return match[1], match[2]
-
-
-def torch_requirement(root: Path = ROOT) -> str:
-    """The range of torch; the locks leave torch out, because its build depends on the machine."""
-    return next(r for r in extra("engine", root) if split_requirement(r)[0] == "torch")
-
-
-def needs_torch(tier: str) -> bool:
-    """Whether the tier holds torch."""
-    return TIERS.index(tier) >= TIERS.index("engine")
-
-
-def requirement_files(tier: str, root: Path) -> list[Path]:
-    """The lock of a tier and, where it has one, the list of packages installed without their dependencies."""
-    files = [root / "requirements" / f"{tier}.txt"]
-    return [*files, root / "requirements" / "no-deps.txt"] if needs_torch(tier) else files
-
-
-def digest(tier: str, root: Path = ROOT) -> str:
-    """sha256 over everything that decides what a tier installs."""
-    total = hashlib.sha256(UV.encode())
-    for file in requirement_files(tier, root):
-        total.update(file.read_bytes())
-    if needs_torch(tier):
-        total.update(torch_requirement(root).encode())
-    return total.hexdigest()
-
-
-# Which torch
-
-
-def has_gpu() -> bool:
-    """Whether nvidia-smi runs and lists a GPU."""
-    try:
-        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return answer.returncode == 0 and "GPU" in answer.stdout
-
-
-def offers_cpu_torch(folders: list[str], requirement: str, python: tuple[int, int]) -> bool:
-    """Whether a local find-links folder holds a CPU build of torch in the wanted range for this Python."""
-    pattern = re.compile(rf"torch-([0-9.]+)\+cpu-cp{python[0]}{python[1]}-.*{os.uname().machine}\.whl")
-    for folder in folders:
-        path = Path(folder.removeprefix("file://"))
-        names = os.listdir(path) if path.is_dir() else []
-        for match in filter(None, map(pattern.fullmatch, names)):
-            if satisfies(match[1], split_requirement(requirement)[1]):
-                return True
-    return False
-
-
-@dataclass(frozen=True)
-class TorchBuild:
-    """`kind` (cpu, gpu, or given: what the user's settings lead to) and the options that make uv take it."""
-
-    kind: str
-    options: tuple[str, ...] = ()
-
-
-def choose_torch(
-    environ: Mapping[str, str], folders: list[str], requirement: str, python: tuple[int, int], gpu: bool
-) -> TorchBuild:
-    """No gigabytes of CUDA where no GPU is; the user's word (UV_TORCH_BACKEND, PUZZLE_WHEELS) goes first."""
-    if environ.get("UV_TORCH_BACKEND") or environ.get("PUZZLE_WHEELS"):
-        return TorchBuild("given")
-    if gpu:
-        return TorchBuild("gpu", ("--torch-backend=auto",))
-    if offers_cpu_torch(folders, requirement, python):
-        return TorchBuild("cpu")
-    return TorchBuild("cpu", CPU_INDEX)
-
-
-# What is there
-
-
-def stamp_path(tier: str, root: Path) -> Path:
-    """Where a built tier records what it was built from."""
-    return root / ".venv" / f".puzzle-{tier}.json"
-
-
-def is_current(tier: str, root: Path = ROOT) -> bool:
-    """Whether the tier was built from today's locks, with a torch that uses the GPU if there is one."""
-    try:
-        stamp = json.loads(stamp_path(tier, root).read_text())
-    except (OSError, ValueError):
-        return False
-    if stamp.get("digest") != digest(tier, root):
-        return False
-    # A CUDA build serves hosts without a GPU too (login nodes); a CPU build wastes hosts with one.
-    return not (needs_torch(tier) and stamp.get("torch") == "cpu" and has_gpu())
-
-
-def richest(root: Path = ROOT) -> str:
-    """The richest tier ever built here (it may be out of date), else plot."""
-    return next((tier for tier in reversed(TIERS) if stamp_path(tier, root).exists()), "plot")
+    def richest(self) -> str:
+        """The richest tier built so far (it may be out of date), else plot."""
+        built = [tier for tier, made_from in self.tiers.items() if made_from != IN_DOUBT]
+        return max(built, key=TIERS.index, default=TIERS[0])
 
 
 # Installing
 
 
 @contextlib.contextmanager
-def exclusive(root: Path) -> Generator[bool]:
-    """Locks installation in this checkout; yields whether the last one was cut off."""
+def exclusive(root: Path) -> Generator[None]:
+    """Lets one process at a time install into this checkout."""
     try:
-        handle = open(root / ".venv.lock", "a+")  # noqa: SIM115
+        handle = open(root / ".venv.lock", "a")  # noqa: SIM115
     except OSError as error:
-        raise SetupError(
-            f"cannot install into {root}: {error.strerror}; make it writable or set PUZZLE_PYTHON"
-        ) from None
+        reason = f"{error.strerror}; make it writable or set PUZZLE_PYTHON"
+        raise SetupError(f"cannot install into {root}: {reason}") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another process is installing here; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.seek(0)
-        interrupted = bool(handle.read())
-        yield interrupted
-        handle.truncate(0)
-
-
-def mark_installing(root: Path) -> None:
-    """From here until success an end of this process means a half-made environment."""
-    (root / ".venv.lock").write_text("installing\n")
+        yield
 
 
 def say(text: str) -> None:
@@ -219,14 +137,16 @@ def pip_settings(python: Path) -> dict[str, str]:
     listing = subprocess.run(
         [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
-    found: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     # Lines are SECTION.KEY='VALUE'; the environment's section (:env:) outranks the files'.
     for line in sorted(listing.splitlines(), key=lambda line: line.startswith(":env:")):
         match = re.fullmatch(r"(?:global|install|:env:)\.([a-z-]+)='(.*)'", line)
         if match:
-            found[match[1]] = match[2].replace("\\n", " ").split()
+            found[match[1]] = match[2]
     names = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
-    return {name: ",".join(found[key]) for key, name in names.items() if found.get(key)}
+    if "find-links" in found:  # a list: lines in files (printed as \\n), blanks in the environment
+        found["find-links"] = ",".join(found["find-links"].replace("\\n", " ").split())
+    return {name: found[key] for key, name in names.items() if found.get(key)}
 
 
 def make_venv(root: Path, wheels: str | None) -> None:
@@ -244,100 +164,74 @@ def make_venv(root: Path, wheels: str | None) -> None:
 def uv_runs(root: Path) -> bool:
     """Whether the environment exists and its installer works."""
     try:
-        return all(
-            subprocess.run(
-                [str(root / ".venv/bin" / name), "--version"], capture_output=True, check=False
-            ).returncode
-            == 0
-            for name in ("python", "uv")
-        )
-    except OSError:
+        for name in ("python", "uv"):
+            subprocess.run([str(root / ".venv/bin" / name), "--version"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return False
+    return True
 
 
-def install(tier: str, root: Path, repair: bool) -> str:
-    """Makes `.venv` hold the tier; returns the kind of torch build ("" for none)."""
+def choose_arguments(
+    tier: str, root: Path, environ: Mapping[str, str], held: str
+) -> tuple[str, list[str], str]:
+    """The kind of torch to have instead of the `held` one, what uv shall install, and a failure's words."""
+    arguments = ["-r", str(requirement_files(tier, root)[0])]
+    failure = f"cannot install the tier {tier}"
+    if not needs_torch(tier):
+        return held, arguments, failure
+    requirement = torch_requirement(root)
+    folders = environ.get("UV_FIND_LINKS", "").split(",")
+    torch = choose_torch(environ, folders, requirement, sys.version_info[:2], has_gpu())
+    arguments += [requirement, *torch.options]
+    if torch.kind == "gpu" and held == "cpu":
+        arguments += ["--reinstall-package", "torch"]
+    if torch.options == CPU_INDEX:
+        failure += (
+            "; where PyTorch's index is out of reach, name a folder with its CPU wheel in UV_FIND_LINKS"
+        )
+    return torch.kind, arguments, failure
+
+
+def install(tier: str, root: Path) -> None:
+    """Makes `.venv` hold the tier, and records it; what a killed or failed try left in doubt is made anew."""
     wheels = os.environ.get("PUZZLE_WHEELS")
     if wheels and not Path(wheels).is_dir():
         raise SetupError(f"PUZZLE_WHEELS={wheels} is no folder; give one that holds wheels, or unset it")
     if not uv_runs(root):
         make_venv(root, wheels)
+    state = State.load(root)
+    repair = IN_DOUBT in state.tiers.values()
+    # Lesser tiers that are current stay usable meanwhile: their packages are not touched.
+    touched = [t for t in (*state.tiers, tier) if repair or t == tier or not state.is_current(t, root)]
+    State({**state.tiers, **dict.fromkeys(touched, IN_DOUBT)}, state.torch).save(root)
+
     python = root / ".venv/bin/python"
     environ = {**pip_settings(python), **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     uv = [str(root / ".venv/bin/uv"), "pip", "install", "--python", str(python)]
-    if wheels:
-        uv += ["--no-index", "--find-links", wheels]
-    if not sys.stderr.isatty():
-        uv.append("--quiet")
-    if repair:
-        uv.append("--reinstall")
-    failure = f"cannot install the tier {tier}"
-    torch = TorchBuild("")
-    arguments = ["-r", str(requirement_files(tier, root)[0])]
-    if needs_torch(tier):
-        requirement = torch_requirement(root)
-        folders = environ.get("UV_FIND_LINKS", "").split(",")
-        torch = choose_torch(os.environ, folders, requirement, sys.version_info[:2], has_gpu())
-        arguments += [requirement, *torch.options]
-        if torch.options == CPU_INDEX:
-            failure += (
-                "; where PyTorch's index is out of reach, name a folder with its CPU wheel in UV_FIND_LINKS"
-            )
-        if torch.kind == "gpu" and built_torch(root) == "cpu":
-            arguments += ["--reinstall-package", "torch"]
+    uv += ["--no-index", "--find-links", wheels] if wheels else []
+    uv += [] if sys.stderr.isatty() else ["--quiet"]
+    uv += ["--reinstall"] if repair else []
+    kind, arguments, failure = choose_arguments(tier, root, environ, state.torch)
     command([*uv, *arguments], environ, failure)
-    if needs_torch(tier):
-        command([*uv, "--no-deps", "-r", str(root / "requirements/no-deps.txt")], environ, failure)
-    return torch.kind
+    for extra_file in requirement_files(tier, root)[1:]:
+        command([*uv, "--no-deps", "-r", str(extra_file)], environ, failure)
+    built = {lesser: digest(lesser, root) for lesser in TIERS[: TIERS.index(tier) + 1]}
+    State({**state.tiers, **built}, kind).save(root)
 
 
-def built_torch(root: Path) -> str:
-    """The kind of torch build that the stamps speak of."""
-    for tier in reversed(TIERS):
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(stamp_path(tier, root).read_text()).get("torch", "")
-    return ""
-
-
-def ensure(tier: str, root: Path = ROOT) -> None:
-    """Makes `.venv` hold the tier, unless it does."""
-    if is_current(tier, root):
+def ensure(tier: str | None, root: Path = ROOT) -> None:
+    """Makes `.venv` hold the tier (None: the richest it holds), unless it does."""
+    state = State.load(root)
+    tier = tier or state.richest()
+    if state.is_current(tier, root):
         return
-    with exclusive(root) as interrupted:
-        if not interrupted and is_current(tier, root):
-            return
-        say(
-            f"installing the tier {tier} into {root / '.venv'}"
-            + (" anew: it was cut off" if interrupted else "")
-        )
-        mark_installing(root)
-        kind = install(tier, root, repair=interrupted)
-        for lesser in TIERS[: TIERS.index(tier) + 1]:
-            path = stamp_path(lesser, root)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"digest": digest(lesser, root), "torch": kind}))
-            os.replace(temporary, path)
+    with exclusive(root):
+        if not State.load(root).is_current(tier, root):
+            say(f"installing the tier {tier} into {root / '.venv'}")
+            install(tier, root)
 
 
 # Checking an interpreter that is used as it is
-
-
-def satisfies(version: str, ranges: str) -> bool:
-    """Whether a version lies in comma-separated ranges of `>=` and `<` (all that pyproject.toml uses)."""
-
-    def parts(text: str) -> list[int]:
-        return [int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3]]
-
-    for one in filter(None, ranges.split(",")):
-        if one.startswith(">="):
-            good = parts(version) >= parts(one[2:])
-        elif one.startswith("<"):
-            good = parts(version) < parts(one[1:])
-        else:
-            raise SetupError(f"pyproject.toml: {one!r} is neither >= nor <")
-        if not good:
-            return False
-    return True
 
 
 def check(tier: str) -> None:
@@ -377,7 +271,7 @@ def main() -> int:
         if arguments.action == "check":
             check(arguments.tier or "plot")
         else:
-            ensure(arguments.tier or richest())
+            ensure(arguments.tier)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,11 @@ class Checkout:
     home: Path
 
     def environment(self, **extra: str) -> dict[str, str]:
-        return {"PATH": f"{self.tools}:{os.environ['PATH']}", "HOME": str(self.home), **extra}
+        # The environment that runs the tests must not answer for the copy.
+        rest = [
+            entry for entry in os.environ["PATH"].split(":") if not Path(entry).is_relative_to(REPOSITORY)
+        ]
+        return {"PATH": ":".join([str(self.tools), *rest]), "HOME": str(self.home), **extra}
 
     def shell(
         self, script: str, shell: str = "bash", cwd: Path | None = None, **extra: str

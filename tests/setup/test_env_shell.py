@@ -136,9 +136,28 @@ def test_killed_installation_is_repaired(checkout: Checkout) -> None:
     (checkout.root / "hold").unlink()
     result = checkout.shell('. "$ENV"; . "$ENV"; echo $?')
     assert result.stdout == "0\n"
-    assert "cut off" in result.stderr
     calls = checkout.uv_calls()
     assert ["--reinstall" in call for call in calls] == [False, True]
+
+
+def test_a_tier_that_cannot_be_had_does_not_bar_the_lesser(checkout: Checkout) -> None:
+    (checkout.root / "fail").touch()
+    assert "PyTorch's index" in error_line(checkout.shell('PUZZLE_ENV=engine; . "$ENV"'))
+    (checkout.root / "fail").unlink()
+    assert checkout.shell('PUZZLE_ENV=plot; . "$ENV"').returncode == 0
+    assert checkout.shell('PUZZLE_ENV=plot; . "$ENV"').returncode == 0
+    assert checkout.shell('PUZZLE_ENV=engine; . "$ENV"').returncode == 0
+    calls = checkout.uv_calls()
+    assert ["--reinstall" in call for call in calls] == [False, True, True, True]
+    assert [tier in call for tier, call in zip(["engine", "plot", "engine", "no-deps"], calls, strict=True)]
+
+
+def test_a_failed_richer_tier_leaves_the_lesser_usable(checkout: Checkout) -> None:
+    assert checkout.shell('PUZZLE_ENV=plot; . "$ENV"').returncode == 0
+    (checkout.root / "fail").touch()
+    assert checkout.shell('PUZZLE_ENV=dev; . "$ENV"').returncode == 2
+    assert checkout.shell('. "$ENV"').returncode == 0
+    assert len(checkout.uv_calls()) == 2
 
 
 def test_two_shells_at_once_install_once(checkout: Checkout) -> None:
@@ -168,8 +187,7 @@ def test_cpu_build_is_replaced_once_there_is_a_gpu_and_not_back(checkout: Checko
     write_program(checkout.tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     checkout.shell('PUZZLE_ENV=engine; . "$ENV"')
     assert len(checkout.uv_calls()) == 4
-    stamp = json.loads((checkout.root / ".venv/.puzzle-engine.json").read_text())
-    assert stamp["torch"] == "gpu"
+    assert json.loads((checkout.root / ".venv/.puzzle.json").read_text())["torch"] == "gpu"
 
 
 def test_wheels_folder_installs_without_index(checkout: Checkout) -> None:

@@ -1,31 +1,19 @@
 """The installer's decisions."""
 
-import importlib.util
 import itertools
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import setup_env
+import tiers
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tests.setup.conftest import REPOSITORY, write_program
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_env", REPOSITORY / "scripts/setup_env.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["setup_env"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-setup_env = load()
-TORCH = setup_env.torch_requirement()
+TORCH = tiers.torch_requirement()
 WHEEL = "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl"
 
 
@@ -35,14 +23,14 @@ def lock(tier: str) -> dict[str, str]:
 
 
 def test_each_lock_holds_the_one_before_in_the_same_versions() -> None:
-    locks = [lock(tier) for tier in setup_env.TIERS]
+    locks = [lock(tier) for tier in tiers.TIERS]
     for lesser, richer in itertools.pairwise(locks):
         assert lesser.items() < richer.items()
 
 
-@pytest.mark.parametrize("tier", setup_env.TIERS)
+@pytest.mark.parametrize("tier", tiers.TIERS)
 def test_locks_satisfy_pyproject(tier: str) -> None:
-    extras = [*setup_env.extra(tier), *(setup_env.extra("options") if tier == "engine" else [])]
+    extras = [*tiers.extra(tier), *(tiers.extra("options") if tier == "engine" else [])]
     locked = lock(tier)
     for requirement in map(Requirement, extras):
         if requirement.name != "torch":
@@ -71,13 +59,11 @@ def test_locks_name_no_address_and_no_machine_dependent_package() -> None:
     ],
 )
 def test_choice_of_torch(tmp_path, monkeypatch, environ, wheels, gpu, kind, options) -> None:
-    monkeypatch.setattr(setup_env.os, "uname", lambda: type("uname", (), {"machine": "x86_64"}))
+    monkeypatch.setattr(tiers.os, "uname", lambda: type("uname", (), {"machine": "x86_64"}))
     for name in wheels:
         (tmp_path / name).touch()
     folders = ["", "/nowhere", f"file://{tmp_path}"]
-    assert setup_env.choose_torch(environ, folders, TORCH, (3, 11), gpu) == setup_env.TorchBuild(
-        kind, options
-    )
+    assert tiers.choose_torch(environ, folders, TORCH, (3, 11), gpu) == tiers.TorchBuild(kind, options)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +79,7 @@ def test_gpu_is_what_nvidia_smi_lists(tmp_path, monkeypatch, program, answer) ->
     if program:
         write_program(tmp_path / "nvidia-smi", f"#!/bin/sh\n{program}\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup_env.has_gpu() is answer
+    assert tiers.has_gpu() is answer
 
 
 @pytest.mark.parametrize("ranges", [">=2.11,<2.14", ">=5.0,<6", ">=0.0.100", ""])
@@ -101,7 +87,7 @@ def test_gpu_is_what_nvidia_smi_lists(tmp_path, monkeypatch, program, answer) ->
     "version", ["2.10.9", "2.11.0", "2.13.0+cpu", "2.14.0", "5.23.0", "6.0", "0.0.99", "2.11"]
 )
 def test_version_ranges_agree_with_packaging(version: str, ranges: str) -> None:
-    assert setup_env.satisfies(version, ranges) == SpecifierSet(ranges).contains(version)
+    assert tiers.satisfies(version, ranges) == SpecifierSet(ranges).contains(version)
 
 
 def test_pip_settings_reach_uv(tmp_path, monkeypatch) -> None:
@@ -128,7 +114,7 @@ def test_missing_ensurepip_is_said(monkeypatch) -> None:
 
 
 def test_check_tells_missing_from_optional_and_other_versions(monkeypatch, capsys) -> None:
-    installed = {setup_env.split_requirement(r)[0]: "5.9.9" for r in setup_env.extra("engine")}
+    installed = {tiers.split_requirement(r)[0]: "5.9.9" for r in tiers.extra("engine")}
     installed["torch"] = "2.9.1"
 
     def version(name: str) -> str:
