@@ -1,4 +1,4 @@
-"""From a run's configuration to values of `spec` and `plan`; what can be checked before any process starts."""
+"""From a configuration to values of `spec` and `plan`, and what can be checked before any process starts."""
 
 import json
 from dataclasses import replace

@@ -1,0 +1,139 @@
+"""What a person watching a run sees: a line per iteration, a bar with the time left, TensorBoard files."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Heading, metric or stage, format; what a run does not have is shown as a dash.
+_COLUMNS = (
+    ("reward", "reward", "8.3f"),
+    ("KL", "kl", "8.4f"),
+    ("tokens", "response_tokens", "8.0f"),
+    ("actor loss", "actor_loss", "11.4f"),
+    ("critic loss", "critic_loss", "12.4f"),
+    ("gen s", "generation", "7.2f"),
+    ("infer s", "inference", "8.2f"),
+    ("train s", "training", "8.2f"),
+    ("total s", "e2e", "8.2f"),
+)
+
+
+class Reporter:
+    """Shows the iterations of one run; used by one process. `console` is where it prints (stdout)."""
+
+    def __init__(
+        self, out: Path, iterations: int, tensorboard: bool, done: int = 0, console: Console | None = None
+    ) -> None:
+        """`iterations` planned, `done` of them before (resumed); TensorBoard files go to out/tensorboard."""
+        self._console = console or Console(highlight=False)
+        self._iterations = iterations
+        self._done = done
+        self._began = time.monotonic()
+        self._first = done
+        self._board = _board(out / "tensorboard", self._console) if tensorboard else None
+        self._bar = Progress(
+            TextColumn("iteration"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=iterations, completed=done)
+        self._bar.start()
+        heads = "".join(f"{head:>{_width(form)}}" for head, _, form in _COLUMNS)
+        self._print(f"{'iteration':>10}{heads}{'left':>9}")
+
+    def iteration(
+        self,
+        iteration: int,
+        stage_seconds: Mapping[str, float],
+        e2e_seconds: float,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """One finished iteration (counted from 0), with the arguments of `RunWriter.iteration`."""
+        values = {**metrics, **stage_seconds, "e2e": e2e_seconds}
+        cells = "".join(_cell(values.get(name), form) for _, name, form in _COLUMNS)
+        self._done = iteration + 1
+        self._print(f"{f'{iteration + 1}/{self._iterations}':>10}{cells}{_clock(self._left()):>9}")
+        self._bar.update(self._task, completed=self._done)
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"train/{name}", value, iteration)
+            for name, value in {**stage_seconds, "e2e": e2e_seconds}.items():
+                self._board.add_scalar(f"seconds/{name}", value, iteration)
+            self._board.flush()
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after `iteration` iterations."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self._print(f"  held out after {iteration} iterations: {shown}")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"held out/{name}", value, iteration)
+            self._board.flush()
+
+    def say(self, text: str) -> None:
+        """A line between the iterations."""
+        self._print(text)
+
+    def close(self) -> None:
+        """Take the bar away and close the files; a second call does nothing."""
+        self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _left(self) -> float:
+        """Seconds left at the mean pace of this process."""
+        pace = (time.monotonic() - self._began) / max(1, self._done - self._first)
+        return pace * (self._iterations - self._done)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _board(folder: Path, console: Console) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("tensorboard is not installed: no TensorBoard files", markup=False)
+        return None
+    return SummaryWriter(log_dir=str(folder))
+
+
+def _width(form: str) -> int:
+    return int(form.split(".")[0])
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-':>{_width(form)}}" if value is None else f"{value:{form}}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

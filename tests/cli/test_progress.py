@@ -1,0 +1,112 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from puzzle.config import TrainConfig
+from puzzle.progress import Reporter
+from puzzle.provenance import run_header
+from puzzle.runlog import RunWriter, load_runs
+
+SECONDS = {"generation": 1.0, "inference": 0.5, "training": 2.0, "switch": 0.0, "other": 0.25}
+METRICS = {"reward": 0.25, "kl": 0.01, "actor_loss": -0.5, "critic_loss": 0.125, "response_tokens": 640.0}
+
+
+def show(tmp_path, terminal: bool, **options) -> str:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=60, highlight=False)
+    with Reporter(tmp_path, 3, console=console, **options) as reporter:
+        for iteration in range(options.get("done", 0), 3):
+            reporter.iteration(iteration, SECONDS, 3.75, METRICS)
+        reporter.evaluation(3, {"reward": 0.5})
+        reporter.say("a [word] between")
+    return text.getvalue()
+
+
+def test_lines_without_a_terminal(tmp_path):
+    lines = show(tmp_path, terminal=False, tensorboard=False).splitlines()
+    assert len(lines) == 6
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[0].split() == [
+        "iteration",
+        "reward",
+        "KL",
+        "tokens",
+        "actor",
+        "loss",
+        "critic",
+        "loss",
+        "gen",
+        "s",
+        "infer",
+        "s",
+        "train",
+        "s",
+        "total",
+        "s",
+        "left",
+    ]
+    assert lines[1].split()[:9] == [
+        "1/3",
+        "0.250",
+        "0.0100",
+        "640",
+        "-0.5000",
+        "0.1250",
+        "1.00",
+        "0.50",
+        "2.00",
+    ]
+    assert lines[3].split()[-1] == "0:00"
+    assert lines[4:] == ["  held out after 3 iterations: reward 0.5", "a [word] between"]
+
+
+def test_bar_on_a_terminal_and_after_a_resume(tmp_path):
+    shown = show(tmp_path, terminal=True, tensorboard=False, done=2)
+    assert re.search(r"iteration.*3/3", shown)
+    assert "1/3" not in shown
+
+
+def test_tensorboard_files_hold_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    show(tmp_path, terminal=False, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("train/reward")] == [0.25] * 3
+    assert [e.value for e in events.Scalars("seconds/training")] == [2.0] * 3
+    assert [(e.step, e.value) for e in events.Scalars("held out/reward")] == [(3, 0.5)]
+
+
+def test_header_and_log_of_a_run(tmp_path):
+    config = TrainConfig.model_validate(
+        {
+            "actor": {"init": {"preset": "7b"}},
+            "critic": {"init": {"preset": "350m"}, "layout": {"tp": 2, "dp": 1}},
+            "reward": {"init": {"preset": "350m"}},
+            "layout": {"dp": 2},
+            "data": {"random_tokens": 8},
+            "batch": 16,
+            "generation": {"samples": 2},
+            "iterations": 3,
+            "log": {"figures": ["figure8"], "variant": "base", "provenance": "rehearsal", "repeat": 1},
+        }
+    )
+    header = run_header(config, {"devices": ["cpu"]})
+    assert (header.actor, header.critic, header.repeat) == ("7b", "350m", 1)
+    assert header.layouts == {
+        "actor": "1,1,2", "critic": "2,1,1", "reference": "1,1,2", "reward": "1,1,2", "generation": "1,1,2",
+    }  # fmt: skip
+    assert header.config["global_batch_size"] == 32
+    assert header.software["torch"]
+    with RunWriter(tmp_path, header) as writer:
+        writer.iteration(0, SECONDS, 3.75, METRICS)
+        writer.evaluation(0, {"reward": 0.5, "kl": float("nan")})
+        writer.evaluation(1, {"reward": 0.75})
+        writer.end("completed")
+    [run] = load_runs(tmp_path).runs
+    assert run.reports == ()
+    assert run.config["generation"]["samples"] == 2
+    assert [e.iteration for e in run.evaluations] == [0, 1]
+    assert run.evaluations[1].metrics == {"reward": 0.75}
+    assert "held out after 1 iterations: reward 0.75" in (tmp_path / "run.log").read_text()
