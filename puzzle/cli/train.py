@@ -55,7 +55,19 @@ def start(config: TrainConfig, out: Path) -> int:
         if rank == 0 and not any(out.iterdir()):
             out.rmdir()
         raise
+    if rank == 0 and config.log.plots:
+        _plot(out)
     return 0
+
+
+def _plot(out: Path) -> None:
+    """Draw the curves of the finished run into out/plots."""
+    from plotting import curves
+    from plotting.loading import load
+    from plotting.output import whole
+
+    with whole(out / "plots") as folder:
+        curves.write(load([out]).runs, folder)
 
 
 def _prepare(out: Path) -> None:

@@ -1,0 +1,95 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from plotting import curves
+from plotting.selection import pair
+from puzzle.runlog import RunHeader, RunWriter
+
+stats = pytest.importorskip("scipy.stats")
+
+STAGES = {"generation": 1.0, "inference": 0.0, "training": 0.0, "switch": 0.0, "other": 0.0}
+
+
+def write_run(folder, rewards, seed=0, evaluations=(), variant="puzzle", provenance="measured"):
+    header = RunHeader(
+        run_id=f"{variant}-{seed}",
+        figures=(),
+        cluster="local",
+        variant=variant,
+        actor="tiny",
+        critic="tiny",
+        config={"iterations": len(rewards), "global_batch_size": 4, "seed": seed},
+        layouts={},
+        provenance=provenance,
+        software={},
+        hardware={},
+        git_commit=None,
+    )
+    with RunWriter(folder, header) as writer:
+        for iteration, reward in enumerate(rewards):
+            writer.iteration(iteration, STAGES, 1.0, {"reward": reward, "kl": 0.1 * iteration})
+        for iteration, metrics in evaluations:
+            writer.evaluation(iteration, metrics)
+        writer.end("completed")
+
+
+def read(folder):
+    with (folder / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 29])
+def test_student_quantile(freedom):
+    assert curves.student_975(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-9)
+
+
+def test_means_over_five_iterations_and_seeds(tmp_path):
+    rewards = np.random.default_rng(0).normal(size=(3, 22))
+    for seed in range(3):
+        write_run(tmp_path / f"logs/{seed}", rewards[seed].tolist(), seed)
+    assert curves.main(["--logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out")]) == 0
+    rows = [row for row in read(tmp_path / "out") if row["metric"] == "reward"]
+    blocks = np.array([[seed[i : i + 5].mean() for i in range(0, 22, 5)] for seed in rewards])
+    assert [float(row["iteration"]) for row in rows] == [2, 7, 12, 17, 20.5]
+    assert [row["seeds"] for row in rows] == ["3"] * 5
+    np.testing.assert_allclose([float(row["value"]) for row in rows], blocks.mean(0), rtol=1e-12)
+    half = stats.sem(blocks, axis=0) * stats.t.ppf(0.975, 2)
+    np.testing.assert_allclose([float(row["high"]) for row in rows], blocks.mean(0) + half, rtol=1e-9)
+    np.testing.assert_allclose([float(row["low"]) for row in rows], blocks.mean(0) - half, rtol=1e-9)
+    assert (tmp_path / "out/curves.png").stat().st_size > 10_000
+    assert (tmp_path / "out/curves.pdf").exists()
+
+
+def test_one_run_has_the_interval_of_its_log_and_gaps_stay_gaps(tmp_path):
+    held_out = [(0, {"reward": 0.1, "reward_ci95": 0.05}), (2, {"reward": 0.5})]
+    write_run(tmp_path / "a", [1.0, math.nan], evaluations=held_out)
+    write_run(tmp_path / "b", [2.0], variant="other", provenance="rehearsal")
+    assert curves.main(["--logs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    rows = read(tmp_path / "out")
+    assert {row["line"] for row in rows} == {"tiny/tiny puzzle local", "tiny/tiny other local (rehearsal)"}
+    reward = [row for row in rows if row["metric"] == "reward" and "puzzle" in row["line"]]
+    assert [(row["iteration"], row["value"], row["low"]) for row in reward] == [("0.0", "1.0", "")]
+    out = [row for row in rows if row["metric"] == "held-out reward"]
+    assert [(row["iteration"], row["value"]) for row in out] == [("0.0", "0.1"), ("2.0", "0.5")]
+    assert float(out[0]["low"]) == pytest.approx(0.05)
+    assert out[1]["low"] == ""
+
+
+def test_nothing_to_draw_is_said(tmp_path, capsys):
+    assert curves.main(["--logs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    write_run(tmp_path / "a", [math.nan])
+    assert curves.main(["--logs", str(tmp_path), "--out", str(tmp_path / "out")]) in (0, 2)
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_lines_of_other_configurations_are_told_apart(tmp_path):
+    from puzzle.runlog import load_runs
+
+    write_run(tmp_path / "a", [1.0])
+    write_run(tmp_path / "b", [1.0, 2.0], seed=1)
+    grouped = curves.lines(load_runs(tmp_path).runs)
+    assert list(grouped) == ["tiny/tiny puzzle local", "tiny/tiny puzzle local #2"]
+    assert {pair(run) for group in grouped.values() for run in group} == {"tiny/tiny"}
