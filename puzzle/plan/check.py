@@ -94,11 +94,13 @@ def _passes(work: Work | Generation) -> list[Action]:
 
 
 def _before(work: Work | Generation, action: Action) -> list[Action]:
-    """The passes of the same stage that a pass depends on: a backward on its forward, a decode step on its
-    keys and values."""
+    """The passes of the same stage that a pass depends on: a backward on its forward and, so that sums of
+    gradients are bitwise the same in every stream, on the backward before; a decode step on its keys and
+    values."""
     model, m = work.model, action.microbatch
     if isinstance(work, Work):
-        return [Action(Op.FORWARD, model, m)] if action.op is Op.BACKWARD else []
+        earlier = [Action(Op.FORWARD, model, m), *([Action(Op.BACKWARD, model, m - 1)] if m else [])]
+        return earlier if action.op is Op.BACKWARD else []
     if action.op is Op.PREFILL:
         return []
     if action.step > 1:

@@ -10,8 +10,9 @@ from puzzle.errors import UserError
 from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Payload
 from puzzle.plan.timeline import Timeline
 
-Seconds = float | tuple[float, ...]
-"""The same for every stage, or one number per stage (of a transfer: of the sending stage)."""
+Seconds = float | tuple[float | None, ...]
+"""The same for every stage, or one number per stage (of a transfer: of the sending stage), None where
+unknown."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,20 @@ class CostTable:
         stages = range(max(stage_of.values()) + 1)
         for (model, what), by_stage in samples.items():
             pick = _mean if what in {str(op) for op in COMPUTE} else min
-            table[model][what] = tuple(pick(by_stage[s]) if by_stage[s] else 0.0 for s in stages)
+            table[model][what] = tuple(pick(by_stage[s]) if by_stage[s] else None for s in stages)
         return cls(dict(table))
 
     def of(self, stage: int, action: Action) -> float:
         """Seconds that a compute action, a collective or a transfer (asked as its SEND) takes. UserError
         if unknown."""
         what = str(action.payload if action.op is Op.SEND else action.op)
-        try:
-            seconds = self.seconds[action.model][what]
-            return seconds[stage] if isinstance(seconds, tuple) else seconds
-        except (KeyError, IndexError):
-            message = (
-                f"no cost of {what} of {action.model} on stage {stage}: measure it or add it to the costs"
-            )
-            raise UserError(message) from None
+        seconds = self.seconds.get(action.model, {}).get(what)
+        if isinstance(seconds, tuple):
+            seconds = seconds[stage] if stage < len(seconds) else None
+        if seconds is None:
+            who = f"{what} of {action.model} on stage {stage}"
+            raise UserError(f"no cost of {who}: measure it or add it to the costs")
+        return seconds
 
 
 def _mean(values: list[float]) -> float:

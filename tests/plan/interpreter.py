@@ -1,0 +1,205 @@
+"""Plays a schedule with symbols instead of tensors, ignorant of how it was built or checked.
+
+Transfers move values between buffers by their place in the channel, whatever they are called, as NCCL does.
+What a pass reads must have been waited for. `play` returns None if every stage ends with the values that
+training, inference or generation must give, and otherwise what went wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+from puzzle.plan.schedule import Action, Generation, Op, Schedule
+
+
+class Wrong(Exception):
+    pass
+
+
+def play(schedule: Schedule, seed: int = 0) -> str | None:
+    player = Player(schedule)
+    order = random.Random(seed)
+    try:
+        while True:
+            stages = list(range(schedule.num_stages))
+            order.shuffle(stages)
+            if not sum(player.advance(s) for s in stages):
+                break
+        player.final()
+    except Wrong as wrong:
+        return str(wrong)
+    return None
+
+
+def need(condition: object, why: str) -> None:
+    if not condition:
+        raise Wrong(why)
+
+
+class Player:
+    def __init__(self, schedule: Schedule) -> None:
+        self.lists, self.last, self.at = schedule.actions, schedule.num_stages - 1, [0] * schedule.num_stages
+        self.promise: dict[str, Any] = {w.model: w for w in schedule.work}
+        self.buffers = [{} for _ in self.lists]  # received and waited for, or yielded by a pass
+        self.landed = [{} for _ in self.lists]  # received, not waited for
+        self.queues = defaultdict(lambda: ([], []))
+        self.moved = defaultdict(int)
+        self.sent, self.posted = [set() for _ in self.lists], [set() for _ in self.lists]
+        self.gone = [set() for _ in self.lists]
+        self.stash = [{} for _ in self.lists]
+        self.grads = [defaultdict(list) for _ in self.lists]
+        self.outputs = defaultdict(list)
+        self.state = [defaultdict(str) for _ in self.lists]  # of each optimizer
+        self.norms = [[] for _ in self.lists]
+        self.cache = [defaultdict(int) for _ in self.lists]
+        self.tokens = defaultdict(list)
+
+    def advance(self, stage: int) -> bool:
+        moved = False
+        while self.at[stage] < len(self.lists[stage]) and self.act(stage, self.lists[stage][self.at[stage]]):
+            self.at[stage] += 1
+            moved = True
+        return moved
+
+    def act(self, s: int, a: Action) -> bool:
+        key, peer = (a.model, a.payload, a.microbatch, a.step), -1 if a.peer is None else a.peer
+        if a.op is Op.SEND:
+            need((s, peer, key) not in self.sent[s], "sent twice")
+            self.sent[s].add((s, peer, key))
+            self.queues[s, peer, a.payload][0].append((key, self.take(s, ("out", *key))))
+            self.move(s, peer, a.payload)
+        elif a.op is Op.RECV:
+            need(key not in self.posted[s], "received twice")
+            self.posted[s].add(key)
+            self.queues[peer, s, a.payload][1].append(key)
+            self.move(peer, s, a.payload)
+        elif a.op is Op.WAIT_SEND:
+            need((s, peer, key) in self.sent[s], "waits for no send")
+            if (peer, key) not in self.gone[s]:
+                return False
+            self.sent[s].remove((s, peer, key))
+        elif a.op is Op.WAIT_RECV:
+            need(key in self.posted[s], "waits for no receive")
+            if key not in self.landed[s]:
+                return False
+            self.buffers[s]["in", *key] = self.landed[s].pop(key)
+        elif a.op in (Op.FORWARD, Op.BACKWARD):
+            self.train_pass(s, a)
+        elif a.op in (Op.PREFILL, Op.DECODE):
+            self.generate_pass(s, a)
+        else:
+            return self.optimize(s, a)
+        return True
+
+    def take(self, s: int, key: tuple) -> object:
+        need(key in self.buffers[s], f"nothing at {key}")
+        return self.buffers[s].pop(key)
+
+    def move(self, src: int, dst: int, payload: object) -> None:
+        sends, recvs = self.queues[src, dst, payload]
+        while min(len(sends), len(recvs)) > self.moved[src, dst, payload]:
+            k = self.moved[src, dst, payload]
+            self.moved[src, dst, payload] += 1
+            self.landed[dst][recvs[k]] = sends[k][1]
+            self.gone[src].add((dst, sends[k][0]))
+
+    def train_pass(self, s: int, a: Action) -> None:
+        m, name = a.microbatch, a.model
+        need(self.state[s][name] not in ("step", "gather", "done"), "pass after the step")
+        if a.op is Op.FORWARD:
+            x = ("x", name, m) if s == 0 else self.take(s, ("in", name, "activation", m, 0))
+            self.stash[s][name, m] = x
+            if s < self.last:
+                self.buffers[s]["out", name, "activation", m, 0] = (s, x)
+            else:
+                self.outputs[name].append((m, x))
+            return
+        need((name, m) in self.stash[s], "backward without forward")
+        x = self.stash[s].pop((name, m))
+        g = ("loss", name, m) if s == self.last else self.take(s, ("in", name, "gradient", m, 0))
+        self.grads[s][name].append((g, x))
+        if s > 0:
+            self.buffers[s]["out", name, "gradient", m, 0] = (s, g)
+
+    def optimize(self, s: int, a: Action) -> bool:
+        steps = ["", "reduce", "reduced", "norm", "normed", "step", "gather", "done"]
+        ops = [Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER]
+        before, after = steps[ops.index(a.op)], steps[ops.index(a.op) + 1]
+        need(self.state[s][a.model] == before, "optimizer out of order")
+        need(len(self.grads[s][a.model]) == self.promise[a.model].microbatches, "gradients are missing")
+        if a.op is Op.NORM:
+            self.norms[s].append(a.model)
+        if a.op is Op.WAIT_NORM:
+            k = self.norms[s].index(a.model)
+            if any(len(norms) <= k for norms in self.norms):
+                return False
+            need(all(norms[k] == a.model for norms in self.norms), "norms of different models are summed")
+        self.state[s][a.model] = after
+        return True
+
+    def generate_pass(self, s: int, a: Action) -> None:
+        promise, name, m, t = self.promise[a.model], a.model, a.microbatch, a.step
+        start, end = (promise.prefill if a.op is Op.PREFILL else promise.decode)[m]
+        if s > 0:
+            x = self.take(s, ("in", name, "activation", m, t))
+        elif a.op is Op.PREFILL:
+            x = [("prompt", q) for q in range(start, end)]
+        elif self.last:
+            x = self.take(s, ("in", name, "tokens", m, t - 1))
+        else:
+            x = [self.tokens[q][-1] if self.tokens[q] else "no prompt" for q in range(start, end)]
+        want = [("prompt", q) if t == 0 else (q, t - 1) for q in range(start, end)]
+        need(x == want, f"wrong input {x}")
+        for q in range(start, end):
+            need(self.cache[s][q] == t, "keys and values are missing")
+            self.cache[s][q] += 1
+        if s < self.last:
+            self.buffers[s]["out", name, "activation", m, t] = x
+            return
+        for q in range(start, end):
+            self.tokens[q].append((q, t))
+        for j, (a0, b0) in enumerate(promise.decode):
+            if a0 < end and start < b0 and all(len(self.tokens[q]) == t + 1 for q in range(a0, b0)):
+                self.buffers[s]["out", name, "tokens", j, t] = [(q, t) for q in range(a0, b0)]
+
+    def final(self) -> None:
+        for s, actions in enumerate(self.lists):
+            need(
+                self.at[s] == len(actions),
+                f"stage {s} is stuck in {actions[min(self.at[s], len(actions) - 1)]}",
+            )
+            need(not self.sent[s] and not self.landed[s], "not waited for")
+            need(
+                not self.stash[s] or not any(getattr(p, "backward", 0) for p in self.promise.values()),
+                "no backward",
+            )
+        for work in self.promise.values():
+            if isinstance(work, Generation):
+                for q in range(work.decode[-1][1]):
+                    need(self.tokens[q] == [(q, t) for t in range(work.rounds + 1)], "tokens are missing")
+                    if self.last:
+                        j = next(j for j, (a, b) in enumerate(work.decode) if a <= q < b)
+                        got = self.buffers[0].get(("in", work.model, "tokens", j, work.rounds), ())
+                        need((q, work.rounds) in got, "last tokens are not collected")
+                continue
+            for s in range(self.last + 1):
+                xs = [self.hidden(s, work.model, m) for m in range(work.microbatches)]
+                gs = [(self.gradient(s, work.model, m), x) for m, x in enumerate(xs)]
+                need(self.grads[s][work.model] == (gs if work.backward else []), "wrong gradients")
+                need(self.state[s][work.model] == ("done" if work.optimizer else ""), "optimizer not done")
+            outs = {m: self.hidden(self.last, work.model, m) for m in range(work.microbatches)}
+            need(dict(self.outputs[work.model]) == outs, "wrong outputs")
+
+    def hidden(self, stage: int, model: str, m: int) -> object:
+        x = ("x", model, m)
+        for s in range(stage):
+            x = (s, x)
+        return x
+
+    def gradient(self, stage: int, model: str, m: int) -> object:
+        g = ("loss", model, m)
+        for s in range(self.last, stage, -1):
+            g = (s, g)
+        return g
