@@ -92,8 +92,10 @@ def _newer(one: Run, other: Run) -> tuple[Run, str]:
     """Of two published logs of one run, the newer by its name's time; of the same time, the first."""
     old, new = sorted((other, one), key=_started)
     if _started(old) == _started(new):
-        same = "the same numbers" if old.printed == new.printed else "OTHER NUMBERS"
-        return new, f"used for {new.run_id}; {old.source} has the same time in its name, and {same}"
+        shared = old.printed.keys() & new.printed.keys()
+        same = all(old.printed[key] == new.printed[key] for key in shared)
+        numbers = "the same numbers" if same else "OTHER numbers"
+        return new, f"used for {new.run_id}; {old.source} has the same time and {numbers}"
     return new, f"used for {new.run_id}: newer than {old.source}"
 
 

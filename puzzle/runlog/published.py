@@ -8,13 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from puzzle.runlog.lines import PUZZLE_STAGES
 from puzzle.runlog.run import Iteration, Report, Run, Switch
 from puzzle.runlog.scan import Block, Scan, scan
 
 _NAME = re.compile(
     r"[a-z][a-z0-9.]*_(?P<actor>\d+(?:\.\d+)?[mb])_(?P<critic>\d+(?:\.\d+)?[mb])_"
     r"(?:(?P<batch>\d+)_(?P<pp>\d+)_(?P<dp>\d+)_(?P<tp>\d+)_)?(?P<variant>[a-z][a-z0-9_]*?)_"
-    r"(?P<time>\d{4}-\d\d-\d\dT\d\d[:_-]?\d\d[:_-]?\d\d)(?P<zone>Z|[+-]\d\d:?\d\d)?\.log"
+    r"(?P<time>\d{4}-\d\d-\d\dT\d\d[:_-]?\d\d[:_-]?\d\d)(?P<zone>Z|[+-]\d\d:?\d\d)?\.log",
+    re.IGNORECASE,
 )
 _FIGURE = re.compile(r"(?:figure|table)\d+")
 # Seconds below which a rest is the rounding of printed milliseconds, as a share of the whole.
@@ -76,7 +78,7 @@ def log_name(path: Path) -> LogName | None:
         cluster=under[0] if under else ("orion" if depth else "unknown"),
         actor=match["actor"].upper(),
         critic=match["critic"].upper(),
-        variant=match["variant"],
+        variant=match["variant"].lower(),
         batch=int(match["batch"]) if match["batch"] else None,
         layout=layout,
         started=_time(match["time"], match["zone"]),
@@ -85,7 +87,7 @@ def log_name(path: Path) -> LogName | None:
 
 def _time(local: str, zone: str | None) -> datetime | None:
     digits = re.sub(r"\D", "", local)
-    offset = "+0000" if zone in (None, "Z") else zone.replace(":", "")
+    offset = "+0000" if zone in (None, "Z", "z") else zone.replace(":", "")
     try:
         return datetime.strptime(digits + offset, "%Y%m%d%H%M%S%z")
     except ValueError:
@@ -247,10 +249,12 @@ def _iterations(blocks: Sequence[Block], source: str, reports: list[Report]) -> 
     return tuple(found)
 
 
+def _from_ms(milliseconds: float) -> float:
+    return round(milliseconds / 1e3, 9)
+
+
 def _puzzle_iteration(block: Block) -> Iteration:
-    generation, inference, training, e2e = (
-        block.values[name][0] / 1e3 for name in ("stage1_gen", "stage2_infer", "stage3_train", "e2e_time")
-    )
+    generation, inference, training, e2e = (_from_ms(block.values[name][0]) for name in PUZZLE_STAGES)
     # The re-shard runs inside stage 1. Where it was not printed it stays there.
     switch = max(block.values.get("apply_shadow_model_time", [0.0]))
     return _iteration(block, min(generation, switch), generation, inference, training, e2e)
@@ -314,7 +318,7 @@ def _metrics(block: Block) -> dict[str, float]:
 def _printed(found: Scan, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
     """Per quantity the numbers that the published plot scripts read, in seconds."""
     puzzle = any("stage1_gen" in block.values for block in blocks)
-    scale = 1e-3 if puzzle else 1.0
+    scale = _from_ms if puzzle else float
     names = (
         {
             "e2e": "e2e_time",
@@ -326,7 +330,7 @@ def _printed(found: Scan, blocks: Sequence[Block]) -> dict[str, tuple[float, ...
         else {"e2e": "e2e_latency", "generation": "generation_time", "experience": "exp_gen_time"}
     )
     series = {
-        key: tuple(block.values[name][0] * scale for block in blocks if name in block.values)
+        key: tuple(scale(block.values[name][0]) for block in blocks if name in block.values)
         for key, name in names.items()
     }
     switch, name = ("reshard", "apply_shadow_model_time") if puzzle else ("gather", "gather_latency")
