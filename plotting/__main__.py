@@ -1,0 +1,173 @@
+"""`python -m plotting`: draws every figure and table that the logs hold."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from plotting import figure8, figure9, figure10, figure11, figure12, style, table3
+from plotting.irregularities import PUBLISHED, READINGS
+from plotting.loading import load
+from plotting.output import whole
+from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
+from puzzle.errors import UserError
+from puzzle.runlog.run import Loaded, Report
+
+MODULES = (figure8, figure9, figure10, figure11, figure12, table3)
+FIGURES = {module.NAME: module for module in MODULES}
+SHOWN = 20
+"""Reports printed per kind; report.txt holds all."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; --help tells the options")
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    published = Path(__file__).resolve().parent.parent / "logs" / "published"
+    out = Path(f"outputs_from_logs_{datetime.now():%Y%m%d-%H%M%S}")
+    made = Parser(
+        "python -m plotting", description="Draw figures 8-12 and table 3 from run logs.", allow_abbrev=False
+    )
+    made.add_argument(
+        "--logs", type=Path, action="append", metavar="DIR", help=f"may be repeated ({published})"
+    )
+    made.add_argument("--out", type=Path, default=out, metavar="DIR", help="outputs_from_logs_<time>")
+    made.add_argument("--only", nargs="+", action="extend", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
+    made.add_argument(
+        "--reading", default=PUBLISHED, metavar="|".join(READINGS), help="how to compute (published)"
+    )
+    made.set_defaults(published=published)
+    return made
+
+
+def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> dict[str, list[Row]]:
+    """Writes the wanted figures into `folder`; returns their rows. Raises UserError if there is nothing."""
+    found: dict[str, list[Row]] = {}
+    for name in wanted:
+        found[name] = FIGURES[name].numbers(loaded.runs, reading)
+    if not any(row.value is not None for rows in found.values() for row in rows):
+        raise UserError(f"the logs hold no numbers for {', '.join(wanted)}; is --logs the right folder?")
+    for name, rows in found.items():
+        if rows:
+            module, notes = FIGURES[name], FIGURES[name].notes(rows)
+            main = RATIO if drawn(rows, RATIO) else SECONDS
+            write_csv(folder / f"{name}.csv", drawn(rows, main))
+            if main == RATIO:
+                write_csv(folder / f"{name}_seconds.csv", drawn(rows, SECONDS))
+            with style.applied():
+                style.save(module.draw(rows, notes), folder / name)
+    return found
+
+
+def remarks(found: dict[str, list[Row]]) -> list[str]:
+    """Missing values and footnotes, one line each."""
+    lines = []
+    for name, rows in found.items():
+        if not rows:
+            lines.append(f"missing: {name}: no log of this figure")
+        for row in rows:
+            where = f"{name} {row.cluster} {row.config} {row.series}"
+            if row.value is None and (row.unit == RATIO or not drawn(rows, RATIO)):
+                lines.append(f"missing: {where}: {row.gap}")
+            lines += [f"note: {where}: {note}" for note in row.notes]
+    return lines
+
+
+def reported(reports: Iterable[Report]) -> list[str]:
+    """What the readers dropped, repaired or preferred, one line each."""
+    lines = []
+    for report in reports:
+        line = "" if report.line is None else f":{report.line}"
+        lines.append(f"log: {report.source}{line}: {report.what}")
+    return ordered(lines)
+
+
+def table(found: dict[str, list[Row]], logs: dict[str, int], out: Path) -> list[str]:
+    """What was drawn from how many logs."""
+    head = ("figure", "values", "missing", "logs", "files")
+    body = []
+    for name, rows in found.items():
+        shown = drawn(rows, RATIO) or rows
+        values = sum(row.value is not None for row in shown)
+        files = f"{name}.pdf .png .csv" if rows else "-"
+        body.append((name, str(values), str(len(shown) - values), str(logs[name]), files))
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
+        for line in (head, *body)
+    ]
+    return [line.rstrip() for line in lines] + [f"in {out}"]
+
+
+def chosen(only: Sequence[str] | None) -> list[str]:
+    """The figures to draw. Raises UserError for a name that is none."""
+    for name in only or ():
+        if name not in FIGURES:
+            near = difflib.get_close_matches(name, FIGURES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"--only {name}: unknown figure, there are {', '.join(FIGURES)}{hint}")
+    return [name for name in FIGURES if not only or name in only]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command. Raises UserError."""
+    options = parser().parse_args(arguments)
+    wanted = chosen(options.only)
+    if options.reading not in READINGS:
+        raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
+    folders = options.logs or [options.published]
+    loaded = load(folders)
+    with whole(options.out) as folder:
+        found = draw(loaded, wanted, options.reading, folder)
+        told = remarks(found) + reported(loaded.reports)
+        (folder / "report.txt").write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
+    shown = [
+        line
+        for kind in ("missing", "note", "log")
+        for line in _few([one for one in told if one.startswith(f"{kind}:")])
+    ]
+    logs = {
+        name: len(
+            {
+                source
+                for row in rows
+                for part in row.source.split(" over ")
+                for source in part.split("; ")
+                if source
+            }
+        )
+        for name, rows in found.items()
+    }
+    print(f"reading: {options.reading}; logs: {', '.join(map(str, folders))}")
+    print("\n".join([*shown, *table(found, logs, options.out)]))
+
+
+def _few(lines: list[str]) -> list[str]:
+    rest = len(lines) - SHOWN
+    return lines if rest <= 0 else [*lines[:SHOWN], f"... and {rest} more of these, in report.txt"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr."""
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

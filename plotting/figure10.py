@@ -1,0 +1,156 @@
+"""Figure 10: training-stage speed-up of time-sharing over layouts and batch sizes, beside theory."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from plotting import bars, irregularities, selection, stats
+from plotting.irregularities import CORRECTED
+from plotting.rows import RATIO, Row, drawn, ordered
+from plotting.selection import Grid, Pool
+from plotting.stats import Mean, is_time, row_of
+from plotting.style import OURS, Look
+from puzzle.runlog.run import Run
+
+NAME = "figure10"
+BASE, OPT, THEORY = "wo_bulk", "w_bulk", "theoretical"
+SECONDS = {BASE: "PUZZLE w/o ts", OPT: "PUZZLE w/ ts"}
+LOOKS = {"PUZZLE": Look(OURS), "Theoretical": Look("#ffffff", "////")}
+SPEEDUP = "training_speedup"
+
+
+def config_of(run: Run) -> str:
+    """`ACTOR/CRITIC bsBATCH (PP,DP,TP)`: the one place where layouts are written in the published order."""
+    training = run.layouts.get("training")
+    axes = training if isinstance(training, Mapping) else {}
+    layout = ",".join(str(axes.get(axis, "?")) for axis in ("pp", "dp", "tp"))
+    return f"{selection.pair(run)} bs{run.config.get('global_batch_size', '?')} ({layout})"
+
+
+def order(config: str) -> tuple[float, ...]:
+    """By pair, batch, then data and tensor parallelism."""
+    batch, pp, dp, tp = (float(number) for number in _figures(config))
+    return (*selection.pair_order(config), batch, dp, tp, pp)
+
+
+def _figures(config: str) -> tuple[str, ...]:
+    match = re.search(r" bs(\d+) \((\d+),(\d+),(\d+)\)$", config)
+    return match.groups() if match else ("0",) * 4
+
+
+def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
+    """mean training(without) / mean training(with), with the theoretical value, and the seconds behind.
+
+    Source of the spread: largest distance of an iteration's ratio from the last iteration's.
+    """
+    grid = _joined(selection.grid(runs, NAME, (*SECONDS, THEORY), config_of, order))
+    titles = selection.titles(grid)
+    rows = stats.speedups(grid, SECONDS, BASE, stats.of("training"))
+    result = [row for row in rows if row.unit != RATIO]
+    panels = {title: panel for panel, title in titles.items()}
+    bars_of = [row for row in rows if row.unit == RATIO and row.series == SECONDS[OPT]]
+    for row in reversed(bars_of):
+        panel = panels[row.cluster]
+        pools = grid[panel][row.config]
+        spread = None if row.value is None else _spread(pools[BASE], pools[OPT], row.spread)
+        theory = row_of(_theory(pools, reading), row.cluster, row.config, "Theoretical", panel.provenance)
+        result[:0] = [replace(row, series="PUZZLE", spread=spread), replace(theory, unit=RATIO)]
+    return result
+
+
+def _joined(grid: Grid) -> Grid:
+    """Simulated theory moves to the runs of its cluster and configuration that have no other."""
+    for panel in [panel for panel in grid if panel.provenance == "simulated"]:
+        for config, pools in list(grid[panel].items()):
+            hosts = [
+                other
+                for other in grid
+                if other.cluster == panel.cluster and other != panel and config in grid[other]
+            ]
+            lacking = [grid[host][config] for host in hosts if THEORY not in grid[host][config]]
+            if THEORY in pools and hosts:
+                for host in lacking:
+                    host[THEORY] = pools[THEORY]
+                del pools[THEORY]
+            if not pools:
+                del grid[panel][config]
+        if not grid[panel]:
+            del grid[panel]
+    return grid
+
+
+def _spread(base: Pool, own: Pool, over_repeats: float | None) -> float | None:
+    if len(base.runs) > 1 or len(own.runs) > 1:
+        return over_repeats
+    return ratio_range(selection.series(base.runs[0], "training"), selection.series(own.runs[0], "training"))
+
+
+def ratio_range(without: Sequence[float], with_sharing: Sequence[float]) -> float | None:
+    """max over iterations of |last iteration's ratio - that iteration's ratio|, the warm-up left out."""
+    pairs = list(zip(without, with_sharing, strict=False))[stats.WARM_UP :]
+    ratios = [one / other for one, other in pairs if is_time(one) and is_time(other) and other]
+    return max((abs(ratios[-1] - ratio) for ratio in ratios), default=None)
+
+
+def _theory(pools: Mapping[str, Pool], reading: str) -> Mean:
+    run = next(iter(pools.values())).runs[0]
+    ideal = equal_cost_speedup(run) if reading == CORRECTED and run.provenance == "published" else None
+    if ideal is not None:
+        note = (
+            "corrected: 2(M+P-1)/(2M+P-1) for P stages and M micro-batches of two models of equal cost, "
+            "without optimizer steps and communication, in place of the published constant"
+        )
+        return Mean(ideal, 0, None, run.source, (note,))
+    if THEORY not in pools:
+        return Mean(None, 0, None, "", gap="no theory")
+    found = [value for run in pools[THEORY].runs for value in selection.series(run, SPEEDUP)]
+    source = pools[THEORY].source
+    return Mean(found[-1], 0, None, source) if found else Mean(None, 0, None, source, gap="no values")
+
+
+def equal_cost_speedup(run: Run) -> float | None:
+    """2(M+P-1) / (2M+P-1) where actor and critic are alike and the log tells the micro-batches; else None."""
+    training, batch, micro = (
+        run.layouts.get("training"),
+        run.config.get("global_batch_size"),
+        run.config.get("micro_batch_size"),
+    )
+    if run.actor != run.critic or not isinstance(training, Mapping) or not batch or not micro:
+        return None
+    stages, count = training["pp"], batch // (micro * training["dp"])
+    return 2 * (count + stages - 1) / (2 * count + stages - 1)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What is to be known about all bars."""
+    known = [
+        "Mean time of the training stage without time-sharing (ts) over that with it, iteration 0 left out. "
+        "Whiskers: the largest distance of an iteration's ratio from the last iteration's (of repeated runs, "
+        "one standard deviation over repeats). Under the bars: (PP,DP,TP), global batch, and n, the "
+        "iterations averaged with ts."
+    ]
+    if irregularities.has_published(rows):
+        known.append(
+            "The published theoretical values are constants; how they were derived was not published."
+        )
+    return [*known, *irregularities.unstepped_critic(rows)]
+
+
+def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
+    """The bars, a panel per cluster and pair; batches side by side."""
+    ratios = drawn(rows, RATIO)
+    parts = []
+    for cluster in ordered(row.cluster for row in ratios):
+        mine = [row for row in ratios if row.cluster == cluster]
+        for pair in ordered(row.config.split(" ")[0] for row in mine):
+            own = [row for row in mine if row.config.split(" ")[0] == pair]
+            parts.append(bars.Part(f"{cluster}, {pair}", own, 1.05, 0.42))
+    figure = bars.ratio_bars(parts, LOOKS, notes, {row.config: _tick(row.config) for row in ratios})
+    return figure
+
+
+def _tick(config: str) -> str:
+    batch, pp, dp, tp = _figures(config)
+    return f"{pp},{dp},{tp}\nbs {batch}"

@@ -1,0 +1,41 @@
+"""Reading log folders into one list of runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle.errors import UserError, describe
+from puzzle.runlog import load_runs
+from puzzle.runlog.run import Loaded, Report, Run
+
+
+def load(folders: Sequence[Path]) -> Loaded:
+    """All runs of `folders` together; a run that several folders hold alike counts once.
+
+    Raises UserError where a folder is missing, is none, or holds no run.
+    """
+    runs: list[Run] = []
+    reports: list[Report] = []
+    seen: dict[tuple[str, int], Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "no such folder"
+            raise UserError(f"{folder}: {what}; --logs takes a folder of logs")
+        try:
+            loaded = load_runs(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot read the logs: {describe(error)}") from None
+        reports += loaded.reports
+        for run in loaded.runs:
+            first = seen.setdefault((run.run_id, run.repeat), run)
+            if first is run:
+                runs.append(run)
+                reports += run.reports
+                reports += [Report(run.source, None, str(note.get("text", note))) for note in run.notes]
+            elif first.printed == run.printed:
+                reports.append(Report(run.source, None, f"the same run as {first.source}; counted once"))
+            else:
+                raise UserError(
+                    f"{first.source} and {run.source} are both repeat {run.repeat} of {run.run_id} and "
+                    "disagree; remove one, or give them different repeat ids"
+                )
+    return Loaded(tuple(runs), tuple(reports))

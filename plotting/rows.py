@@ -1,0 +1,53 @@
+"""What a figure is made of: rows of numbers, and their CSV form."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+COLUMNS = ("cluster", "config", "series", "value", "unit", "n", "spread", "source")
+RATIO = "x"
+SECONDS = "s"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one figure.
+
+    `value` is None where no log gives it; `gap` then says why in two words. `spread` is one standard
+    deviation over iterations, or over repeats where a run was repeated, unless the figure says otherwise; `n`
+    counts what it was taken over. `source` names the logs; in a ratio "A over B". `notes` are its footnotes.
+    """
+
+    cluster: str
+    config: str
+    series: str
+    value: float | None
+    unit: str
+    n: int
+    spread: float | None
+    source: str
+    provenance: str
+    notes: tuple[str, ...] = ()
+    gap: str = ""
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Writes `rows` with full precision; a missing value or spread is an empty field."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            value = "" if row.value is None else repr(float(row.value))
+            spread = "" if row.spread is None else repr(float(row.spread))
+            writer.writerow((row.cluster, row.config, row.series, value, row.unit, row.n, spread, row.source))
+
+
+def ordered(values: Iterable[str]) -> list[str]:
+    """The distinct values in the order of their first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def drawn(rows: Sequence[Row], unit: str) -> list[Row]:
+    """The rows of one unit: a figure of ratios carries the seconds behind its bars as further rows."""
+    return [row for row in rows if row.unit == unit]

@@ -1,0 +1,158 @@
+"""Which runs a figure draws, and how they fall into panels, configurations and repeats."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from puzzle.errors import UserError
+from puzzle.runlog.run import Run
+
+REAL = ("measured", "published")
+
+
+class Panel(NamedTuple):
+    """One panel: runs of one cluster and one provenance; other provenances have panels of their own."""
+
+    cluster: str
+    provenance: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The repeats of one run, and the remarks on them."""
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+
+    def noted(self, *notes: str) -> "Pool":
+        """The same runs with further remarks."""
+        return replace(self, notes=self.notes + notes)
+
+    @property
+    def source(self) -> str:
+        """The logs behind this pool."""
+        return "; ".join(run.source for run in self.runs)
+
+
+Grid = dict[Panel, dict[str, dict[str, Pool]]]
+"""Panel -> configuration -> variant -> repeats."""
+
+
+def pair(run: Run) -> str:
+    """The configuration of most figures: `ACTOR/CRITIC`."""
+    return f"{run.actor}/{run.critic}"
+
+
+def pair_order(config: str) -> tuple[float, ...]:
+    """Sorts configurations by the critic's size, then the actor's."""
+    return tuple(_size(name) for name in reversed(config.split(" ")[0].split("/")))
+
+
+def _size(name: str) -> float:
+    match = re.search(r"(\d+(?:\.\d+)?)\s*([MB])", name, re.IGNORECASE)
+    return 0.0 if match is None else float(match[1]) * (1e9 if match[2] in "Bb" else 1e6)
+
+
+def grid(
+    runs: Iterable[Run],
+    figure: str,
+    variants: Iterable[str],
+    config_of: Callable[[Run], str] = pair,
+    order: Callable[[str], tuple[float, ...]] = pair_order,
+) -> Grid:
+    """The runs of `figure` with one of `variants`, by panel, configuration and variant, all sorted.
+
+    Raises UserError where two runs claim the same repeat, or repeats of one run are of different jobs.
+    """
+    known = set(variants)
+    found: dict[Panel, dict[str, dict[str, list[Run]]]] = {}
+    for run in runs:
+        if figure in run.figures and run.variant in known:
+            configs = found.setdefault(Panel(run.cluster, run.provenance), {})
+            configs.setdefault(config_of(run), {}).setdefault(run.variant, []).append(run)
+    result: Grid = {}
+    for panel in sorted(found, key=lambda panel: (panel.provenance not in REAL, panel)):
+        configs = found[panel]
+        result[panel] = {
+            config: {variant: _pool(repeats, figure) for variant, repeats in configs[config].items()}
+            for config in sorted(configs, key=lambda config: (order(config), config))
+        }
+    return result
+
+
+def _pool(runs: Sequence[Run], figure: str) -> Pool:
+    repeats: dict[int, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.repeat, run.source)):
+        first = repeats.setdefault(run.repeat, run)
+        if first is not run and first.printed != run.printed:
+            raise UserError(
+                f"{first.source} and {run.source} are both repeat {run.repeat} of {figure} {run.cluster} "
+                f"{pair(run)} {run.variant} and disagree; remove one, or give them different repeat ids"
+            )
+    kept = tuple(repeats.values())
+    for run in kept[1:]:
+        different = difference(kept[0], run)
+        if different or run.layouts != kept[0].layouts:
+            raise UserError(
+                f"{kept[0].source} and {run.source} cannot be repeats of one run of {figure}: "
+                f"{different or 'their layouts differ'}; draw them from two folders, one after the other"
+            )
+    return Pool(kept)
+
+
+def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
+    """What to call each panel: its cluster; its provenance too where that is not real or not the only one."""
+    panels = list(panels)
+    real = [panel.cluster for panel in panels if panel.provenance in REAL]
+    return {
+        panel: panel.cluster
+        if panel.provenance in REAL and real.count(panel.cluster) == 1
+        else f"{panel.cluster} ({panel.provenance})"
+        for panel in panels
+    }
+
+
+def cells(pools: Grid, variants: Iterable[str]) -> Iterator[tuple[Panel, str, str, Pool | None]]:
+    """Every cell that the figure should have; its pool is None where no log was found."""
+    variants = tuple(variants)
+    for panel, configs in pools.items():
+        for config, by_variant in configs.items():
+            for variant in variants:
+                yield panel, config, variant, by_variant.get(variant)
+
+
+def series(run: Run, quantity: str) -> tuple[float, ...]:
+    """Seconds per iteration of `quantity`, the warm-up first, as the log prints them."""
+    return run.printed.get(quantity, ())
+
+
+def job(run: Run) -> dict[str, float]:
+    """What must be alike in two runs for their times to compare, as far as logs say: devices and batch."""
+    facts: dict[str, float] = {}
+    training = run.layouts.get("training")
+    if isinstance(training, Mapping):
+        sizes = [training.get(axis) for axis in ("tp", "pp", "dp")]
+        if all(isinstance(size, int) for size in sizes):
+            facts["devices"] = math.prod(sizes)
+    batch = run.config.get("global_batch_size")
+    if isinstance(batch, int):
+        facts["global batch"] = batch
+    return facts
+
+
+def difference(one: Run, other: Run) -> str:
+    """How the jobs of two runs differ, in words; empty where they do not."""
+    first, second = job(one), job(other)
+    return ", ".join(
+        f"{what} {first[what]:g} and {second[what]:g}"
+        for what in first
+        if what in second and first[what] != second[what]
+    )
+
+
+def log_name(run: Run) -> str:
+    """The file name of a run's log, which figures that share a run share too."""
+    return PurePosixPath(run.source).name

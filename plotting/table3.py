@@ -1,0 +1,109 @@
+"""Table 3: seconds of one context switch: PUZZLE's re-sharding, DeepSpeed-Chat's gather."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from plotting import bars, irregularities, selection, stats
+from plotting.irregularities import CORRECTED
+from plotting.rows import Row, ordered
+from plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY
+from puzzle.runlog.run import Run
+
+NAME = "table3"
+BASE = "dschat"
+SYSTEMS = {"opt": "PUZZLE", BASE: "DS-Chat"}
+QUANTITIES = {"opt": "reshard", BASE: "gather"}
+LEAST = 0.001
+ACROSS = 2
+"""Clusters side by side."""
+NAMES, HEAD, LINE_HEIGHT = 0.62, 0.36, 0.3
+"""Inches: width of the first column, height of the head, height of a line."""
+
+
+def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
+    """Mean seconds of a switch per cluster, pair and system."""
+    mend = reading == CORRECTED
+    grid = selection.grid(runs, NAME, SYSTEMS)
+    grid = irregularities.other_jobs(grid, runs, BASE, "reshard", mend)
+    grid = irregularities.altered_copies(grid, runs, mend)
+    names = selection.titles(grid)
+    return [
+        stats.row_of(
+            stats.mean(pool, stats.of(QUANTITIES[variant])),
+            names[panel],
+            config,
+            SYSTEMS[variant],
+            panel.provenance,
+        )
+        for panel, config, variant, pool in selection.cells(grid, SYSTEMS)
+    ]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What is to be known about all cells."""
+    return [
+        "Mean seconds of one switch, iteration 0 left out; below, one standard deviation "
+        f"{stats.over(rows)} and the number of values."
+    ]
+
+
+def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
+    """A table: pairs down, clusters and systems across, two clusters side by side."""
+    clusters = ordered(row.cluster for row in rows)
+    kinds = {row.cluster: bars.scale(row) for row in rows}
+    groups = [
+        alike[index : index + ACROSS]
+        for alike in ([one for one in clusters if kinds[one] is kind] for kind in (True, False))
+        for index in range(0, len(alike), ACROSS)
+    ]
+    parts = []
+    for group in groups:
+        mine = [row for row in rows if row.cluster in group]
+        height = HEAD + LINE_HEIGHT * len(ordered(row.config for row in mine))
+        parts.append(bars.Part("", mine, height, 0.05))
+    letters = bars.marks(rows)
+    figure, axes = bars.layout(parts, rows, notes, key=0.0, left=bars.RIGHT)
+    for one, part in zip(axes, parts, strict=True):
+        _table(one, part, letters)
+    return figure
+
+
+def _table(axes: Axes, part: bars.Part, letters: Mapping[str, str]) -> None:
+    """Draws in inches from the top left corner."""
+    width = COLUMN - 2 * bars.RIGHT
+    shown = ordered(row.cluster for row in part.rows)
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(part.height, 0)
+    configs = ordered(row.config for row in part.rows)
+    column = (width - NAMES) / (ACROSS * len(SYSTEMS))
+    for index, cluster in enumerate(shown):
+        left = NAMES + index * column * len(SYSTEMS)
+        axes.text(left + column, 0.1, cluster, size=TEXT, weight="bold", ha="center", va="center")
+        axes.plot([left + 0.08, left + column * len(SYSTEMS) - 0.08], [0.2, 0.2], color=INK, lw=0.4)
+        for place, system in enumerate(SYSTEMS.values()):
+            middle = left + (place + 0.5) * column
+            axes.text(middle, 0.28, system, size=TEXT, ha="center", va="center")
+            for row in part.rows:
+                if (row.cluster, row.series) == (cluster, system):
+                    _cell(axes, middle, HEAD + LINE_HEIGHT * configs.index(row.config), row, letters)
+    for line, config in enumerate(configs):
+        axes.text(0.02, HEAD + LINE_HEIGHT * line + 0.11, config, size=TEXT, va="center")
+    for at, weight in ((0.0, 0.9), (HEAD, 0.5), (part.height, 0.9)):
+        axes.plot(
+            [0, NAMES + len(shown) * column * len(SYSTEMS)], [at, at], color=INK, lw=weight, clip_on=False
+        )
+
+
+def _cell(axes: Axes, middle: float, top: float, row: Row, letters: Mapping[str, str]) -> None:
+    if row.value is None:
+        axes.text(middle, top + 0.14, row.gap, size=SMALL, color=GREY, ha="center", va="center")
+        return
+    text = bars.marked(row, f"{row.value:.2f}", letters)
+    axes.text(middle, top + 0.11, text, size=TEXT, ha="center", va="center")
+    spread = "" if row.spread is None else f"\u00b1{max(row.spread, LEAST):.3f}, "
+    if row.spread is not None and row.spread < LEAST:
+        spread = spread.replace("\u00b1", "\u00b1<")
+    axes.text(middle, top + 0.22, f"{spread}n={row.n}", size=TINY, color=GREY, ha="center", va="center")
