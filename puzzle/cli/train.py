@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +43,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def start(config: TrainConfig, out: Path) -> int:
-    """Run `config` into `out`; an empty `out` of our making does not outlive a refusal."""
+    """Run `config` into `out`; a folder of our making does not outlive a refusal before the log began."""
     rank, _ = local.identity()
+    made = rank == 0 and not out.exists()
     if rank == 0:
         _prepare(out)
     try:
@@ -52,8 +54,8 @@ def start(config: TrainConfig, out: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except UserError:
-        if rank == 0 and not any(out.iterdir()):
-            out.rmdir()
+        if made and not (out / "run.jsonl").exists():
+            shutil.rmtree(out)
         raise
     if rank == 0 and config.log.plots:
         _plot(out)

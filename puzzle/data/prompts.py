@@ -202,7 +202,7 @@ def _random(seed: int, counter: int) -> np.random.Generator:
 
 
 class PromptStream:
-    """Deals batches of prompts. A batch depends on the prompts, the seed and its number alone, not on layouts.
+    """Deals batches of prompts. A batch depends on the prompts, the seed and its number alone.
 
     Every epoch has its own order; what is left of an epoch after its last full batch is skipped, so that no
     prompt is twice in a batch.

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from puzzle.config import TrainConfig
+from puzzle.data.prepare import prepare
+from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.errors import UserError
+
+
+def config(data: dict, **changes) -> TrainConfig:
+    shape = {"vocab_size": 258, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    init = {**shape, "num_attention_heads": 1}
+    return TrainConfig.model_validate(
+        {
+            "actor": {"init": init},
+            "reward": {"init": init},
+            "data": data,
+            "batch": 2,
+            "iterations": 3,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("train", "held"):
+        lines = [json.dumps({"prompt": f"{name} {i}"}) for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return {"prompts": str(tmp_path / "train.jsonl"), "eval_prompts": str(tmp_path / "held.jsonl")}
+
+
+def test_texts(files):
+    data = prepare(config({**files, "tokenizer": "bytes"}), 258)
+    assert data.stop_ids == (256,)
+    assert {p.text.split()[0] for p in data.train.next()} == {"train"}
+    assert data.held_out is not None
+    assert [p.text for p in data.held_out.prompts] == [f"held {i}" for i in range(5)]
+
+
+def test_random_tokens_never_repeat_within_a_run():
+    data = prepare(config({"random_tokens": 6}), 258)
+    dealt = [p for _ in range(3) for p in data.train.next()]
+    assert len({p.tokens for p in dealt}) == 6
+    assert data.tokenizer is None
+
+
+def test_tokens_outside_the_vocabulary(files):
+    with pytest.raises(UserError, match=r"gives token .*, the actor's vocabulary has 60"):
+        prepare(config({**files, "tokenizer": "bytes"}), 60)
+
+
+def test_the_tokenizer_of_a_folder(files, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder/generation_config.json").write_text('{"eos_token_id": [7]}')
+    folder = str(tmp_path / "folder")
+    from_folder = config(
+        files, actor={"model": folder}, critic={"init": config({"random_tokens": 1}).actor.init}
+    )
+    assert prepare(from_folder, 258).stop_ids == (7, 256)
