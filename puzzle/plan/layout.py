@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,10 @@ class Layout:
     def layers(self, p: int) -> range:
         """The layers of stage p."""
         return range(self.first_layers[p], self.first_layers[p + 1])
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that holds a layer."""
+        return bisect_right(self.first_layers, layer) - 1
 
     def index(self, coord: Coord) -> int:
         """Position of a coordinate in the default order."""

@@ -146,7 +146,7 @@ def stages_of(tensor: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """The pipeline stages that hold a tensor."""
     last = layout.pp - 1
     if isinstance(tensor.place, int):
-        return (next(p for p in range(layout.pp) if tensor.place in layout.layers(p)),)
+        return (layout.stage_of(tensor.place),)
     return {"embed": (0,), "head": (last,), "tied": (0,) if last == 0 else (0, last)}[tensor.place]
 
 
