@@ -117,27 +117,35 @@ def _reach(
     num_stages: int,
     cap_bytes: Sequence[float] | None,
 ) -> list[list[int]]:
-    """`reach` of `interleave`: as far ahead as the in-flight count, the bytes and the stage before allow."""
+    """`reach` of `interleave`: as far ahead as the in-flight count, the bytes and the neighbours allow."""
     sizes = {m.name: m.activation_bytes for m in models}
-    reach: list[list[int]] = []
+    reach = []
     for stage in range(num_stages):
-        row: list[int] = []
-        done, held = 0, 0.0
-        for j, (model, _) in enumerate(units):
-            ahead = min(j + num_stages - stage, len(units), reach[-1][j] if reach else len(units))
-            while done < ahead:
-                size = sizes[units[done][0]][stage] if cap_bytes else 0.0
-                if cap_bytes and held + size > cap_bytes[stage]:
-                    break
-                held += size
-                done += 1
-            if done <= j:
-                assert cap_bytes is not None
-                raise UserError(
-                    f"one micro-batch of {model} holds {sizes[model][stage]:.0f} bytes on stage {stage}, the"
-                    f" cap is {cap_bytes[stage]:.0f}: use smaller micro-batches or a larger cap"
-                )
-            row.append(done)
-            held -= sizes[model][stage] if cap_bytes else 0.0
-        reach.append(row)
+        row = [min(j + num_stages - stage, len(units)) for j in range(len(units))]
+        if cap_bytes is not None:
+            held = [sizes[model][stage] for model, _ in units]
+            row = list(map(min, row, _fits(units, held, cap_bytes[stage], stage)))
+        reach.append(list(map(min, row, reach[-1])) if reach else row)
+    for stage in reversed(range(num_stages - 1)):
+        reach[stage] = [
+            min(mine, after + 1) for mine, after in zip(reach[stage], reach[stage + 1], strict=True)
+        ]
     return reach
+
+
+def _fits(units: Sequence[Unit], held: Sequence[float], cap: float, stage: int) -> list[int]:
+    """For every unit the end of the longest run from it on that the cap holds."""
+    ends = []
+    end, total = 0, 0.0
+    for j, (model, _) in enumerate(units):
+        if held[j] > cap:
+            raise UserError(
+                f"one micro-batch of {model} holds {held[j]:.0f} bytes on stage {stage}, the cap is"
+                f" {cap:.0f}: use smaller micro-batches or a larger cap"
+            )
+        while end < len(units) and total + held[end] <= cap:
+            total += held[end]
+            end += 1
+        ends.append(end)
+        total -= held[j]
+    return ends

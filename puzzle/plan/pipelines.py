@@ -47,8 +47,9 @@ def interleave(
     """The passes of every stage for a stream of units; forwards and backwards both keep the stream's order.
 
     `reach[s][j]` is how many forwards stage s has done before its backward of unit j: more than j, never
-    falling with j, never rising with s. The last makes the stream deadlock-free: no stage waits for a forward
-    that the stage before withholds until its next backward. `slots[s][j]` follows the backward of unit j.
+    falling with j, and at each stage as much as at the next or one more: no stage waits for a forward that
+    the stage before withholds until its next backward, nor for the next stage to take a forward that it
+    has no place for. So the stream is deadlock-free. `slots[s][j]` follows the backward of unit j.
     """
     passes = []
     for row, after in zip(reach, slots, strict=True):
@@ -78,9 +79,11 @@ def optimizer_slots(
     last = len(units) - 1
     ends = {model: j for j, (model, _) in enumerate(units)}
     slots: defaultdict[int, list[Action]] = defaultdict(list)
+    joined = False
     for model, end in sorted(ends.items(), key=lambda item: item[1]):
-        lag = num_stages - 1 if model in tied else stage
-        norm = end + defer + (lag if model in tied and stage == num_stages - 1 else 0)
+        joined = joined or model in tied  # norms are summed in one order, so later models wait as well
+        lag = num_stages - 1 if joined else stage
+        norm = end + defer + (lag if joined and stage == num_stages - 1 else 0)
         # First in its slot: it needs nothing but the backward just done, others' waits may hold up the stage.
         slots[end].insert(0, Action(Op.REDUCE, model))
         slots[min(norm, last)] += [Action(op, model) for op in (Op.WAIT_REDUCE, Op.NORM)]

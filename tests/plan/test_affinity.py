@@ -1,0 +1,83 @@
+"""The choice of streams: by simulation, with other winners for other costs."""
+
+from collections.abc import Sequence
+from itertools import permutations
+
+from puzzle.plan.affinity import choose, inference_candidates, search_order, training_candidates
+from puzzle.plan.check import check
+from puzzle.plan.cost import CostTable
+from puzzle.plan.fused import Order, StreamModel, fused_1f1b
+from puzzle.plan.simulate import simulate
+
+
+def costs(**forward: float) -> CostTable:
+    """Backwards of twice the forward; an optimizer in proportion to the model."""
+    shares = {"forward": 1.0, "backward": 2.0, "reduce": 0.5, "norm": 0.01, "step": 0.5, "gather": 0.5}
+    wires = {"activation": 0.01, "gradient": 0.01}
+    return CostTable({m: {**{k: f * x for k, x in shares.items()}, **wires} for m, f in forward.items()})
+
+
+def training(cost: CostTable, microbatches: int = 4, num_stages: int = 4) -> list[str]:
+    models = [StreamModel("actor", microbatches), StreamModel("critic", microbatches)]
+    estimates = choose(training_candidates(models, num_stages, cost), cost)
+    for estimate in estimates:
+        assert all(check(schedule) == [] for schedule in estimate.candidate.schedules)
+        assert estimate.seconds == sum(simulate(s, cost).makespan for s in estimate.candidate.schedules)
+        assert estimate.flushes == (2 if estimate.candidate.name == "apart" else 1)
+    assert [e.seconds for e in estimates] == sorted(e.seconds for e in estimates)
+    return [e.candidate.name for e in estimates]
+
+
+def test_the_best_order_depends_on_the_costs() -> None:
+    fixed = [n for n in training(costs(actor=1.0, critic=0.2)) if n != "searched"]
+    other = [n for n in training(costs(actor=0.2, critic=1.0)) if n != "searched"]
+    assert fixed[0] == "sequential actor critic"
+    assert other[0] == "sequential critic actor"
+
+
+def test_the_search_beats_the_plain_orders_for_unlike_models() -> None:
+    """A small model at both ends makes fill and drain short."""
+    assert training(costs(actor=1.0, critic=0.2))[0] == "searched"
+
+
+def test_sharing_does_not_pay_on_one_stage() -> None:
+    assert training(costs(actor=1.0, critic=0.2), num_stages=1)[-1] == "apart"
+    free = CostTable.uniform(["actor", "critic"])
+    assert training(free, num_stages=1)[0] == "apart"
+
+
+def test_search_finds_the_best_of_all_orders() -> None:
+    """Brute force over the 35 orders of 4 + 3 micro-batches."""
+    models, cost = [StreamModel("a", 4), StreamModel("b", 3)], costs(a=1.0, b=0.3)
+
+    def seconds(order: Order) -> float:
+        return simulate(fused_1f1b(models, 3, order), cost).makespan
+
+    every = {seconds(order) for order in set(permutations("aaaabbb"))}
+    found = seconds(search_order("aaaabbb", seconds, trials=400))
+    assert found < seconds("aaaabbb")
+    assert found == min(every)
+
+
+def test_the_search_keeps_to_its_trials() -> None:
+    asked = []
+    search_order("aaaabbbb", lambda order: asked.append(order) or len(set(order[:4])), trials=10)
+    assert len(asked) == 10
+
+
+def test_inference_groups() -> None:
+    models = [StreamModel("reference", 4), StreamModel("critic", 4), StreamModel("reward", 4)]
+    cost = CostTable.uniform([m.name for m in models])
+    every = choose(inference_candidates(models, 4), cost)
+    assert len(every) == 6 + 3 * 2 + 1
+    assert every[0].flushes == 1
+    assert every[0].seconds == 12 + 3
+    assert every[-1].candidate.name == "reference | critic | reward"
+    assert every[-1].seconds == 3 * (4 + 3)
+
+    def why_not(names: Sequence[str]) -> str | None:
+        return "reference has other ranks" if "reference" in names else None
+
+    best = choose(inference_candidates(models, 4, why_not), cost)[0]
+    assert best.seconds == (8 + 3) + (4 + 3)
+    assert best.candidate.name.startswith("reference | ")
