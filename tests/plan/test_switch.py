@@ -170,9 +170,13 @@ def test_every_destination_row_arrives_once(switch, strategy, itemsize, data):
     assert sorted(plan.destination.ranks) == sorted(switch[2].ranks)
     check(plan)
     for part in (plan.for_rank(rank) for rank in plan.ranks):
-        for bucket in part.buckets:
+        for index, bucket in enumerate(part.buckets):
             staged = sum(m.nbytes for m in (*bucket.sends, *bucket.receives) if len(m.parts) > 1)
             assert staged <= limits.get("staging_bytes", 0)
+            most = limits.get("bucket_bytes") or plan.bytes_received
+            units = set(plan.remote[plan.remote["bucket"] == index]["unit"])
+            for messages in (bucket.sends, bucket.receives):
+                assert sum(m.nbytes for m in messages) <= most or len(units) == 1
 
 
 @given(switches(max_world=64))
@@ -182,6 +186,11 @@ def test_up_to_64_ranks(switch):
     plan = plan_switch(spec, source, destination, cluster)
     fixed = plan_switch(spec, source, destination, cluster, strategy="fixed-order")
     assert fixed.bytes_received == plan.fixed_order_bytes
+    assert plan.roles_exact
+    block = cluster.devices_per_node * -(-destination.layout.tp // cluster.devices_per_node)
+    inside = all(len({rank // block for rank in group}) == 1 for group in destination.groups("tp"))
+    if inside or not plan.tp_inside_nodes:  # else rank order is no legal choice
+        assert plan.costs.of(plan.destination) <= plan.costs.of(destination)
     check(plan)
 
 
