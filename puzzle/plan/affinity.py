@@ -11,7 +11,7 @@ from itertools import permutations
 from puzzle.plan.cost import CostTable
 from puzzle.plan.fused import Order, StreamModel, fused_1f1b, fused_forward, stream
 from puzzle.plan.schedule import Schedule
-from puzzle.plan.simulate import simulate
+from puzzle.plan.simulate import makespan, simulate
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def training_candidates(
             orders[name] = [model for model, _ in stream(arranged, kind)]
 
     def seconds(order: Order) -> float:
-        return simulate(build(models, order=order), cost).makespan
+        return makespan(build(models, order=order), cost)
 
     orders["searched"] = search_order(min(orders.values(), key=seconds), seconds, trials)
     for name, order in orders.items():
         variants = [build(models, order=order, defer=d).renamed(name) for d in defer]
-        best = min(variants, key=lambda s: simulate(s, cost).makespan)
+        best = min(variants, key=lambda s: makespan(s, cost))
         candidates.append(Candidate(name, (best,)))
     return candidates
 

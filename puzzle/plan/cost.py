@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
 from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Payload
-from puzzle.plan.timeline import Timeline
 
 Seconds = float | tuple[float | None, ...]
 """The same for every stage, or one number per stage (of a transfer: of the sending stage), None where
@@ -32,24 +30,6 @@ class CostTable:
             raise ValueError(f"no actions are called {sorted(unknown)}")
         return cls(dict.fromkeys(models, costs))
 
-    @classmethod
-    def measured(cls, timeline: Timeline, stage_of: Mapping[int, int]) -> CostTable:
-        """From the spans of a real run, whose rows (ranks) play the stages `stage_of`: the mean over
-        compute spans, but the shortest of transfers and collectives, because theirs include the wait for
-        the other side."""
-        samples: defaultdict[tuple[str, str], defaultdict[int, list[float]]]
-        samples = defaultdict(lambda: defaultdict(list))
-        known = {str(what) for what in (*COMPUTE, *COLLECTIVES, *Payload)}
-        for span in timeline.spans:
-            if span.category in known and span.row in stage_of:
-                samples[span.model, span.category][stage_of[span.row]].append(span.seconds)
-        table: defaultdict[str, dict[str, Seconds]] = defaultdict(dict)
-        stages = range(max(stage_of.values()) + 1)
-        for (model, what), by_stage in samples.items():
-            pick = _mean if what in {str(op) for op in COMPUTE} else min
-            table[model][what] = tuple(pick(by_stage[s]) if by_stage[s] else None for s in stages)
-        return cls(dict(table))
-
     def of(self, stage: int, action: Action) -> float:
         """Seconds that a compute action, a collective or a transfer (asked as its SEND) takes. UserError
         if unknown."""
@@ -61,7 +41,3 @@ class CostTable:
             who = f"{what} of {action.model} on stage {stage}"
             raise UserError(f"no cost of {who}: measure it or add it to the costs")
         return seconds
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

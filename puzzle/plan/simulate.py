@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from puzzle.plan.cost import CostTable
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Channel, Op, Schedule, Work
-from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
+from puzzle.plan.measured import action_span
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Op, Schedule, Work
+from puzzle.plan.timeline import Span, Timeline
 
 _STARTS = {wait: start for start, wait in COLLECTIVES.items()}
 
@@ -21,10 +22,21 @@ _STARTS = {wait: start for start, wait in COLLECTIVES.items()}
 def simulate(schedule: Schedule, cost: CostTable) -> Timeline:
     """The schedule's timeline under the costs. ValueError for a schedule that deadlocks, UserError for a
     missing cost."""
-    execution = Execution(schedule, cost.of)
+    spans: list[Span] = []
+    _run(schedule, cost, spans.append)
+    return Timeline(tuple(spans))
+
+
+def makespan(schedule: Schedule, cost: CostTable) -> float:
+    """`simulate(...).makespan`, without the spans."""
+    return _run(schedule, cost, None)
+
+
+def _run(schedule: Schedule, cost: CostTable, record: Callable[[Span], None] | None) -> float:
+    execution = Execution(schedule, cost.of, record)
     if blocked := execution.run():
         raise ValueError(f"{schedule.name} deadlocks: " + "; ".join(blocked))
-    return Timeline(tuple(execution.spans))
+    return max(execution.clock)
 
 
 @dataclass
@@ -43,14 +55,19 @@ class _Lane:
 
 class Execution:
     """One run of a schedule in virtual time; `seconds(stage, action)` is asked for compute, collectives
-    and sends."""
+    and sends. `clock` is how far every stage has come. `record` gets the spans."""
 
-    def __init__(self, schedule: Schedule, seconds: Callable[[int, Action], float]) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        seconds: Callable[[int, Action], float],
+        record: Callable[[Span], None] | None = None,
+    ) -> None:
         self.schedule = schedule
         self.seconds = seconds
-        self.spans: list[Span] = []
+        self.clock = [0.0] * schedule.num_stages
         self._tied = {w.model for w in schedule.work if isinstance(w, Work) and w.tied}
-        self._clock = [0.0] * schedule.num_stages
+        self._save = record
         self._next = [0] * schedule.num_stages
         self._ends: dict[Hashable, float] = {}
         self._lanes: dict[Hashable, _Lane] = {}
@@ -76,21 +93,21 @@ class Execution:
     def _issue(self, stage: int, action: Action) -> bool:
         """Issues an action; False if it has to wait for something that has not been started."""
         if action.op in COMPUTE:
-            start = self._clock[stage]
-            self._clock[stage] = start + self.seconds(stage, action)
-            self._record(stage, COMPUTE_LANE, action, start, self._clock[stage])
+            start = self.clock[stage]
+            self.clock[stage] = start + self.seconds(stage, action)
+            self._record(stage, action, start, self.clock[stage])
         elif action.op in TRANSFERS:
             message = action.message(stage)
             side = 0 if action.op in (Op.SEND, Op.WAIT_SEND) else 1
             if action.op in (Op.WAIT_SEND, Op.WAIT_RECV):
-                return self._wait(stage, (message, side))
+                return self._wait(stage, action, (message, side))
             self._start(message.channel, 2, side, stage, action, (message, side))
         elif action.op in COLLECTIVES:
             group, stages = self._collective(stage, action)
             key = (action.op, action.model, stage)
             self._start(group, len(stages), stages.index(stage), stage, action, key)
         else:
-            return self._wait(stage, (_STARTS[action.op], action.model, stage))
+            return self._wait(stage, action, (_STARTS[action.op], action.model, stage))
         return True
 
     def _collective(self, stage: int, action: Action) -> tuple[Hashable, Sequence[int]]:
@@ -102,17 +119,19 @@ class Execution:
             return (action.op, action.model), (stages[0], stages[-1])[: len(stages)]
         return stage, (stage,)
 
-    def _wait(self, stage: int, key: Hashable) -> bool:
+    def _wait(self, stage: int, action: Action, key: Hashable) -> bool:
         if key not in self._ends:
             return False
-        self._clock[stage] = max(self._clock[stage], self._ends[key])
+        start = self.clock[stage]
+        self.clock[stage] = max(start, self._ends[key])
+        self._record(stage, action, start, self.clock[stage])
         return True
 
     def _start(
         self, group: Hashable, sides: int, side: int, stage: int, action: Action, key: Hashable
     ) -> None:
         lane = self._lanes.setdefault(group, _Lane(sides))
-        lane.starts[side].append((self._clock[stage], key, stage, action))
+        lane.starts[side].append((self.clock[stage], key, stage, action))
         while all(len(starts) > lane.over for starts in lane.starts):
             begun = [starts[lane.over] for starts in lane.starts]
             start = max(lane.free_at, *(time for time, *_ in begun), 0.0)
@@ -120,15 +139,9 @@ class Execution:
             for _, begun_key, s, a in begun:
                 self._ends[begun_key] = lane.free_at
                 if a.op is not Op.RECV:
-                    self._record(s, _lane_name(group, a), a, start, lane.free_at)
+                    self._record(s, a, start, lane.free_at)
             lane.over += 1
 
-    def _record(self, stage: int, lane: str, action: Action, start: float, end: float) -> None:
-        category = str(action.payload if action.op is Op.SEND else action.op)
-        self.spans.append(
-            Span(stage, lane, action.label, start, end, category, action.model, action.microbatch)
-        )
-
-
-def _lane_name(group: Hashable, action: Action) -> str:
-    return f"{group.payload} to {group.dst}" if isinstance(group, Channel) else str(action.op)
+    def _record(self, stage: int, action: Action, start: float, end: float) -> None:
+        if self._save is not None:
+            self._save(action_span(stage, action, start, end))

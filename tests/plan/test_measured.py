@@ -1,0 +1,108 @@
+"""Costs read from a run: what a simulation was given comes back from what ranks could have seen of it."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle.errors import UserError
+from puzzle.plan.cost import CostTable
+from puzzle.plan.fused import StreamModel, fused_1f1b
+from puzzle.plan.measured import action_spans, measured_costs
+from puzzle.plan.pipelines import forward_only, one_f_one_b
+from puzzle.plan.schedule import COLLECTIVES, Action, Op, Schedule
+from puzzle.plan.simulate import Execution, makespan, simulate
+from puzzle.plan.timeline import Span, Timeline
+
+PASSES = {"forward": (1.0, 2.0, 1.5), "backward": (2.0, 3.0, 2.5)}
+OTHERS = {
+    "activation": 0.5,
+    "gradient": 0.25,
+    "reduce": 1.0,
+    "norm": 0.125,
+    "step": (0.5, 0.75, 1.0),
+    "gather": 2.0,
+}
+
+
+class Marks(Execution):
+    """A simulation that notes what the clock of a real rank notes: when each action began and ended."""
+
+    def __init__(self, schedule: Schedule, cost: CostTable) -> None:
+        super().__init__(schedule, cost.of)
+        self.marks: list[list[tuple[Action, float, float]]] = [[] for _ in schedule.actions]
+
+    def _issue(self, stage: int, action: Action) -> bool:
+        start = self.clock[stage]
+        if done := super()._issue(stage, action):
+            self.marks[stage].append((action, start, self.clock[stage]))
+        return done
+
+
+def run(schedule: Schedule, cost: CostTable, copies: int) -> tuple[Timeline, dict[int, int]]:
+    """What `copies` ranks per stage would have measured."""
+    marks = Marks(schedule, cost)
+    assert marks.run() == []
+    stage_of = {copies * s + t: s for s in range(schedule.num_stages) for t in range(copies)}
+    spans = [span for rank, stage in stage_of.items() for span in action_spans(rank, marks.marks[stage])]
+    return Timeline(tuple(spans), "measured"), stage_of
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_costs_come_back(tied: bool) -> None:
+    cost = CostTable({"actor": PASSES | OTHERS})
+    schedule = one_f_one_b(3, 5, optimizer=True, tied=tied)
+    timeline, stage_of = run(schedule, cost, copies=2)
+    noise = Span(0, "phases", "training", 0.0, 99.0, "phase")
+    timeline = replace(timeline, spans=(*timeline.spans, noise))
+    found = measured_costs(timeline, stage_of, {"actor"} if tied else ()).seconds["actor"]
+    for what, seconds in (PASSES | OTHERS).items():
+        given = seconds if isinstance(seconds, tuple) else (seconds,) * 3
+        ends = {"activation": [2], "gradient": [0]}.get(what, [])
+        want = [None if s in ends else pytest.approx(x) for s, x in enumerate(given)]
+        assert found[what] == tuple(want), what
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.lists(st.integers(1, 8), min_size=8, max_size=8),
+)
+@settings(max_examples=50)
+def test_costs_of_separate_runs_predict_the_fused_one(p: int, a: int, c: int, eighths: list[int]) -> None:
+    """Transfers that were always hidden are known by an upper bound only, so here they are free."""
+    keys = ("forward", "backward", "step", "gather")
+    free = {"activation": 0.0, "gradient": 0.0, "reduce": 0.25, "norm": 0.0}
+    tables = [dict(zip(keys, (n / 8 for n in part), strict=True)) for part in (eighths[:4], eighths[4:])]
+    cost = CostTable({"actor": tables[0] | free, "critic": tables[1] | free})
+    seconds: dict = {}
+    for name, m in (("actor", a), ("critic", c)):
+        schedule = one_f_one_b(p, m, name, optimizer=True)
+        timeline, stage_of = run(schedule, cost, copies=1)
+        seconds |= measured_costs(timeline, stage_of).seconds
+        assert timeline.makespan == pytest.approx(makespan(schedule, cost))
+    fused = fused_1f1b([StreamModel("actor", a), StreamModel("critic", c)], p, "alternating")
+    assert makespan(fused, CostTable(seconds)) == pytest.approx(simulate(fused, cost).makespan)
+
+
+def test_a_stage_without_spans_has_no_cost() -> None:
+    schedule, cost = forward_only(2, 4), CostTable.uniform(["actor"])
+    timeline, stage_of = run(schedule, cost, copies=1)
+    half = Timeline(tuple(s for s in timeline.spans if s.category != "forward" or s.row == 0), "measured")
+    with pytest.raises(UserError, match="no cost of forward of actor on stage 1"):
+        simulate(schedule, measured_costs(half, stage_of))
+
+
+def test_spans_of_actions() -> None:
+    """A collective lasts until its wait is over; a started transfer has no end of its own."""
+    reduce, wait = Action(Op.REDUCE, "actor"), Action(COLLECTIVES[Op.REDUCE], "actor")
+    forward, send = (a for a in forward_only(2, 1).actions[0] if a.op in (Op.FORWARD, Op.SEND))
+    marks = [(forward, 0.0, 1.0), (send, 1.0, 1.1), (reduce, 2.0, 2.1), (wait, 3.0, 4.0)]
+    spans = [(s.lane, s.category, s.start, s.end) for s in action_spans(7, marks)]
+    assert spans == [
+        ("compute", "forward", 0.0, 1.0),
+        ("wait", "wait_reduce", 3.0, 4.0),
+        ("reduce", "reduce", 2.0, 4.0),
+    ]
