@@ -243,6 +243,7 @@ class CheckpointConfig(Section):
     """Hugging Face folders under OUT/checkpoints."""
 
     every: Natural = Field(0, description="iterations between checkpoints; 0: only the last")
+    save: bool = Field(True, description="false: none at all (timing runs)")
     keep: Count = 2
     best: bool = Field(False, description="keep the one with the best held-out reward as well")
 
@@ -344,8 +345,8 @@ class TrainConfig(Section):
             raise ValueError("data.tokenizer: a randomly initialised actor has none; give a folder, or bytes")
         if self.eval.every and data.eval_prompts is None:
             raise ValueError("eval.every needs data.eval_prompts")
-        if self.checkpoint.best and not self.eval.every:
-            raise ValueError("checkpoint.best needs eval.every and data.eval_prompts")
+        if self.checkpoint.best and not (self.eval.every and self.checkpoint.save):
+            raise ValueError("checkpoint.best needs checkpoint.save, eval.every and data.eval_prompts")
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,6 @@ from typing import Any
 from puzzle import __version__
 from puzzle.config import ModelConfig, TrainConfig
 from puzzle.runlog import RunHeader
-from puzzle.sources import layout_of, specs_of
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
@@ -20,9 +19,8 @@ _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 def run_header(config: TrainConfig, hardware: dict[str, Any]) -> RunHeader:
     """The header of a run of `config`; `hardware` adds what the engine knows of its devices."""
     log = config.log
-    specs = specs_of(config)
     layouts = {
-        name: str(layout_of(name, layout, specs["actor" if name == "generation" else name]))
+        "training" if name == "actor" else name: {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
         for name, layout in config.layouts().items()
     }
     sequences = config.batch * config.generation.samples

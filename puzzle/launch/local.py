@@ -93,7 +93,7 @@ def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> 
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
     reports: list[Connection] = []
-    with _terminate_as_exit():
+    with terminate_as_exit():
         try:
             for rank in range(world):
                 receive, send = context.Pipe(duplex=False)
@@ -225,7 +225,7 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _terminate_as_exit() -> Generator[None]:
+def terminate_as_exit() -> Generator[None]:
     """SIGTERM (a scheduler's cancel) unwinds like an exception, so that workers are ended."""
 
     def leave(number: int, _frame: Any) -> None:

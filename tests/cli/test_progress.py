@@ -94,9 +94,9 @@ def test_header_and_log_of_a_run(tmp_path):
     )
     header = run_header(config, {"devices": ["cpu"]})
     assert (header.actor, header.critic, header.repeat) == ("7b", "350m", 1)
-    assert header.layouts == {
-        "actor": "1,1,2", "critic": "2,1,1", "reference": "1,1,2", "reward": "1,1,2", "generation": "1,1,2",
-    }  # fmt: skip
+    assert set(header.layouts) == {"training", "generation", "critic", "reference", "reward"}
+    assert header.layouts["training"] == {"tp": 1, "pp": 1, "dp": 2}
+    assert header.layouts["critic"] == {"tp": 2, "pp": 1, "dp": 1}
     assert header.config["global_batch_size"] == 32
     assert header.software["torch"]
     with RunWriter(tmp_path, header) as writer:

@@ -108,7 +108,7 @@ WRONG = [
     (["--actor.init.hidden_size", "8"], "actor.init: give preset, or also vocab_size, intermediate_size"),
     (["--data.prompts", "null"], "data: give prompts (a file) or random_tokens"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
-    (["--checkpoint.best", "true"], "checkpoint.best needs eval.every"),
+    (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
 
 

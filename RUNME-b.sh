@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the experiments of figures 8-12 and table 3 on this machine, then draws them. Installs what it needs
+# (tier engine) on first use.
+#   ./RUNME-b.sh [--scale cpu|node|paper] [--only figure9 ...] [--dry-run] [--out DIR] [--repeats N] [--cluster NAME]
+# Started again it goes on: finished runs are kept. Default output: outputs_from_exec_<time>/ here.
+set -euo pipefail
+root=$(dirname "$(readlink -f "$0")")
+began=$(date '+%Y-%m-%d %H:%M:%S')
+export PUZZLE_ENV="${PUZZLE_ENV:-engine}"
+. "$root/env.sh"
+
+echo "start: $began"
+status=0
+python -m puzzle.cli campaign "$@" || status=$?
+echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
+exit "$status"

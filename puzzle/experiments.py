@@ -1,0 +1,240 @@
+"""The table of experiments (`experiments.yaml`): from figures, pairs and variants to configurations."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from puzzle.capabilities import missing
+from puzzle.config import Count, TrainConfig
+from puzzle.configio import Key, build, merge, read_yaml
+from puzzle.errors import UserError
+
+TABLE = Path(__file__).resolve().parent.parent / "experiments.yaml"
+Axes = tuple[Count, Count, Count]  # tp, pp, dp
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Job(_Section):
+    """One pair of models on some processes: layouts, and sequences per batch and micro-batch."""
+
+    train: Axes
+    generate: Axes
+    microbatch: Count
+    batch: Count
+    prefill: Count
+    decode: tuple[Count, Count]
+
+
+class Change(_Section):
+    """What a cluster does in another way than a job says."""
+
+    generate: Axes | None = None
+    decode: tuple[Count, Count] | None = None
+
+
+class Variant(_Section):
+    """Which layouts of a job the stages of a variant use, and what else it configures."""
+
+    training: Literal["train", "generate", "data"]
+    generation: Literal["train", "generate", "data"]
+    decode: Literal["small", "large"]
+    config: dict[str, Any] = {}
+
+
+class Figure(_Section):
+    """The runs of a figure: its `pairs`, or with `grid` the layouts and batches of the scale's grid."""
+
+    variants: tuple[str, ...]
+    pairs: tuple[str, ...] = ()
+    grid: bool = False
+
+
+class Grid(_Section):
+    """Layouts and batches of one pair, all combinations."""
+
+    batches: tuple[Count, ...]
+    layouts: tuple[Axes, ...]
+
+
+class Scale(_Section):
+    """One size of the whole table; `devices` is how many processes its largest layouts want."""
+
+    devices: Count
+    config: dict[str, Any]
+    models: dict[str, dict[str, Any]]
+    jobs: dict[str, Job]
+    grid: dict[str, Grid]
+    clusters: dict[str, dict[str, Change]] = {}
+
+
+class Table(_Section):
+    """`experiments.yaml`."""
+
+    config: dict[str, Any]
+    variants: dict[str, Variant]
+    figures: dict[str, Figure]
+    scales: dict[str, Scale]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: `name` is its folder's; `lacks` says what this version does not have for it."""
+
+    name: str
+    config: TrainConfig
+    lacks: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Pair, variant, layouts and batch, for people."""
+        train, generate = self.config.actor.layout, self.config.generation.layout
+        layouts = f"{train.tp},{train.pp},{train.dp}"
+        if generate != train:
+            layouts += f" -> {generate.tp},{generate.pp},{generate.dp}"
+        log = self.config.log
+        return f"{log.actor}/{log.critic} {log.variant} ({layouts}) batch {self.config.batch}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to expand: `only` names figures (all if empty); `devices`, what there is (None: enough)."""
+
+    scale: str
+    only: tuple[str, ...] = ()
+    cluster: str = "local"
+    devices: int | None = None
+    repeats: int = 1
+
+
+def read_table(path: Path = TABLE) -> Table:
+    """The table in `path`; raises UserError naming line and key."""
+    document = read_yaml(path)
+    try:
+        return Table.model_validate(document.data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = tuple(str(part) for part in problem["loc"])
+        line = next((document.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in document.lines), 1)
+        reason = problem["msg"].lower()
+        raise UserError(f"{path}:{line}: {'.'.join(key)}: {reason}") from None
+
+
+def expand(table: Table, request: Request) -> list[Experiment]:
+    """The runs of the requested figures; a run that several figures share is there once.
+
+    Raises UserError for unknown names, and for a configuration that is none.
+    """
+    scale = table.scales[_known("--scale", request.scale, table.scales)]
+    for figure in request.only:
+        _known("--only", figure, table.figures)
+    figures: dict[tuple[str, str, Job], list[str]] = {}
+    for name, figure in table.figures.items():
+        if not request.only or name in request.only:
+            for pair, job in _jobs(scale, figure, request.cluster):
+                job = fitted(job, request.devices or scale.devices)
+                for variant in figure.variants:
+                    named = figures.setdefault((pair, _known(name, variant, table.variants), job), [])
+                    named += [name] if name not in named else []
+    return [
+        _experiment(table, scale, request, pair, variant, job, tuple(names), repeat)
+        for (pair, variant, job), names in figures.items()
+        for repeat in range(request.repeats)
+    ]
+
+
+def _known(what: str, name: str, names: Mapping[str, Any]) -> str:
+    if name not in names:
+        near = get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+        raise UserError(f"{what}: {name} is unknown{hint}")
+    return name
+
+
+def _jobs(scale: Scale, figure: Figure, cluster: str) -> Iterator[tuple[str, Job]]:
+    jobs = dict(scale.jobs)
+    for pair, change in scale.clusters.get(cluster, {}).items():
+        known = jobs[_known("pair", pair, jobs)]
+        jobs[pair] = known.model_copy(update=change.model_dump(exclude_none=True))
+    for pair in figure.pairs:
+        yield pair, jobs[_known("pair", pair, jobs)]
+    for pair, grid in scale.grid.items() if figure.grid else ():
+        for batch in grid.batches:
+            for layout in grid.layouts:
+                yield pair, jobs[pair].model_copy(update={"batch": batch, "train": layout})
+
+
+def _experiment(
+    table: Table,
+    scale: Scale,
+    request: Request,
+    pair: str,
+    variant_name: str,
+    job: Job,
+    figures: Sequence[str],
+    repeat: int,
+) -> Experiment:
+    variant = table.variants[variant_name]
+    layouts = {"train": job.train, "generate": job.generate, "data": (1, 1, prod(job.train))}
+    actor, critic = pair.split("/")
+    log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": request.cluster}
+    data = merge(
+        table.config,
+        scale.config,
+        {
+            "seed": repeat,
+            "batch": job.batch,
+            "layout": _axes(layouts[variant.training]),
+            "actor": {"init": scale.models[_known("model", actor, scale.models)]},
+            "critic": {"init": scale.models[_known("model", critic, scale.models)]},
+            "reward": {"init": scale.models[critic]},
+            "ppo": {"microbatch": job.microbatch},
+            "generation": {
+                "layout": _axes(layouts[variant.generation]),
+                "prefill_microbatch": job.prefill,
+                "decode_microbatch": job.decode[variant.decode == "large"],
+            },
+            "log": {**log, "figures": list(figures), "repeat": repeat},
+        },
+        variant.config,
+    )
+    tp, pp, dp = job.train
+    name = f"{actor}_{critic}_{variant_name}_{job.batch}_{tp}-{pp}-{dp}".lower()
+
+    def place(_key: Key) -> str:
+        return f"{TABLE.name}: {name}"
+
+    config = build(data, place)
+    return Experiment(f"{name}_r{repeat}" if request.repeats > 1 else name, config, tuple(missing(config)))
+
+
+def fitted(job: Job, devices: int) -> Job:
+    """`job` on at most `devices` processes: stages halved first, then tensor parallelism, then replicas.
+
+    The batch shrinks with the processes, so that each keeps its share, but not below one micro-batch.
+    """
+    train, generate = job.train, job.generate
+    while prod(train) > devices:
+        train = _halved(train)
+    while prod(generate) > prod(train):
+        generate = _halved(generate)
+    batch = max(job.microbatch, job.batch * prod(train) // prod(job.train))
+    return job.model_copy(update={"train": train, "generate": generate, "batch": batch})
+
+
+def _halved(axes: Axes) -> Axes:
+    tp, pp, dp = axes
+    if pp > 1:
+        return tp, (pp + 1) // 2, dp
+    return ((tp + 1) // 2, pp, dp) if tp > 1 else (tp, pp, (dp + 1) // 2)
+
+
+def _axes(axes: Axes) -> dict[str, int]:
+    return {"tp": axes[0], "pp": axes[1], "dp": axes[2]}

@@ -1,0 +1,151 @@
+"""Run many experiments one after another, each in its own folder and process, and draw them.
+
+OUT/campaign.json       what was asked, and whether all of it is done
+OUT/logs/NAME/          one run: config.json, console.log, what `puzzle train` writes, and `done` at the end
+OUT/figures/            pictures, CSVs and table
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from puzzle.config import TrainConfig
+from puzzle.errors import UserError
+from puzzle.experiments import Experiment
+
+LAST_LINES = 5
+Command = Callable[[Path, Path], list[str]]  # from configuration file and folder of a run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one experiment ended: `status` is done, kept (done before), failed or absent (not possible yet)."""
+
+    experiment: Experiment
+    status: str
+    seconds: float = 0.0
+    why: str = ""
+
+
+def train_command(config: Path, folder: Path) -> list[str]:
+    """The command that runs one experiment on this host."""
+    return [sys.executable, "-m", "puzzle.cli", "train", "--config", str(config), "--out", str(folder)]
+
+
+def digest(config: TrainConfig) -> str:
+    """Changes with anything that the configuration says."""
+    text = json.dumps(config.resolved(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether `folder` holds the finished run of `config`; UserError if it holds another finished run."""
+    mark = folder / "done"
+    if not mark.exists():
+        return False
+    if mark.read_text().strip() != digest(config):
+        raise UserError(f"{folder}: a finished run of another configuration; choose another --out")
+    return True
+
+
+def run_all(
+    experiments: Sequence[Experiment], out: Path, console: Console, command: Command = train_command
+) -> list[Outcome]:
+    """Run what is not finished in `out`; a failure is recorded and the next one goes on."""
+    outcomes = [Outcome(e, "absent", why="; ".join(e.lacks)) for e in experiments if e.lacks]
+    possible = [e for e in experiments if not e.lacks]
+    kept = [e for e in possible if finished(out / "logs" / e.name, e.config)]
+    outcomes += [Outcome(e, "kept") for e in kept]
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    waiting = [e for e in possible if e not in kept]
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(waiting))
+        for number, experiment in enumerate(waiting, 1):
+            outcome = _run_one(experiment, out / "logs" / experiment.name, command)
+            outcomes.append(outcome)
+            bar.update(task, completed=number)
+            rest = (time.monotonic() - began) / number * (len(waiting) - number)
+            how = f"{outcome.status}, {outcome.seconds:.1f} s{': ' * bool(outcome.why)}{outcome.why}"
+            line = f"[{number}/{len(waiting)}] {experiment.label}: {how}; about {rest:.0f} s left"
+            console.print(line, markup=False, soft_wrap=True)
+    return outcomes
+
+
+def _run_one(experiment: Experiment, folder: Path, command: Command) -> Outcome:
+    if folder.exists():
+        shutil.rmtree(folder)  # of an earlier try: it has no `done`
+    folder.mkdir(parents=True)
+    config = folder / "config.json"
+    config.write_text(json.dumps(experiment.config.resolved(), indent=1) + "\n")
+    console = folder / "console.log"
+    began = time.monotonic()
+    with console.open("wb") as log:
+        code = _wait(subprocess.Popen(command(config, folder), stdout=log, stderr=subprocess.STDOUT))
+    seconds = time.monotonic() - began
+    if code == 0:
+        temporary = folder / "done.tmp"
+        temporary.write_text(digest(experiment.config) + "\n")
+        os.replace(temporary, folder / "done")
+        return Outcome(experiment, "done", seconds)
+    lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
+    cause = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["no output"]
+    return Outcome(experiment, "failed", seconds, f"exit code {code}: {cause[-1]}")
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The exit code; whatever interrupts this process ends the run with it."""
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def last_lines(outcome: Outcome, out: Path) -> list[str]:
+    """The end of a failed run's output."""
+    log = out / "logs" / outcome.experiment.name / "console.log"
+    return log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+
+
+def record(out: Path, asked: dict[str, object], outcomes: Sequence[Outcome]) -> None:
+    """Write campaign.json: what was asked for and how each run ended."""
+    complete = bool(outcomes) and all(outcome.status != "failed" for outcome in outcomes)
+    runs = {o.experiment.name: {"status": o.status, "why": o.why} for o in outcomes}
+    temporary = out / "campaign.json.tmp"
+    temporary.write_text(json.dumps({"asked": asked, "complete": complete, "runs": runs}, indent=1) + "\n")
+    os.replace(temporary, out / "campaign.json")
+
+
+def unfinished(parent: Path, asked: dict[str, object]) -> Path | None:
+    """The newest folder in `parent` of a campaign that asked for the same and did not complete."""
+    for folder in sorted(parent.glob("outputs_from_exec_*"), reverse=True):
+        try:
+            found = json.loads((folder / "campaign.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if found.get("asked") == asked and not found.get("complete"):
+            return folder
+    return None

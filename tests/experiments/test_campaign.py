@@ -1,0 +1,160 @@
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from puzzle.cli import campaign as command
+from puzzle.cli import main
+from puzzle.errors import UserError
+from puzzle.experiments import Request, expand, read_table
+from puzzle.launch import campaign
+
+ROOT = Path(__file__).parents[2]
+# Stands in for `puzzle train`: writes the log of a run with times that depend on the variant; some fail.
+WORKER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from puzzle.config import TrainConfig
+from puzzle.provenance import run_header
+from puzzle.runlog import RunWriter
+config = TrainConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
+with RunWriter(Path(sys.argv[2]), run_header(config, {{}})) as log:
+    if config.log.variant == {failing!r}:
+        print("working"); print("error: no room for the weights"); sys.exit(2)
+    seconds = 2.0 if config.log.variant == "wo_bulk" else 1.0
+    stages = dict(generation=1.0, inference=1.0, training=seconds, switch=0.0, other=0.0)
+    for iteration in range(3):
+        log.iteration(iteration, stages, 2.0 + seconds, dict(reward=0.0, actor_loss=0.0, critic_loss=0.0))
+    log.end("completed")
+"""
+
+
+@pytest.fixture
+def experiments():
+    found = expand(read_table(), Request("cpu", only=("figure9",)))
+    return [replace(experiment, lacks=()) for experiment in found[:4]]
+
+
+def worker(tmp_path, failing: str) -> campaign.Command:
+    script = tmp_path / f"worker-{failing}.py"
+    script.write_text(WORKER.format(root=str(ROOT), failing=failing))
+    return lambda config, folder: [sys.executable, str(script), str(config), str(folder)]
+
+
+def test_failures_are_recorded_and_finished_runs_are_kept(tmp_path, experiments):
+    text = io.StringIO()
+    console = Console(file=text, width=200, highlight=False)
+    out = tmp_path / "out"
+    first = campaign.run_all(experiments, out, console, worker(tmp_path, "w_bulk"))
+    assert [o.status for o in first] == ["done", "failed", "done", "failed"]
+    assert first[1].why == "exit code 2: error: no room for the weights"
+    assert campaign.last_lines(first[1], out)[-1] == "error: no room for the weights"
+    assert "[2/4] 7B/350M w_bulk" in text.getvalue()
+    kept = {o.experiment.name: (out / "logs" / o.experiment.name / "run.jsonl").stat() for o in first[::2]}
+    second = campaign.run_all(experiments, out, console, worker(tmp_path, "nothing"))
+    assert sorted(o.status for o in second) == ["done", "done", "kept", "kept"]
+    assert {name: (out / "logs" / name / "run.jsonl").stat() for name in kept} == kept
+    assert command._summary(second, out, console) == 0
+    assert "2 run, 2 kept from before" in text.getvalue()
+    rows = (out / "figures/figure9.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+    speedups = {tuple(row.split(",")[1:3]): float(row.split(",")[3]) for row in rows[1:]}
+    assert speedups["7B/7B", "PUZZLE w/ ts"] == 2.0
+
+
+def test_failed_and_absent_runs_show_in_the_exit_code(tmp_path, experiments, capfd):
+    console = Console(width=200, highlight=False)
+    some = [experiments[0], experiments[1], replace(experiments[2], lacks=("a thing",))]
+    outcomes = campaign.run_all(some, tmp_path, console, worker(tmp_path, "w_bulk"))
+    assert command._summary(outcomes, tmp_path, console) == 1
+    shown = capfd.readouterr().out
+    assert "not run: 7B/7B wo_bulk (1,4,1) batch 8: lacks a thing" in shown
+    assert "    working\n    error: no room for the weights" in shown
+    assert "1 run, 1 failed, 1 not possible yet" in shown
+    assert not (tmp_path / "logs" / some[2].name).exists()
+
+
+def test_a_finished_run_of_another_configuration_is_not_lost(tmp_path, experiments):
+    experiment = experiments[0]
+    campaign.run_all([experiment], tmp_path, Console(file=io.StringIO()), worker(tmp_path, "nothing"))
+    changed = experiment.config.model_copy(update={"seed": 5})
+    with pytest.raises(UserError, match="another configuration"):
+        campaign.finished(tmp_path / "logs" / experiment.name, changed)
+
+
+def test_the_newest_unfinished_campaign_goes_on(tmp_path, experiments):
+    asked: dict[str, object] = {"scale": "cpu"}
+    for name, status in [("1", "failed"), ("2", "failed"), ("3", "done")]:
+        folder = tmp_path / f"outputs_from_exec_{name}"
+        folder.mkdir()
+        campaign.record(folder, asked, [campaign.Outcome(experiments[0], status)])
+    (tmp_path / "outputs_from_exec_4").mkdir()
+    found = campaign.unfinished(tmp_path, asked)
+    assert found is not None
+    assert found.name == "outputs_from_exec_2"
+    assert campaign.unfinished(tmp_path, {"scale": "node"}) is None
+    assert json.loads((found / "campaign.json").read_text())["complete"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from puzzle.experiments import *; from puzzle.launch import campaign, local\n"
+        "e = expand(read_table(), Request('cpu', only=('figure9',)))[:1]\n"
+        "from dataclasses import replace\n"
+        "sleeper = 'import os,time; print(os.getpid(), flush=True); time.sleep(99)'\n"
+        "with local.terminate_as_exit():\n"
+        "    campaign.run_all([replace(e[0], lacks=())], Path(sys.argv[1]), Console(),\n"
+        "                     lambda c, f: [sys.executable, '-c', sleeper])"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (logs := list(tmp_path.glob("logs/*/console.log"))) or not logs[0].read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = int(logs[0].read_text())
+    parent.send_signal(number)
+    parent.wait(timeout=30)
+    assert parent.returncode != 0
+    assert not Path(f"/proc/{pid}").exists()
+    assert not (logs[0].parent / "done").exists()
+
+
+def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["campaign", "--scale", "cpu", "--only", "figure8", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "7B/350M dschat (1,1,2) batch 8, 2 processes [figure8]: lacks the DeepSpeed-Chat baseline" in shown
+    assert "15 runs" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "figure1"], "figure1 is unknown; did you mean figure"),
+        (["--scale", "huge"], "huge is unknown; there are cpu, node, paper"),
+        (["--repeats", "0"], "--repeats 0: at least 1"),
+        (["--table", "absent.yaml"], "absent.yaml: no such file"),
+        (["--scale", "paper"], "needs GPUs and this machine has none"),
+    ],
+)
+def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "gpu_count", lambda: 0)
+    assert main(["campaign", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
