@@ -4,7 +4,7 @@
 # Without --logs: the published measurements, logs/published. Without --out: outputs_from_logs_<time>/ here.
 set -euo pipefail
 root=$(dirname "$(readlink -f "$0")")
-began=$(date '+%Y-%m-%d %H:%M:%S')
+echo "start: $(date '+%Y-%m-%d %H:%M:%S')"
 export PUZZLE_ENV="${PUZZLE_ENV:-plot}"
 . "$root/env.sh"
 
@@ -22,7 +22,6 @@ defaults=()
 given --logs "$@" || defaults+=(--logs "$root/logs/published")
 given --out "$@" || defaults+=(--out "outputs_from_logs_$(date +%Y%m%d-%H%M%S)")
 
-echo "start: $began"
 status=0
 python -m plotting "${defaults[@]}" "$@" || status=$?
 echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
