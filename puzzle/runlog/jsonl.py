@@ -65,6 +65,8 @@ def read_jsonl(path: Path) -> Run | tuple[Report, ...]:
 
 def _valid_lines(data: bytes, collected: _Collected) -> list[_Line]:
     found = []
+    checked: list[int] = []
+    unchecked: list[int] = []
     if not data.strip():
         collected.report(0, "empty log")
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -74,6 +76,11 @@ def _valid_lines(data: bytes, collected: _Collected) -> list[_Line]:
             found.append(_Line(number, records.decode(line)))
         except records.BadLine as error:
             collected.report(number, f"line dropped, {error}")
+            continue
+        (checked if b'"crc":' in line else unchecked).append(number)
+    if checked:
+        for number in unchecked:
+            collected.report(number, "no checksum, unlike other lines: it may be damaged")
     return found
 
 

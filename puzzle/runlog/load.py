@@ -65,6 +65,8 @@ def _files(root: Path, reports: list[Report]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> Run | tuple[Report, ...]:
+    if not path.is_file():
+        return (Report(str(path), None, "not a regular file: not used"),)
     if path.suffix == ".jsonl":
         return read_jsonl(path)
     name = log_name(path)

@@ -105,7 +105,7 @@ def read_published(path: Path, name: LogName) -> Run | tuple[Report, ...]:
     blocks = _last_of_each(found.blocks, str(path), reports)
     iterations = _iterations(blocks, str(path), reports)
     if not iterations:
-        return (*reports, Report(str(path), None, "no readable iteration: not used"))
+        return (Report(str(path), None, "no readable iteration: not used"), *reports)
     return assemble(name, found, blocks, iterations, str(path), reports)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from puzzle.runlog import lines
 
+# Ranks train in step: their times for one iteration differ by at most this share (0.2 % in the public logs).
+_RANK_SPREAD = 0.01
 # Milliseconds between a line's end-to-end time and the sum of its stages, all printed with 3 decimals.
 _ROUNDING_MS = 0.0025
 
@@ -270,10 +272,16 @@ class _Scanner:
             usual = Counter(counts).most_common(1)[0][0]
             for block, count in zip(blocks, counts, strict=True):
                 # The engine prints an iteration when the next begins: the last one's line is often missing.
-                unended = block is blocks[-1] and "e2e_latency" not in block.values
+                unended = block is blocks[-1] and metric in lines.ENGINE.groupindex
                 if count != usual and not (count == 0 and unended):
                     what = f"iteration {block.iteration}: {count} times {metric}, others have {usual}"
                     self._report(block.line, what)
+        for block in blocks:
+            names = ("training_time_rank_print", "training_time_other_node_print", "perf_training_latency")
+            times = [seconds for name in names for seconds in block.values.get(name, ())]
+            if times and max(times) - min(times) > _RANK_SPREAD * max(times) + 0.0051:
+                what = f"iteration {block.iteration}: training times from {min(times)} to {max(times)} s"
+                self._report(block.line, what)
 
     def _report(self, line: int | None, what: str) -> None:
         self.found.reports.append((line, what))

@@ -268,7 +268,7 @@ class RunWriter:
 def _read_old(path: Path) -> list[dict[str, Any]]:
     """The readable records of a log that is already there."""
     found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             found.append(records.decode(line))
         except records.BadLine:

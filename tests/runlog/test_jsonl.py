@@ -5,9 +5,13 @@ import json
 import pytest
 
 from puzzle.errors import UserError
-from puzzle.runlog import Run, RunWriter
+from puzzle.runlog import Run, RunWriter, records
 from puzzle.runlog.jsonl import read_jsonl
 from tests.runlog import texts
+
+
+def checked(record):
+    return records.encode({name: value for name, value in record.items() if name != "crc"}).encode()
 
 
 @pytest.fixture
@@ -76,25 +80,22 @@ def test_two_writers_with_the_same_numbers(lines, read):
         **json.loads(lines[2]),
         **dict(zip(("stage_seconds", "e2e_seconds"), texts.stages(9.0, 1.0, 1.0), strict=True)),
     }
-    del other["crc"]
-    run = read([*lines, json.dumps(other).encode()])
+    run = read([*lines, checked(other)])
     assert whats(run) == [(7, "another line with the same seq; this one counts, seq 2, also line 3")]
     assert generations(run) == [1.0, 9.0, 3.0, 4.0]
 
 
 def test_an_iteration_again_without_a_resume(lines, read):
     again = {**json.loads(lines[2]), "seq": 6}
-    del again["crc"]
-    run = read([*lines, json.dumps(again).encode()])
+    run = read([*lines, checked(again)])
     assert whats(run) == [(7, "iteration 1 again without a resume; this one counts")]
 
 
 def test_a_second_header(lines, read):
     same = {**json.loads(lines[0]), "seq": 6}
-    del same["crc"]
-    assert whats(read([*lines, json.dumps(same).encode()])) == [(7, "the same run record again")]
+    assert whats(read([*lines, checked(same)])) == [(7, "the same run record again")]
     with pytest.raises(UserError, match="two runs that disagree: line 7"):
-        read([*lines, json.dumps({**same, "variant": "base"}).encode()])
+        read([*lines, checked({**same, "variant": "base"})])
 
 
 @pytest.mark.parametrize(
@@ -120,12 +121,18 @@ def test_an_unknown_schema_is_said(lines, read):
 
 def test_a_huge_iteration_number_does_no_harm(lines, read):
     far = {**json.loads(lines[2]), "seq": 6, "iteration": 2**62}
-    del far["crc"]
-    assert whats(read([*lines, json.dumps(far).encode()])) == [
+    assert whats(read([*lines, checked(far)])) == [
         (None, f"{2**62 - 4} iterations are missing, the first is 4")
     ]
 
 
 def test_printed_series_in_the_log_count(lines, read):
     record = {"record": "printed", "seq": 6, "name": "e2e", "unit": "s", "values": [3, 2.5]}
-    assert dict(read([*lines, json.dumps(record).encode()]).printed) == {"e2e": (3.0, 2.5)}
+    assert dict(read([*lines, checked(record)]).printed) == {"e2e": (3.0, 2.5)}
+
+
+def test_a_line_without_checksum_among_others_is_doubted(lines, read):
+    record = json.loads(lines[2])
+    del record["crc"]
+    run = read([*lines[:2], json.dumps(record).encode(), *lines[3:]])
+    assert whats(run) == [(3, "no checksum, unlike other lines: it may be damaged")]
