@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 COMPUTE_LANE = "compute"
@@ -36,6 +36,17 @@ class Timeline:
 
     spans: tuple[Span, ...]
     source: Literal["simulated", "measured"] = "simulated"
+
+    @classmethod
+    def after_one_another(cls, timelines: Sequence[Timeline]) -> Timeline:
+        """Timelines that start at 0, each moved to where the one before ends. ValueError without any."""
+        spans: list[Span] = []
+        begin = 0.0
+        for timeline in timelines:
+            spans += [replace(s, start=s.start + begin, end=s.end + begin) for s in timeline.spans]
+            begin += timeline.makespan
+        (source,) = {timeline.source for timeline in timelines}
+        return cls(tuple(spans), source)
 
     @property
     def rows(self) -> tuple[int, ...]:
