@@ -13,7 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers"]
+# torch.optim imports torch._dynamo at its first use: seconds, in every rank, unless it is there before.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "transformers"]
 
 
 class RankError(AssertionError):

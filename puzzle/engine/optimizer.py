@@ -21,7 +21,7 @@ from puzzle.errors import UserError
 from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.schedule import Op
-from puzzle.plan.shards import LocalParam, sharers, zero_rows
+from puzzle.plan.shards import LocalParam, sharer_groups, sharers, zero_rows
 from puzzle.spec.model import ModelSpec
 
 BUCKET = 1 << 26
@@ -88,8 +88,8 @@ class ZeroAdamW:
         self.name, self.spec, self.placement, self.coord = name, spec, placement, coord
         self.world, self.settings = world, settings
         self.dp = placement.layout.dp
-        self.group = world.group(placement.dp_group(coord), "dp")
-        self.everyone = world.group(tuple(sorted(placement.ranks)), "model")
+        self.group = world.groups(placement.groups("dp"), "dp")
+        self.everyone = world.groups([tuple(sorted(placement.ranks))], "model")
         self.steps = 0
         self.grad_norm = float("nan")
         self.passes = 0
@@ -134,11 +134,11 @@ class ZeroAdamW:
                     ranks = tuple(self.placement.rank_of(c) for c in same)
                     rows.setdefault(ranks, []).append((i, piece.start - slot.low, piece.stop - slot.low))
         shared = []
-        for ranks in sorted(rows):
-            group = self.world.group(ranks, "sharers")
-            assert group is not None
-            # A tied embedding and its head are different slots: order by what both stages agree on.
-            shared.append((group, sorted(rows[ranks], key=lambda r: _order(self.slots[r[0]], r))))
+        for ranks in sharer_groups(self.spec, self.placement):
+            group = self.world.groups([ranks], "sharers")
+            if group is not None and ranks in rows:
+                # A tied embedding and its head are different slots: order by what both stages agree on.
+                shared.append((group, sorted(rows[ranks], key=lambda r: _order(self.slots[r[0]], r))))
         return shared
 
     def _owned_rows(self) -> list[tuple[int, int, int]]:
@@ -192,7 +192,9 @@ class ZeroAdamW:
             return
         if bucket.shard is None:
             bucket.shard = torch.empty_like(bucket.grads[0])
-        bucket.work = reduce_scatter_flat(bucket.shard, bucket.grads.view(-1), self.group, async_op=True)
+        bucket.work = reduce_scatter_flat(
+            bucket.shard, bucket.grads.view(-1), group=self.group, async_op=True
+        )
         self.world.moved["reduce_scatter"] += bucket.grads.nbytes
 
     def do(self, op: Op) -> None:
@@ -289,7 +291,7 @@ class ZeroAdamW:
                     own = slot.param[slot.low : slot.high].reshape(-1)
                     mine[slot.offset : slot.offset + own.numel()] = own
                 bucket.gathered = mine.new_empty(self.dp * bucket.chunk)
-                bucket.work = all_gather_flat(bucket.gathered, mine, self.group, async_op=True)
+                bucket.work = all_gather_flat(bucket.gathered, mine, group=self.group, async_op=True)
                 self.world.moved["all_gather"] += bucket.gathered.nbytes
 
     def wait_gather(self) -> None:

@@ -75,7 +75,7 @@ class _Instant:
 class Runner:
     """Executes schedules for one pipeline: `ranks[s]` is the global rank of its stage s."""
 
-    def __init__(self, world: World, ranks: tuple[int, ...], pipelines: list[tuple[int, ...]]) -> None:
+    def __init__(self, world: World, ranks: tuple[int, ...], pipelines: tuple[tuple[int, ...], ...]) -> None:
         """`pipelines` are the rank lists of all pipelines of the placement, alike on every rank."""
         self.world = world
         self.ranks = ranks

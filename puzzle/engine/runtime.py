@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
+from puzzle.engine.optimizer import BUCKET, AdamWSettings, ZeroAdamW
 from puzzle.engine.runner import Clock, Runner
 from puzzle.engine.stage import Finish, StageRun
 from puzzle.engine.world import World
@@ -45,19 +45,19 @@ class ModelRuntime:
         placement.layout.check(spec)
         self.name, self.spec, self.placement, self.world = name, spec, placement, world
         self.coord: Coord = placement.coord_of(world.rank)
-        self.tensor = TensorGroup(world.group(placement.tp_group(self.coord), "tp"))
+        self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"))
         self.decoder = Decoder(
             spec, placement.layout, self.coord, self.tensor, dtype, world.device, recompute
         )
-        self.runner = Runner(world, placement.pp_group(self.coord), list(placement.groups("pp")))
+        self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self.clock: Clock | None = None
 
-    def attach_optimizer(self, settings: AdamWSettings) -> None:
+    def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
         """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
         params = [(s, self.decoder.get_parameter(s.name)) for s in self.decoder.storages]
         self.optimizer = ZeroAdamW(
-            self.name, self.spec, self.placement, self.coord, params, self.world, settings
+            self.name, self.spec, self.placement, self.coord, params, self.world, settings, bucket
         )
 
     def freeze(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ class World:
         self.rank, self.size, self.device = rank, size, device
         self.acknowledge = acknowledge
         self.moved: Counter[str] = Counter()
-        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
     @classmethod
     def start(cls, device: str = "auto", *, timeout: float = 600.0, acknowledge: bool = False) -> World:
@@ -65,30 +66,35 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def group(self, ranks: tuple[int, ...], purpose: str) -> dist.ProcessGroup | None:
-        """The process group of `ranks` for a purpose; None for one rank. Members call in the same order."""
-        if len(ranks) < 2:
-            return None
-        key = (purpose, ranks)
-        if key not in self._groups:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-            assert group is not None
-            self._groups[key] = group
-        return self._groups[key]
+    def groups(self, members: Iterable[tuple[int, ...]], purpose: str) -> dist.ProcessGroup | None:
+        """Make the process groups of a purpose; gives this rank's, None for a rank alone.
 
-    def connect(self, ends: list[tuple[int, int, Channel]]) -> dict[Channel, dist.ProcessGroup]:
+        Every rank passes the same lists in the same order: torch names groups by how many it has made.
+        """
+        mine = None
+        for ranks in members:
+            if len(ranks) < 2:
+                continue
+            key = (purpose, ranks)
+            if key not in self._groups:
+                self._groups[key] = dist.new_group(list(ranks), group_desc=purpose)
+            if self.rank in ranks:
+                mine = self._groups[key]
+        return mine
+
+    def connect(self, ends: Iterable[tuple[int, int, Channel]]) -> dict[Channel, dist.ProcessGroup]:
         """Communicators of the channels (source rank, destination rank, channel) that end at this rank.
 
-        Every rank passes the same list. The first message of an NCCL pair is a handshake of both, so all
+        Every rank passes the same set. The first message of an NCCL pair is a handshake of both, so all
         pairs shake hands here, in one order: later, two ranks could each wait for the other's first message.
         """
         mine = {}
         for src, dst, channel in sorted(ends):
-            if self.rank not in (src, dst):
+            purpose = str(channel.payload)
+            known = (purpose, (src, dst)) in self._groups
+            group = self.groups([(src, dst)], purpose)
+            if group is None:
                 continue
-            known = (str(channel.payload), (src, dst)) in self._groups
-            group = self.group((src, dst), str(channel.payload))
-            assert group is not None
             mine[channel] = group
             if not known:
                 token = torch.zeros(1, device=self.device)

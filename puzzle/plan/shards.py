@@ -159,6 +159,18 @@ def sharers(tensor: TensorSpec, layout: Layout, coord: Coord) -> tuple[Coord, ..
     return tuple(Coord(t, p, coord.d) for p in stages_of(tensor, layout) for t in same)
 
 
+def sharer_groups(spec: ModelSpec, placement: Placement) -> tuple[tuple[int, ...], ...]:
+    """Every set of two or more ranks that hold the same boxes of some tensor inside a replica, sorted."""
+    # Tensors with one place and split have one answer, and all layers of a stage are alike.
+    kinds = {(t.place, t.split): t for t in spec.tensors()}
+    found = {
+        tuple(placement.rank_of(c) for c in sharers(tensor, placement.layout, coord))
+        for tensor in kinds.values()
+        for coord in placement.layout.coords()
+    }
+    return tuple(sorted(ranks for ranks in found if len(ranks) > 1))
+
+
 def holders(spec: ModelSpec, placement: Placement, d: int = 0) -> dict[tuple[str, Box], tuple[int, ...]]:
     """The ranks of replica `d` that hold each (tensor, box); the first is the owner."""
     layout = placement.layout

@@ -1,0 +1,63 @@
+"""Language-model training steps on real ranks, to compare with transformers: run by `test_training`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.world import World
+from puzzle.model import hf
+from puzzle.model.packing import pack
+from puzzle.model.weights import boxes
+from puzzle.plan.layout import Layout, Placement
+
+Texts = list[list[int]]
+
+
+def run(
+    rank: int, folder: str, layout: Layout, texts: Texts, per_pass: int, steps: int, bucket: int, value: bool
+) -> dict:
+    """Weights after `steps` steps as (name, box, values), and what the first step measured."""
+    world = World(rank, layout.world, torch.device("cpu"), acknowledge=True)
+    path = Path(folder)
+    runtime = ModelRuntime("actor", hf.read_spec(path), Placement.default(layout), world)
+    hf.load(runtime.decoder, path)
+    runtime.attach_optimizer(
+        AdamWSettings(lr_at=lambda step: 1e-3, betas=(0.9, 0.95), eps=1e-4, grad_clip=0.5), bucket
+    )
+    rows = list(runtime.rows(len(texts)))
+    total = sum(len(t) - 1 for t in texts)
+    parts = [rows[i : i + per_pass] for i in range(0, len(rows), per_pass)]
+    batches = [pack([texts[r] for r in part], layout.tp) for part in parts]
+
+    def finish(index: int, hidden: Tensor) -> Tensor:
+        places, targets, start = [], [], 0
+        for r in parts[index]:
+            places += range(start, start + len(texts[r]) - 1)
+            targets += texts[r][1:]
+            start += len(texts[r])
+        where = torch.tensor(places)
+        if value:
+            return (runtime.decoder.values(hidden)[where] - 1.0).square().sum() / total
+        stats = runtime.decoder.token_stats(hidden, where, torch.tensor(targets))
+        return -stats.logprobs.sum() / total
+
+    optimizer = runtime.optimizer
+    assert optimizer is not None
+    norms, losses = [], []
+    for _ in range(steps):
+        result = runtime.train(batches, finish)
+        own = torch.stack(result.results).sum() if runtime.owns_results else torch.zeros(())
+        losses.append(float(world.sum(own.clone())))
+        norms.append(optimizer.grad_norm)
+        optimizer.release()
+    found = [
+        (name, box.intervals, values.clone())
+        for name, box, values in boxes(runtime.decoder, runtime.decoder.get_parameter)
+    ]
+    size = sum(p.nbytes for p in runtime.decoder.parameters())
+    return {"weights": found, "norms": norms, "losses": losses, "bytes": size, "moved": dict(world.moved)}
