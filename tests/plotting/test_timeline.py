@@ -8,7 +8,7 @@ from plotting.timeline import gantt
 
 
 def trace(*spans: tuple[int, str, str, float, float]) -> dict:
-    """A Chrome trace of (row, category, model, start, end) on compute lanes; thread 9 is a lane of transfers."""
+    """A Chrome trace of (row, category, model, start, end) on compute lanes, and a transfer on thread 9."""
     rows = sorted({row for row, *_ in spans})
     events: list[dict] = [
         {"name": "process_name", "ph": "M", "pid": r, "args": {"name": f"stage {r}"}} for r in rows
