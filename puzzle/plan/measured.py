@@ -11,11 +11,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from puzzle.plan.cost import CostTable, Seconds
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Payload
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, Action, Op, Payload
 from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
 
 WAIT_LANE = "wait"
-_STARTS = {wait: start for start, wait in COLLECTIVES.items()}
 
 
 def action_span(row: int, action: Action, start: float, end: float) -> Span:
@@ -40,8 +39,8 @@ def action_spans(row: int, marks: Iterable[tuple[Action, float, float]]) -> Iter
             started[action.op, action.model] = action, start
         elif action.op not in (Op.SEND, Op.RECV):
             yield action_span(row, action, start, end)
-        if action.op in _STARTS:
-            first, begun = started.pop((_STARTS[action.op], action.model))
+        if action.op in STARTS:
+            first, begun = started.pop((STARTS[action.op], action.model))
             yield action_span(row, first, begun, end)
 
 

@@ -12,11 +12,6 @@ Unit = tuple[str, int]
 """A micro-batch of a model."""
 
 
-def in_flight_cap(num_stages: int, stage: int, microbatches: int) -> int:
-    """Micro-batches that 1F1B holds on a stage between forward and backward."""
-    return min(num_stages - stage, microbatches)
-
-
 def one_f_one_b(
     num_stages: int,
     microbatches: int,
@@ -27,7 +22,8 @@ def one_f_one_b(
     prefetch: int = 1,
 ) -> Schedule:
     """One forward, one backward: (M + P - 1)(f + b) seconds with equal costs and free transfers, holding
-    `in_flight_cap` micro-batches. `optimizer` ends it with the optimizer's actions."""
+    min(P - s, M) micro-batches on stage s. `optimizer` ends it with the optimizer's actions; `tied`: see
+    `Work`."""
     units = [(model, m) for m in range(microbatches)]
     reach = [[min(j + num_stages - s, microbatches) for j in range(microbatches)] for s in range(num_stages)]
     slots = [optimizer_slots(units, stage, num_stages) if optimizer else {} for stage in range(num_stages)]

@@ -57,6 +57,7 @@ TRANSFERS = frozenset({Op.SEND, Op.RECV, Op.WAIT_SEND, Op.WAIT_RECV})
 COLLECTIVES = {Op.REDUCE: Op.WAIT_REDUCE, Op.NORM: Op.WAIT_NORM, Op.GATHER: Op.WAIT_GATHER}
 """Collectives of the optimizer, start to wait. Gradients are reduce-scattered over dp, squared norms are
 summed over all ranks of the model (every stage takes part), stepped parameters are gathered over dp."""
+STARTS = {wait: start for start, wait in COLLECTIVES.items()}
 
 
 class Channel(NamedTuple):
@@ -163,11 +164,6 @@ class Schedule:
             for stage in self.actions
         ]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that take part, in order of promise."""
-        return tuple(dict.fromkeys(w.model for w in self.work))
 
     @property
     def channels(self) -> tuple[Channel, ...]:

@@ -9,14 +9,11 @@ started it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 
 from puzzle.plan.cost import CostTable
 from puzzle.plan.measured import action_span
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, TRANSFERS, Action, Op, Schedule, Work
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, TRANSFERS, Action, Op, Schedule, Work
 from puzzle.plan.timeline import Span, Timeline
-
-_STARTS = {wait: start for start, wait in COLLECTIVES.items()}
 
 
 def simulate(schedule: Schedule, cost: CostTable) -> Timeline:
@@ -39,18 +36,13 @@ def _run(schedule: Schedule, cost: CostTable, record: Callable[[Span], None] | N
     return max(execution.clock)
 
 
-@dataclass
 class _Lane:
-    """Transfers of a channel, or collectives: starts of every side in order, and ends of those that are
-    over."""
+    """A channel or a collective: what every side has started, in order, and how many of them are over."""
 
-    sides: int
-    starts: list[list[tuple[float, Hashable, int, Action]]] = field(default_factory=list)
-    over: int = 0
-    free_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.starts = [[] for _ in range(self.sides)]
+    def __init__(self, sides: int) -> None:
+        self.starts: list[list[tuple[float, Hashable, int, Action]]] = [[] for _ in range(sides)]
+        self.over = 0
+        self.free_at = 0.0
 
 
 class Execution:
@@ -107,7 +99,7 @@ class Execution:
             key = (action.op, action.model, stage)
             self._start(group, len(stages), stages.index(stage), stage, action, key)
         else:
-            return self._wait(stage, action, (_STARTS[action.op], action.model, stage))
+            return self._wait(stage, action, (STARTS[action.op], action.model, stage))
         return True
 
     def _collective(self, stage: int, action: Action) -> tuple[Hashable, Sequence[int]]:
