@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -10,10 +11,10 @@ from typing import NoReturn
 
 from plotting import figure8, figure9, figure10, figure11, figure12, style, table3
 from plotting.irregularities import PUBLISHED, READINGS
-from plotting.loading import load
+from plotting.loading import load, printable
 from plotting.output import whole
 from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
-from puzzle.errors import UserError
+from puzzle.errors import UserError, describe
 from puzzle.runlog.run import Loaded, Report
 
 MODULES = (figure8, figure9, figure10, figure11, figure12, table3)
@@ -87,7 +88,7 @@ def reported(reports: Iterable[Report]) -> list[str]:
     lines = []
     for report in reports:
         line = "" if report.line is None else f":{report.line}"
-        lines.append(f"log: {report.source}{line}: {report.what}")
+        lines.append(printable(f"log: {report.source}{line}: {report.what}"))
     return ordered(lines)
 
 
@@ -136,19 +137,10 @@ def run(arguments: Sequence[str]) -> None:
         for line in _few([one for one in told if one.startswith(f"{kind}:")])
     ]
     logs = {
-        name: len(
-            {
-                source
-                for row in rows
-                for part in row.source.split(" over ")
-                for source in part.split("; ")
-                if source
-            }
-        )
-        for name, rows in found.items()
+        name: len({log for row in rows for log in row.logs + row.base_logs}) for name, rows in found.items()
     }
     print(f"reading: {options.reading}; logs: {', '.join(map(str, folders))}")
-    print("\n".join([*shown, *table(found, logs, options.out)]))
+    print("\n".join([*shown, *table(found, logs, options.out)]), flush=True)
 
 
 def _few(lines: list[str]) -> list[str]:
@@ -161,11 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of our output left, as in `... | head`; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from plotting import bars, irregularities, selection, stats
 from plotting.irregularities import CORRECTED
-from plotting.rows import RATIO, Row, drawn, ordered
+from plotting.rows import RATIO, Row, drawn
 from plotting.selection import Grid, Pool
 from plotting.stats import Mean, is_time, row_of
 from plotting.style import OURS, Look
@@ -102,12 +102,12 @@ def _theory(pools: Mapping[str, Pool], reading: str) -> Mean:
             "corrected: 2(M+P-1)/(2M+P-1) for P stages and M micro-batches of two models of equal cost, "
             "without optimizer steps and communication, in place of the published constant"
         )
-        return Mean(ideal, 0, None, run.source, (note,))
+        return Mean(ideal, 0, None, (run.source,), (note,))
     if THEORY not in pools:
-        return Mean(None, 0, None, "", gap="no theory")
+        return Mean(None, 0, None, (), gap="no theory")
     found = [value for run in pools[THEORY].runs for value in selection.series(run, SPEEDUP)]
-    source = pools[THEORY].source
-    return Mean(found[-1], 0, None, source) if found else Mean(None, 0, None, source, gap="no values")
+    logs = pools[THEORY].logs
+    return Mean(found[-1], 0, None, logs) if found else Mean(None, 0, None, logs, gap="no values")
 
 
 def equal_cost_speedup(run: Run) -> float | None:
@@ -140,15 +140,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     """The bars, a panel per cluster and pair; batches side by side."""
-    ratios = drawn(rows, RATIO)
-    parts = []
-    for cluster in ordered(row.cluster for row in ratios):
-        mine = [row for row in ratios if row.cluster == cluster]
-        for pair in ordered(row.config.split(" ")[0] for row in mine):
-            own = [row for row in mine if row.config.split(" ")[0] == pair]
-            parts.append(bars.Part(f"{cluster}, {pair}", own, 1.05, 0.42))
-    figure = bars.ratio_bars(parts, LOOKS, notes, {row.config: _tick(row.config) for row in ratios})
-    return figure
+    return bars.ratio_bars(drawn(rows, RATIO), LOOKS, notes, 1.05, _tick, _title)
+
+
+def _title(row: Row) -> str:
+    return f"{row.cluster}, {row.config.split(' bs')[0]}"
 
 
 def _tick(config: str) -> str:

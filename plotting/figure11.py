@@ -41,5 +41,4 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     """The bars, a panel per cluster."""
-    parts = bars.by_cluster(drawn(rows, RATIO), height=1.1, ticks=0.3)
-    return bars.ratio_bars(parts, LOOKS, notes, {row.config: row.config for row in rows})
+    return bars.ratio_bars(drawn(rows, RATIO), LOOKS, notes, height=1.1)

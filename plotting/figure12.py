@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting import bars, irregularities, selection, stats
+from plotting import irregularities, page, selection, stats
 from plotting.irregularities import CORRECTED
 from plotting.rows import Row, ordered
 from plotting.selection import Pool
 from plotting.stats import Mean, Values, mean, minus, of
-from plotting.style import FAINT, GREY, INK, STAGES, TEXT, TINY, width_of
+from plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TEXT, TINY, width_of
 from puzzle.runlog.run import Run
 
 NAME = "figure12"
@@ -24,7 +24,7 @@ LOOKS = dict(zip(LABELS, STAGES, strict=True))
 SHORT = dict(zip(LABELS, ("gen.", "infer.", "train.", "comm."), strict=True))
 LEFT, LANE, THICK = 0.68, 0.31, 0.62
 """Inches left of the axes and per bar; a bar's share of its lane."""
-WIDTH = bars.COLUMN - LEFT - bars.RIGHT
+WIDTH = COLUMN - LEFT - page.RIGHT
 
 STAGE_VALUES: Mapping[str, tuple[Values | None, ...]] = {
     BASE: (of("generation"), minus("experience", "generation"), of("training"), of("gather")),
@@ -37,10 +37,8 @@ STAGE_VALUES: Mapping[str, tuple[Values | None, ...]] = {
 def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
     """Mean seconds per stage, system and cluster; the configuration is the system."""
     grid = selection.grid(runs, NAME, SYSTEMS)
-    mend = reading == CORRECTED
-    needed = ("generation", "experience", "training", "gather")
-    grid = irregularities.slower_baselines(grid, runs, BASE, needed, mend)
-    grid = irregularities.other_jobs(grid, runs, BASE, "generation", mend)
+    grid = irregularities.slower_baselines(grid, runs, BASE, mend=False)
+    grid = irregularities.other_jobs(grid, runs, BASE, "generation", reading == CORRECTED)
     names = selection.titles(grid)
     rows = []
     for panel, config, variant, pool in selection.cells(grid, SYSTEMS):
@@ -54,7 +52,7 @@ def _stages(variant: str, pool: Pool | None, reading: str) -> Iterator[Mean]:
     for index, values in enumerate(STAGE_VALUES[variant]):
         if values is None:
             known = mean(pool, of("generation"))
-            yield known if known.value is None else Mean(0.0, 0, None, known.source)
+            yield known if known.value is None else Mean(0.0, 0, None, known.logs)
         elif reading == CORRECTED and variant == BASE and pool is not None:
             yield _mended(index, pool, values)
         else:
@@ -105,20 +103,25 @@ class _Segment:
 
 def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     """One panel per cluster, one bar per system."""
-    parts = bars.by_cluster(rows, height=0.0, ticks=0.14)
+    parts = page.parts_of(rows, _title, height=0.0, ticks=0.14)
     parts = [replace(part, height=LANE * len(_bars(part.rows))) for part in parts]
     parts[-1] = replace(parts[-1], ticks=0.32)
-    letters = bars.marks(rows)
-    figure, axes = bars.layout(parts, rows, notes, key=0.32, left=LEFT)
-    bars.legend(figure, LOOKS, 2)
+    letters = page.marks(rows)
+    figure, axes = page.layout(parts, rows, notes, key=0.32, left=LEFT)
+    page.legend(figure, LOOKS, 2)
     for one, part in zip(axes, parts, strict=True):
-        alike = [other for other in parts if bars.scale(other.rows[0]) == bars.scale(part.rows[0])]
+        alike = page.same_scale(parts, part)
         one.set_xlim(0, _limit([stages for other in alike for stages in _bars(other.rows)], letters))
         _panel(one, _bars(part.rows), letters)
         one.xaxis.grid(color=FAINT, linewidth=0.4)
         one.set_axisbelow(True)
     axes[-1].set_xlabel("Execution time (s)", size=TEXT, labelpad=2)
     return figure
+
+
+def _title(row: Row) -> str:
+    """The cluster, and the pair where several are drawn."""
+    return ", ".join(filter(None, (row.cluster, row.config.rpartition(" ")[0])))
 
 
 def _bars(rows: Sequence[Row]) -> list[list[Row]]:
@@ -152,7 +155,7 @@ def _segments(stages: Sequence[Row], limit: float, letters: Mapping[str, str]) -
         if row.value is None:
             continue
         own = replace(row, notes=tuple(note for note in row.notes if note not in common))
-        text = bars.marked(own, f"{row.value:.2f}", letters)
+        text = page.marked(own, f"{row.value:.2f}", letters)
         length, room = width_of(text, TINY) + 0.04, row.value / limit * WIDTH
         turn = 0 if length < room else 90
         fits = turn == 0 or (room > 1.3 * TINY / 72 and length < THICK * LANE + 0.03)
@@ -178,8 +181,9 @@ def _panel(axes: Axes, systems: Sequence[Sequence[Row]], letters: Mapping[str, s
     names = []
     for place, stages in enumerate(systems):
         label = replace(stages[0], notes=tuple(_common(stages)))
-        name = bars.marked(label, label.config.replace("DSChat", "DS-Chat"), letters)
-        names.append(f"{name}\n{bars.counts(stages)}".strip())
+        system = label.config.rpartition(" ")[2].replace("DSChat", "DS-Chat")
+        name = page.marked(label, system, letters)
+        names.append(f"{name}\n{page.counts(stages)}".strip())
         _bar(axes, place, stages, letters)
     axes.set_yticks(range(len(systems)), names, linespacing=1.1)
     axes.tick_params(axis="y", length=0)

@@ -21,7 +21,7 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
     mend = reading == CORRECTED
     grid = selection.grid(runs, NAME, SYSTEMS)
     grid = irregularities.without_reshard(grid, runs, mend)
-    grid = irregularities.slower_baselines(grid, runs, BASE, ("e2e",), mend)
+    grid = irregularities.slower_baselines(grid, runs, BASE, mend)
     grid = irregularities.other_jobs(grid, runs, BASE, "e2e", mend)
     return stats.speedups(grid, SYSTEMS, BASE, stats.of("e2e"))
 
@@ -36,5 +36,4 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     """The bars, a panel per cluster."""
-    parts = bars.by_cluster(drawn(rows, RATIO), height=1.1, ticks=0.3)
-    return bars.ratio_bars(parts, LOOKS, notes, {row.config: row.config for row in rows})
+    return bars.ratio_bars(drawn(rows, RATIO), LOOKS, notes, height=1.1)

@@ -21,12 +21,14 @@ NOISE = 0.02
 """Runs of the same settings scatter by one to two percent: nearer than this is no other baseline."""
 
 
-def each(pools: Grid, variants: Iterable[str], fix: Callable[[Panel, Pool], Pool]) -> Grid:
-    """The grid with `fix` applied to the pools of `variants`."""
-    chosen = set(variants)
+def each(pools: Grid, variant: str, fix: Callable[[Panel, Pool], Pool]) -> Grid:
+    """The grid with `fix` applied to the pools of `variant`, published ones alone: it knows their habits."""
     return {
         panel: {
-            config: {name: fix(panel, pool) if name in chosen else pool for name, pool in by_variant.items()}
+            config: {
+                name: fix(panel, pool) if name == variant and panel.provenance == PUBLISHED else pool
+                for name, pool in by_variant.items()
+            }
             for config, by_variant in configs.items()
         }
         for panel, configs in pools.items()
@@ -46,7 +48,7 @@ def without_reshard(pools: Grid, runs: Sequence[Run], mend: bool) -> Grid:
         said = "the arguments of this log have re-sharding off, as gen_opt's do"
         return _answer(pool, better, mend, said, "one with re-sharding on", "e2e")
 
-    return each(pools, ("opt",), fix)
+    return each(pools, "opt", fix)
 
 
 def reshards(run: Run) -> bool | None:
@@ -66,7 +68,7 @@ def altered_copies(pools: Grid, runs: Sequence[Run], mend: bool) -> Grid:
         said = "the logs of this run differ in their re-shard times"
         return _answer(pool, better, mend, said, "the other", "reshard") if better else pool
 
-    return each(pools, ("opt",), fix)
+    return each(pools, "opt", fix)
 
 
 def other_jobs(pools: Grid, runs: Sequence[Run], baseline: str, quantity: str, mend: bool) -> Grid:
@@ -94,23 +96,20 @@ def _same_job(panel: Panel, pool: Pool, base: Run, runs: Sequence[Run], quantity
     return _answer(pool, better, mend, said, "one of the same job", quantity)
 
 
-def slower_baselines(
-    pools: Grid, runs: Sequence[Run], baseline: str, needed: Sequence[str], mend: bool
-) -> Grid:
-    """Baselines of which the logs hold a faster run of the same job, with the `needed` series."""
+def slower_baselines(pools: Grid, runs: Sequence[Run], baseline: str, mend: bool) -> Grid:
+    """Baselines of which the logs hold a faster run of the same job."""
 
     def fix(panel: Panel, pool: Pool) -> Pool:
         run = pool.runs[0]
         mine = late_mean(run, "e2e")
         others = [other for other in alike(run, panel, runs) if not difference(other, run)]
-        usable = [other for other in others if all(series(other, quantity) for quantity in needed)]
-        timed = [(time, other) for other in usable if (time := late_mean(other, "e2e")) is not None]
+        timed = [(time, other) for other in others if (time := late_mean(other, "e2e")) is not None]
         timed.sort(key=lambda item: item[0])
         faster = [other for time, other in timed if mine and time < (1 - NOISE) * mine]
         said = "baselines of this job differ among themselves"
         return _answer(pool, faster, mend, said, "the fastest", "e2e") if faster else pool
 
-    return each(pools, (baseline,), fix)
+    return each(pools, baseline, fix)
 
 
 def training_per_iteration(run: Run) -> tuple[float, ...]:
@@ -148,10 +147,15 @@ def _answer(pool: Pool, better: Sequence[Run], mend: bool, said: str, which: str
     known = mine is not None and theirs is not None
     if mend:
         times = f" (mean {quantity} {theirs:.4g} s in place of {mine:.4g} s)" if known else ""
-        mended = Pool((better[0],), pool.notes)
+        mended = Pool((better[0],), tuple(_as_published(note) for note in pool.notes))
         return mended.noted(f"corrected: {which}, {better[0].source}{times}; as published: {said}")
     times = f" (mean {quantity} {theirs:.4g} s, here {mine:.4g} s)" if known else ""
     return pool.noted(f"{said}; {which}: {better[0].source}{times}")
+
+
+def _as_published(note: str) -> str:
+    """An earlier remark on a log that is no longer drawn."""
+    return note if note.startswith("corrected: ") else f"as published: {note}"
 
 
 def has_published(rows: Iterable[Row]) -> bool:

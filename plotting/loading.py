@@ -1,6 +1,7 @@
 """Reading log folders into one list of runs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from puzzle.errors import UserError, describe
@@ -25,11 +26,13 @@ def load(folders: Sequence[Path]) -> Loaded:
         except OSError as error:
             raise UserError(f"{folder}: cannot read the logs: {describe(error)}") from None
         reports += loaded.reports
-        for run in loaded.runs:
+        for run in map(_printable, loaded.runs):
             first = seen.setdefault((run.run_id, run.repeat), run)
             if first is run:
                 runs.append(run)
                 reports += run.reports
+                if not run.ended:
+                    reports.append(Report(run.source, None, "the run has not ended, or its log is cut off"))
                 reports += [Report(run.source, None, str(note.get("text", note))) for note in run.notes]
             elif first.printed == run.printed:
                 reports.append(Report(run.source, None, f"the same run as {first.source}; counted once"))
@@ -39,3 +42,19 @@ def load(folders: Sequence[Path]) -> Loaded:
                     "disagree; remove one, or give them different repeat ids"
                 )
     return Loaded(tuple(runs), tuple(reports))
+
+
+def _printable(run: Run) -> Run:
+    """The run with names that can be written anywhere: file names may hold any bytes."""
+    return replace(
+        run,
+        cluster=printable(run.cluster),
+        actor=printable(run.actor),
+        critic=printable(run.critic),
+        source=printable(run.source),
+    )
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what is no text."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COLUMNS = ("cluster", "config", "series", "value", "unit", "n", "spread", "source")
-RATIO = "x"
+RATIO = "1"
 SECONDS = "s"
 
 
@@ -16,7 +16,7 @@ class Row:
 
     `value` is None where no log gives it; `gap` then says why in two words. `spread` is one standard
     deviation over iterations, or over repeats where a run was repeated, unless the figure says otherwise; `n`
-    counts what it was taken over. `source` names the logs; in a ratio "A over B". `notes` are its footnotes.
+    counts what it was taken over. `logs` were averaged, for a ratio over `base_logs`; `notes` are footnotes.
     """
 
     cluster: str
@@ -26,10 +26,17 @@ class Row:
     unit: str
     n: int
     spread: float | None
-    source: str
+    logs: tuple[str, ...]
     provenance: str
+    base_logs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     gap: str = ""
+
+    @property
+    def source(self) -> str:
+        """The logs behind the number, in a ratio the baseline's first."""
+        own = "; ".join(self.logs)
+        return f"{'; '.join(self.base_logs)} over {own}" if self.base_logs else own
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

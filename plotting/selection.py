@@ -11,6 +11,8 @@ from puzzle.errors import UserError
 from puzzle.runlog.run import Run
 
 REAL = ("measured", "published")
+COPY = "copy"
+"""The kind of a log's note that it is the copy of another run's log."""
 
 
 class Panel(NamedTuple):
@@ -32,9 +34,9 @@ class Pool:
         return replace(self, notes=self.notes + notes)
 
     @property
-    def source(self) -> str:
+    def logs(self) -> tuple[str, ...]:
         """The logs behind this pool."""
-        return "; ".join(run.source for run in self.runs)
+        return tuple(run.source for run in self.runs)
 
 
 Grid = dict[Panel, dict[str, dict[str, Pool]]]
@@ -100,7 +102,8 @@ def _pool(runs: Sequence[Run], figure: str) -> Pool:
                 f"{kept[0].source} and {run.source} cannot be repeats of one run of {figure}: "
                 f"{different or 'their layouts differ'}; draw them from two folders, one after the other"
             )
-    return Pool(kept)
+    copied = (note for run in kept for note in run.notes if note.get("kind") == COPY)
+    return Pool(kept, tuple(str(note.get("text", COPY)) for note in copied))
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:

@@ -34,7 +34,7 @@ class Mean:
     value: float | None
     n: int
     spread: float | None
-    source: str
+    logs: tuple[str, ...]
     notes: tuple[str, ...] = ()
     gap: str = ""
 
@@ -46,9 +46,9 @@ def mean(pool: Pool | None, values: Values) -> Mean:
     `n` counts the same. Values that are no times (NaN, infinite, negative) are left out with a note.
     """
     if pool is None:
-        return Mean(None, 0, None, "", gap="no log")
+        return Mean(None, 0, None, (), gap="no log")
     notes = list(pool.notes)
-    kept = []
+    kept, logs = [], []
     for run in pool.runs:
         late = values(run)[WARM_UP:]
         good = [value for value in late if is_time(value)]
@@ -58,26 +58,23 @@ def mean(pool: Pool | None, values: Values) -> Mean:
             )
         if good:
             kept.append(good)
+            logs.append(run.source)
         elif len(pool.runs) > 1:
             notes.append(f"{run.source}: no value after the warm-up; this repeat is left out")
     if not kept:
-        return Mean(None, 0, None, pool.source, tuple(notes), gap="no values")
+        return Mean(None, 0, None, pool.logs, tuple(notes), gap="no values")
     means = [fmean(good) for good in kept]
     over = means if len(means) > 1 else kept[0]
     spread = stdev(over) if len(over) > 1 else None
-    return Mean(fmean(means), len(over), spread, pool.source, tuple(notes))
+    return Mean(fmean(means), len(over), spread, tuple(logs), tuple(notes))
 
 
 def over(rows: Sequence[Row]) -> str:
     """What the spreads of these rows are taken over, in words."""
-    repeated = {"; " in row.source for row in rows if row.spread is not None}
-    return (
-        "over repeats"
-        if repeated == {True}
-        else "over iterations (repeats where a run was repeated)"
-        if True in repeated
-        else "over iterations"
-    )
+    repeated = {len(row.logs) > 1 for row in rows if row.spread is not None}
+    if len(repeated) > 1:
+        return "over iterations (over repeats where there are any)"
+    return "over repeats" if repeated == {True} else "over iterations"
 
 
 def whiskers(rows: Sequence[Row]) -> str:
@@ -119,7 +116,7 @@ def row_of(own: Mean, cluster: str, config: str, label: str, provenance: str) ->
         unit=SECONDS,
         n=own.n,
         spread=own.spread,
-        source=own.source,
+        logs=own.logs,
         provenance=provenance,
         notes=own.notes,
         gap=own.gap,
@@ -127,10 +124,10 @@ def row_of(own: Mean, cluster: str, config: str, label: str, provenance: str) ->
 
 
 def _ratio(row: Row, own: Mean, base: Mean, is_baseline: bool) -> Row:
-    source = own.source if is_baseline or not own.source else f"{base.source or 'nothing'} over {own.source}"
+    over_logs = () if is_baseline or not own.logs else base.logs
     if not own.value or not base.value:
         gap = own.gap or ("no baseline" if base.value is None else "zero time")
-        return replace(row, value=None, unit=RATIO, spread=None, source=source, gap=gap)
+        return replace(row, value=None, unit=RATIO, spread=None, base_logs=over_logs, gap=gap)
     value = base.value / own.value
     spread = None if own.spread is None else value * own.spread / own.value
-    return replace(row, value=value, unit=RATIO, spread=spread, source=source)
+    return replace(row, value=value, unit=RATIO, spread=spread, base_logs=over_logs)

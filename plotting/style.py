@@ -15,7 +15,7 @@ from matplotlib.textpath import text_to_path
 COLUMN = 3.33
 """Inches: one column of a two-column page."""
 DPI = 300
-TEXT, SMALL, TINY = 7.0, 6.0, 5.5
+TITLE_SIZE, TEXT, SMALL, TINY = 8.0, 7.0, 6.0, 5.5
 LINE = 1.25 / 72
 """Inches per point of text size that a line of text takes."""
 
@@ -86,9 +86,14 @@ STAGES = (
 """Generation, inference, training, communication."""
 
 
+def fitting(text: str, inches: float, size: float) -> float:
+    """The size in points, at most `size`, at which `text` is no wider than `inches`."""
+    return min(size, size * inches / max(width_of(text, size), 1e-6))
+
+
 def page(panel_inches: Sequence[float], top: float, bottom: float) -> Figure:
     """An empty page one column wide: `top` inches, the panels' heights, `bottom` inches."""
-    return Figure(figsize=(COLUMN, top + sum(panel_inches) + bottom))
+    return Figure(figsize=(COLUMN, top + sum(panel_inches) + bottom), dpi=DPI)
 
 
 def save(figure: Figure, stem: Path) -> None:

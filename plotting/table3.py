@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting import bars, irregularities, selection, stats
+from plotting import irregularities, page, selection, stats
 from plotting.irregularities import CORRECTED
 from plotting.rows import Row, ordered
-from plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY
+from plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY, TITLE_SIZE, fitting, width_of
 from puzzle.runlog.run import Run
 
 NAME = "table3"
@@ -52,7 +52,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     """A table: pairs down, clusters and systems across, two clusters side by side."""
     clusters = ordered(row.cluster for row in rows)
-    kinds = {row.cluster: bars.scale(row) for row in rows}
+    kinds = {row.cluster: page.real(row) for row in rows}
     groups = [
         alike[index : index + ACROSS]
         for alike in ([one for one in clusters if kinds[one] is kind] for kind in (True, False))
@@ -62,17 +62,17 @@ def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
     for group in groups:
         mine = [row for row in rows if row.cluster in group]
         height = HEAD + LINE_HEIGHT * len(ordered(row.config for row in mine))
-        parts.append(bars.Part("", mine, height, 0.05))
-    letters = bars.marks(rows)
-    figure, axes = bars.layout(parts, rows, notes, key=0.0, left=bars.RIGHT)
+        parts.append(page.Part("", mine, height, 0.05))
+    letters = page.marks(rows)
+    figure, axes = page.layout(parts, rows, notes, key=0.0, left=page.RIGHT)
     for one, part in zip(axes, parts, strict=True):
         _table(one, part, letters)
     return figure
 
 
-def _table(axes: Axes, part: bars.Part, letters: Mapping[str, str]) -> None:
+def _table(axes: Axes, part: page.Part, letters: Mapping[str, str]) -> None:
     """Draws in inches from the top left corner."""
-    width = COLUMN - 2 * bars.RIGHT
+    width = COLUMN - 2 * page.RIGHT
     shown = ordered(row.cluster for row in part.rows)
     axes.set_axis_off()
     axes.set_xlim(0, width)
@@ -81,7 +81,8 @@ def _table(axes: Axes, part: bars.Part, letters: Mapping[str, str]) -> None:
     column = (width - NAMES) / (ACROSS * len(SYSTEMS))
     for index, cluster in enumerate(shown):
         left = NAMES + index * column * len(SYSTEMS)
-        axes.text(left + column, 0.1, cluster, size=TEXT, weight="bold", ha="center", va="center")
+        size = fitting(cluster, 2 * column - 0.1, TITLE_SIZE)
+        axes.text(left + column, 0.1, cluster, size=size, ha="center", va="center")
         axes.plot([left + 0.08, left + column * len(SYSTEMS) - 0.08], [0.2, 0.2], color=INK, lw=0.4)
         for place, system in enumerate(SYSTEMS.values()):
             middle = left + (place + 0.5) * column
@@ -90,7 +91,9 @@ def _table(axes: Axes, part: bars.Part, letters: Mapping[str, str]) -> None:
                 if (row.cluster, row.series) == (cluster, system):
                     _cell(axes, middle, HEAD + LINE_HEIGHT * configs.index(row.config), row, letters)
     for line, config in enumerate(configs):
-        axes.text(0.02, HEAD + LINE_HEIGHT * line + 0.11, config, size=TEXT, va="center")
+        name = config if width_of(config, TEXT) < NAMES - 0.04 else config.replace("/", "/\n")
+        size = min(fitting(part, NAMES - 0.04, TEXT) for part in name.split("\n"))
+        axes.text(0.02, HEAD + LINE_HEIGHT * (line + 0.5), name, size=size, va="center", linespacing=1.1)
     for at, weight in ((0.0, 0.9), (HEAD, 0.5), (part.height, 0.9)):
         axes.plot(
             [0, NAMES + len(shown) * column * len(SYSTEMS)], [at, at], color=INK, lw=weight, clip_on=False
@@ -101,7 +104,7 @@ def _cell(axes: Axes, middle: float, top: float, row: Row, letters: Mapping[str,
     if row.value is None:
         axes.text(middle, top + 0.14, row.gap, size=SMALL, color=GREY, ha="center", va="center")
         return
-    text = bars.marked(row, f"{row.value:.2f}", letters)
+    text = page.marked(row, f"{row.value:.2f}", letters)
     axes.text(middle, top + 0.11, text, size=TEXT, ha="center", va="center")
     spread = "" if row.spread is None else f"\u00b1{max(row.spread, LEAST):.3f}, "
     if row.spread is not None and row.spread < LEAST:
