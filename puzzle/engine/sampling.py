@@ -74,7 +74,7 @@ def choose(
     those before filtering. Rows marked in `young_B` may not stop yet; `keys_B2` are the noise's row keys
     (None when greedy).
     """
-    if params.temperature != 1 and not params.greedy:
+    if params.temperature != 1:
         logits_BV.div_(params.temperature)
     if params.filtered:
         assert keys_B2 is not None

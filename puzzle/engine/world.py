@@ -126,6 +126,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (plain Python data), by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def synchronize(self) -> None:
         """Wait until this rank's device is idle."""
         if self.device.type == "cuda":

@@ -87,6 +87,8 @@ class Checkpoint:
         ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
         if spec.tied or spec.head == "value":
             ignored.add("lm_head.weight")
+        # The caller may have asked for the first layers of a deeper model.
+        ignored |= {tensor.name for tensor in read_spec(self.folder, spec.head).tensors()}
         extra = sorted(self.names - set(wanted) - ignored)
         if extra:
             raise UserError(f"{self.folder}: {_count(extra)} in the weights but not in the model: {extra[0]}")

@@ -1,0 +1,41 @@
+"""Seconds of the stages of an iteration, such that they add up on every rank."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from puzzle.engine.world import World
+
+
+class StageClock:
+    """Marks the ends of stages. A stage ends when the slowest rank's device has done its work.
+
+    The time of a mark is the largest over ranks since the common start, so differences of marks are exclusive
+    and add up to the whole.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._names: list[str] = []
+        self._marks: list[float] = []
+        world.synchronize()
+        world.sum(torch.zeros(1, device=world.device))  # a barrier: all ranks start together
+        world.synchronize()
+        self._start = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """What happened since the last mark belongs to `stage`; a stage may be named more than once."""
+        self.world.synchronize()
+        self._names.append(stage)
+        self._marks.append(time.perf_counter() - self._start)
+
+    def seconds(self, stages: tuple[str, ...]) -> tuple[dict[str, float], float]:
+        """(seconds per stage, in all); call on every rank."""
+        marks = torch.tensor(self._marks, dtype=torch.float64, device=self.world.device)
+        ends = self.world.max(marks).tolist()
+        found = dict.fromkeys(stages, 0.0)
+        for name, start, end in zip(self._names, [0.0, *ends], ends, strict=False):
+            found[name] += end - start
+        return found, sum(found.values())

@@ -1,0 +1,90 @@
+"""The four models of a run, made from its configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from puzzle.config import OptimizerConfig, Role, TrainConfig
+from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.world import World
+from puzzle.model import hf
+from puzzle.model.weights import initialise
+from puzzle.plan.layout import Placement
+from puzzle.sources import layout_of, specs_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
+"""Added to the run's seed for random weights: the reference starts as the actor does."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """`reference` is None when reference-free, `reward` when the reward is a function."""
+
+    actor: ModelRuntime
+    critic: ModelRuntime
+    reference: ModelRuntime | None
+    reward: ModelRuntime | None
+
+    def all(self) -> list[ModelRuntime]:
+        """Those in use."""
+        return [m for m in (self.actor, self.critic, self.reference, self.reward) if m is not None]
+
+
+def optimizer_steps(config: TrainConfig) -> int:
+    """Optimizer steps of the whole run."""
+    sequences = config.batch * config.generation.samples
+    return config.iterations * config.ppo.epochs * (sequences // config.minibatch)
+
+
+def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], float]:
+    """The learning rate of step 0, 1, ...: linear warm-up, then constant, or falling to 0 at step `total`."""
+
+    def at(step: int) -> float:
+        if step < optimizer.warmup:
+            return optimizer.lr * (step + 1) / optimizer.warmup
+        done = (step - optimizer.warmup) / max(1, total - optimizer.warmup)
+        if optimizer.schedule == "linear":
+            return optimizer.lr * max(0.0, 1.0 - done)
+        if optimizer.schedule == "cosine":
+            return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return optimizer.lr
+
+    return at
+
+
+def build_models(config: TrainConfig, world: World) -> Models:
+    """Every model in use, with weights and, for actor and critic, optimizers. UserError naming the model."""
+    made: dict[str, ModelRuntime] = {}
+    for role, spec in specs_of(config).items():
+        section = getattr(config, role)
+        placement = Placement.default(layout_of(role, section.layout, spec))
+        runtime = ModelRuntime(role, spec, placement, world, DTYPES[config.dtype])
+        seed = config.seed + ROLE_SEEDS[role]  # ty: ignore[invalid-argument-type]
+        if section.model is None:
+            initialise(runtime.decoder, seed)
+        else:
+            hf.load(runtime.decoder, Path(section.model), head_seed=seed if role == "critic" else None)
+        made[role] = runtime
+    steps = optimizer_steps(config)
+    for role in ("actor", "critic"):
+        options: OptimizerConfig = getattr(config, role).optimizer
+        made[role].attach_optimizer(
+            AdamWSettings(
+                learning_rate(options, steps),
+                options.betas,
+                options.eps,
+                options.weight_decay,
+                options.grad_clip,
+            )
+        )
+    for role in ("reference", "reward"):
+        if role in made:
+            made[role].freeze()
+    return Models(made["actor"], made["critic"], made.get("reference"), made.get("reward"))

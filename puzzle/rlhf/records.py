@@ -1,0 +1,187 @@
+"""What a run writes: metrics of an experience, the log, samples, model folders, plots."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from puzzle.config import TrainConfig
+from puzzle.engine.export import whole_tensors
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.world import World
+from puzzle.errors import UserError, describe
+from puzzle.model import hf
+from puzzle.progress import Reporter
+from puzzle.rlhf import ppo
+from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.models import Models
+from puzzle.runlog import RunHeader, RunWriter, load_runs
+
+
+def experience_metrics(
+    experience: Experience, scores_B: Tensor, estimator: ppo.Estimator
+) -> dict[str, float]:
+    """Means over the batch. `entropy` is -mean log-prob: unbiased for samples at the run's temperature."""
+    assert experience.logprobs_BS is not None
+    mask = experience.mask_BS.to(experience.logprobs_BS.device)
+    tokens = float(mask.sum())
+    metrics = {
+        "reward": float(scores_B.mean()),
+        "reward_std": float(scores_B.std(correction=0)),
+        "response_tokens": tokens,
+        "response_length": tokens / len(experience),
+        "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).sum()) / tokens,
+        "repetition": repetition(experience.responses),
+    }
+    if experience.ref_logprobs_BS is not None:
+        kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
+        total = float(torch.where(mask, kl, 0.0).sum())
+        metrics |= {"kl": total / tokens, "kl_response": total / len(experience)}
+    else:
+        metrics |= {"kl": 0.0, "kl_response": 0.0}
+    return metrics
+
+
+def repetition(responses: Sequence[Sequence[int]]) -> float:
+    """Share of token pairs that occurred earlier in their response."""
+    pairs = [list(pairwise(r)) for r in responses]
+    total = sum(map(len, pairs))
+    return 1.0 - sum(len(set(p)) for p in pairs) / total if total else 0.0
+
+
+def describe_rank(models: Models, world: World) -> dict[str, Any]:
+    """Arguments of this rank's `rank` record."""
+    coordinates = {m.name: {"t": m.coord.t, "p": m.coord.p, "d": m.coord.d} for m in models.all()}
+    return {
+        "coordinates": coordinates,
+        "parameter_bytes": sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
+        "device": str(world.device),
+        "collective_bytes": moved_bytes(models, world),
+    }
+
+
+def moved_bytes(models: Models, world: World) -> dict[str, int]:
+    """Bytes that this rank has put into messages and collectives, by kind; tensor-parallel ones per model."""
+    tensor = {f"tensor_parallel.{m.name}": m.tensor.moved for m in models.all() if m.tensor.size > 1}
+    return {**world.moved, **tensor}
+
+
+class Recorder:
+    """The log of a run. All ranks hold one; rank 0 writes."""
+
+    def __init__(self, out: Path, config: TrainConfig, world: World, header: RunHeader) -> None:
+        self.out, self.config, self.world = out, config, world
+        self.note: str | None = None
+        self.writer = RunWriter(out, header) if world.rank == 0 else None
+        log = config.log
+        self.reporter = Reporter(out, config.iterations, log.tensorboard) if self.writer else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.reporter is not None:
+            self.reporter.close()
+        if self.writer is None:
+            return
+        if error is None:
+            self.writer.end("completed", self.note)
+            self._plot()
+            return
+        status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        try:
+            self.writer.end(status, " ".join(str(error).split()) or type(error).__name__)
+        except UserError:
+            return  # the disk is full: what stopped the run says so
+
+    def ranks(self, own: Mapping[str, Any]) -> None:
+        """Collect every rank's description on rank 0."""
+        for rank, fields in enumerate(self.world.gather(dict(own))):
+            if self.writer is not None:
+                self.writer.rank(rank, **fields)
+
+    def iteration(
+        self,
+        iteration: int,
+        stage_seconds: Mapping[str, float],
+        e2e_seconds: float,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """One finished iteration."""
+        if self.writer is not None and self.reporter is not None:
+            self.writer.iteration(iteration, stage_seconds, e2e_seconds, metrics)
+            self.reporter.iteration(iteration, stage_seconds, e2e_seconds, metrics)
+
+    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after `done` iterations."""
+        if self.writer is not None and self.reporter is not None:
+            self.writer.evaluation(done, metrics)
+            self.reporter.evaluation(done, metrics)
+
+    def samples(
+        self,
+        iteration: int,
+        experience: Experience,
+        said: tuple[Sequence[str], Sequence[str]],
+        scores_B: Tensor,
+        held_out: bool = False,
+    ) -> None:
+        """Prompts and responses with reward and KL, up to `log.samples` of them."""
+        if self.writer is None:
+            return
+        kl = None
+        if experience.ref_logprobs_BS is not None and experience.logprobs_BS is not None:
+            gap = experience.logprobs_BS - experience.ref_logprobs_BS
+            kl = torch.where(experience.mask_BS.to(gap.device), gap, 0.0).sum(1).tolist()
+        rewards = scores_B.tolist()
+        for row in range(min(len(experience), self.config.log.samples)):
+            prompt_id = experience.prompt_ids[row // experience.samples]
+            fields = {"reward": rewards[row], "prompt_id": prompt_id, "held_out": held_out}
+            if kl is not None:
+                fields["kl"] = kl[row]
+            self.writer.sample(iteration, said[0][row], said[1][row], **fields)
+
+    def save(self, model: ModelRuntime, name: str, done: int) -> None:
+        """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name."""
+        folder = self.out / "checkpoints" / name
+        tensors = whole_tensors(model)
+        if self.writer is None:
+            for _ in tensors:
+                pass
+            return
+        tokenizer = self.config.data.tokenizer or self.config.actor.model
+        hf.save(
+            folder, model.spec, tensors, Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
+        )
+        self.writer.checkpoint(done, str(folder.relative_to(self.out)))
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the newest `checkpoint.keep` numbered folders."""
+        numbered = sorted(
+            (self.out / "checkpoints").glob("iteration-*"), key=lambda f: int(f.name.rpartition("-")[2])
+        )
+        for folder in numbered[: -self.config.checkpoint.keep]:
+            shutil.rmtree(folder)
+
+    def _plot(self) -> None:
+        if not self.config.log.plots:
+            return
+        # matplotlib takes a second to import: not for runs without plots.
+        from plotting import curves
+
+        folder = self.out / "plots"
+        try:
+            folder.mkdir(exist_ok=True)
+            curves.write(load_runs(self.out).runs, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: {describe(error)}") from None

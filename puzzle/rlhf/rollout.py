@@ -1,0 +1,162 @@
+"""From prompts to an experience: answers, scores, log-probs and values, then advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from puzzle.config import PPOConfig, TrainConfig
+from puzzle.data.prompts import Prompt
+from puzzle.data.tokenizers import Tokenizer, dialogue_ids
+from puzzle.engine.generate import Request, generate
+from puzzle.engine.relay import relay_of
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.sampling import SamplingParams
+from puzzle.model.packing import PackedBatch, pack
+from puzzle.rlhf import ppo
+from puzzle.rlhf.experience import Experience, microbatches
+
+Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+def sampling_params(config: TrainConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """How the run draws responses."""
+    g = config.generation
+    return SamplingParams(
+        greedy=g.greedy,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        min_new_tokens=g.min_new_tokens,
+        max_new_tokens=g.max_new_tokens,
+        stop_ids=stop_ids,
+        seed=config.seed,
+    )
+
+
+def respond(
+    actor: ModelRuntime, prompts: Sequence[Prompt], samples: int, params: SamplingParams, iteration: int
+) -> Experience:
+    """Responses and their log-probs for every prompt, the same experience on every rank."""
+    count = len(prompts) * samples
+    rows = actor.rows(count)
+    requests = [
+        Request(prompts[row // samples].tokens, prompts[row // samples].index, row % samples, iteration)
+        for row in rows
+    ]
+    answers = generate(actor.decoder, requests, params, relay_of(actor))
+    width = params.max_new_tokens
+    # A token t is sent as t + 1: what nobody wrote stays 0.
+    tokens_RS = torch.zeros((len(rows), width), dtype=torch.int64)
+    logprobs_RS = torch.zeros((len(rows), width))
+    for row, answer in enumerate(answers):
+        tokens_RS[row, : len(answer.tokens)] = torch.tensor(answer.tokens) + 1
+        logprobs_RS[row, : len(answer.tokens)] = torch.tensor(answer.logprobs)
+    tokens = actor.collect(tokens_RS, rows, (count, width)).tolist()
+    experience = Experience(
+        tuple(prompt.tokens for prompt in prompts),
+        tuple(prompt.index for prompt in prompts),
+        tuple(tuple(token - 1 for token in row if token) for row in tokens),
+        samples,
+    )
+    longest = experience.mask_BS.shape[1]
+    logprobs = actor.collect(logprobs_RS, rows, (count, width))[:, :longest]
+    return replace(experience, logprobs_BS=logprobs)
+
+
+def texts(
+    experience: Experience, prompts: Sequence[Prompt], tokenizer: Tokenizer | None
+) -> tuple[list[str], list[str]]:
+    """Prompt and response texts of every row; without a tokenizer, the ids."""
+    asked = [prompts[row // experience.samples].text for row in range(len(experience))]
+    if tokenizer is None:
+        return asked, [" ".join(map(str, response)) for response in experience.responses]
+    return asked, [str(tokenizer.decode(list(r), skip_special_tokens=True)) for r in experience.responses]
+
+
+def reward_sequences(
+    experience: Experience,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    reward_tokenizer: Tokenizer | None,
+) -> list[Sequence[int]]:
+    """What the reward model reads: the same ids, or the text in its own tokenizer's."""
+    rows = range(len(experience))
+    if tokenizer is None or reward_tokenizer is None:
+        return [experience.sequence(row) for row in rows]
+    asked, answered = texts(experience, prompts, tokenizer)
+    turns = [prompts[row // experience.samples].messages for row in rows]
+    return [dialogue_ids(reward_tokenizer, asked[r], turns[r], answered[r]) for r in rows]
+
+
+class Cut:
+    """The micro-batches of some rows of an experience for one model, as packed batches."""
+
+    def __init__(
+        self, model: ModelRuntime, rows: Sequence[int], sequences: Sequence[Sequence[int]], config: PPOConfig
+    ) -> None:
+        """`sequences` are those of `rows`, in their order."""
+        lengths = [len(sequence) for sequence in sequences]
+        self.rows = microbatches(rows, lengths, config.microbatch, config.microbatch_tokens)
+        self.batches: list[PackedBatch] = []
+        start = 0
+        for part in self.rows:
+            held = sequences[start : start + len(part)]
+            self.batches.append(pack(held, model.placement.layout.tp, model.world.device))
+            start += len(part)
+
+
+def infer(
+    model: ModelRuntime, experience: Experience, config: PPOConfig, temperature: float | None
+) -> Tensor:
+    """float32 (B, S): log-probs of the responses at `temperature`, or values where that is None."""
+    count, device = len(experience), model.world.device
+    rows = model.rows(count)
+    cut = Cut(model, rows, [experience.sequence(row) for row in rows], config)
+
+    def finish(index: int, hidden: Tensor) -> Tensor:
+        states_N = experience.states_N(cut.rows[index]).to(device)
+        if temperature is None:
+            return model.decoder.values(hidden)[states_N]
+        targets_N = experience.targets_N(cut.rows[index]).to(device)
+        return model.decoder.token_stats(hidden, states_N, targets_N, temperature).logprobs
+
+    results = model.infer(cut.batches, finish).results
+    own = None
+    if model.owns_results:
+        parts = [experience.put_RS(x, part) for x, part in zip(results, cut.rows, strict=True)]
+        own = torch.cat(parts) if parts else None
+    return model.collect(own, rows, (count, experience.mask_BS.shape[1]))
+
+
+def model_scores(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Tensor:
+    """float32 (B,): the reward head's output at the last token of each sequence."""
+    rows = model.rows(len(sequences))
+    cut = Cut(model, rows, [sequences[row] for row in rows], config)
+
+    def finish(index: int, hidden: Tensor) -> Tensor:
+        return model.decoder.values(hidden)[cut.batches[index].last_rows]
+
+    results = model.infer(cut.batches, finish).results
+    own = torch.cat(results) if model.owns_results and results else None
+    return model.collect(own, rows, (len(sequences),))
+
+
+def with_advantages(
+    experience: Experience, scores_B: Tensor, config: PPOConfig, kl_coef: float
+) -> Experience:
+    """Rewards, advantages and returns from `scores_B` and what inference found."""
+    assert experience.logprobs_BS is not None
+    assert experience.values_BS is not None
+    mask = experience.mask_BS.to(experience.logprobs_BS.device)
+    kl = None
+    if experience.ref_logprobs_BS is not None and config.kl.place == "reward":
+        kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, config.kl.estimator)
+    rewards = ppo.token_rewards(scores_B, kl, mask, kl_coef, config.reward_clip)
+    advantages, returns = ppo.gae(rewards, experience.values_BS, mask, config.gamma, config.gae_lambda)
+    if config.whiten:
+        advantages = ppo.whiten(advantages, mask, ppo.moments(advantages, mask))
+    return replace(experience, scores_B=scores_B, advantages_BS=advantages, returns_BS=returns)

@@ -1,0 +1,135 @@
+"""Optimizer steps of actor and critic on one experience."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.config import TrainConfig
+from puzzle.engine.runtime import ModelRuntime, share
+from puzzle.rlhf import ppo
+from puzzle.rlhf.experience import Experience, microbatches, minibatches
+from puzzle.rlhf.models import Models
+from puzzle.rlhf.rollout import Cut
+
+
+class Update:
+    """The optimizer steps of one iteration; `metrics()` afterwards, on every rank."""
+
+    def __init__(self, models: Models, config: TrainConfig, experience: Experience, kl_coef: float) -> None:
+        self.models, self.config, self.experience, self.kl_coef = models, config, experience, kl_coef
+        self._sums: dict[str, Tensor] = {}
+        self._norms: dict[str, list[float]] = {"actor": [], "critic": []}
+        self._steps = 0
+
+    def run(self, iteration: int) -> None:
+        """All epochs and minibatches."""
+        size = self.config.minibatch
+        for epoch in range(self.config.ppo.epochs):
+            for rows in minibatches(len(self.experience), size, self.config.seed, iteration, epoch):
+                self._step(self.models.actor, rows)
+                self._step(self.models.critic, rows)
+                self._steps += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Averages over the tokens of all steps, and the mean gradient norms."""
+        names = sorted(self._names())
+        device = self.models.actor.world.device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        summed = self.models.actor.world.sum(
+            torch.stack([self._sums.get(name, zero).to(device, torch.float64) for name in names])
+        )
+        found = dict(zip(names, summed.tolist(), strict=True))
+        out = {
+            "actor_loss": found["actor.loss"] / self._steps,
+            "critic_loss": found["critic.loss"] / self._steps,
+            "clip_share": found["actor.clipped"] / found["actor.tokens"],
+            "approx_kl": found["actor.approx_kl"] / found["actor.tokens"],
+            "value_clip_share": found["critic.clipped"] / found["critic.tokens"],
+            "value_error": found["critic.squared_error"] / found["critic.tokens"],
+        }
+        for role, norms in self._norms.items():
+            out[f"{role}_grad_norm"] = sum(norms) / len(norms)
+        return out
+
+    @staticmethod
+    def _names() -> list[str]:
+        fields = {"actor": ppo.ActorSums._fields, "critic": ppo.CriticSums._fields}
+        return [f"{role}.{field}" for role, names in fields.items() for field in names]
+
+    def _step(self, model: ModelRuntime, rows: Sequence[int]) -> None:
+        """One optimizer step of one model on the minibatch `rows` (of all replicas)."""
+        mine = [rows[i] for i in model.rows(len(rows))]
+        cut = Cut(model, mine, [self.experience.sequence(row) for row in mine], self.config.ppo)
+        weights = self._weights(model, rows, cut)
+
+        def finish(index: int, hidden: Tensor) -> Tensor:
+            part = cut.rows[index]
+            sums = self._actor(hidden, part) if model is self.models.actor else self._critic(hidden, part)
+            loss = sums.loss * weights[index]
+            if model.owns_results:
+                self._add(model.name, sums._replace(loss=loss.detach()))
+            return loss
+
+        model.train(cut.batches, finish)
+        assert model.optimizer is not None
+        self._norms[model.name].append(model.optimizer.grad_norm)
+
+    def _weights(self, model: ModelRuntime, rows: Sequence[int], cut: Cut) -> list[float]:
+        """What each micro-batch's sum is multiplied with; over all replicas they make the loss an average."""
+        if self.config.ppo.loss_average == "token":
+            return [1.0 / self.experience.tokens(rows)] * len(cut.rows)
+        dp = model.placement.layout.dp
+        passes = 0
+        for d in range(dp):
+            theirs = [rows[i] for i in share(len(rows), dp, d)]
+            lengths = self.experience.lengths(theirs)
+            limits = (self.config.ppo.microbatch, self.config.ppo.microbatch_tokens)
+            passes += len(microbatches(theirs, lengths, *limits))
+        return [1.0 / (passes * self.experience.tokens(part)) for part in cut.rows]
+
+    def _taken(self, x_BS: Tensor | None, part: Sequence[int]) -> Tensor:
+        assert x_BS is not None
+        return self.experience.take_N(x_BS, part)
+
+    def _actor(self, hidden: Tensor, part: Sequence[int]) -> ppo.ActorSums:
+        e, c = self.experience, self.config.ppo
+        stats = self.models.actor.decoder.token_stats(
+            hidden,
+            e.states_N(part).to(hidden.device),
+            e.targets_N(part).to(hidden.device),
+            self.config.generation.temperature,
+            entropy=c.entropy > 0,
+        )
+        in_loss = c.kl.place == "loss" and e.ref_logprobs_BS is not None
+        return ppo.actor_loss(
+            stats.logprobs,
+            self._taken(e.logprobs_BS, part),
+            self._taken(e.advantages_BS, part),
+            torch.ones_like(stats.logprobs, dtype=torch.bool),
+            clip=c.clip,
+            entropy=stats.entropy,
+            entropy_coef=c.entropy,
+            ref_logprobs=self._taken(e.ref_logprobs_BS, part) if in_loss else None,
+            kl_coef=self.kl_coef,
+            kl_estimator=c.kl.estimator,
+        )
+
+    def _critic(self, hidden: Tensor, part: Sequence[int]) -> ppo.CriticSums:
+        e = self.experience
+        values = self.models.critic.decoder.values(hidden)[e.states_N(part).to(hidden.device)]
+        return ppo.critic_loss(
+            values,
+            self._taken(e.values_BS, part),
+            self._taken(e.returns_BS, part),
+            torch.ones_like(values, dtype=torch.bool),
+            clip=self.config.ppo.value_clip,
+        )
+
+    def _add(self, role: str, sums: Any) -> None:
+        for field, value in sums._asdict().items():
+            name = f"{role}.{field}"
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
