@@ -152,8 +152,8 @@ def save(
                     shutil.copyfile(tokenizer / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         replace_folder(partial, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the model: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot write the model: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
