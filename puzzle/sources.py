@@ -7,8 +7,10 @@ from typing import Any
 
 from puzzle.capabilities import missing
 from puzzle.config import ROLES, LayoutConfig, ModelConfig, Role, TrainConfig
+from puzzle.data.prompts import read_rows
 from puzzle.errors import UserError, describe
 from puzzle.plan.layout import Layout
+from puzzle.rlhf.rewards import FunctionReward
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
 
@@ -109,5 +111,7 @@ def check(config: TrainConfig) -> None:
             )
     for key in ("prompts", "eval_prompts"):
         path = getattr(config.data, key)
-        if path is not None and not Path(path).exists():
-            raise UserError(f"data.{key}: {path}: no such file")
+        if path is not None:
+            read_rows(Path(path), config.data.field, config.data.id_field)
+    if config.reward.function is not None:
+        FunctionReward(config.reward.function)

@@ -12,6 +12,7 @@ from puzzle.errors import UserError, describe
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
     "train": "train a model by PPO",
+    "convert": "turn a GGUF file into a Hugging Face model folder",
     "plan": "plan switches and shared pipelines, without devices",
     "campaign": "run the experiments of the figures, then draw them",
 }

@@ -81,6 +81,8 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
             raise UserError(f"{place}: {id_field} {own!r} is taken by {seen[own]}; ids must differ")
         if own is not None:
             seen[own] = place
+        if isinstance(record[field], str) and not record[field].strip():
+            raise UserError(f"{place}: the prompt is empty")
         rows.append(Row(place, own, record[field]))
     if not rows:
         raise UserError(f"{path}: holds no prompts")
@@ -172,8 +174,6 @@ def load_prompts(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PromptSe
 def _messages(row: Row, data: DataConfig) -> Messages | None:
     value = row.value
     if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{row.place}: the prompt is empty")
         if not data.chat_template:
             return None
         system = () if data.system is None else ({"role": "system", "content": data.system},)

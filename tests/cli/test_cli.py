@@ -29,6 +29,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "used").mkdir()
     (tmp_path / "used/run.jsonl").write_text("{}\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "cut\n')
+    (tmp_path / "gaps.jsonl").write_text('{"prompt": " "}\n')
+    (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "weights.gguf").write_text("GGUF")
     return tmp_path
 
@@ -51,6 +54,13 @@ BAD = [
     ([*RUN, "--reward.model", "weights.gguf"], "is a file, not a model folder; puzzle convert makes"),
     ([*RUN, "--reward.model", "gpt2"], "reward: gpt2: config: model_type 'gpt2' is not supported"),
     ([*RUN, "--data.prompts", "gone.jsonl"], "gone.jsonl: no such file"),
+    ([*RUN, "--data.prompts", "bad.jsonl"], "error: bad.jsonl:2: not valid JSON"),
+    ([*RUN, "--data.prompts", "blank.txt"], "error: blank.txt: holds no prompts"),
+    ([*RUN, "--data.prompts", "gaps.jsonl"], "error: gaps.jsonl:1: the prompt is empty"),
+    ([*RUN, "--data.field", "text"], "error: prompts.jsonl:1: no field 'text'; it has prompt"),
+    ([*RUN, "--data.eval_prompts", "weights.gguf"], "weights.gguf: prompts must be .jsonl"),
+    ([*RUN, "--reward.function", "nowhere:score"], "reward.function nowhere:score: No module named"),
+    ([*RUN, "--reward.function", "math:score"], "reward.function math:score: math has no function score"),
     ([*RUN, "--actor.init.preset", "8b"], "no published model size '8b'"),
     ([*RUN, "--actor.layers", "3"], "actor.layers is 3, but the model has only 2"),
     ([*RUN, "--critic.init.preset", "7b"], "critic: its vocabulary has 32000 tokens, the actor's 258"),

@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from puzzle.configio import load_config
+from puzzle.data.prepare import prepare
+from puzzle.sources import check, specs_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def records(name: str) -> list[dict[str, str]]:
+    lines = (ROOT / "examples/prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_held_out_prompts_are_of_other_topics():
+    train, held_out = records("sentiment-train"), records("sentiment-held-out")
+    assert len(train) >= 200
+    assert len(held_out) >= 64
+    assert not {r["topic"] for r in train} & {r["topic"] for r in held_out}
+    for key in ("id", "prompt"):
+        assert len({r[key] for r in train + held_out}) == len(train) + len(held_out)
+    assert all(r["prompt"] == r["prompt"].strip() for r in train + held_out)
+
+
+def test_openings_are_neutral():
+    """What the model is to learn must not already be in the prompts."""
+    from puzzle.rlhf.rewards import vader_sentiment
+
+    pytest.importorskip("vaderSentiment")
+    for name in ("sentiment-train", "sentiment-held-out"):
+        scores = vader_sentiment([], [r["prompt"] for r in records(name)])
+        assert abs(sum(scores) / len(scores)) < 0.1
+
+
+def test_the_tiny_example_is_ready_to_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(Path("examples/tiny.yaml"))
+    check(config)
+    specs = specs_of(config)
+    assert (specs["critic"].num_layers, specs["critic"].head) == (2, "value")
+    assert (specs["actor"].num_kv_heads, specs["actor"].num_heads) == (2, 8)
+    data = prepare(config, specs["actor"].vocab_size)
+    assert data.held_out is not None
+    assert len(data.held_out.prompts) == 80
+
+
+def test_the_learning_example_asks_for_its_model_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(Path("examples/smollm2-sentiment.yaml"), ["--seed", "2"])
+    assert config.actor.model == config.critic.model == config.reference.model == "models/smollm2"
+    assert (config.critic.layers, config.reference.layers) == (6, None)
+    assert config.minibatch == 16
