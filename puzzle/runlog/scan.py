@@ -91,7 +91,9 @@ class _Scanner:
             if glued and not lines.GLUED.match(text, position):
                 self._report(number, f"number dropped, it goes on in {text[match.start() : position + 8]!r}")
                 continue
-            if glued and not lines.MARKS.match(text, position):
+            # Ranks often print training times into one line, or in front of the epoch's.
+            usual = match.re is lines.TRAINING and lines.MARKS.match(text, position)
+            if glued and not usual:
                 self._report(number, f"repaired: other text right behind {match[0][-40:]!r}")
             take(number, match.groupdict())
         rest.append(text[position:])
@@ -263,6 +265,7 @@ class _Scanner:
                 None, f"{len(found.other_node)} training times before the first iteration are of none"
             )
         self._compare_blocks()
+        self._compare_ranks()
 
     def _compare_blocks(self) -> None:
         """Iterations print equally many numbers of a kind: where one does not, lines were lost or moved."""
@@ -276,9 +279,16 @@ class _Scanner:
                 if count != usual and not (count == 0 and unended):
                     what = f"iteration {block.iteration}: {count} times {metric}, others have {usual}"
                     self._report(block.line, what)
-        for block in blocks:
+
+    def _compare_ranks(self) -> None:
+        """Ranks that train in step print nearly, but never quite the same time."""
+        for block in self.found.blocks:
             names = ("training_time_rank_print", "training_time_other_node_print", "perf_training_latency")
             times = [seconds for name in names for seconds in block.values.get(name, ())]
+            ranks = block.values.get("training_time_rank_print", ())
+            if len(set(ranks)) < len(ranks):
+                what = f"iteration {block.iteration}: the same training time twice, a line may be doubled"
+                self._report(block.line, what)
             if times and max(times) - min(times) > _RANK_SPREAD * max(times) + 0.0051:
                 what = f"iteration {block.iteration}: training times from {min(times)} to {max(times)} s"
                 self._report(block.line, what)

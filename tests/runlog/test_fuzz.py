@@ -27,12 +27,13 @@ FOREIGN = (
 
 @st.composite
 def damage(draw, lines):
-    """Lines of a log after several mishaps, joined; and whether anything is other than it was."""
+    """Lines of a log after several mishaps, joined."""
     lines = list(lines)
-    before = list(lines)
-    for _ in range(draw(st.integers(1, 3))):
+    for number in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(lines) - 1))
-        match draw(st.sampled_from(("cut", "insert", "inside", "double", "move", "lose"))):
+        # Lines that change places cannot be told in published logs, whose lines have no numbers.
+        kinds = ("cut", "insert", "inside", "double", "move", "lose")[: 3 if number else 6]
+        match draw(st.sampled_from(kinds)):
             case "cut":
                 # A write that broke off: the next line follows without a newline between.
                 following = lines.pop(place + 1) if place + 1 < len(lines) else b""
@@ -52,7 +53,7 @@ def damage(draw, lines):
     data = b"\n".join(lines) + b"\n"
     if draw(st.booleans()):
         data = data[: draw(st.integers(0, len(data)))]
-    return data, lines != before
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def ours(tmp_path_factory):
 def test_our_logs(data, ours):
     folder, whole, lines = ours
     path = folder / "fuzzed.jsonl"
-    path.write_bytes(data.draw(damage(lines))[0])
+    path.write_bytes(data.draw(damage(lines)))
     try:
         run = read_jsonl(path)
     except UserError:
@@ -119,7 +120,7 @@ def alike(one, other):
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_published_logs(data, variant, lines, tmp_path_factory):
-    damaged, _ = data.draw(damage([line.encode() for line in lines]))
+    damaged = data.draw(damage([line.encode() for line in lines]))
     whole, run = whole_and_fuzzed(tmp_path_factory, variant, lines, damaged)
     if not isinstance(run, Run):
         assert run
