@@ -1,0 +1,170 @@
+"""Generation against transformers: greedy tokens, keyed draws, log-probs, ends of sequences, tensor ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from puzzle.engine import generate as generation
+from puzzle.engine.generate import Request, generate
+from puzzle.engine.sampling import SamplingParams
+from puzzle.errors import UserError
+from puzzle.model.noise import gumbel, row_keys
+from puzzle.plan.layout import Coord
+from tests.helpers import run_ranks
+from tests.model.tiny import VARIANTS, save_variant, stage
+from tests.reference.same_tokens import TokenAgreement, same_tokens
+
+LENGTHS = (9, 3, 17, 1, 9, 26, 4, 12)
+NEW = 18
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(0, 259, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def requests():
+    return [Request(p, prompt_id=40 + i // 2, sample=i % 2, iteration=5) for i, p in enumerate(prompts())]
+
+
+class Oracle:
+    """transformers, one sequence at a time and without a cache; noise added by name."""
+
+    def __init__(self, folder, params):
+        self.model, self.params = AutoModelForCausalLM.from_pretrained(folder), params
+        self.rows = {}
+
+    @torch.no_grad()
+    def row(self, index):
+        """Tokens, and the perturbed logits of each, of request `index`."""
+        if index not in self.rows:
+            request, params = requests()[index], self.params
+            tokens, scores = [], []
+            while len(tokens) < params.max_new_tokens:
+                logits = self.model(torch.tensor([[*request.prompt, *tokens]])).logits[0, -1].double()
+                if not params.greedy:
+                    names = (torch.tensor([n]) for n in (request.prompt_id, request.sample, len(tokens)))
+                    noise = gumbel(row_keys(params.seed, request.iteration, *names), 0, len(logits))[0]
+                    logits = logits / params.temperature + noise.double()
+                if len(tokens) < params.min_new_tokens:
+                    logits[list(params.stop_ids)] = -torch.inf
+                scores.append(logits)
+                tokens.append(int(logits.argmax()))
+                if tokens[-1] in params.stop_ids:
+                    break
+            self.rows[index] = tokens, scores
+        return self.rows[index]
+
+    def agreement(self, responses):
+        expected = [self.row(i)[0] for i in range(len(responses))]
+        got = [response.tokens for response in responses]
+        return same_tokens(expected, got, lambda row, place: self.row(row)[1][place])
+
+
+def check(agreement: TokenAgreement):
+    assert not agreement.wrong
+    assert agreement.near <= 1, "few rows here: at most one near tie"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("greedy", [True, False])
+def test_tokens_equal_transformers(variant, greedy, tmp_path):
+    folder = save_variant(tmp_path / "model", variant)
+    params = SamplingParams(greedy=greedy, temperature=0.8, max_new_tokens=NEW, seed=2, stop_ids=(7, 100, 31))
+    responses = generate(stage(folder), requests(), params)
+    check(Oracle(folder, params).agreement(responses))
+
+
+@torch.no_grad()
+def teacher_forced(folder, responses, temperature):
+    """transformers' log-probs of the responses' tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for prompt, response in zip(prompts(), responses, strict=True):
+        logits = model(torch.tensor([[*prompt, *response.tokens]])).logits[0, len(prompt) - 1 : -1]
+        tokens = torch.tensor(response.tokens)[:, None]
+        yield (logits / temperature).log_softmax(-1).gather(1, tokens)[:, 0]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 20, "top_p": 0.9}])
+def test_logprobs_equal_a_full_forward_before_filtering(filters, tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    params = SamplingParams(temperature=0.7, max_new_tokens=NEW, **filters)
+    responses = generate(stage(folder), requests(), params)
+    for response, expected in zip(responses, teacher_forced(folder, responses, 0.7), strict=True):
+        assert (torch.tensor(response.logprobs) - expected).abs().max() <= 2e-5
+
+
+def test_ends(tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    decoder = stage(folder)
+    long = generate(decoder, requests(), SamplingParams(greedy=True, max_new_tokens=NEW))
+    assert all(len(response.tokens) == NEW and not response.finished for response in long)
+    # The third token of one row, and whatever that ends elsewhere.
+    stop = long[2].tokens[2]
+    params = SamplingParams(greedy=True, max_new_tokens=NEW, stop_ids=(stop,))
+    ended = generate(decoder, requests(), params)
+    for a, b in zip(ended, long, strict=True):
+        wanted = b.tokens[: b.tokens.index(stop) + 1] if stop in b.tokens else b.tokens
+        assert a.tokens == wanted
+        assert a.logprobs == pytest.approx(b.logprobs[: len(wanted)], abs=1e-4)
+        assert a.finished == (stop in b.tokens)
+    assert len(ended[2].tokens) <= 3
+    fixed = SamplingParams(greedy=True, max_new_tokens=5, min_new_tokens=5, stop_ids=(stop,))
+    assert all(len(r.tokens) == 5 and stop not in r.tokens for r in generate(decoder, requests(), fixed))
+    everything = SamplingParams(max_new_tokens=NEW, stop_ids=tuple(range(259)))
+    assert all(len(r.tokens) == 1 and r.finished for r in generate(decoder, requests(), everything))
+
+
+def test_min_new_tokens_equals_transformers(tmp_path):
+    folder = save_variant(tmp_path / "model", "qwen3")
+    params = SamplingParams(seed=1, max_new_tokens=12, min_new_tokens=6, stop_ids=tuple(range(0, 259, 9)))
+    responses = generate(stage(folder), requests(), params)
+    check(Oracle(folder, params).agreement(responses))
+    assert {len(response.tokens) for response in responses} - {12}
+
+
+def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    params = SamplingParams(max_new_tokens=NEW, seed=4, stop_ids=(3, 50, 90))
+    together = generate(decoder, requests(), params)
+    alone = [generate(decoder, [request], params)[0] for request in requests()]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
+    pieces = generate(decoder, requests(), params)
+    assert [r.tokens for r in together] == [r.tokens for r in pieces]
+    other = generate(decoder, requests(), SamplingParams(max_new_tokens=NEW, seed=5))
+    assert [r.tokens for r in together] != [r.tokens for r in other]
+
+
+def tp_rank(rank, folder, tp, params):
+    decoder = stage(folder, tp=tp, coord=Coord(rank, 0, 0), group=dist.group.WORLD)
+    return generate(decoder, requests(), params)
+
+
+@pytest.mark.parametrize(
+    ("variant", "tp", "greedy"),
+    [
+        ("llama-tied", 2, True),
+        ("qwen2", 4, False),
+        pytest.param("qwen3", 8, False, marks=pytest.mark.long),
+        pytest.param("mistral-window", 4, True, marks=pytest.mark.long),
+        pytest.param("llama", 8, True, marks=pytest.mark.long),
+    ],
+)
+def test_tensor_ranks_agree_with_transformers(variant, tp, greedy, tmp_path):
+    folder = save_variant(tmp_path / "model", variant)
+    params = SamplingParams(greedy=greedy, max_new_tokens=NEW, seed=6, stop_ids=(9, 41))
+    results = run_ranks(tp_rank, tp, folder, tp, params)
+    assert all(result == results[0] for result in results)
+    check(Oracle(folder, params).agreement(results[0]))
+
+
+def test_impossible_requests(tmp_path):
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    assert generate(decoder, [], SamplingParams()) == []
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generate(decoder, [Request([1]), Request([])], SamplingParams())
+    with pytest.raises(UserError, match=r"prompt 0 has 250 tokens.*256 positions"):
+        generate(decoder, [Request([1] * 250)], SamplingParams(max_new_tokens=7))
+    assert len(generate(decoder, [Request([1] * 250)], SamplingParams(max_new_tokens=6))[0].tokens) == 6

@@ -1,0 +1,167 @@
+"""Choosing tokens: against brute force, over shards as over one rank, and as draws from the right distribution."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from puzzle.engine.sampling import SamplingParams, VocabShard, choose, keep_likely
+from puzzle.errors import UserError
+from puzzle.model.noise import gumbel, row_keys
+from puzzle.model.parallel import TensorGroup
+from tests.helpers import run_ranks
+
+V = 23
+WHOLE = VocabShard(TensorGroup(), 0, V)
+
+
+def rows(count, seed=0):
+    return 2 * torch.randn(count, V, generator=torch.Generator().manual_seed(seed))
+
+
+def keys(count, seed=0):
+    numbers = torch.arange(count)
+    return row_keys(seed, 1, numbers, numbers % 3, numbers // 7)
+
+
+def pick(logits, params, shard=WHOLE, young=None):
+    noise = None if params.greedy else keys(len(logits), params.seed)
+    return choose(logits.clone(), noise, young, params, shard)
+
+
+def test_greedy_is_argmax_at_temperature_one():
+    logits = rows(50)
+    tokens, logprobs = pick(logits, SamplingParams(greedy=True, temperature=5.0))
+    assert torch.equal(tokens, logits.argmax(1))
+    torch.testing.assert_close(logprobs, logits.log_softmax(1).amax(1))
+
+
+def test_the_first_of_equal_logits_wins():
+    logits = torch.zeros(2, V)
+    logits[1, 5:9] = 1
+    assert pick(logits, SamplingParams(greedy=True))[0].tolist() == [0, 5]
+
+
+def test_a_draw_is_the_argmax_of_logits_plus_noise():
+    logits, params = rows(200), SamplingParams(temperature=0.6, seed=9)
+    tokens, logprobs = pick(logits, params)
+    noisy = logits / 0.6 + gumbel(keys(200, 9), 0, V)
+    assert torch.equal(tokens, noisy.argmax(1))
+    expected = (logits / 0.6).log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+
+
+CASES = [
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"top_k": 4},
+    {"top_p": 0.7, "temperature": 1.5},
+    {"top_k": 9, "top_p": 0.6},
+]
+
+
+def allowed(p, top_k, top_p):
+    """The kept tokens by a plain loop: likeliest first, until top_k tokens or top_p mass."""
+    order = np.argsort(-p, kind="stable")
+    order = order[: top_k or len(p)]
+    kept, mass = [], 0.0
+    for token in order:
+        if mass >= top_p:
+            break
+        kept.append(token)
+        mass += p[token] / p[order].sum()
+    return kept
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_draws_follow_the_filtered_distribution(case):
+    count = 20_000
+    logits, params = rows(1, seed=4), SamplingParams(**case)
+    tokens, logprobs = pick(logits.expand(count, V), params)
+    p = (logits[0] / params.temperature).softmax(0).double().numpy()
+    torch.testing.assert_close(logprobs.double(), torch.from_numpy(np.log(p))[tokens], rtol=1e-4, atol=1e-4)
+    kept = allowed(p, params.top_k, params.top_p)
+    counts = np.bincount(tokens.numpy(), minlength=V)
+    assert counts[kept].sum() == count, "a filtered token was drawn"
+    likely = [token for token in kept if p[token] * count > 10]
+    rest = [token for token in kept if token not in likely]
+    observed = [*counts[likely], counts[rest].sum()] if rest else counts[likely]
+    shares = [*p[likely], p[rest].sum()] if rest else p[likely]
+    expected = np.array(shares) / np.sum(shares) * count
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+@given(st.integers(0, V), st.floats(0.05, 1.0), st.integers(0, 50))
+def test_what_is_kept(top_k, top_p, seed):
+    logits = rows(3, seed)
+    kept = keep_likely(logits, top_k, top_p)
+    for row, values in zip(kept, logits, strict=True):
+        p = values.double().softmax(0).numpy()
+        inside = np.flatnonzero(np.isfinite(row.numpy()))
+        mass = p[allowed(p, top_k, 1.0)].sum()
+        # At a boundary within rounding either set is right.
+        sizes = {len(allowed(p, top_k, top_p * (1 + e))) for e in (-1e-6, 0, 1e-6)}
+        assert len(inside) in sizes
+        assert set(inside) == set(np.argsort(-p, kind="stable")[: len(inside)])
+        assert p[inside].sum() >= top_p * mass - 1e-6
+        assert torch.equal(row[inside], values[inside])
+
+
+def test_young_rows_do_not_stop_but_keep_their_probabilities():
+    logits = rows(6)
+    best = logits.argmax(1)
+    stops = tuple(set(best.tolist()))
+    young = torch.tensor([True, False] * 3)
+    tokens, logprobs = pick(logits, SamplingParams(greedy=True, stop_ids=stops), young=young)
+    for i in range(6):
+        assert (tokens[i].item() in stops) == (not young[i])
+        assert logprobs[i] == pytest.approx(logits[i].log_softmax(0)[tokens[i]].item(), abs=1e-5)
+
+
+def shard_rank(rank, world, vocabulary, case):
+    """Rank `rank` sees its rows of the vocabulary alone."""
+    group = TensorGroup(dist.group.WORLD)
+    width = -(-vocabulary // world)
+    params = SamplingParams(**case)
+    logits = rows(40)[:, :vocabulary]
+    mine = logits[:, rank * width : (rank + 1) * width]
+    young = torch.arange(40) % 2 == 0
+    return pick(mine, params, VocabShard(group, rank * width, width), young)
+
+
+@pytest.mark.parametrize(
+    ("world", "vocabulary", "case"),
+    [
+        (2, V, {"seed": 3, "stop_ids": (0, 22)}),
+        (4, 5, {"greedy": True, "stop_ids": (1,)}),
+        (2, V, {"top_k": 5, "top_p": 0.8, "stop_ids": (2, 17)}),
+    ],
+)
+def test_shards_decide_as_one_rank(world, vocabulary, case):
+    # Five tokens on four ranks: the last rank has padding alone.
+    young = torch.arange(40) % 2 == 0
+    whole = VocabShard(TensorGroup(), 0, vocabulary)
+    expected = pick(rows(40)[:, :vocabulary], SamplingParams(**case), whole, young)
+    for tokens, logprobs in run_ranks(shard_rank, world, world, vocabulary, case):
+        assert torch.equal(tokens, expected[0])
+        torch.testing.assert_close(logprobs, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
+    ],
+)
+def test_impossible_parameters(case, words):
+    with pytest.raises(UserError, match=words):
+        SamplingParams(**case)
