@@ -51,10 +51,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Rows [offset, offset + rows) of the vocabulary, the real ones of a rank of `group`.
-
-    `width` with padding.
-    """
+    """The vocabulary rows of one rank of `group`: from `offset` on, `width` of them with padding."""
 
     group: TensorGroup
     offset: int

@@ -1,4 +1,4 @@
-"""Choosing tokens: against brute force, over shards as over one rank, and as draws from the right distribution."""
+"""Choosing tokens: by brute force, over shards as over one rank, and from the right distribution."""
 
 import numpy as np
 import pytest
@@ -32,11 +32,11 @@ def pick(logits, params, shard=WHOLE, young=None):
     return choose(logits.clone(), noise, young, params, shard)
 
 
-def test_greedy_is_argmax_at_temperature_one():
+def test_greedy_is_argmax_with_probabilities_at_the_temperature():
     logits = rows(50)
     tokens, logprobs = pick(logits, SamplingParams(greedy=True, temperature=5.0))
     assert torch.equal(tokens, logits.argmax(1))
-    torch.testing.assert_close(logprobs, logits.log_softmax(1).amax(1))
+    torch.testing.assert_close(logprobs, (logits / 5).log_softmax(1).amax(1))
 
 
 def test_the_first_of_equal_logits_wins():
