@@ -50,6 +50,16 @@ def parser() -> Parser:
     return made
 
 
+def with_constants(loaded: Loaded, published: Path) -> Loaded:
+    """With the theoretical values of published runs of figure 10: constants that no raw log holds."""
+    wanted = figure10.lacking(loaded.runs)
+    if not wanted or not published.is_dir():
+        return loaded
+    found = figure10.constants(load([published]).runs, wanted)
+    report = Report(str(published), None, f"{len(found)} theoretical values of figure 10 come from here")
+    return Loaded(loaded.runs + tuple(found), loaded.reports + (report,) * bool(found))
+
+
 def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> dict[str, list[Row]]:
     """Writes the wanted figures into `folder`; returns their rows. Raises UserError if there is nothing."""
     found: dict[str, list[Row]] = {}
@@ -127,6 +137,8 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
     folders = options.logs or [options.published]
     loaded = load(folders)
+    if figure10.NAME in wanted:
+        loaded = with_constants(loaded, options.published)
     with whole(options.out) as folder:
         found = draw(loaded, wanted, options.reading, folder)
         told = remarks(found) + reported(loaded.reports)

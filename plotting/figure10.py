@@ -94,8 +94,24 @@ def ratio_range(without: Sequence[float], with_sharing: Sequence[float]) -> floa
     return max((abs(ratios[-1] - ratio) for ratio in ratios), default=None)
 
 
+def lacking(runs: Sequence[Run]) -> set[tuple[str, str]]:
+    """Cluster and configuration of published runs that came without a theoretical value."""
+    mine = [run for run in runs if NAME in run.figures and run.provenance == "published"]
+    known = {(run.cluster, config_of(run)) for run in mine if run.variant == THEORY}
+    return {(run.cluster, config_of(run)) for run in mine if run.variant in SECONDS} - known
+
+
+def constants(runs: Sequence[Run], wanted: set[tuple[str, str]]) -> list[Run]:
+    """The published theoretical values among `runs` for the wanted clusters and configurations."""
+    return [
+        run
+        for run in runs
+        if (NAME in run.figures and run.variant == THEORY) and (run.cluster, config_of(run)) in wanted
+    ]
+
+
 def _theory(pools: Mapping[str, Pool], reading: str) -> Mean:
-    run = next(iter(pools.values())).runs[0]
+    run = next(pools[variant].runs[0] for variant in (OPT, BASE, THEORY) if variant in pools)
     ideal = equal_cost_speedup(run) if reading == CORRECTED and run.provenance == "published" else None
     if ideal is not None:
         note = (

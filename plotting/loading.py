@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from plotting.selection import agree
 from puzzle.errors import UserError, describe
 from puzzle.runlog import load_runs
 from puzzle.runlog.run import Loaded, Report, Run
@@ -34,7 +35,7 @@ def load(folders: Sequence[Path]) -> Loaded:
                 if not run.ended:
                     reports.append(Report(run.source, None, "the run has not ended, or its log is cut off"))
                 reports += [Report(run.source, None, str(note.get("text", note))) for note in run.notes]
-            elif first.printed == run.printed:
+            elif agree(first, run):
                 reports.append(Report(run.source, None, f"the same run as {first.source}; counted once"))
             else:
                 raise UserError(

@@ -89,7 +89,7 @@ def _pool(runs: Sequence[Run], figure: str) -> Pool:
     repeats: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.repeat, run.source)):
         first = repeats.setdefault(run.repeat, run)
-        if first is not run and first.printed != run.printed:
+        if first is not run and not agree(first, run):
             raise UserError(
                 f"{first.source} and {run.source} are both repeat {run.repeat} of {figure} {run.cluster} "
                 f"{pair(run)} {run.variant} and disagree; remove one, or give them different repeat ids"
@@ -125,6 +125,16 @@ def cells(pools: Grid, variants: Iterable[str]) -> Iterator[tuple[Panel, str, st
         for config, by_variant in configs.items():
             for variant in variants:
                 yield panel, config, variant, by_variant.get(variant)
+
+
+def agree(one: Run, other: Run) -> bool:
+    """Whether two logs can be of one run: what both print is the same; one may print more."""
+    both = one.printed.keys() & other.printed.keys()
+    return bool(both) and all(
+        len(one.printed[name]) == len(other.printed[name])
+        and all(map(math.isclose, one.printed[name], other.printed[name]))
+        for name in both
+    )
 
 
 def series(run: Run, quantity: str) -> tuple[float, ...]:
