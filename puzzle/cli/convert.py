@@ -47,15 +47,19 @@ def convert(source: Path, out: Path) -> None:
     """
     import transformers
 
-    from puzzle.model.gguf import GgufModel
     from puzzle.model.hf import save
 
+    try:
+        from puzzle.model.gguf import GgufModel
+    except ImportError:
+        raise UserError("reading GGUF files needs the package gguf; pip install gguf") from None
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     model = GgufModel(source)
+    model.check_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        assert tokenizer is not None, "a GGUF file without a tokenizer raises"
+        assert tokenizer is not None
         tokenizer.save_pretrained(folder)
         (Path(folder) / "config.json").write_text(json.dumps(model.token_ids()))
         save(out, model.spec, model.tensors(), Path(folder))

@@ -81,6 +81,11 @@ class GgufModel:
         config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         return config
 
+    def check_tokenizer(self) -> None:
+        """UserError if the file holds weights alone."""
+        if "tokenizer.ggml.tokens" not in self._reader.fields:
+            raise UserError(f"{self.path}: has no tokenizer; take a GGUF file that has one")
+
     def token_ids(self) -> dict[str, int]:
         """Beginning, end and padding tokens; what the file does not name is padded with the end token."""
         found = {}
