@@ -86,11 +86,16 @@ def remarks(found: dict[str, list[Row]]) -> list[str]:
         if not rows:
             lines.append(f"missing: {name}: no log of this figure")
         for row in rows:
-            where = f"{name} {row.cluster} {row.config} {row.series}"
+            config = f"{name} {row.cluster} {row.config}"
             if row.value is None and (row.unit == RATIO or not drawn(rows, RATIO)):
-                lines.append(f"missing: {where}: {row.gap}")
-            lines += [f"note: {where}: {note}" for note in row.notes]
-    return lines
+                lines.append(f"missing: {config} {row.series}: {row.gap}")
+            for note in row.notes:
+                alike = [
+                    other for other in rows if (other.cluster, other.config) == (row.cluster, row.config)
+                ]
+                several = sum(note in other.notes for other in alike) > 1
+                lines.append(f"note: {config}{'' if several else f' {row.series}'}: {note}")
+    return ordered(lines)
 
 
 def reported(reports: Iterable[Report]) -> list[str]:
