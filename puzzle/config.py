@@ -240,11 +240,12 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Hugging Face folders under OUT/checkpoints."""
+    """Under OUT/checkpoints: state-N to resume from, and the actor as Hugging Face folders."""
 
-    every: Natural = Field(0, description="iterations between checkpoints; 0: only the last")
+    every: Natural = Field(0, description="iterations between checkpoints; 0: only the last model")
     save: bool = Field(True, description="false: none at all (timing runs)")
-    keep: Count = 2
+    keep: Count = Field(2, description="how many of each kind stay")
+    asynchronous: bool = Field(True, description="write state-N while training goes on")
     best: bool = Field(False, description="keep the one with the best held-out reward as well")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from puzzle.cli import Parser
 from puzzle.config import TrainConfig
-from puzzle.configio import load_config, option_help
+from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.runlog import load_runs
 from puzzle.sources import check
 
 
@@ -27,29 +28,49 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true", help="show this and every key")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all that the run writes")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     parser.add_argument("--dry-run", action="store_true", help="check, print the whole configuration, stop")
     options, overrides = parser.parse_known_args(arguments)
     if options.help:
         print(parser.format_help() + "\n" + option_help())
         return 0
-    config = load_config(options.config, overrides)
+    if options.resume and options.config is None:
+        config = _configured(options.out, overrides)
+    else:
+        config = load_config(options.config, overrides)
     check(config)
     if options.dry_run:
         print(json.dumps(config.resolved(), indent=2))
         return 0
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
-    return start(config, options.out)
+    return start(config, options.out, options.resume)
 
 
-def start(config: TrainConfig, out: Path) -> int:
+def _configured(out: Path | None, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration of the run in `out`, as its log has it, below the command line."""
+    if out is None:
+        raise UserError("--resume needs --out DIR: the folder of the run that goes on")
+    log = out / "run.jsonl"
+    runs = load_runs(log).runs if log.is_file() else []
+    if not runs:
+        raise UserError(f"--resume: {out} holds no run; without --resume one begins")
+    config = {name: value for name, value in runs[0].config.items() if name != "global_batch_size"}
+
+    def place(key: Key) -> str:
+        return f"{log} and the command line"
+
+    return build(merge(config, parse_overrides(overrides)), place)
+
+
+def start(config: TrainConfig, out: Path, resume: bool = False) -> int:
     """Run `config` into `out`; a folder of our making does not outlive a refusal before the log began."""
     rank, _ = local.identity()
     made = rank == 0 and not out.exists()
     if rank == 0:
-        _prepare(out)
+        _prepare(out, resume)
     try:
-        local.run("puzzle.rlhf.trainer:train", (config, out), config.world, out / "ranks")
+        local.run("puzzle.rlhf.trainer:train", (config, out, resume), config.world, out / "ranks")
     except local.WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -57,26 +78,16 @@ def start(config: TrainConfig, out: Path) -> int:
         if made and not (out / "run.jsonl").exists():
             shutil.rmtree(out)
         raise
-    if rank == 0 and config.log.plots:
-        _plot(out)
     return 0
 
 
-def _plot(out: Path) -> None:
-    """Draw the curves of the finished run into out/plots."""
-    from plotting import curves
-    from plotting.loading import load
-    from plotting.output import whole
-
-    with whole(out / "plots") as folder:
-        curves.write(load([out]).runs, folder)
-
-
-def _prepare(out: Path) -> None:
+def _prepare(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file, not a folder")
-    if (out / "run.jsonl").exists():
-        raise UserError(f"--out {out}: already holds a run; choose another folder, or remove it")
+    if resume and not (out / "run.jsonl").exists():
+        raise UserError(f"--resume: {out} holds no run; without --resume one begins")
+    if not resume and (out / "run.jsonl").exists():
+        raise UserError(f"--out {out}: already holds a run; choose another folder, or go on with --resume")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out}: cannot be written")

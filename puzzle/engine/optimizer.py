@@ -316,6 +316,26 @@ class ZeroAdamW:
         for bucket in self.buckets:
             bucket.grads = bucket.shard = None
 
+    def moments(self, i: int) -> tuple[Tensor, Tensor]:
+        """fp32 exp_avg and exp_avg_sq of slot i's own rows; zeros before the first step."""
+        master = self.masters[i]
+        state = self.adam.state[master]
+        if "exp_avg" not in state and master.numel():
+            state |= {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        return (state["exp_avg"], state["exp_avg_sq"]) if master.numel() else (master, master)
+
+    def set_steps(self, steps: int) -> None:
+        """Go on as after `steps` steps; the moments are the caller's to fill."""
+        self.steps = steps
+        for i, master in enumerate(self.masters):
+            self.moments(i)
+            if master.numel():
+                self.adam.state[master]["step"].fill_(steps)
+        for group in self.adam.param_groups:
+            if "step" in group:  # apex counts per group
+                group["step"] = steps
+
     def gradients(self) -> Mapping[str, Tensor]:
         """Reduced fp32 gradients of the own rows by storage name."""
         return {slot.local.name: self._grad(i) for i, slot in enumerate(self.slots)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from puzzle.config import TrainConfig
+from puzzle.data.tokenizers import tokenizer_folder
+from puzzle.engine.checkpoint import Saved
 from puzzle.engine.export import whole_tensors
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
@@ -73,15 +77,34 @@ def moved_bytes(models: Models, world: World) -> dict[str, int]:
     return {**world.moved, **tensor}
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """How a run goes on: iterations done, the checkpoint's folder (None: from the start), what to warn of."""
+
+    done: int = 0
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Recorder:
     """The log of a run. All ranks hold one; rank 0 writes."""
 
-    def __init__(self, out: Path, config: TrainConfig, world: World, header: RunHeader) -> None:
+    def __init__(
+        self, out: Path, config: TrainConfig, world: World, header: RunHeader, resumed: Resumed | None = None
+    ) -> None:
+        """With `resumed`, the log that is there goes on."""
         self.out, self.config, self.world = out, config, world
         self.note: str | None = None
-        self.writer = RunWriter(out, header) if world.rank == 0 else None
-        log = config.log
-        self.reporter = Reporter(out, config.iterations, log.tensorboard) if self.writer else None
+        self.writer = RunWriter(out, header, resume=resumed is not None) if world.rank == 0 else None
+        done = 0 if resumed is None else resumed.done
+        tensorboard = config.log.tensorboard
+        self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
+        if self.writer is not None and resumed is not None:
+            folder = resumed.folder and str(resumed.folder.relative_to(out))
+            self.writer.resume(done, folder)
+            for note in resumed.notes:
+                self.writer.warning(note)
+                print(f"warning: {note}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -150,18 +173,24 @@ class Recorder:
                 fields["kl"] = kl[row]
             self.writer.sample(iteration, said[0][row], said[1][row], **fields)
 
+    def states(self, complete: Sequence[Saved]) -> None:
+        """Checkpoints to resume from that have become complete."""
+        for saved in complete if self.writer is not None else ():
+            folder = str(saved.folder.relative_to(self.out))
+            self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
+
     def save(self, model: ModelRuntime, name: str, done: int) -> None:
         """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name."""
+        if not self.config.checkpoint.save:
+            return
         folder = self.out / "checkpoints" / name
         tensors = whole_tensors(model)
         if self.writer is None:
             for _ in tensors:
                 pass
             return
-        tokenizer = self.config.data.tokenizer or self.config.actor.model
-        hf.save(
-            folder, model.spec, tensors, Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
-        )
+        with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model) as files:
+            hf.save(folder, model.spec, tensors, files)
         self.writer.checkpoint(done, str(folder.relative_to(self.out)))
         self._prune()
 

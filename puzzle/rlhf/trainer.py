@@ -15,6 +15,7 @@ from puzzle.config import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
+from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.timing import StageClock
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -22,7 +23,7 @@ from puzzle.provenance import run_header
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
-from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
+from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics
 from puzzle.rlhf.rewards import FunctionReward
 from puzzle.rlhf.rollout import (
     infer,
@@ -38,18 +39,28 @@ from puzzle.runlog import STAGES
 from puzzle.sources import check, specs_of
 
 
-def train(config: TrainConfig, out: Path) -> None:
-    """One process of a run; all of them call this. Raises UserError for what the user can mend."""
+def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
+    """One process of a run; all of them call this. With `resume`, the run in `out` goes on.
+
+    Raises UserError for what the user can mend.
+    """
     check(config)
     data = prepare(config, specs_of(config)["actor"].vocab_size)
     world = World.start(config.device)
     try:
         trainer = Trainer(config, data, build_models(config, world), world)
+        checkpoints = _checkpoints(config, out, trainer.models)
+        resumed = trainer.resume(checkpoints) if resume else None
         header = run_header(config, {"device": _device_name(world), "processes": world.size})
-        with Recorder(out, config, world, header) as recorder:
-            trainer.run(recorder)
+        with Recorder(out, config, world, header, resumed) as recorder:
+            trainer.run(recorder, checkpoints)
     finally:
         world.close()
+
+
+def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
+    options = config.checkpoint
+    return Checkpoints(out / "checkpoints", (models.actor, models.critic), options.keep, options.asynchronous)
 
 
 def _device_name(world: World) -> str:
@@ -67,6 +78,28 @@ class Trainer:
         self.function = FunctionReward(config.reward.function) if config.reward.function else None
         self.reward_tokenizer = self._reward_tokenizer()
         self.best = -math.inf
+        self.done = 0
+
+    def state(self) -> dict[str, Any]:
+        """All but weights and optimizers that a later iteration depends on, as JSON values."""
+        return {
+            "kl_coef": self.kl_coef,
+            "scores_seen": dataclasses.asdict(self.scores_seen),
+            "best": self.best if math.isfinite(self.best) else None,
+            "data": self.data.train.state(),
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> Resumed:
+        """Go on from the last whole checkpoint, or from the start where there never was one."""
+        restored = checkpoints.restore()
+        if restored is None:
+            return Resumed(notes=("there is no checkpoint to resume from: the run begins again",))
+        state = restored.state
+        self.data.train.restore(state["data"])
+        self.kl_coef, self.done = state["kl_coef"], restored.number
+        self.scores_seen = ppo.RunningMoments(**state["scores_seen"])
+        self.best = -math.inf if state["best"] is None else state["best"]
+        return Resumed(restored.number, restored.folder, restored.notes)
 
     def _reward_tokenizer(self) -> Tokenizer | None:
         """The reward model's tokenizer where it differs from the actor's."""
@@ -76,32 +109,43 @@ class Trainer:
         theirs = load_tokenizer(folder)
         return None if same_tokenizer(ours, theirs) else theirs
 
-    def run(self, recorder: Recorder) -> None:
+    def run(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """All iterations, with evaluations and checkpoints between them."""
         recorder.ranks(describe_rank(self.models, self.world))
-        self._evaluate(0, recorder)
-        for iteration in range(self.config.iterations):
+        if not self.done:
+            self._evaluate(0, recorder)
+        for iteration in range(self.done, self.config.iterations):
             metrics = self.iteration(iteration, recorder)
-            done = iteration + 1
+            self.done = done = iteration + 1
             every = self.config.eval.every
             if every and done % every == 0:
                 self._evaluate(done, recorder)
-            every = self.config.checkpoint.every
-            if every and done % every == 0 and done < self.config.iterations:
-                recorder.save(self.models.actor, f"iteration-{done}", done)
+            self._save(recorder, checkpoints)
             stop = self.config.ppo.kl_stop
             if stop is not None and metrics["kl"] > stop:
                 recorder.note = f"KL {metrics['kl']:.4g} exceeded ppo.kl_stop {stop:g}"
                 break
-        recorder.save(self.models.actor, "last", done)
+        recorder.save(self.models.actor, "last", self.done)
+        checkpoints.wait()
+        recorder.states(checkpoints.finished())
         recorder.ranks(describe_rank(self.models, self.world))
+
+    def _save(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
+        """Begin a checkpoint where one is due, log those that became complete."""
+        recorder.states(checkpoints.finished())
+        options = self.config.checkpoint
+        if options.save and options.every and self.done % options.every == 0:
+            checkpoints.save(self.done, self.state())
+            if self.done < self.config.iterations:
+                recorder.save(self.models.actor, f"iteration-{self.done}", self.done)
 
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One PPO iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
         clock = StageClock(self.world)
+        generation = self.config.generation
         experience = respond(
-            self.models.actor, prompts, self.config.generation.samples, self.params, iteration
+            self.models.actor, prompts, generation.samples, self.params, iteration, generation
         )
         clock.end("generation")
         experience, scores = self._inference(experience, prompts)
@@ -170,7 +214,7 @@ class Trainer:
         params = dataclasses.replace(
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
-        experience = respond(self.models.actor, prompts, 1, params, 0)
+        experience = respond(self.models.actor, prompts, 1, params, 0, self.config.generation)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
         error = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0

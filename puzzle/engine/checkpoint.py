@@ -1,0 +1,376 @@
+"""Checkpoints of trained models: `state-N/` with one safetensors file per rank and a manifest written last.
+
+Every rank copies the rows it owns to host memory, then a thread writes them while training goes on. Readers
+under any layout take what intersects their own boxes. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from puzzle import __version__
+from puzzle.engine.optimizer import ZeroAdamW
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.errors import UserError, describe
+from puzzle.model.weights import fill
+from puzzle.plan import manifest
+from puzzle.plan.manifest import KINDS, WEIGHT, Entry, Manifest, SavedFile, SavedModel
+from puzzle.plan.shards import Box
+
+MANIFEST = "manifest.json"
+POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 1800.0
+"""How long rank 0 waits for the files of the others."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete: its folder, the seconds it took from the call on, its bytes."""
+
+    number: int
+    folder: Path
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was loaded; `notes` name newer checkpoints that were damaged."""
+
+    number: int
+    folder: Path
+    state: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints of `models` in `folder`. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self, folder: Path, models: Sequence[ModelRuntime], keep: int = 2, asynchronous: bool = True
+    ) -> None:
+        """Half-written checkpoints of earlier processes are removed. Every model has an optimizer."""
+        self.folder, self.models, self.keep, self.asynchronous = folder, models, keep, asynchronous
+        self.world = models[0].world
+        self._host: dict[tuple[str, str, int], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: UserError | None = None
+        self._saved: list[Saved] = []
+        if self.world.rank == 0:
+            for left in folder.glob("state-*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        self.world.share(None)
+        self._entries = self._all_entries() if self.world.rank == 0 else ()
+
+    def _all_entries(self) -> tuple[Entry, ...]:
+        return tuple(
+            entry
+            for model in self.models
+            for entry in manifest.entries(model.name, model.spec, model.placement)
+        )
+
+    def save(self, number: int, state: Mapping[str, Any]) -> None:
+        """Begin to save what is now as `state-<number>`, with `state` (JSON values); waits for the last save.
+
+        UserError if that one failed, or, not asynchronous, if this one does.
+        """
+        self.wait()
+        began = time.perf_counter()
+        self._snapshot()
+        steps = {model.name: _optimizer(model).steps for model in self.models}
+        work = (number, dict(state), steps, began)
+        if not self.asynchronous:
+            self._write(*work)
+            return self._raise()
+        self._thread = threading.Thread(target=self._write, args=work, daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until no save is under way. UserError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    def finished(self) -> list[Saved]:
+        """Saves completed since the last call (rank 0 alone has any). UserError if one failed."""
+        self._raise()
+        found, self._saved = self._saved, []
+        return found
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _snapshot(self) -> None:
+        """Copy masters and moments to host memory, which later saves use again."""
+        for model in self.models:
+            optimizer = _optimizer(model)
+            for i in range(len(optimizer.slots)):
+                for kind, values in zip(KINDS, (optimizer.masters[i], *optimizer.moments(i)), strict=True):
+                    key = (model.name, kind, i)
+                    if key not in self._host:
+                        self._host[key] = torch.empty(values.shape, pin_memory=values.is_cuda)
+                    self._host[key].copy_(values, non_blocking=True)
+        self.world.synchronize()
+
+    def _write(self, number: int, state: dict[str, Any], steps: dict[str, int], began: float) -> None:
+        """Write this rank's file; on rank 0 complete the checkpoint too. Keeps what goes wrong for `wait`."""
+        partial = self.folder / f"state-{number}.partial"
+        note = partial / f"rank-{self.world.rank:05d}.json"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            file = write_boxes(partial / manifest.rank_file(self.world.rank), list(self._boxes()))
+            write_text(note, json.dumps(asdict(file)))
+            if self.world.rank == 0:
+                self._complete(partial, number, state, steps, began)
+        except OSError as error:
+            self._error = UserError(
+                f"checkpoint {number} failed: {describe(error)}; free space or permit writing"
+            )
+        except UserError as error:
+            self._error = error
+        if self._error is not None and self.world.rank > 0:
+            _tell(note, str(self._error))
+
+    def _boxes(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, values in host memory) of every box that this rank owns."""
+        for model in self.models:
+            storages = {storage.name: i for i, storage in enumerate(model.decoder.storages)}
+            slots = {storages[s.local.name]: (n, s) for n, s in enumerate(_optimizer(model).slots)}
+            for own in manifest.owned(model.spec, model.placement.layout, model.coord):
+                index, slot = slots[own.index]
+                rows = slice(own.piece.start - slot.low, own.piece.stop - slot.low)
+                for kind in KINDS:
+                    values = self._host[model.name, kind, index][rows]
+                    key = manifest.box_key(model.name, own.piece.tensor, kind, own.piece.box)
+                    yield key, values.t() if own.transposed else values
+
+    def _complete(
+        self, partial: Path, number: int, state: dict[str, Any], steps: dict[str, int], began: float
+    ) -> None:
+        files = {manifest.rank_file(rank): self._file_of(partial, rank) for rank in range(self.world.size)}
+        models = {m.name: SavedModel(manifest.identity(m.spec), steps[m.name]) for m in self.models}
+        versions = {"puzzle": __version__, "torch": torch.__version__}
+        text = Manifest(state, models, files, self._entries, versions).dumps()
+        for rank in range(self.world.size):
+            (partial / f"rank-{rank:05d}.json").unlink()
+        write_text(partial / MANIFEST, text)
+        final = partial.with_suffix("")
+        if final.exists():  # an unusable one, from before a resume
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        size = sum(file.bytes for file in files.values())
+        self._saved.append(Saved(number, final, time.perf_counter() - began, size))
+        for old in self._numbers()[: -self.keep]:
+            shutil.rmtree(self._state(old), ignore_errors=True)
+
+    def _file_of(self, partial: Path, rank: int) -> SavedFile:
+        """What a rank says about its file, once it is whole."""
+        note = partial / f"rank-{rank:05d}.json"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not note.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"{partial}: rank {rank} wrote no file; all ranks must see one file system")
+            time.sleep(POLL_SECONDS)
+        told = json.loads(note.read_text())
+        if "error" in told:
+            raise UserError(told["error"])
+        return SavedFile(**told)
+
+    def _state(self, number: int) -> Path:
+        return self.folder / f"state-{number}"
+
+    def _numbers(self) -> list[int]:
+        """The numbers of all that bear a checkpoint's name, ascending."""
+        matches = (re.fullmatch(r"state-(\d+)", path.name) for path in self.folder.glob("state-*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def restore(self) -> Restored | None:
+        """Load the newest undamaged checkpoint into the models; None if there never was one.
+
+        UserError if all are damaged, or if one is of other models.
+        """
+        notes: list[str] = []
+        for number in reversed(self.world.share(self._numbers())):
+            folder = self._state(number)
+            found, problem = _read_manifest(folder)
+            problem = self._first(problem)
+            if problem is None:
+                assert found is not None
+                for model in self.models:
+                    found.check_model(model.name, model.spec)
+                problem = self._first(self._damage(folder, found))
+            if problem is None:
+                assert found is not None
+                with torch.no_grad():
+                    self._load(folder, found)
+                return Restored(number, folder, found.state, tuple(notes))
+            notes.append(f"{folder} is damaged: {problem}")
+        if notes:
+            raise UserError(f"{notes[0]}; no earlier checkpoint is whole: start a new run")
+        return None
+
+    def _first(self, problem: str | None) -> str | None:
+        """The first problem that any rank has."""
+        return next((p for p in self.world.gather(problem) if p is not None), None)
+
+    def _damage(self, folder: Path, found: Manifest) -> str | None:
+        """What is wrong with this rank's share of the files."""
+        for index, (name, file) in enumerate(found.files.items()):
+            if index % self.world.size != self.world.rank:
+                continue
+            try:
+                size, crc = checksum(folder / name)
+            except OSError as error:
+                return describe(error)
+            if size != file.bytes:
+                return f"{name} has {size} bytes instead of {file.bytes}"
+            if crc != file.crc:
+                return f"the checksum of {name} is wrong"
+        return None
+
+    def _load(self, folder: Path, found: Manifest) -> None:
+        with Reader(folder, found.entries) as reader:
+            for model in self.models:
+                optimizer, name = _optimizer(model), model.name
+                fill(model.decoder, lambda tensor, name=name: Logical(reader, name, tensor))
+                optimizer.set_steps(found.models[name].steps)
+                for i, slot in enumerate(optimizer.slots):
+                    for kind, target in zip(
+                        KINDS, (optimizer.masters[i], *optimizer.moments(i)), strict=True
+                    ):
+                        for piece in slot.local.clip(slot.low, slot.high):
+                            values = reader.read(name, piece.tensor, kind, piece.box)
+                            rows = target[piece.start - slot.low : piece.stop - slot.low]
+                            rows.copy_(values.t() if slot.local.transposed else values)
+
+
+class Reader:
+    """Reads boxes of tensors out of the files of a checkpoint."""
+
+    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._held: dict[tuple[str, str, str], list[Entry]] = {}
+        for entry in entries:
+            self._held.setdefault((entry.model, entry.tensor, entry.kind), []).append(entry)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+
+    def read(self, model: str, tensor: str, kind: str, box: Box) -> Tensor:
+        """float32 values of `box`. UserError naming the tensor if the files do not hold it."""
+        values = torch.empty(box.shape)
+        try:
+            for entry, part in manifest.covering(self._held[model, tensor, kind], box):
+                found = self._open(entry.file).get_slice(entry.key)
+                values[_relative(part, box)] = found[_relative(part, entry.box)]
+        except (SafetensorError, OSError, UserError) as error:
+            raise UserError(f"{self.folder}: {model}, {kind} of {tensor}: {error}") from None
+        return values
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self.folder / name, framework="pt").__enter__()
+        return self._files[name]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A tensor's weights in a checkpoint, read box by box."""
+
+    reader: Reader
+    model: str
+    tensor: str
+
+    def __getitem__(self, slices: tuple[slice, ...], /) -> Tensor:
+        """The box cut out by one slice per dimension."""
+        box = Box(tuple((s.start, s.stop) for s in slices))
+        return self.reader.read(self.model, self.tensor, WEIGHT, box)
+
+
+def _relative(part: Box, whole: Box) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part.intervals, whole.intervals, strict=True))
+
+
+def _optimizer(model: ModelRuntime) -> ZeroAdamW:
+    assert model.optimizer is not None, f"{model.name} is not trained"
+    return model.optimizer
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
+    """The manifest, or what is wrong with it."""
+    try:
+        return Manifest.loads((folder / MANIFEST).read_text(encoding="utf-8")), None
+    except OSError as error:
+        return None, describe(error)
+    except (ValueError, KeyError, TypeError) as error:
+        return None, f"{MANIFEST}: {error}"
+
+
+def write_boxes(path: Path, boxes: Sequence[tuple[str, Tensor]]) -> SavedFile:
+    """A safetensors file of float32 tensors on the host, one in memory at a time; its size and checksum."""
+    header, end = {}, 0
+    for key, values in boxes:
+        start, end = end, end + values.nbytes
+        header[key] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(head)
+    with path.open("wb") as file:
+        file.write(head)
+        for _, values in boxes:
+            data = memoryview(values.contiguous().numpy()).cast("B")
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+        file.flush()
+        os.fsync(file.fileno())
+    return SavedFile(len(head) + end, crc)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first: whoever sees the file sees all of it."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def _tell(note: Path, error: str) -> None:
+    """Let rank 0 know; where not even that can be written, this rank's own failure ends the run."""
+    try:
+        write_text(note, json.dumps({"error": error}))
+    except OSError:
+        return
