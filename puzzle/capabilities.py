@@ -8,11 +8,8 @@ def missing(config: TrainConfig) -> list[str]:
     lacks: list[str] = []
     if config.log.variant == "dschat":
         lacks.append("the DeepSpeed-Chat baseline (log.variant dschat)")
-    layouts = config.layouts()
-    if any(layout.tp > 1 or layout.pp > 1 for layout in layouts.values()):
-        lacks.append("tensor and pipeline parallelism (tp or pp above 1)")
-    if len({layout.dp for layout in layouts.values()}) > 1:
-        lacks.append("models in different layouts")
+    if config.generation.stop:
+        lacks.append("stop texts (generation.stop)")
     if config.generation.layout != config.actor.layout:
         lacks.append("switching layouts between stages (generation.layout)")
     if config.intra.fuse_training or config.intra.fuse_inference:

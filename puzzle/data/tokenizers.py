@@ -1,7 +1,9 @@
 """Tokenizers, through transformers: load, encode without a second BOS, render chats, tokenise again."""
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,17 @@ def byte_tokenizer() -> Tokenizer:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+@contextmanager
+def tokenizer_folder(name: str | None) -> Generator[Path | None]:
+    """A folder with the files of tokenizer `name` while the context lasts; None where there is none."""
+    if name != BYTES:
+        yield None if name is None else Path(name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer().save_pretrained(folder)
+        yield Path(folder)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -78,17 +78,30 @@ class OneStage:
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder, requests: Sequence[Request], params: SamplingParams, relay: Relay | None = None
+    decoder: Decoder,
+    requests: Sequence[Request],
+    params: SamplingParams,
+    relay: Relay | None = None,
+    *,
+    prefill: int | None = None,
+    decode: int | None = None,
 ) -> list[Response]:
-    """A response to each request, in order. UserError for an empty prompt or one too long for the model."""
+    """A response to each request, in order. UserError for an empty prompt or one too long for the model.
+
+    `decode` requests at a time are in the cache (all by default); one prompt pass takes `prefill` of them at
+    most, and no more than have `PREFILL_TOKENS` tokens. Neither changes a response.
+    """
     check_room(requests, params.max_new_tokens, decoder.spec.max_positions)
-    if not requests:
-        return []
-    session = _Session(decoder, requests, params, relay or OneStage())
-    session.prefill()
-    while session.order:
-        session.step()
-    return session.responses()
+    responses: list[Response] = []
+    size = decode or max(1, len(requests))
+    for start in range(0, len(requests), size):
+        part = requests[start : start + size]
+        session = _Session(decoder, part, params, relay or OneStage())
+        session.prefill(prefill)
+        while session.order:
+            session.step()
+        responses += session.responses()
+    return responses
 
 
 def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int) -> None:
@@ -123,12 +136,13 @@ class _Session:
             width = decoder.head_weight.shape[0]
             self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
 
-    def prefill(self) -> None:
-        """Cache all prompts and draw each one's first token."""
+    def prefill(self, most: int | None) -> None:
+        """Cache all prompts, at most `most` in one pass, and draw each one's first token."""
         start, count = 0, len(self.requests)
         while start < count:
             stop, total = start, 0
-            while stop < count and (stop == start or total < PREFILL_TOKENS):
+            limit = min(count, start + (most or count))
+            while stop < limit and (stop == start or total < PREFILL_TOKENS):
                 total += len(self.requests[stop].prompt)
                 stop += 1
             prompts = [self.requests[i].prompt for i in range(start, stop)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzle.config import PPOConfig, TrainConfig
+from puzzle.config import GenerationConfig, PPOConfig, TrainConfig
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, dialogue_ids
 from puzzle.engine.generate import Request, generate
@@ -38,16 +38,31 @@ def sampling_params(config: TrainConfig, stop_ids: tuple[int, ...]) -> SamplingP
 
 
 def respond(
-    actor: ModelRuntime, prompts: Sequence[Prompt], samples: int, params: SamplingParams, iteration: int
+    actor: ModelRuntime,
+    prompts: Sequence[Prompt],
+    samples: int,
+    params: SamplingParams,
+    iteration: int,
+    generation: GenerationConfig,
 ) -> Experience:
-    """Responses and their log-probs for every prompt, the same experience on every rank."""
+    """Responses and their log-probs for every prompt, the same experience on every rank.
+
+    `generation` says how large micro-batches are.
+    """
     count = len(prompts) * samples
     rows = actor.rows(count)
     requests = [
         Request(prompts[row // samples].tokens, prompts[row // samples].index, row % samples, iteration)
         for row in rows
     ]
-    answers = generate(actor.decoder, requests, params, relay_of(actor))
+    answers = generate(
+        actor.decoder,
+        requests,
+        params,
+        relay_of(actor),
+        prefill=generation.prefill_microbatch,
+        decode=generation.decode_microbatch,
+    )
     width = params.max_new_tokens
     # A token t is sent as t + 1: what nobody wrote stays 0.
     tokens_RS = torch.zeros((len(rows), width), dtype=torch.int64)

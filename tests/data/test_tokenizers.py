@@ -13,6 +13,7 @@ from puzzle.data.tokenizers import (
     render,
     same_tokenizer,
     stop_ids,
+    tokenizer_folder,
 )
 from puzzle.errors import UserError
 
@@ -48,6 +49,15 @@ def test_byte_tokenizer_is_saved_and_found_again(tmp_path):
     again = load_tokenizer(str(tmp_path))
     assert again.get_vocab() == tokenizer.get_vocab()
     assert encode(again, "Ünïcode") == encode(tokenizer, "Ünïcode")
+
+
+def test_a_folder_of_tokenizer_files_for_any_name(tmp_path):
+    with tokenizer_folder("bytes") as folder:
+        assert folder is not None
+        assert load_tokenizer(str(folder)).eos_token_id == 256
+    assert not folder.exists()
+    with tokenizer_folder(str(tmp_path)) as same, tokenizer_folder(None) as none:
+        assert (same, none) == (tmp_path, None)
 
 
 def test_one_bos_however_the_prompt_comes():

@@ -133,6 +133,9 @@ def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
     pieces = generate(decoder, requests(), params)
     assert [r.tokens for r in together] == [r.tokens for r in pieces]
+    for prefill, decode in ((1, None), (2, 3), (5, 1)):
+        parts = generate(decoder, requests(), params, prefill=prefill, decode=decode)
+        assert [r.tokens for r in together] == [r.tokens for r in parts]
     other = generate(decoder, requests(), SamplingParams(max_new_tokens=NEW, seed=5))
     assert [r.tokens for r in together] != [r.tokens for r in other]
 

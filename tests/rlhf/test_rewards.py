@@ -64,6 +64,11 @@ def test_absent_functions_are_named(name, words):
         FunctionReward(name)
 
 
+def test_letters_are_counted():
+    score = FunctionReward("puzzle.rlhf.rewards:letter_share")
+    assert score(["", "", ""], ["ab c", "a1é!", ""]) == [1.0, 0.25, 0.0]
+
+
 def test_sentiment_reads_the_response_alone():
     pytest.importorskip("vaderSentiment")
     score = FunctionReward("puzzle.rlhf.rewards:vader_sentiment")
