@@ -12,8 +12,10 @@ from puzzle.errors import UserError, describe
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
     "train": "train a model by PPO",
+    "generate": "answer prompts with a model folder",
     "convert": "turn a GGUF file into a Hugging Face model folder",
     "plan": "plan switches and shared pipelines, without devices",
+    "bench": "measure and check on the devices of this host",
     "campaign": "run the experiments of the figures, then draw them",
 }
 

@@ -144,9 +144,14 @@ def _dataset_folder(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def load_prompts(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     """Read and tokenise the prompts of `path`; raises UserError naming the place of what is wrong."""
+    return tokenise(read_rows(path, data.field, data.id_field), str(path), data, tokenizer)
+
+
+def tokenise(rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
+    """Turn rows into prompts; raises UserError naming the place of what is wrong."""
     kept: list[Prompt] = []
     dropped = 0
-    for index, row in enumerate(read_rows(path, data.field, data.id_field)):
+    for index, row in enumerate(rows):
         messages = _messages(row, data)
         if messages is None:
             text, tokens = row.value, encode(tokenizer, row.value)
@@ -166,7 +171,7 @@ def load_prompts(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PromptSe
         kept.append(Prompt(index, row.id or str(index), text, messages, tuple(tokens)))
     if not kept:
         raise UserError(
-            f"{path}: all {dropped} prompts exceed data.max_prompt_tokens {data.max_prompt_tokens}"
+            f"{source}: all {dropped} prompts exceed data.max_prompt_tokens {data.max_prompt_tokens}"
         )
     return PromptSet(tuple(kept), dropped)
 
