@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import PackedBatch
 from puzzle.plan.schedule import Action, Op
 
 Finish = Callable[[int, Tensor], Tensor]
 """(micro-batch, final hidden states (T/tp, D)) -> 0-d loss when training, any result otherwise."""
+
+
+class Gradients(Protocol):
+    """Takes the gradients of backward passes over; `ZeroAdamW` is one."""
+
+    def begin(self, passes: int) -> None:
+        """Be ready for `passes` backward passes."""
+        ...
+
+    def do(self, op: Op) -> None:
+        """Start, or wait for, a part of the optimizer step."""
+        ...
 
 
 class StageRun:
@@ -27,7 +39,7 @@ class StageRun:
         decoder: Decoder,
         batches: Sequence[PackedBatch],
         finish: Finish,
-        optimizer: ZeroAdamW | None = None,
+        optimizer: Gradients | None = None,
     ) -> None:
         self.decoder, self.batches, self.finish, self.optimizer = decoder, batches, finish, optimizer
         self.results: list[Tensor | None] = [None] * len(batches)

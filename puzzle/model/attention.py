@@ -70,8 +70,10 @@ def packed_attention(
 
 def decode_attention(q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor) -> Tensor:
     """One query per row against the row's cached tokens, its own included. Returns (B, H, h)."""
-    out = F.scaled_dot_product_attention(q_BHh[:, :, None], k_BKSh, v_BKSh, attn_mask=mask, enable_gqa=True)
-    return out[:, :, 0]
+    rows, groups = k_BKSh.shape[:2]
+    # The query heads of a kv head stand as its queries: no key is copied, and no mask is different.
+    grouped = q_BHh.reshape(rows, groups, -1, q_BHh.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k_BKSh, v_BKSh, attn_mask=mask).reshape(q_BHh.shape)
 
 
 def _varlen_attention(

@@ -19,7 +19,8 @@ from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
-from puzzle.model.rope import frequencies, rotate, rotation
+from puzzle.model.pointwise import Pointwise, rms_norm
+from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, local_params
 from puzzle.spec.model import ModelSpec
@@ -39,6 +40,7 @@ class Pass:
     cache: KVCache | None
     cos: Tensor
     sin: Tensor
+    pointwise: Pointwise
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
@@ -75,7 +77,7 @@ class Layer(nn.Module):
     def __init__(self, spec: ModelSpec, tp: int, index: int) -> None:
         """`index` counts from the first layer of the stage."""
         super().__init__()
-        self.index, self.head_dim, self.eps = index, spec.head_dim, spec.norm_eps
+        self.index, self.eps = index, spec.norm_eps
         self.kv_groups = max(1, spec.num_kv_heads // tp)
         self.ffn_blocks = spec.ffn_blocks // tp
         for name in ("qkv_bias", "q_norm", "k_norm", "attention_out_bias", "gate_up_bias", "down_bias"):
@@ -83,24 +85,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """Hidden states in, hidden states out: (T/tp, D), or (B, D) in a decode pass."""
-        x = x + self._attention(rms_norm(x, self.attention_norm, self.eps), run)
-        return x + self._ffn(rms_norm(x, self.mlp_norm, self.eps), run)
+        attended = self._attention(rms_norm(x, self.attention_norm, self.eps), run)
+        x, normed = run.pointwise.add_norm(x, attended, self.mlp_norm, self.eps)
+        return x + self._ffn(normed, run)
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         qkv = column_linear(x, self.qkv, self.qkv_bias, run.group, run.sharded)
-        # Rows interleave by kv group: its query heads, its key head, its value head.
-        qkv = qkv.view(qkv.shape[0], self.kv_groups, -1, self.head_dim)
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2:-1], qkv[:, :, -1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        q, k = rotate(q, run.cos, run.sin), rotate(k, run.cos, run.sin)
-        out = run.attend(self.index, q.flatten(1, 2), k.flatten(1, 2), v)
+        q, k, v = run.pointwise.heads(
+            qkv, self.kv_groups, run.cos, run.sin, self.q_norm, self.k_norm, self.eps
+        )
+        out = run.attend(self.index, q, k, v)
         return self._row_linear(out.flatten(1), self.attention_out, self.attention_out_bias, run)
 
     def _ffn(self, x: Tensor, run: Pass) -> Tensor:
         both = column_linear(x, self.gate_up, self.gate_up_bias, run.group, run.sharded)
-        gate, up = both.view(both.shape[0], self.ffn_blocks, 2, -1).unbind(2)
-        return self._row_linear((F.silu(gate) * up).flatten(1), self.down, self.down_bias, run)
+        return self._row_linear(run.pointwise.gated(both, self.ffn_blocks), self.down, self.down_bias, run)
 
     @staticmethod
     def _row_linear(x: Tensor, weight_transposed: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
@@ -140,7 +139,7 @@ class Decoder(nn.Module):
             raise ValueError(f"rank {group.rank} of {group.size} cannot be {coord} of layout {layout}")
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
-        self.recompute = recompute
+        self.recompute, self.pointwise = recompute, Pointwise.eager()
         self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
@@ -166,6 +165,10 @@ class Decoder(nn.Module):
         """What the last stage's head multiplies by: its own storage or, tied on the only stage, `embed`."""
         return self.head if "head" in self._parameters else self.embed
 
+    def compile_layers(self) -> None:
+        """From now on, fuse what layers compute between matrices and attention (`Pointwise.compiled`)."""
+        self.pointwise = Pointwise.compiled()
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty key/value cache for this stage: `rows` sequences of up to `capacity` tokens."""
         layers, kv_heads = len(self.layers), max(1, self.spec.num_kv_heads // self.layout.tp)
@@ -181,7 +184,7 @@ class Decoder(nn.Module):
         cache, sequence i of the batch is its row i.
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
-        run = Pass(self.spec, self.group, batch, cache, cos, sin)
+        run = Pass(self.spec, self.group, batch, cache, cos, sin, self.pointwise)
         h = self._embedded(x, run.sharded) if self.first else x
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
@@ -224,8 +227,3 @@ class Decoder(nn.Module):
         inside = (local >= 0) & (local < self.embed.shape[0])
         partial = F.embedding(torch.where(inside, local, 0), self.embed) * inside[:, None]
         return self.group.combine(partial, sharded)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 (Zhang and Sennrich 2019)."""
-    return F.rms_norm(x, weight.shape, weight, eps)

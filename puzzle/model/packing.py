@@ -1,6 +1,7 @@
 """What a forward pass runs over: packed sequences, or one new token per cached sequence.
 
 Packed sequences lie end to end: T tokens without padding, but for a dummy segment that rounds T up.
+Indices are made on the host and copied to the device without waiting for it: it would run dry.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ class PackedBatch:
     def cu_seqlens(self) -> Tensor:
         """int32 (segments + 1,): where each segment starts, and T."""
         starts = torch.tensor((0, *self.segments), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return starts.to(self.tokens_T.device)
+        return starts.to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
     def positions_T(self) -> Tensor:
         """int64 (T,): place of each token inside its segment."""
         places = torch.cat([torch.arange(n) for n in self.segments])
-        return places.to(self.tokens_T.device)
+        return places.to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
     def row_tokens(self) -> Tensor:
@@ -61,20 +62,24 @@ class PackedBatch:
         places = torch.arange(max(self.lengths))
         lengths = torch.tensor(self.lengths)[:, None]
         tokens = torch.where(places < lengths, lengths.cumsum(0) - lengths + places, 0)
-        return tokens.flatten().to(self.tokens_T.device)
+        return tokens.flatten().to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
     def token_rows(self) -> Tensor:
         """int64 (T,): where each token stands in left-aligned rows; 0 for the dummy segment's tokens."""
         starts = torch.arange(len(self.lengths)) * max(self.lengths)
-        rows = torch.repeat_interleave(starts, torch.tensor(self.lengths)).to(self.tokens_T.device)
+        rows = torch.repeat_interleave(starts, torch.tensor(self.lengths)).to(
+            self.tokens_T.device, non_blocking=True
+        )
         return F.pad(rows + self.positions_T[: len(rows)], (0, self.total - len(rows)))
 
     @cached_property
     def rows_T(self) -> Tensor:
         """int64 (sum of lengths,): the sequence of each token; the dummy segment's tokens have none."""
         lengths = torch.tensor(self.lengths)
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.tokens_T.device)
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
+            self.tokens_T.device, non_blocking=True
+        )
 
     @cached_property
     def last_rows(self) -> Tensor:
@@ -114,4 +119,4 @@ def pack(
         raise ValueError(f"cannot pack sequences of lengths {lengths}")
     tokens = torch.zeros(sum(lengths) + padding(lengths, multiple), dtype=torch.int64)
     torch.cat([torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences], out=tokens[: sum(lengths)])
-    return PackedBatch(lengths, multiple, tokens.to(device))
+    return PackedBatch(lengths, multiple, tokens.to(device, non_blocking=True))

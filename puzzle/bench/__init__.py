@@ -1,0 +1,1 @@
+"""Measurements on real devices: training, generation, switching, and checks of what a CPU cannot show."""

@@ -1,0 +1,39 @@
+"""Language-model losses over packed micro-batches, through the same calls as training by PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.stage import Finish
+from puzzle.model.packing import PackedBatch, pack
+
+
+def next_tokens(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """int64: the packed positions that are followed by a token of their sequence, and those tokens."""
+    inside = torch.ones(sum(batch.lengths), dtype=torch.bool)
+    inside[torch.tensor(batch.lengths).cumsum(0) - 1] = False
+    rows = inside.nonzero()[:, 0].to(batch.tokens_T.device)
+    return rows, batch.tokens_T[rows + 1]
+
+
+def microbatches(runtime: ModelRuntime, texts: Sequence[Sequence[int]], per_pass: int) -> list[PackedBatch]:
+    """This replica's rows of `texts`, `per_pass` at a time."""
+    mine = [texts[row] for row in runtime.rows(len(texts))]
+    tp, device = runtime.placement.layout.tp, runtime.world.device
+    return [pack(mine[i : i + per_pass], tp, device) for i in range(0, len(mine), per_pass)]
+
+
+def token_logprobs(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> Finish:
+    """Log-probabilities of every next token of a micro-batch."""
+    wanted = [next_tokens(batch) for batch in batches]
+    return lambda index, hidden: runtime.decoder.token_stats(hidden, *wanted[index]).logprobs
+
+
+def mean_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> Finish:
+    """A micro-batch's share of the mean loss over `total` next tokens of all micro-batches and replicas."""
+    logprobs = token_logprobs(runtime, batches)
+    return lambda index, hidden: -logprobs(index, hidden).sum() / total
