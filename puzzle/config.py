@@ -225,6 +225,16 @@ class PPOConfig(Section):
         return self
 
 
+class SwitchConfig(Section):
+    """Inter-stage switching: how the actor's weights get to `generation.layout` and back, if it differs."""
+
+    strategy: Literal["planned", "fixed-order", "gather-all"] = "planned"
+    staging_bytes: Count = Field(256 << 20, description="most memory for packing messages, per device")
+    verify: bool = Field(False, description="compare checksums of every tensor after each switch")
+    gpus_per_node: Count | None = Field(None, description="default: as the launcher says")
+    nest: bool = Field(False, description="stages of generation begin and end where the actor's do")
+
+
 class IntraConfig(Section):
     """Intra-stage switching: models with affinity share one pipeline."""
 
@@ -306,6 +316,7 @@ class TrainConfig(Section):
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
     ppo: PPOConfig = PPOConfig()
+    switch: SwitchConfig = SwitchConfig()
     intra: IntraConfig = IntraConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,6 +8,7 @@ from puzzle.errors import UserError
 
 # Each module `puzzle.cli.plan_WHAT` has `run(arguments: list[str]) -> int | None`.
 PLANS = {
+    "switch": "what a change of layout moves, from where to where",
     "fuse": "which models share a pipeline, and what it saves",
 }
 

@@ -40,15 +40,19 @@ class ModelRuntime:
         world: World,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
+        *,
+        allocate: bool = True,
     ) -> None:
-        """Weights are zero until `model.hf` fills `decoder`. UserError if the layout does not fit."""
+        """Weights are zero until `model.hf` fills `decoder`; without `allocate` a switcher brings them.
+
+        UserError if the layout does not fit.
+        """
         placement.layout.check(spec)
         self.name, self.spec, self.placement, self.world = name, spec, placement, world
         self.coord: Coord = placement.coord_of(world.rank)
         self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"))
-        self.decoder = Decoder(
-            spec, placement.layout, self.coord, self.tensor, dtype, world.device, recompute
-        )
+        device = world.device if allocate else torch.device("meta")
+        self.decoder = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self.clock: Clock | None = None

@@ -19,11 +19,21 @@ from puzzle.plan.schedule import Channel
 class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
-    `moved` counts bytes this rank put into collectives and messages, by kind.
+    `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
+    processes on each host.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, *, acknowledge: bool = False) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        acknowledge: bool = False,
+        per_node: int | None = None,
+    ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.per_node = per_node or size
         self.acknowledge = acknowledge
         self.moved: Counter[str] = Counter()
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
@@ -59,7 +69,8 @@ class World:
                 timeout=timedelta(seconds=timeout),
                 device_id=place if kind == "cuda" else None,
             )
-        return cls(rank, size, place, acknowledge=acknowledge)
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return cls(rank, size, place, acknowledge=acknowledge, per_node=per_node)
 
     def close(self) -> None:
         """Leave the run."""

@@ -12,11 +12,12 @@ GB = 1e9
 @dataclass(frozen=True)
 class Cluster:
     """Nodes of equal size, filled with ranks in order. Rates in GB/s (1e9 bytes) per device and direction,
-    `latency` in seconds per round of messages."""
+    `latency` in seconds per round of messages. Plans depend on the rates' ratio alone; the defaults are
+    of an order that NVLink and one 400 Gb/s adapter per device have."""
 
     devices_per_node: int
-    intra_gbs: float
-    inter_gbs: float
+    intra_gbs: float = 350.0
+    inter_gbs: float = 50.0
     latency: float = 0.0
 
     def __post_init__(self) -> None:

@@ -182,6 +182,11 @@ class SwitchPlan:
             return 0
         return max(unit.kind.shape[0] * unit.kind.row_bytes for unit in self.units)
 
+    @property
+    def depth(self) -> int:
+        """Buckets under way at a time: the next one travels while the former is unpacked."""
+        return 2 if self.strategy == "planned" else 1
+
     def for_rank(self, rank: int) -> RankPlan:
         """The part of one rank; an empty one if it takes no part."""
         return _RankPart(self, rank).plan()
@@ -247,21 +252,22 @@ class _RankPart:
         return in_line and 0 <= offset <= unit.kind.source_rows - unit.kind.destination_rows
 
     def _buckets(self) -> tuple[tuple[Bucket, ...], int]:
-        """The buckets, and the largest staging of one of them in bytes."""
+        """The buckets, and the largest staging of those under way together in bytes."""
         remote, rank = self.whole.remote, self.rank
         out = self._messages(remote[remote["source"] == rank], sending=True)
         into = self._messages(remote[remote["destination"] == rank], sending=False)
-        buckets, staging = [], 0
+        buckets, packed = [], []
         for index in range(self.whole.num_buckets):
             sends, receives = tuple(out[index]), tuple(into[index])
-            packed = sum(t.nbytes for t in (*sends, *receives) if len(t.parts) > 1)
-            staging = max(staging, packed)
+            packed.append(sum(t.nbytes for t in (*sends, *receives) if len(t.parts) > 1))
             if self.gathers and self.gets:
                 shape = self.whole.units[index].kind.shape
                 gathers, slices = tuple(self._moves(index)), self._slices(index)
                 buckets.append(Bucket(sends, receives, shape, gathers, slices))
             else:
                 buckets.append(Bucket(sends, receives))
+        depth = self.whole.depth
+        staging = max((sum(packed[i : i + depth]) for i in range(len(packed))), default=0)
         return tuple(buckets), staging
 
     def _messages(self, records: Records, sending: bool) -> defaultdict[int, list[Transfer]]:
@@ -340,7 +346,8 @@ def plan_switch(
         _check_scratch(rows, staging_bytes)
     remote, local = route(rows, source, roles.placement, cluster, strategy)
     if strategy == "planned":
-        buckets = assign_buckets(remote, staging_bytes, direct_bytes, bucket_bytes)
+        # Two buckets are under way at a time.
+        buckets = assign_buckets(remote, staging_bytes // 2, direct_bytes, bucket_bytes)
     else:
         remote["bucket"] = remote["unit"]
         buckets = len(tuple(rows.units()))

@@ -16,6 +16,7 @@ from puzzle.engine.world import World
 from puzzle.model import hf
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Placement
+from puzzle.rlhf.generator import Generator, build_generator
 from puzzle.sources import layout_of, specs_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +32,7 @@ class Models:
     critic: ModelRuntime
     reference: ModelRuntime | None
     reward: ModelRuntime | None
+    generator: Generator
 
     def all(self) -> list[ModelRuntime]:
         """Those in use."""
@@ -87,4 +89,5 @@ def build_models(config: TrainConfig, world: World) -> Models:
     for role in ("reference", "reward"):
         if role in made:
             made[role].freeze()
-    return Models(made["actor"], made["critic"], made.get("reference"), made.get("reward"))
+    generator = build_generator(config, world, made["actor"])
+    return Models(made["actor"], made["critic"], made.get("reference"), made.get("reward"), generator)

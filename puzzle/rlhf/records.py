@@ -73,7 +73,8 @@ def describe_rank(models: Models, world: World) -> dict[str, Any]:
 
 def moved_bytes(models: Models, world: World) -> dict[str, int]:
     """Bytes that this rank has put into messages and collectives, by kind; tensor-parallel ones per model."""
-    tensor = {f"tensor_parallel.{m.name}": m.tensor.moved for m in models.all() if m.tensor.size > 1}
+    runtimes = {m.name: m for m in (*models.all(), models.generator.runtime)}
+    tensor = {f"tensor_parallel.{m.name}": m.tensor.moved for m in runtimes.values() if m.tensor.size > 1}
     return {**world.moved, **tensor}
 
 
@@ -100,8 +101,8 @@ class Recorder:
         tensorboard = config.log.tensorboard
         self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
         if self.writer is not None and resumed is not None:
-            folder = resumed.folder and str(resumed.folder.relative_to(out))
-            self.writer.resume(done, folder)
+            folder = resumed.folder
+            self.writer.resume(done, None if folder is None else str(folder.relative_to(out)))
             for note in resumed.notes:
                 self.writer.warning(note)
                 print(f"warning: {note}", file=sys.stderr)
@@ -144,6 +145,11 @@ class Recorder:
             self.writer.iteration(iteration, stage_seconds, e2e_seconds, metrics)
             self.reporter.iteration(iteration, stage_seconds, e2e_seconds, metrics)
 
+    def switch(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
+        """The switches of an iteration, unless there were none."""
+        if self.writer is not None and fields is not None:
+            self.writer.switch(iteration, **fields)
+
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after `done` iterations."""
         if self.writer is not None and self.reporter is not None:
@@ -175,9 +181,10 @@ class Recorder:
 
     def states(self, complete: Sequence[Saved]) -> None:
         """Checkpoints to resume from that have become complete."""
-        for saved in complete if self.writer is not None else ():
-            folder = str(saved.folder.relative_to(self.out))
-            self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
+        for saved in complete:
+            if self.writer is not None:
+                folder = str(saved.folder.relative_to(self.out))
+                self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
 
     def save(self, model: ModelRuntime, name: str, done: int) -> None:
         """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name."""

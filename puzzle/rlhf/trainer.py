@@ -144,10 +144,8 @@ class Trainer:
         prompts = self.data.train.next()
         clock = StageClock(self.world)
         generation = self.config.generation
-        experience = respond(
-            self.models.actor, prompts, generation.samples, self.params, iteration, generation
-        )
-        clock.end("generation")
+        with self.models.generator.weights(clock) as actor:
+            experience = respond(actor, prompts, generation.samples, self.params, iteration, generation)
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
         update = Update(self.models, self.config, experience, self.kl_coef)
@@ -158,6 +156,7 @@ class Trainer:
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         recorder.iteration(iteration, seconds, total, metrics)
+        recorder.switch(iteration, self.models.generator.record(self.world))
         recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)
         for model in (self.models.actor, self.models.critic):
             assert model.optimizer is not None
@@ -214,7 +213,8 @@ class Trainer:
         params = dataclasses.replace(
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
-        experience = respond(self.models.actor, prompts, 1, params, 0, self.config.generation)
+        with self.models.generator.weights() as actor:
+            experience = respond(actor, prompts, 1, params, 0, self.config.generation)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
         error = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0

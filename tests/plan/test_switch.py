@@ -133,10 +133,9 @@ def _check_extra(plan, parts):
     for rank, part in parts.items():
         memory = sum(param.size for param in part.allocate)
         scratch = max((int(np.prod(b.scratch)) for b in part.buckets if b.scratch), default=0)
-        staging = max(
-            (sum(m.nbytes for m in (*b.sends, *b.receives) if len(m.parts) > 1) for b in part.buckets),
-            default=0,
-        )
+        packed = [sum(m.nbytes for m in (*b.sends, *b.receives) if len(m.parts) > 1) for b in part.buckets]
+        following = [*packed[1:], 0] if plan.strategy == "planned" else [0] * len(packed)
+        staging = max((a + b for a, b in zip(packed, following, strict=False)), default=0)
         assert part.peak_extra == (memory + scratch) * plan.itemsize + staging, rank
 
 

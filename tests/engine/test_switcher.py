@@ -1,0 +1,84 @@
+"""Switches between layouts on 8 gloo ranks: bit-equal to weights cut afresh, in the planned memory."""
+
+from itertools import cycle, permutations
+
+import pytest
+import torch
+
+from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched
+from tests.helpers import run_ranks
+
+LAYOUTS = [
+    (1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2),
+    (1, 1, 8), (2, 1, 4), (8, 1, 1), (4, 2, 1), (1, 3, 2), (2, 4, 1),
+]  # fmt: skip
+CI_PAIRS = [
+    ((1, 4, 1), (2, 2, 1)), ((1, 4, 1), (4, 1, 1)), ((2, 2, 1), (4, 1, 1)), ((1, 4, 1), (1, 1, 8)),
+    ((2, 4, 1), (8, 1, 1)), ((8, 1, 1), (1, 4, 1)), ((1, 3, 2), (2, 2, 2)), ((2, 2, 2), (1, 3, 2)),
+    ((1, 1, 2), (2, 1, 4)), ((4, 2, 1), (2, 1, 1)), ((1, 2, 2), (4, 1, 1)), ((1, 1, 1), (8, 1, 1)),
+    ((1, 1, 8), (1, 1, 1)), ((2, 1, 2), (1, 2, 2)), ((4, 1, 2), (1, 4, 2)), ((1, 2, 1), (1, 3, 1)),
+    ((1, 2, 4), (2, 2, 2)), ((8, 1, 1), (4, 1, 2)), ((2, 2, 1), (1, 1, 4)), ((1, 4, 2), (8, 1, 1)),
+]  # fmt: skip
+
+
+def covering() -> list[Case]:
+    """Every pair planned; models, strategies, dtypes, disjoint ranks and small buckets take turns."""
+    turns = zip(CI_PAIRS, cycle(SPECS), cycle([False, True, True]), cycle([True, False]), strict=False)
+    cases = [
+        Case(spec, *pair, last=last, small=small, dtype=torch.bfloat16 if number % 5 == 4 else torch.float32)
+        for number, (pair, spec, last, small) in enumerate(turns)
+    ]
+    turns = zip(CI_PAIRS, cycle(SPECS), range(12), strict=False)
+    for pair, spec, number in turns:
+        cases.append(Case(spec, *pair, strategy="gather-all" if number % 2 else "fixed-order"))
+    return cases
+
+
+def test_any_layout_to_any_other():
+    cases = covering()
+    assert [line for lines in run_ranks(matrix, 8, cases, 0, timeout=300.0) for line in lines] == []
+
+
+def test_extra_memory_is_what_the_plan_says():
+    cases = [
+        Case("lm", (1, 4, 1), (2, 2, 1), small=True),
+        Case("tied", (2, 2, 1), (1, 3, 2)),
+        Case("lm", (2, 1, 2), (4, 2, 1), "fixed-order"),
+        Case("value", (1, 4, 1), (4, 1, 1), "gather-all"),
+    ]
+    assert [line for lines in run_ranks(matrix, 8, cases, len(cases), timeout=200.0) for line in lines] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", SPECS)
+def test_all_ordered_pairs(spec):
+    cases = [
+        Case(spec, *pair, strategy=strategy)
+        for pair in permutations(LAYOUTS, 2)
+        for strategy in ("planned", "fixed-order", "gather-all")
+    ]
+    assert [line for lines in run_ranks(matrix, 8, cases, 0, timeout=3600.0) for line in lines] == []
+
+
+@pytest.mark.parametrize(
+    ("which", "tensor"),
+    [("layers.2.down", "model.layers.2.mlp.down_proj.weight"), ("final_norm", "model.norm.weight")],
+)
+def test_verify_finds_one_flipped_bit(which, tensor):
+    case = Case("tied", (1, 4, 1), (2, 1, 2), last=True)  # other ranks: nothing is aliased
+    for said in run_ranks(flipped, 8, case, which):
+        assert said.startswith(f"switch: {tensor} differs in the destination placement (replica 1, holder ")
+        assert "\n" not in said
+
+
+def test_ranks_with_other_plans_refuse():
+    for said in run_ranks(mismatched, 2):
+        assert said.startswith("UserError: switch: ranks 1 made another plan than rank 0 (hashes ")
+        assert "\n" not in said
+
+
+def test_a_missing_peer_is_named():
+    said = run_ranks(deserted, 2)[0]
+    assert said.startswith("RuntimeError: switch, bucket 0: ")
+    assert "peer rank 1" in said
+    assert "\n" not in said
