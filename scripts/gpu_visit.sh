@@ -64,7 +64,7 @@ puzzle check.log 110 "check on 1 GPU" check --world 1
 [ "$gpus" -ge 4 ] && puzzle check.log 110 "check on 4 GPUs" check --world 4 --models llama,qwen2
 
 puzzle train.log 100 "7B, gradients summed" train --out "$rows"
-if [ "${memory:-0}" -gt 120000 ]; then layers=30; else layers=16; fi
+if [ "${memory:-0}" -gt 140000 ]; then layers=32; else layers=16; fi
 puzzle train.log 80 "7B shape with AdamW, $layers layers" train --layers "$layers" --optimizer --modes compile --repeats 3 --out "$rows"
 puzzle generate.log 100 "generate 7B" generate --out "$rows"
 if [ "$gpus" -ge 2 ]; then

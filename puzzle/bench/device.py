@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from puzzle.engine.world import World
 
@@ -33,7 +34,7 @@ def facts(world: World) -> dict[str, Any]:
             "device": properties.name,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl": ".".join(map(str, nccl.version())),
         }
     return out
 

@@ -180,7 +180,8 @@ def _report(bench: GenerateBench, row: dict[str, Any]) -> None:
     share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else float("nan")
     print(
         f"generate {bench.model} {bench.spec.num_layers} layers  tp{tp} pp{pp} dp{dp}  "
-        f"batch {row['batch']:>4} in {row['waves']}  {bench.prompt}+{bench.new}  {row['tokens_per_s']:8.0f} tokens/s  "
+        f"batch {row['batch']:>4} in {row['waves']}  {bench.prompt}+{bench.new}  "
+        f"{row['tokens_per_s']:8.0f} tokens/s  "
         f"prefill {row['prefill_s']:.3f} s  decode {row['decode_s']:.3f} s  "
         f"floor {row['decode_floor_s']:.3f} s ({share:.0%}){memory}",
         flush=True,
