@@ -17,14 +17,7 @@ summary=$out/summary.txt
 facts() {
     nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.max.sm --format=csv
     nvidia-smi topo -m
-    "$python" - <<'PY'
-import sys
-import torch
-import transformers
-print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)
-print("gpus", torch.cuda.device_count())
-print("arguments of mm", torch.ops.aten.mm.overloads(), "addmm", torch.ops.aten.addmm.overloads())
-PY
+    timeout -k 5 60 "$python" scripts/gpu_facts.py
 }
 
 # step LOG LIMIT NAME COMMAND...: run with a limit, keep its output, note how it ended.
