@@ -11,6 +11,7 @@ from puzzle.launch import local
 # Each module `puzzle.bench.WHAT` has `run(arguments: list[str]) -> int | None`.
 BENCHES = {
     "check": "compare with transformers on this device, in the layouts that fit",
+    "switch": "time changes of layout, three strategies beside the links' floor",
     "train": "time training and forward passes",
     "generate": "time prefill and decoding",
 }
