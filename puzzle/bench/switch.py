@@ -212,12 +212,9 @@ def _report(bench: SwitchBench, row: dict[str, Any]) -> None:
     layouts = "->".join(",".join(map(str, row[side])) for side in ("from", "to"))
     floor = row["least_floor_seconds"]
     ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
-    print(
-        f"{layouts:>15} {row['strategy']:>11} {row['kept_seconds'] * 1e3:8.2f}"
-        f" {row['fresh_seconds'] * 1e3:8.2f} {floor * 1e3:8.2f} {ratio} {row['bytes'] / GB:6.2f} {row['local_share']:5.0%}"
-        f" {row['peak_extra_bytes'] / GB:9.2f}",
-        flush=True,
-    )
+    times = " ".join(f"{row[name] * 1e3:8.2f}" for name in ("kept_seconds", "fresh_seconds"))
+    sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
+    print(f"{layouts:>15} {row['strategy']:>11} {times} {floor * 1e3:8.2f} {ratio} {sizes}", flush=True)
     if bench.out is not None:
         with bench.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
