@@ -50,10 +50,18 @@ class _Slot:
     rows: int
     low: int
     high: int
+    empty: bool = True  # no gradient of this step has arrived yet
 
     @property
     def size(self) -> int:
         return self.rows * self.local.row_size
+
+    def put(self, home: Tensor, grad: Tensor) -> None:
+        """The first gradient of a step replaces what lies there, the others are added: no pass for zeros."""
+        if self.empty:
+            home.copy_(grad)
+        else:
+            home.add_(grad)
 
 
 @dataclass
@@ -156,15 +164,16 @@ class ZeroAdamW:
         return owned
 
     def begin(self, passes: int) -> None:
-        """Prepare zeroed gradient buffers for `passes` backward passes."""
+        """Prepare gradient buffers for `passes` backward passes, of which the first overwrites them."""
         self.passes = passes
         for bucket in self.buckets:
             bucket.hits = 0
             if bucket.grads is None:
                 device = bucket.slots[0].param.device
+                # Padding rows are never written: they stay zero.
                 bucket.grads = torch.zeros((self.dp, bucket.chunk), dtype=torch.float32, device=device)
-            else:
-                bucket.grads.zero_()
+            for slot in bucket.slots:
+                slot.empty = True
 
     def _take(self, param: nn.Parameter) -> None:
         """Move a fresh gradient into its bucket; the last of the last pass starts the bucket's reduction."""
@@ -175,12 +184,13 @@ class ZeroAdamW:
         home = bucket.grads[:, slot.offset : slot.offset + slot.size]
         rows = slot.local.rows
         if rows == slot.rows * self.dp:
-            home.add_(grad.reshape(self.dp, slot.size))
+            slot.put(home, grad.reshape(self.dp, slot.size))
         else:
             for d in range(self.dp):
                 part = grad[d * slot.rows : min((d + 1) * slot.rows, rows)]
                 if part.numel():
-                    home[d, : part.numel()].add_(part.reshape(-1))
+                    slot.put(home[d, : part.numel()], part.reshape(-1))
+        slot.empty = False
         bucket.hits += 1
         if bucket.hits == self.passes * len(bucket.slots):
             self._start_reduce(bucket)
