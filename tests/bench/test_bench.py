@@ -1,0 +1,115 @@
+"""The measurements run on a CPU too: small shapes, real processes, numbers that must fit together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle.bench import device, kernels
+from puzzle.bench.check import Row, layouts
+from puzzle.bench.texts import next_tokens
+from puzzle.cli import main
+from puzzle.engine.world import World
+from puzzle.model.packing import pack
+from puzzle.model.pointwise import Pointwise
+
+SMALL = ["--model", "350m", "--layers", "1", "--device", "cpu"]
+
+
+def test_training_rows_fit_together(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = ["--rows", "1", "--length", "6", "--microbatches", "2", "--modes", "eager", "--repeats", "1"]
+    assert main(["bench", "train", *SMALL, *options, "--layout", "1,1,2", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["pass"] for row in rows] == ["train", "forward"]
+    for row in rows:
+        assert row["where"]["processes"] == 2
+        assert row["mfu"] is None
+        assert row["tokens_per_s"] == pytest.approx(2 * 2 * 6 / row["median_s"])
+        # Random weights know nothing: about the logarithm of the vocabulary.
+        assert abs(row["loss"] - 10.37) < 0.5
+
+
+def test_generation_counts_every_token(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = ["--batches", "3", "--prompt", "4", "--new", "3", "--out", str(out)]
+    assert main(["bench", "generate", *SMALL, *options]) == 0
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    assert row["tokens_per_s"] == pytest.approx(9 / row["total_s"])
+    assert row["decode_s"] == pytest.approx(row["total_s"] - row["prefill_s"])
+    assert row["decode_floor_s"] > 0
+
+
+def test_check_holds_on_a_cpu(capfd: pytest.CaptureFixture) -> None:
+    assert main(["bench", "check", "--models", "qwen3", "--device", "cpu"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sum(line.startswith("ok ") for line in lines) >= 14
+    assert not any(line.startswith("FAIL") for line in lines)
+
+
+def test_a_comparison_can_fail() -> None:
+    assert Row("a", "b", 1.0, 1.0).ok
+    assert not Row("a", "b", 1.1, 1.0).ok
+    assert not Row("a", "b", float("nan"), 1.0).ok
+
+
+def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    right = kernels.packed_attention
+    monkeypatch.setattr(kernels, "packed_attention", lambda q, k, v, b, w: right(q, k, v.flip(0), b, w))
+    worst = {name: value > limit for name, value, limit in kernels.compare(world)}
+    assert any(wrong for name, wrong in worst.items() if name.startswith("packed"))
+    assert not any(wrong for name, wrong in worst.items() if not name.startswith("packed"))
+
+
+def test_layouts_are_all_of_a_world() -> None:
+    found = {(x.tp, x.pp, x.dp) for x in layouts(4, 3)}
+    assert found == {(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}
+    assert {(x.tp, x.pp, x.dp) for x in layouts(1, 4)} == {(1, 1, 1)}
+
+
+def test_next_tokens_leave_out_ends_and_dummies() -> None:
+    rows, targets = next_tokens(pack([[5, 6, 7], [8], [9, 4]], multiple=4))
+    assert rows.tolist() == [0, 1, 4]
+    assert targets.tolist() == [6, 7, 4]
+
+
+def test_a_cpu_has_no_peak() -> None:
+    assert device.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("words", [["bench", "nothing"], ["bench", "train", "--layout", "2"]])
+def test_mistakes_are_told_in_a_line(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_compiled_functions_equal_eager_ones() -> None:
+    eager, compiled = Pointwise.eager(), Pointwise.compiled()
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    norm = draw(16).requires_grad_()
+    cases = [
+        ("add_norm", (draw(6, 16).requires_grad_(), draw(6, 16), norm, 1e-5)),
+        (
+            "heads",
+            (draw(6, 2 * 4 * 8).requires_grad_(), 2, draw(6, 1, 1, 8), draw(6, 1, 1, 8), None, None, 0),
+        ),
+        ("gated", (draw(6, 32).requires_grad_(), 4)),
+    ]
+    for name, args in cases:
+        ours = getattr(compiled, name)(*args)
+        plain = getattr(eager, name)(*args)
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (ours, plain)), strict=True):
+            torch.testing.assert_close(a, b)
+            weights = draw(*b.shape)
+            got, wanted = (
+                torch.autograd.grad((x * weights).sum(), args[0], retain_graph=True) for x in (a, b)
+            )
+            torch.testing.assert_close(got, wanted)
