@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # torch.optim imports torch._dynamo at its first use: seconds, in every rank, unless it is there before.
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "tests.reference.tiny"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "tests.reference.tiny", "puzzle.rlhf.trainer"]
 
 
 class RankError(AssertionError):

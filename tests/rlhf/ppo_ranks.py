@@ -1,0 +1,152 @@
+"""PPO through the real trainer on real ranks, watched from inside: run by `test_trainer_reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.config import TrainConfig
+from puzzle.data.prepare import RunData
+from puzzle.data.prompts import Prompt, PromptSet, PromptStream
+from puzzle.engine import optimizer as optimizer_module
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.world import World
+from puzzle.model.weights import boxes
+from puzzle.plan.schedule import Op
+from puzzle.rlhf import ppo
+from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.models import Models, build_models
+from puzzle.rlhf.trainer import Trainer
+
+Boxes = list[tuple[str, tuple[tuple[int, int], ...], Tensor]]
+"""(Hugging Face name, intervals, values) of pieces of logical tensors."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration as plain values, prompts, and what ends a response. `break_` leaves a sum out."""
+
+    config: dict[str, Any]
+    prompts: tuple[tuple[int, ...], ...]
+    stop_ids: tuple[int, ...] = ()
+    break_: str = ""
+
+
+@dataclass
+class Watch:
+    """What one rank saw. Experiences and metrics (equal on all ranks) from rank 0 alone."""
+
+    experiences: list[Experience] = field(default_factory=list)
+    rewards: list[Tensor] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
+    weights: dict[str, Boxes] = field(default_factory=dict)
+    parameter_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Recorder:
+    """Stands in for the log: keeps the experience of every iteration."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def samples(self, iteration: int, experience: Experience, *_: Any, **__: Any) -> None:
+        self.watch.experiences.append(experience)
+
+    def iteration(
+        self, iteration: int, seconds: dict[str, float], total: float, metrics: dict[str, float]
+    ) -> None:
+        self.watch.metrics.append(metrics)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[Watch]:
+    """Every case in the same processes, with models of its own."""
+    world = World(rank, world_size, torch.device("cpu"), acknowledge=True)
+    return [run_case(world, case) for case in cases]
+
+
+def run_case(world: World, case: Case) -> Watch:
+    config = TrainConfig.model_validate(case.config)
+    prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
+    stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
+    models = build_models(config, world)
+    watch = Watch()
+    for model in (models.actor, models.critic):
+        _watch_gradients(model, watch)
+    original = _break(models, case.break_)
+    plain_rewards = ppo.token_rewards
+
+    def token_rewards(*args: Any) -> Tensor:
+        watch.rewards.append(plain_rewards(*args))
+        return watch.rewards[-1]
+
+    ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
+    try:
+        trainer = Trainer(config, RunData(None, case.stop_ids, stream, None), models, world)
+        for iteration in range(config.iterations):
+            trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
+    finally:
+        ppo.token_rewards = plain_rewards
+        optimizer_module.reduce_scatter_flat = original
+    for model in (models.actor, models.critic):
+        decoder = model.decoder
+        watch.weights[model.name] = [
+            (name, box.intervals, values.clone())
+            for name, box, values in boxes(decoder, decoder.get_parameter)
+        ]
+    watch.parameter_bytes = {m.name: sum(p.nbytes for p in m.decoder.parameters()) for m in models.all()}
+    if world.rank:
+        watch.experiences = watch.rewards = watch.metrics = []
+    return watch
+
+
+def _watch_gradients(model: ModelRuntime, watch: Watch) -> None:
+    """Copy the own rows' gradients of every step when their reduction is over, before clipping."""
+    optimizer = model.optimizer
+    assert optimizer is not None
+    do = optimizer.do
+
+    def watched(op: Op) -> None:
+        do(op)
+        if op is Op.WAIT_REDUCE:
+            found = optimizer.gradients()
+            step: Boxes = []
+            for slot in optimizer.slots:
+                grads = found[slot.local.name]
+                for piece in slot.local.clip(slot.low, slot.high):
+                    rows = piece.box.intervals[piece.dim]
+                    first = piece.start - slot.low
+                    values = grads[first : first + rows[1] - rows[0]]
+                    values = values.t() if slot.local.transposed else values
+                    step.append((piece.tensor, piece.box.intervals, values.clone()))
+            watch.grads[model.name].append(step)
+
+    optimizer.do = watched
+
+
+def _break(models: Models, what: str) -> Any:
+    """Leave a gradient sum out, as a bug would; gives what has to be put back."""
+    original = optimizer_module.reduce_scatter_flat
+    assert what in ("", "sharers", "replicas")
+    if what == "sharers":
+        assert models.actor.optimizer is not None
+        models.actor.optimizer.shared = []
+    elif what == "replicas":
+
+        class Done:
+            def wait(self) -> None:
+                pass
+
+        def own_part(out: Tensor, whole: Tensor, group: Any, async_op: bool) -> Done:
+            out.copy_(whole.chunk(torch.distributed.get_world_size(group))[torch.distributed.get_rank(group)])
+            return Done()
+
+        optimizer_module.reduce_scatter_flat = own_part
+    return original
