@@ -1,8 +1,7 @@
 """The typed description of one training run: what a YAML file and `--section.key value` may say.
 
-Every section is frozen and refuses unknown keys. Defaults of models and layouts are filled in before
-validation (`_inherit`), so a `TrainConfig` is complete: each model has its source and its layout.
-`puzzle.configio` reads files and command lines into it.
+Every section is frozen and refuses unknown keys. Sources and layouts left to defaults are filled in before
+validation (`_inherit`). `puzzle.configio` reads files and command lines into it.
 """
 
 from __future__ import annotations
@@ -308,6 +307,7 @@ class TrainConfig(Section):
     batch: Count = Field(32, description="prompts per iteration")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
     layout: LayoutConfig = LayoutConfig()
     actor: TrainedConfig = TrainedConfig()
     critic: TrainedConfig = TrainedConfig()
@@ -370,10 +370,8 @@ class TrainConfig(Section):
             )
         for name, layout in self.layouts().items():
             if layout.world != self.layout.world:
-                sizes = f"{layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
-                raise ValueError(
-                    f"{name}.layout: tp x pp x dp = {sizes} but the run has {self.layout.world} processes"
-                )
+                sizes = f"tp x pp x dp = {layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
+                raise ValueError(f"{name}.layout: {sizes} but the run has {self.world} processes")
         return self
 
     @property
@@ -388,8 +386,7 @@ class TrainConfig(Section):
 
     def layouts(self) -> dict[str, LayoutConfig]:
         """Layout per model in use, and `generation`; a function reward and an unused reference have none."""
-        named: dict[str, LayoutConfig] = {"actor": self.actor.layout, "generation": self.generation.layout}
-        named["critic"] = self.critic.layout
+        named = {role: getattr(self, role).layout for role in ("actor", "generation", "critic")}
         if not self.ppo.reference_free:
             named["reference"] = self.reference.layout
         if self.reward.function is None:

@@ -68,6 +68,8 @@ def build_models(config: TrainConfig, world: World) -> Models:
         section = getattr(config, role)
         placement = Placement.default(layout_of(role, section.layout, spec))
         runtime = ModelRuntime(role, spec, placement, world, DTYPES[config.dtype])
+        if config.compile:
+            runtime.decoder.compile_layers()
         seed = config.seed + ROLE_SEEDS[role]  # ty: ignore[invalid-argument-type]
         if section.model is None:
             initialise(runtime.decoder, seed)
