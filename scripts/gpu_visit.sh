@@ -59,7 +59,7 @@ puzzle check.log 110 "check on 1 GPU" check --world 1
 puzzle train.log 100 "7B, gradients summed" train --out "$rows"
 if [ "${memory:-0}" -gt 140000 ]; then layers=32; else layers=16; fi
 puzzle train.log 80 "7B shape with AdamW, $layers layers" train --layers "$layers" --optimizer --modes compile --repeats 3 --out "$rows"
-puzzle generate.log 100 "generate 7B" generate --out "$rows"
+puzzle generate.log 120 "generate 7B" generate --batches 32,128,256 --out "$rows"
 if [ "$gpus" -ge 2 ]; then
     puzzle train.log 60 "7B on 2 GPUs, pp 2" train --layout 1,2,1 --modes compile --repeats 3 --microbatches 8 --out "$rows"
     puzzle train.log 60 "7B on 2 GPUs, tp 2" train --layout 2,1,1 --modes compile --repeats 3 --out "$rows"

@@ -20,7 +20,8 @@ from puzzle.bench import kernels
 from puzzle.bench.models import MODELS, save_random, sentences
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import Parser
-from puzzle.engine.generate import Request, generate
+from puzzle.engine.generate import Relay, Request, generate
+from puzzle.engine.graphs import GraphedStage
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.relay import relay_of
 from puzzle.engine.runtime import ModelRuntime
@@ -259,9 +260,15 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS)
     rows = runtime.rows(len(truth.texts))
     requests = [Request(truth.texts[row], row) for row in rows]
-    answers = generate(runtime.decoder, requests, params, relay_of(runtime))
-    margins = [
-        truth.margin(truth.texts[row], truth.answers[row], answer.tokens)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    return [("greedy tokens fp32, margin", max(margins, default=0.0), MARGIN)]
+    relays: dict[str, Relay] = {"eager": relay_of(runtime)}
+    if placement.layout.pp == 1:
+        relays["graphs"] = GraphedStage()
+    found: Found = []
+    for mode, relay in relays.items():
+        answers = generate(runtime.decoder, requests, params, relay)
+        margins = [
+            truth.margin(truth.texts[row], truth.answers[row], answer.tokens)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        found.append((f"greedy tokens fp32 {mode}, margin", max(margins, default=0.0), MARGIN))
+    return found

@@ -15,7 +15,8 @@ import torch
 from puzzle.bench import device
 from puzzle.bench.train import DTYPES, read_layout
 from puzzle.cli import Parser
-from puzzle.engine.generate import Request, generate
+from puzzle.engine.generate import Relay, Request, generate
+from puzzle.engine.graphs import GraphedStage
 from puzzle.engine.relay import relay_of
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
@@ -42,6 +43,7 @@ class GenerateBench:
     prompt: int
     new: int
     greedy: bool
+    modes: tuple[str, ...]
     dtype: str
     device: str
     out: Path | None
@@ -63,11 +65,18 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=256, help="new tokens of every sequence")
     parser.add_argument("--greedy", action="store_true", help="argmax instead of drawing at temperature 1")
+    parser.add_argument("--modes", default="eager,graphs", help="eager, graphs (of decode passes) or both")
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
     given = vars(parser.parse_args(arguments))
     given["layout"] = read_layout(given["layout"])
+    given["modes"] = tuple(given["modes"].split(","))
+    unknown = set(given["modes"]) - {"eager", "graphs"}
+    if unknown:
+        raise UserError(f"--modes {unknown.pop()}: there are eager and graphs")
+    if "graphs" in given["modes"] and given["layout"][1] > 1:
+        raise UserError("--modes graphs: one pipeline stage only; add --modes eager")
     try:
         given["batches"] = tuple(int(part) for part in given["batches"].split(","))
     except ValueError:
@@ -86,24 +95,32 @@ def work(bench: GenerateBench) -> None:
         initialise(runtime.decoder, 0)
         runtime.freeze()
         bandwidth = device.copy_bandwidth(world)
-        _generate(bench, runtime, min(bench.batches), 2)  # warm-up
+        _generate(bench, runtime, relay_of(runtime), min(bench.batches), 2)  # warm-up
         for batch in bench.batches:
-            row = _row(bench, runtime, batch, bandwidth)
-            if world.rank == 0:
-                _report(bench, row)
+            for mode in bench.modes:
+                row = {"mode": mode} | _row(bench, runtime, mode, batch, bandwidth)
+                if world.rank == 0:
+                    _report(bench, row)
     finally:
         world.close()
 
 
-def _row(bench: GenerateBench, runtime: ModelRuntime, batch: int, bandwidth: float) -> dict[str, Any]:
+def _row(
+    bench: GenerateBench, runtime: ModelRuntime, mode: str, batch: int, bandwidth: float
+) -> dict[str, Any]:
     wave = _wave(bench, runtime, batch)
     waves = -(-batch // wave)
     sizes = [batch // waves + (i < batch % waves) for i in range(waves)]
     device.reset_peak(runtime.world.device)
-    prefill = sum(_generate(bench, runtime, size, 1) for size in sizes)
-    total = sum(_generate(bench, runtime, size, bench.new) for size in sizes)
+    relay = GraphedStage() if mode == "graphs" else relay_of(runtime)
+    captured: dict[str, Any] = {}
+    if isinstance(relay, GraphedStage):
+        first = _generate(bench, runtime, relay, sizes[0], bench.new)
+        captured = {"captures": relay.captures, "first_wave_with_captures_s": first}
+    prefill = sum(_generate(bench, runtime, relay, size, 1) for size in sizes)
+    total = sum(_generate(bench, runtime, relay, size, bench.new) for size in sizes)
     floor = sum(_floor(bench, runtime, size, bandwidth) for size in sizes)
-    return {
+    return captured | {
         "batch": batch,
         "waves": waves,
         "total_s": total,
@@ -117,14 +134,13 @@ def _row(bench: GenerateBench, runtime: ModelRuntime, batch: int, bandwidth: flo
     }
 
 
-def _generate(bench: GenerateBench, runtime: ModelRuntime, batch: int, new: int) -> float:
+def _generate(bench: GenerateBench, runtime: ModelRuntime, relay: Relay, batch: int, new: int) -> float:
     """Seconds to answer `batch` prompts with `new` tokens each."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, bench.prompt)
     prompts = torch.randint(0, bench.spec.vocab_size, shape, generator=generator).tolist()
     requests = [Request(prompts[row], row) for row in runtime.rows(batch)]
     params = SamplingParams(greedy=bench.greedy, min_new_tokens=new, max_new_tokens=new)
-    relay = relay_of(runtime)
     device.meet(runtime.world)
     start = time.perf_counter()
     answers = generate(runtime.decoder, requests, params, relay)
@@ -179,7 +195,7 @@ def _report(bench: GenerateBench, row: dict[str, Any]) -> None:
     memory = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 2**30:.1f} GiB"
     share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else float("nan")
     print(
-        f"generate {bench.model} {bench.spec.num_layers} layers  tp{tp} pp{pp} dp{dp}  "
+        f"generate {bench.model} {bench.spec.num_layers} layers  tp{tp} pp{pp} dp{dp}  {row['mode']:<6}  "
         f"batch {row['batch']:>4} in {row['waves']}  {bench.prompt}+{bench.new}  "
         f"{row['tokens_per_s']:8.0f} tokens/s  "
         f"prefill {row['prefill_s']:.3f} s  decode {row['decode_s']:.3f} s  "

@@ -54,6 +54,10 @@ Drawn = tuple[Tensor, Tensor]
 class Relay(Protocol):
     """Moves a pass through the pipeline stages."""
 
+    def new_cache(self, decoder: Decoder, rows: int, capacity: int) -> KVCache:
+        """This stage's cache for `rows` sequences of up to `capacity` tokens; its contents mean nothing."""
+        ...
+
     def run(self, decoder: Decoder, batch: PackedBatch | DecodeBatch, cache: KVCache) -> Tensor | None:
         """This stage's part of a pass; the final hidden states on the last stage, None elsewhere."""
         ...
@@ -65,6 +69,10 @@ class Relay(Protocol):
 
 class OneStage:
     """The relay of a pipeline of one stage."""
+
+    def new_cache(self, decoder: Decoder, rows: int, capacity: int) -> KVCache:
+        """A cache of the decoder's."""
+        return decoder.new_cache(rows, capacity)
 
     def run(self, decoder: Decoder, batch: PackedBatch | DecodeBatch, cache: KVCache) -> Tensor | None:
         """The whole pass."""
@@ -130,7 +138,7 @@ class _Session:
         self.logprobs: list[list[float]] = [[] for _ in requests]
         self.order = list(range(len(requests)))
         longest = max(len(request.prompt) for request in requests)
-        self.cache = decoder.new_cache(len(requests), longest + params.max_new_tokens)
+        self.cache = relay.new_cache(decoder, len(requests), longest + params.max_new_tokens)
         self.stops = frozenset(params.stop_ids)
         if decoder.last:
             width = decoder.head_weight.shape[0]

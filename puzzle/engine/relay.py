@@ -26,6 +26,10 @@ class Pipeline:
         ends = [(ranks[c.src], ranks[c.dst], c) for c in hops for ranks in runtime.runner.pipelines]
         self.channels = self.world.connect(ends)
 
+    def new_cache(self, decoder: Decoder, rows: int, capacity: int) -> KVCache:
+        """A cache of this stage's decoder."""
+        return decoder.new_cache(rows, capacity)
+
     def run(self, decoder: Decoder, batch: PackedBatch | DecodeBatch, cache: KVCache) -> Tensor | None:
         """This stage's part of a pass; the final hidden states on the last stage, None elsewhere."""
         x = batch.tokens_T
