@@ -4,7 +4,7 @@
 # SECONDS_LEFT (default 470) bounds the visit; steps that no longer fit are skipped and say so.
 set -u
 out=${1:?usage: gpu_visit.sh OUTDIR}
-mkdir -p "$out"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_ALLOC_CONF=expandable_segments:True HF_HUB_OFFLINE=1
@@ -52,19 +52,24 @@ gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1)
 rows="$out/results.jsonl"
 
+if [ "$gpus" -eq 0 ]; then
+    echo "no GPU here" && exit 1
+fi
+# What needs several GPUs comes first where there are several: one GPU is easier to come by.
+if [ "$gpus" -ge 2 ]; then
+    puzzle check.log 110 "check on 2 GPUs" check --world 2 --models llama,qwen2,mid
+    [ "$gpus" -ge 4 ] && puzzle check.log 110 "check on 4 GPUs" check --world 4 --models llama,qwen2
+    pairs=(1,2,1:2,1,1 2,1,1:1,2,1)
+    [ "$gpus" -ge 4 ] && pairs=(1,4,1:2,2,1 2,2,1:1,4,1 1,4,1:4,1,1)
+    puzzle switch.log 110 "switch" switch --pairs "${pairs[@]}" --out "$rows"
+    puzzle train.log 60 "7B, pp 2" train --layout 1,2,1 --modes compile --repeats 3 --microbatches 8 --out "$rows"
+    puzzle train.log 60 "7B, tp 2" train --layout 2,1,1 --modes compile --repeats 3 --out "$rows"
+fi
 puzzle check.log 110 "check on 1 GPU" check --world 1
-[ "$gpus" -ge 2 ] && puzzle check.log 110 "check on 2 GPUs" check --world 2 --models llama,qwen2,mid
-[ "$gpus" -ge 4 ] && puzzle check.log 110 "check on 4 GPUs" check --world 4 --models llama,qwen2
-
-puzzle train.log 100 "7B, gradients summed" train --out "$rows"
+puzzle train.log 110 "7B, gradients summed" train --out "$rows"
 if [ "${memory:-0}" -gt 140000 ]; then layers=32; else layers=16; fi
 puzzle train.log 80 "7B shape with AdamW, $layers layers" train --layers "$layers" --optimizer --modes compile --repeats 3 --out "$rows"
-puzzle generate.log 120 "generate 7B" generate --batches 32,128,256 --out "$rows"
-if [ "$gpus" -ge 2 ]; then
-    puzzle train.log 60 "7B on 2 GPUs, pp 2" train --layout 1,2,1 --modes compile --repeats 3 --microbatches 8 --out "$rows"
-    puzzle train.log 60 "7B on 2 GPUs, tp 2" train --layout 2,1,1 --modes compile --repeats 3 --out "$rows"
-    [ -f puzzle/bench/switch.py ] && puzzle switch.log 90 "switch on $gpus GPUs" switch
-fi
+puzzle generate.log 130 "generate 7B" generate --batches 32,128,256 --out "$rows"
 
 {
     echo
