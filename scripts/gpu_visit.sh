@@ -75,6 +75,7 @@ puzzle generate.log 130 "generate 7B" generate --batches 32,128,256 --out "$rows
     echo
     grep -h -E '^(FAIL|error)' "$out"/*.log
     grep -h -E ' MFU |tokens/s' "$out"/*.log
+    [ -f "$out/switch.log" ] && tail -n 12 "$out/switch.log"
     grep -h -c '^ok ' "$out/check.log" | sed 's/$/ comparisons held/'
     echo
     cat "$summary"
