@@ -123,6 +123,7 @@ class OptimizerConfig(Section):
     grad_clip: Positive | None = Field(1.0, description="largest global gradient norm; null: no clipping")
     warmup: Natural = Field(0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    backend: Literal["torch", "apex"] = Field("torch", description="apex: its FusedAdam, if installed")
 
 
 class ModelConfig(Section):
@@ -271,6 +272,7 @@ class LogConfig(Section):
     samples: Natural = Field(64, description="samples written per iteration")
     tensorboard: bool = True
     plots: bool = True
+    trace: tuple[Natural, ...] = Field((), description="iterations of which a timeline is written")
 
 
 def _plain(value: Any) -> Any:
@@ -308,6 +310,9 @@ class TrainConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
+    recompute: bool = Field(
+        False, description="keep layers' inputs alone for backward passes: less memory"
+    )
     layout: LayoutConfig = LayoutConfig()
     actor: TrainedConfig = TrainedConfig()
     critic: TrainedConfig = TrainedConfig()
@@ -369,6 +374,13 @@ class TrainConfig(Section):
                 f"ppo.minibatch {self.minibatch} does not divide batch x generation.samples = {sequences}"
             )
         for name, layout in self.layouts().items():
+            trained = name in ("actor", "critic")
+            rows, what = (self.minibatch, "ppo.minibatch") if trained else (sequences, "the batch")
+            if layout.dp > rows:
+                raise ValueError(
+                    f"{name}.layout.dp {layout.dp} exceeds the {rows} sequences of {what}: some replicas "
+                    f"would have none; lower dp"
+                )
             if layout.world != self.layout.world:
                 sizes = f"tp x pp x dp = {layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
                 raise ValueError(f"{name}.layout: {sizes} but the run has {self.world} processes")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from puzzle import footprint
 from puzzle.cli import Parser
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
@@ -29,7 +30,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the whole configuration, stop")
+    parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
+    parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     options, overrides = parser.parse_known_args(arguments)
     if options.help:
         print(parser.format_help() + "\n" + option_help())
@@ -39,8 +41,14 @@ def run(arguments: Sequence[str]) -> int:
     else:
         config = load_config(options.config, overrides)
     check(config)
+    if options.dry_run or options.device_memory:
+        ranks = footprint.estimate(config, fused=config.device != "cpu")
     if options.dry_run:
         print(json.dumps(config.resolved(), indent=2))
+        print(footprint.table(ranks), file=sys.stderr)
+    if options.device_memory:
+        footprint.require(ranks, footprint.parse_bytes(options.device_memory))
+    if options.dry_run:
         return 0
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")

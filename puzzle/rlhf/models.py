@@ -67,7 +67,8 @@ def build_models(config: TrainConfig, world: World) -> Models:
     for role, spec in specs_of(config).items():
         section = getattr(config, role)
         placement = Placement.default(layout_of(role, section.layout, spec))
-        runtime = ModelRuntime(role, spec, placement, world, DTYPES[config.dtype])
+        recompute = config.recompute and role in ("actor", "critic")
+        runtime = ModelRuntime(role, spec, placement, world, DTYPES[config.dtype], recompute)
         if config.compile:
             runtime.decoder.compile_layers()
         seed = config.seed + ROLE_SEEDS[role]  # ty: ignore[invalid-argument-type]
@@ -86,6 +87,7 @@ def build_models(config: TrainConfig, world: World) -> Models:
                 options.eps,
                 options.weight_decay,
                 options.grad_clip,
+                options.backend,
             )
         )
     for role in ("reference", "reward"):

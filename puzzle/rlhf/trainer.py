@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle import footprint
 from puzzle.config import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.timing import StageClock
+from puzzle.engine.tracing import Clock, gathered, stage_records
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.provenance import run_header
@@ -48,14 +51,27 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     data = prepare(config, specs_of(config)["actor"].vocab_size)
     world = World.start(config.device)
     try:
+        _check_memory(config, world)
         trainer = Trainer(config, data, build_models(config, world), world)
         checkpoints = _checkpoints(config, out, trainer.models)
         resumed = trainer.resume(checkpoints) if resume else None
         header = run_header(config, {"device": _device_name(world), "processes": world.size})
         with Recorder(out, config, world, header, resumed) as recorder:
             trainer.run(recorder, checkpoints)
+    except torch.OutOfMemoryError as error:
+        ranks = footprint.estimate(config, fused=world.device.type == "cuda")
+        print(footprint.table(ranks), file=sys.stderr)
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{reason} on rank {world.rank}; {footprint.remedy(ranks[world.rank])}") from error
     finally:
         world.close()
+
+
+def _check_memory(config: TrainConfig, world: World) -> None:
+    """Refuse what cannot fit before anything is loaded."""
+    if world.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(world.device).total_memory
+        footprint.require(footprint.estimate(config, fused=True), limit)
 
 
 def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
@@ -79,6 +95,8 @@ class Trainer:
         self.reward_tokenizer = self._reward_tokenizer()
         self.best = -math.inf
         self.done = 0
+        self._ran = 0
+        self._stages_known = False
 
     def state(self) -> dict[str, Any]:
         """All but weights and optimizers that a later iteration depends on, as JSON values."""
@@ -143,6 +161,7 @@ class Trainer:
         """One PPO iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
         clock = StageClock(self.world)
+        self._start_clock(iteration)
         generation = self.config.generation
         with self.models.generator.weights(clock) as actor:
             experience = respond(actor, prompts, generation.samples, self.params, iteration, generation)
@@ -158,10 +177,30 @@ class Trainer:
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
         recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)
+        self._read_clock(iteration, clock, recorder)
         for model in (self.models.actor, self.models.critic):
             assert model.optimizer is not None
             model.optimizer.release()
         return metrics
+
+    def _start_clock(self, iteration: int) -> None:
+        """Time the actions of iterations to be traced, and of the second one (the first warms up)."""
+        self._ran += 1
+        warm = self._ran > 1 or iteration == self.config.iterations - 1
+        if iteration in self.config.log.trace or (warm and not self._stages_known):
+            self.world.clock = Clock(self.world.device)
+
+    def _read_clock(self, iteration: int, stages: StageClock, recorder: Recorder) -> None:
+        clock, self.world.clock = self.world.clock, None
+        if clock is None:
+            return
+        if not self._stages_known:
+            self._stages_known = True
+            layout = self.models.generator.runtime.placement.layout
+            recorder.stages(stage_records(self.world, clock, layout.pp))
+        if iteration in self.config.log.trace:
+            rank = self.world.rank
+            recorder.trace(iteration, gathered(self.world, [*stages.spans(rank), *clock.spans(rank)]))
 
     def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
         """The experience with all that training needs, and the raw scores (B,)."""

@@ -157,4 +157,5 @@ def killed(rank: int, folder: str, layout: Layout, first: int, delay: float) -> 
         checkpoints.save(number, {"number": number})
         if number == first:
             checkpoints.wait()
+            models[0].world.share(None)
             threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()

@@ -1,0 +1,128 @@
+"""How much device memory a configuration needs: the table of `puzzle train --dry-run`, and its refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from puzzle.config import TrainConfig
+from puzzle.errors import UserError
+from puzzle.plan.cluster import Cluster
+from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.memory import RankMemory, Use, Work, rank_memory
+from puzzle.plan.switch import plan_switch
+from puzzle.sources import layout_of, specs_of
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+GIB = 1 << 30
+UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
+
+# The end of a term's name, and the option that makes it smaller.
+REMEDIES = {
+    "weights": "raise {model}.layout.tp or pp",
+    "masters": "raise {model}.layout.dp, tp or pp",
+    "moments": "raise {model}.layout.dp, tp or pp",
+    "gradients": "raise {model}.layout.tp or pp",
+    "activations": "lower ppo.microbatch or set recompute",
+    "logits": "lower ppo.microbatch, or generation.decode_microbatch where it generates",
+    "one layer": "lower ppo.microbatch, or generation.prefill_microbatch where it generates",
+    "spreading": "raise {model}.layout.tp or pp instead of dp",
+    "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
+    "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB" (1e9) or "74.5GiB" (2**30). UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text)
+    if match is None:
+        raise UserError(f"--device-memory {text}: give a number and GB, GiB, MB or MiB, such as 80GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
+    """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
+    specs, item = specs_of(config), ITEMSIZE[config.dtype]
+    uses = []
+    for role, spec in specs.items():
+        section = getattr(config, role)
+        placement = Placement.default(layout_of(role, section.layout, spec))
+        trained = role in ("actor", "critic")
+        uses.append(Use(role, spec, placement, item, trained, trained and config.recompute, fused))
+    actor, options = uses[0], config.switch
+    layout = layout_of("generation", config.generation.layout, actor.spec)
+    if options.nest:
+        layout = Layout.nested(layout.tp, layout.pp, layout.dp, actor.placement.layout)
+    extra, placement = dict.fromkeys(range(config.world), 0), actor.placement
+    if layout != placement.layout:
+        plan = plan_switch(
+            actor.spec,
+            placement,
+            Placement.default(layout),
+            Cluster(options.gpus_per_node or min(8, config.world)),
+            strategy=options.strategy,
+            itemsize=item,
+            staging_bytes=options.staging_bytes,
+        )
+        placement = plan.destination
+        extra = {rank: plan.for_rank(rank).peak_extra for rank in range(config.world)}
+    generation = Use("generation", actor.spec, placement, item, fused=fused)
+    work = Work(
+        config.batch * config.generation.samples,
+        config.minibatch,
+        config.data.random_tokens or config.data.max_prompt_tokens,
+        config.generation.max_new_tokens,
+        config.ppo.microbatch,
+        config.generation.prefill_microbatch,
+        config.generation.decode_microbatch,
+    )
+    return [rank_memory(rank, uses, generation, work, extra[rank]) for rank in range(config.world)]
+
+
+def table(ranks: Sequence[RankMemory]) -> str:
+    """Text: one line per kind of rank, GiB; below it every term of the rank that needs most."""
+    lines = [
+        "device memory in GiB, all sequences at full length",
+        f"{'ranks':>12}{'resident':>10}{'generation':>12}{'inference':>11}{'training':>10}{'peak':>9}",
+    ]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in ranks:
+        stages = tuple(sum(terms.values()) for terms in rank.stages.values())
+        groups.setdefault((sum(rank.resident.values()), *stages, rank.peak), []).append(rank.rank)
+    for sizes, members in groups.items():
+        cells = [f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (10, 12, 11, 10, 9), strict=True)]
+        lines.append(f"{_ranges(members):>12}" + "".join(cells))
+    most = max(ranks, key=lambda rank: rank.peak)
+    lines.append(f"rank {most.rank} in {most.worst}:")
+    terms = {**most.resident, **most.stages[most.worst]}
+    lines += [f"{size / GIB:>12.2f}  {name}" for name, size in terms.items() if size]
+    return "\n".join(lines)
+
+
+def require(ranks: Sequence[RankMemory], limit: int) -> None:
+    """UserError, naming the largest term and what lowers it, if a rank needs more than `limit` bytes."""
+    most = max(ranks, key=lambda rank: rank.peak)
+    if most.peak > limit:
+        raise UserError(
+            f"rank {most.rank} needs {most.peak / GIB:.1f} GiB in {most.worst}, its device has"
+            f" {limit / GIB:.1f}; {remedy(most)}"
+        )
+
+
+def remedy(rank: RankMemory) -> str:
+    """The largest term at a rank's peak, and the option that lowers it."""
+    name, size = rank.largest
+    model, _, term = name.partition(" ")
+    advice = next(text for end, text in REMEDIES.items() if term.endswith(end))
+    return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=model)}"
+
+
+def _ranges(members: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2,5."""
+    runs: list[list[int]] = []
+    for rank in members:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

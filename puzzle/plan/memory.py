@@ -1,0 +1,262 @@
+"""Device bytes of every rank, from shapes alone: what always lies there, and what each stage adds.
+
+Activations are the tensors that the operations of `model.decoder` save for their backward passes, counted one
+by one for full-length sequences; a schedule says for how many micro-batches at once. Suffixes in formulas:
+T tokens of a pass, S = T/tp, D hidden, Q = H h/tp query columns, R = K h/tp key columns, F ffn columns/tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.pipelines import one_f_one_b
+from puzzle.plan.shards import local_params, zero_rows
+from puzzle.spec.model import ModelSpec
+
+FP32 = 4
+LOGITS_BLOCK = 1 << 24
+"""Most fp32 logits in one tensor (`model.logprobs.BLOCK`)."""
+PREFILL_TOKENS = 8192
+"""Tokens after which a prefill pass is full (`engine.generate.PREFILL_TOKENS`)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA)."""
+
+    name: str
+    spec: ModelSpec
+    placement: Placement
+    itemsize: int
+    trained: bool = False
+    recompute: bool = False
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one iteration runs, for full-length sequences. Counts are of sequences over all replicas, but for
+    `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit)."""
+
+    batch: int
+    minibatch: int
+    prompt: int
+    response: int
+    microbatch: int | None = None
+    prefill: int | None = None
+    decode: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank by term: `resident` ones always, a stage's while it runs."""
+
+    rank: int
+    resident: Mapping[str, int]
+    stages: Mapping[str, Mapping[str, int]]
+
+    def total(self, stage: str) -> int:
+        """Resident bytes and those of a stage."""
+        return sum(self.resident.values()) + sum(self.stages[stage].values())
+
+    @property
+    def worst(self) -> str:
+        """The stage that needs most."""
+        return max(self.stages, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the worst stage."""
+        return self.total(self.worst)
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """The largest term at the peak."""
+        terms = {**self.resident, **self.stages[self.worst]}
+        return max(terms.items(), key=lambda term: term[1])
+
+
+def weight_bytes(spec: ModelSpec, layout: Layout, coord: Coord, itemsize: int) -> int:
+    """The storages of a coordinate, vocabulary padding included."""
+    return itemsize * sum(param.size for param in local_params(spec, layout, coord))
+
+
+def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
+    """ZeRO-1: moments, and fp32 masters where weights are not fp32, of the replica's own rows."""
+    own = 0
+    for param in local_params(use.spec, use.placement.layout, coord):
+        low, high = zero_rows(param, use.placement.layout.dp, coord.d)
+        own += (high - low) * param.row_size
+    return {"moments": 2 * FP32 * own, "masters": 0 if use.itemsize == FP32 else FP32 * own}
+
+
+def gradient_bytes(use: Use, coord: Coord) -> dict[str, int]:
+    """fp32 buffers of all replicas' rows, the own rows' sum, and, while stepped rows spread, their copies."""
+    layout = use.placement.layout
+    chunk = sum(-(-p.rows // layout.dp) * p.row_size for p in local_params(use.spec, layout, coord))
+    if layout.dp == 1:
+        return {"gradients": FP32 * chunk, "spreading": 0}
+    return {"gradients": FP32 * chunk * (layout.dp + 1), "spreading": use.itemsize * chunk * (layout.dp + 1)}
+
+
+def kv_bytes(spec: ModelSpec, layout: Layout, p: int, rows: int, capacity: int, itemsize: int) -> int:
+    """Keys and values of `rows` sequences of up to `capacity` tokens on stage p."""
+    kv_heads = max(1, spec.num_kv_heads // layout.tp)
+    return 2 * itemsize * layout.stage_layers[p] * rows * kv_heads * capacity * spec.head_dim
+
+
+class Activations:
+    """What one micro-batch of `tokens` tokens, `answers` of them answers, costs on a stage."""
+
+    def __init__(self, use: Use, p: int, tokens: int, answers: int) -> None:
+        spec, layout = use.spec, use.placement.layout
+        self.use, self.p, self.answers, self.item = use, p, answers, use.itemsize
+        self.T = -(-tokens // layout.tp) * layout.tp
+        self.S = self.T // layout.tp
+        self.D, self.F = spec.hidden_size, spec.intermediate_size // layout.tp
+        self.heads = spec.num_heads // layout.tp
+        self.kv_heads = max(1, spec.num_kv_heads // layout.tp)
+        self.Q, self.R = self.heads * spec.head_dim, self.kv_heads * spec.head_dim
+        self.rows = -(-spec.vocab_size // layout.tp) if spec.head == "lm" else spec.num_labels
+        self.first, self.last = p == 0, p == layout.pp - 1
+
+    def norm(self, rows: int, width: int) -> int:
+        """What a norm saves but for the result: its input, and the factor of each row.
+
+        Step by step it is computed in fp32: a converted input, and the result before the weight.
+        """
+        saved = self.item if self.use.fused else 2 * FP32
+        return rows * width * saved + rows * FP32
+
+    def layer(self) -> int:
+        """What one layer saves: two norms and their results, queries, keys, values, attention's result with
+        a factor per head, gate and up, the activated gate, and the product."""
+        norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
+        # Values are a view of all columns of their product, so that it stays.
+        columns = (self.Q + 2 * self.R) + self.Q + self.R + self.Q
+        attention = self.T * (columns * self.item + self.heads * FP32)
+        if self.use.spec.qk_norm:
+            attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
+        return norms + attention + self.T * 4 * self.F * self.item
+
+    def saved(self) -> int:
+        """From a forward to its backward pass on this stage."""
+        layers = self.use.placement.layout.stage_layers[self.p]
+        rotation = 2 * self.T * self.use.spec.head_dim * self.item
+        total = rotation + layers * (self.S * self.D * self.item if self.use.recompute else self.layer())
+        if self.first:
+            total += self.T * (8 if self.use.placement.layout.tp == 1 else 9)
+        if not self.last:
+            return total + self.S * self.D * self.item
+        total += self.norm(self.S, self.D)
+        if self.use.spec.head == "value":
+            return total + self.S * self.D * FP32
+        return total + self.answers * (self.D * self.item + 6 * FP32)
+
+    def logits(self) -> int:
+        """Blocks of fp32 logits, the gradients of the head and of what it reads; only on the last stage."""
+        if not self.last or self.use.spec.head == "value":
+            return 0
+        block = FP32 * min(LOGITS_BLOCK, self.answers * self.rows)
+        if not self.use.trained:
+            return 2 * block
+        gradients = self.answers * self.D * (FP32 + self.item) + self.rows * self.D * self.item
+        return max(2 * block, block + block * self.item // FP32 + gradients)
+
+    def transient(self) -> int:
+        """Of one layer in its backward pass: the ffn's gradients, a layer to recompute, and the gradient
+        of the largest weight."""
+        layout = self.use.placement.layout
+        largest = max(p.size for p in local_params(self.use.spec, layout, Coord(0, self.p, 0)))
+        gradients = self.T * (4 * self.F + (2 if layout.tp > 1 else 1) * self.D) * self.item
+        return gradients + largest * self.item + (self.layer() if self.use.recompute else 0)
+
+    def forward(self) -> int:
+        """Of a pass without gradients: a layer's input, and the widest it has at a time."""
+        ffn, attention = 4 * self.F, 3 * self.Q + 3 * self.R
+        gathered = self.T * self.D if self.use.placement.layout.tp > 1 else 0
+        return self.item * (3 * self.S * self.D + gathered + self.T * max(ffn, attention))
+
+
+def _limited(rows: int, limit: int | None) -> int:
+    return max(1, min(rows, limit or rows))
+
+
+def _training(use: Use, work: Work, p: int) -> dict[str, int]:
+    """Activations under 1F1B, logits, one layer's gradients."""
+    layout = use.placement.layout
+    rows = -(-work.minibatch // layout.dp)
+    size = _limited(rows, work.microbatch)
+    held = one_f_one_b(layout.pp, -(-rows // size), use.name).peak_in_flight()[p]
+    one = Activations(use, p, size * work.length, size * work.response)
+    return {"activations": int(held) * one.saved(), "logits": one.logits(), "one layer": one.transient()}
+
+
+def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
+    """A pass without gradients."""
+    rows = _limited(-(-work.batch // use.placement.layout.dp), work.microbatch)
+    one = Activations(use, p, rows * work.length, rows * work.response)
+    return {"one layer": one.forward(), "logits": one.logits() if use.spec.head == "lm" else 0}
+
+
+def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
+    """The cache of all responses of a replica, one prefill pass, and the logits of a decode pass.
+
+    A draw holds about four tensors of logits' shape: logits, noise, their sum, probabilities.
+    """
+    layout = use.placement.layout
+    rows = -(-work.batch // layout.dp)
+    prefill = work.prompt * _limited(rows, work.prefill)
+    if work.prefill is None:
+        prefill = min(prefill, PREFILL_TOKENS + work.prompt)
+    one = Activations(use, p, prefill, 0)
+    drawn = _limited(rows, max(work.decode or rows, work.prefill or 1))
+    return {
+        "kv cache": kv_bytes(use.spec, layout, p, rows, work.length, use.itemsize),
+        "one layer": one.forward(),
+        "logits": 4 * FP32 * drawn * one.rows if one.last else 0,
+    }
+
+
+def rank_memory(rank: int, uses: Sequence[Use], generation: Use, work: Work, extra: int = 0) -> RankMemory:
+    """What `rank` needs. `generation` is the actor where it generates; `extra`: bytes that moving its weights
+    there takes beyond those of training."""
+    resident: dict[str, int] = {}
+    training: dict[str, int] = {}
+    for use in uses:
+        coord = use.placement.coord_of(rank)
+        resident[f"{use.name} weights"] = weight_bytes(use.spec, use.placement.layout, coord, use.itemsize)
+        if use.trained:
+            for name, size in state_bytes(use, coord).items():
+                resident[f"{use.name} {name}"] = size
+            training[f"{use.name} gradients"] = gradient_bytes(use, coord)["gradients"]
+    trained = [use for use in uses if use.trained]
+    steps = [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
+    for use in trained:
+        spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
+        steps.append({f"{use.name} spreading": spreading})
+    training |= _worst(steps)
+    passes = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
+    made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
+    stages = {
+        "generation": {"generation weights and staging": extra, **made},
+        "inference": passes,
+        "training": training,
+    }
+    return RankMemory(rank, resident, stages)
+
+
+def _named(use: Use, terms: Mapping[str, int]) -> dict[str, int]:
+    return {f"{use.name} {name}": size for name, size in terms.items()}
+
+
+def _worst(cases: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Of things that follow one another, the one that needs most."""
+    return max(cases, key=lambda terms: sum(terms.values()))

@@ -1,0 +1,147 @@
+"""A killed run goes on as if nothing had happened; what cannot go on says why."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puzzle.cli import main
+from puzzle.runlog import load_runs
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """\
+iterations: 6
+batch: 8
+actor:
+  init: {vocab_size: 258, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+         num_attention_heads: 4, max_position_embeddings: 128}
+  optimizer: {lr: 1.0e-3, schedule: cosine, warmup: 2}
+reward: {function: "puzzle.rlhf.rewards:vader_sentiment"}
+data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 40}
+generation: {max_new_tokens: 8}
+ppo: {minibatch: 4, reward_norm: true, kl: {target: 0.1}}
+checkpoint: {every: 1, keep: 3}
+log: {provenance: rehearsal, variant: tiny, tensorboard: false, plots: false}
+"""
+RUN = ["train", "--config", "run.yaml", "--out"]
+START = "import sys; from puzzle.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def killed(folder: Path, out: Path) -> None:
+    """A run that dies by SIGKILL some time after its second checkpoint."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", START, *RUN, str(out)]
+    run = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not (out / "checkpoints" / "state-2").exists():
+            assert run.poll() is None
+            time.sleep(0.001)
+    finally:
+        run.kill()
+    assert run.wait() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`alone`: a run left alone; `killed`: one that was killed."""
+    base = tmp_path_factory.mktemp("resume")
+    (base / "run.yaml").write_text(CONFIG)
+    words = (
+        "soup",
+        "film",
+        "sea",
+        "long road",
+        "first day of the year",
+        "dog",
+        "end",
+        "noise next door",
+        "a",
+        "tea",
+    )
+    (base / "prompts.jsonl").write_text("".join(f'{{"prompt": "The {word} was"}}\n' for word in words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        assert main([*RUN, "alone"]) == 0
+        killed(base, base / "killed")
+    return base
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / "last" / "model.safetensors")
+
+
+def test_the_same_layout_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "killed", tmp_path / "again"))
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    alone, again = load_runs(folder / "alone").runs[0], load_runs(out).runs[0]
+    ours, theirs = weights(out), weights(folder / "alone")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [i.metrics for i in again.iterations] == [i.metrics for i in alone.iterations]
+    records = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    (resume,) = (record for record in records if record["record"] == "resume")
+    assert 2 <= resume["iteration"] < 6
+    assert resume["checkpoint"] == f"checkpoints/state-{resume['iteration']}"
+    assert resume["changed"] == {}
+    assert records[-1]["status"] == "completed"
+
+
+def test_another_layout_goes_on_with_the_same_losses(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "killed", tmp_path / "wider"))
+    assert main([*RUN, str(out), "--resume", "--layout.dp", "2"]) == 0
+    alone, again = load_runs(folder / "alone").runs[0], load_runs(out).runs[0]
+    for ours, theirs in zip(again.iterations, alone.iterations, strict=True):
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-5)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_former_used(folder: Path, tmp_path: Path, capsys) -> None:
+    out = Path(shutil.copytree(folder / "killed", tmp_path / "damaged"))
+    last = max((out / "checkpoints").glob("state-?"))
+    (last / "rank-00000.safetensors").write_bytes(b"short")
+    assert main(["train", "--resume", "--out", str(out), "--iterations", "4"]) == 0
+    assert f"warning: {last} is damaged: rank-00000.safetensors has 5 bytes" in capsys.readouterr().err
+    warnings = [
+        json.loads(line) for line in (out / "run.jsonl").read_text().splitlines() if '"warning"' in line
+    ]
+    assert any("is damaged" in warning["text"] for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--resume needs --out DIR"),
+        (["--out", "nowhere"], "nowhere holds no run; without --resume one begins"),
+        (["--out", "nowhere", "--config", "run.yaml"], "nowhere holds no run"),
+        (
+            ["--out", "copy", "--actor.init.hidden_size", "64"],
+            "actor: the checkpoint is of a model of another shape",
+        ),
+        (["--out", "copy", "--seed", "7"], "seed is 7 but 0 in the checkpoint"),
+        (["--out", "copy", "--log.variant", "other"], "holds a run with variant 'tiny', not 'other'"),
+    ],
+)
+def test_what_cannot_go_on_says_why(
+    folder: Path, tmp_path: Path, monkeypatch, capsys, arguments, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run.yaml", "prompts.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    shutil.copytree(folder / "killed", tmp_path / "copy")
+    assert main(["train", "--resume", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

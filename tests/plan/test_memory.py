@@ -1,0 +1,223 @@
+"""Memory formulas against the tensors that real ranks hold and save; every published experiment on 80 GB."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from puzzle import experiments, footprint
+from puzzle.cli import main
+from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.world import World
+from puzzle.model.packing import pack
+from puzzle.model.weights import initialise
+from puzzle.plan import memory
+from puzzle.plan.layout import Layout, Placement
+from puzzle.spec.model import ModelSpec
+from tests.helpers import run_ranks
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+ROWS, PROMPT, RESPONSE = 4, 24, 24
+LENGTH = PROMPT + RESPONSE
+SETTINGS = AdamWSettings(lambda step: 1e-3)
+
+
+def spec_of(**changes: object) -> ModelSpec:
+    head = "value" if changes.pop("value", False) else "lm"
+    return ModelSpec.from_hf({**SHAPE, **changes}, head)
+
+
+def built(
+    rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype, recompute: bool = False
+) -> ModelRuntime:
+    world = World(rank, layout.world, torch.device("cpu"))
+    model = ModelRuntime("actor", spec, Placement.default(layout), world, dtype, recompute)
+    initialise(model.decoder, 0)
+    return model
+
+
+def finish_of(model: ModelRuntime, tokens_T: Tensor):
+    """Losses of the answers of ROWS full sequences."""
+    rows = len(tokens_T) // LENGTH
+    where = torch.cat([torch.arange(r * LENGTH + PROMPT - 1, (r + 1) * LENGTH - 1) for r in range(rows)])
+
+    def finish(index: int, hidden: Tensor) -> Tensor:
+        if model.spec.head == "value":
+            return model.decoder.values(hidden)[where].square().sum()
+        return -model.decoder.token_stats(hidden, where, tokens_T[where + 1]).logprobs.sum()
+
+    return finish
+
+
+def batch_of(model: ModelRuntime):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 259, (LENGTH,), generator=generator).tolist() for _ in range(ROWS)]
+    return pack(texts, model.placement.layout.tp)
+
+
+def held(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of what a rank holds during a step."""
+    model = built(rank, spec, layout, dtype)
+    model.attach_optimizer(SETTINGS, bucket=20_000)
+    batch = batch_of(model)
+    model.train([batch], finish_of(model, batch.tokens_T))
+    optimizer = model.optimizer
+    assert optimizer is not None
+    weights = list(model.decoder.parameters())
+    inside = {p.untyped_storage().data_ptr() for p in weights}
+    masters = [m for m in optimizer.masters if m.untyped_storage().data_ptr() not in inside]
+    moments = [t for state in optimizer.adam.state.values() for t in state.values() if t.dim()]
+    buffers = {id(t): t for b in optimizer.buckets for t in (b.grads, b.shard) if t is not None}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers.values()}
+    cache = model.decoder.new_cache(3, 20)
+    return {
+        "weights": sum(p.nbytes for p in weights),
+        "masters": sum(m.nbytes for m in masters),
+        "moments": sum(m.nbytes for m in moments),
+        "gradients": sum(storages.values()),
+        "kv": cache.k.nbytes + cache.v.nbytes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "dtype"),
+    [
+        (Layout.even(1, 1, 1, 4), {}, torch.float32),
+        (Layout(2, 2, 1, (3, 1)), {"tie_word_embeddings": True}, torch.bfloat16),
+        (Layout.even(1, 1, 3, 4), {"value": True}, torch.bfloat16),
+        (Layout.even(4, 1, 1, 4), {"model_type": "qwen2"}, torch.float32),
+        (Layout.even(1, 2, 2, 4), {"model_type": "qwen3", "head_dim": 8}, torch.float32),
+    ],
+    ids=str,
+)
+def test_resident_bytes_are_those_of_real_tensors(layout: Layout, changes: dict, dtype: torch.dtype) -> None:
+    spec = spec_of(**changes)
+    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, trained=True)
+    for rank, found in enumerate(run_ranks(held, layout.world, spec, layout, dtype)):
+        coord = layout.coord(rank)
+        assert found == {
+            "weights": memory.weight_bytes(spec, layout, coord, dtype.itemsize),
+            **memory.state_bytes(use, coord),
+            "gradients": memory.gradient_bytes(use, coord)["gradients"],
+            "kv": memory.kv_bytes(spec, layout, coord.p, 3, 20, dtype.itemsize),
+        }
+
+
+def saved(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype, recompute: bool) -> int:
+    """Bytes that a forward pass of this stage saves for its backward pass, weights left out."""
+    model = built(rank, spec, layout, dtype, recompute)
+    batch = batch_of(model)
+    decoder = model.decoder
+    x = batch.tokens_T
+    if not decoder.first:
+        x = torch.randn(len(x) // layout.tp, spec.hidden_size).to(dtype).requires_grad_()
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack_hook(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        out = decoder(x, batch)
+        if decoder.last:
+            out = finish_of(model, batch.tokens_T)(0, out)
+        else:
+            pack_hook(out)  # kept for the gradient that comes back
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "dtype", "recompute"),
+    [
+        (Layout.even(1, 1, 1, 4), {}, torch.float32, False),
+        (Layout.even(1, 1, 1, 4), {}, torch.bfloat16, True),
+        (Layout.even(1, 1, 1, 4), {"value": True}, torch.bfloat16, False),
+        (Layout.even(1, 1, 1, 4), {"model_type": "qwen3", "head_dim": 8}, torch.bfloat16, False),
+        (Layout.even(2, 1, 1, 4), {}, torch.float32, False),
+        (Layout.even(2, 1, 1, 4), {}, torch.bfloat16, True),
+        (Layout.even(4, 1, 1, 4), {"value": True}, torch.bfloat16, False),
+        (Layout(1, 3, 1, (1, 2, 1)), {}, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_saves(
+    layout: Layout, changes: dict, dtype: torch.dtype, recompute: bool
+) -> None:
+    spec = spec_of(**changes)
+    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, recompute, fused=False)
+    for rank, found in enumerate(run_ranks(saved, layout.world, spec, layout, dtype, recompute)):
+        one = memory.Activations(use, layout.coord(rank).p, ROWS * LENGTH, ROWS * RESPONSE)
+        assert one.saved() == pytest.approx(found, rel=0.1)
+
+
+def test_stages_hold_as_many_microbatches_as_1f1b_keeps() -> None:
+    spec, layout = spec_of(), Layout.even(1, 4, 1, 4)
+    use = memory.Use("actor", spec, Placement.default(layout), 2, trained=True)
+    work = memory.Work(batch=8, minibatch=8, prompt=16, response=16, microbatch=1)
+    ranks = [memory.rank_memory(rank, [use], use, work) for rank in range(4)]
+    found = [rank.stages["training"]["actor activations"] for rank in ranks]
+    one = [memory.Activations(use, p, 32, 16).saved() for p in range(4)]
+    assert found == [4 * one[0], 3 * one[1], 2 * one[2], one[3]]
+
+
+def test_every_published_experiment_has_a_table() -> None:
+    table = experiments.read_table()
+    runs = experiments.expand(table, experiments.Request("paper"))
+    assert len(runs) > 20
+    for run in runs:
+        ranks = footprint.estimate(run.config, fused=True)
+        assert len(ranks) == run.config.world
+        text = footprint.table(ranks)
+        assert "weights" in text
+        if run.config.log.variant in ("base", "opt"):
+            footprint.require(ranks, footprint.parse_bytes("80GB"))
+
+
+CONFIG = """\
+actor: {init: {preset: 7b}, layout: {pp: 4}}
+layout: {pp: 4}
+batch: 64
+dtype: bf16
+reward: {init: {preset: 350m}}
+data: {random_tokens: 256}
+generation: {max_new_tokens: 256}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "rank 0 needs .* GiB in training, its device has 74.5; most of it, .*: .*"),
+        (["--ppo.microbatch", "2", "--critic.init.preset", "350m"], None),
+        (["--ppo.microbatch", "2", "--layout.pp", "1", "--actor.layout.pp", "1"], "is actor moments: raise"),
+        (["--device-memory", "much"], "--device-memory much: give a number and GB"),
+    ],
+)
+def test_dry_run_refuses_what_cannot_fit(tmp_path, capsys, options: list[str], words: str | None) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    start = ["train", "--config", str(tmp_path / "run.yaml"), "--dry-run", "--device-memory", "80GB"]
+    assert main([*start, *options]) == (0 if words is None else 2)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["dtype"] == "bf16"
+    assert "device memory in GiB" in err
+    if words is not None:
+        assert re.search(f"^error: .*{words}", err.splitlines()[-1])
