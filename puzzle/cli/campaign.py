@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if out is None:
         out = Path(f"outputs_from_exec_{datetime.now():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
-    console.print(f"into {out} (start again to go on there: finished runs are kept)")
+    console.print(f"into {out} (start again to go on there: finished runs are kept)", soft_wrap=True)
     campaign.record(out, asked, [])
     with terminate_as_exit():
         outcomes = campaign.run_all(experiments, out, console)

@@ -97,7 +97,7 @@ def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> 
         try:
             for rank in range(world):
                 receive, send = context.Pipe(duplex=False)
-                log = None if logs is None or rank == 0 else logs / f"rank-{rank:03d}.log"
+                log = None if logs is None or rank == 0 else logs / f"rank-{rank:03d}.txt"
                 place = (rank, world, store.port, threads, log)
                 worker = context.Process(target=_work, args=(target, tuple(args), place, send, alive))
                 worker.start()
@@ -206,7 +206,7 @@ def _end(workers: Sequence[Any]) -> None:
 def _raise(death: Death, logs: Path | None) -> None:
     if death.kind == "user":
         raise UserError(death.line)
-    log = f"; its log: {logs / f'rank-{death.rank:03d}.log'}" if logs is not None and death.rank else ""
+    log = f"; its log: {logs / f'rank-{death.rank:03d}.txt'}" if logs is not None and death.rank else ""
     raise WorkerError(f"rank {death.rank} on {socket.gethostname()}: {death.line}{log}", death.code)
 
 

@@ -48,8 +48,8 @@ def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
     local.run(f"{TARGETS}:add_ranks", (tmp_path,), 3, tmp_path / "ranks")
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     assert [(tmp_path / f"{r}.txt").read_text() for r in range(3)] == [f"3.0 {r} {threads}" for r in range(3)]
-    assert (tmp_path / "ranks/rank-002.log").read_text() == "hello from 2\n"
-    assert not (tmp_path / "ranks/rank-000.log").exists()
+    assert (tmp_path / "ranks/rank-002.txt").read_text() == "hello from 2\n"
+    assert not (tmp_path / "ranks/rank-000.txt").exists()
     assert "RANK" not in os.environ
     assert "OMP_NUM_THREADS" not in os.environ
 
@@ -59,7 +59,7 @@ def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
     [
         ("user", UserError, "the third prompt is empty"),
         ("disk", UserError, "somewhere/file: No space left on device"),
-        ("bug", local.WorkerError, "rank 1 on .*: ValueError: a bug; its log: .*rank-001.log"),
+        ("bug", local.WorkerError, "rank 1 on .*: ValueError: a bug; its log: .*rank-001.txt"),
         ("kill", local.WorkerError, r"rank 1 on .*: killed by SIGKILL \(out of memory, or by hand\)"),
     ],
 )
@@ -71,7 +71,7 @@ def test_first_failure_ends_all_with_its_line(tmp_path, kind, error, words):
     assert gone(pids(tmp_path, 3, 1), 0)
     if kind == "bug":
         assert raised.value.code == 1
-        assert "with details" in (tmp_path / "ranks/rank-001.log").read_text()
+        assert "with details" in (tmp_path / "ranks/rank-001.txt").read_text()
     if kind == "kill":
         assert raised.value.code == 137
 

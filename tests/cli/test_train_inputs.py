@@ -1,0 +1,124 @@
+"""Bad inputs that only show once a run starts: one line, code 2, no folder left behind."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+
+CONFIG = """\
+iterations: 2
+batch: 4
+actor:
+  init: {vocab_size: 258, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+         num_attention_heads: 4, max_position_embeddings: 64}
+reward: {function: "puzzle.rlhf.rewards:letter_share"}
+data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 24}
+generation: {max_new_tokens: 4}
+log: {tensorboard: false, plots: false}
+"""
+SCORERS = """
+def fails(prompts, responses): raise RuntimeError("no such score")
+def nan(prompts, responses): return [float("nan")] * len(responses)
+def short(prompts, responses): return [0.0]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "scorers.py").write_text(SCORERS)
+    lines = [json.dumps({"prompt": f"opening {i}"}) + "\n" for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    (tmp_path / "long.jsonl").write_text("".join([*lines, json.dumps({"prompt": "x" * 25})]))
+    (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
+    for name in ("no-tokenizer", "no-weights"):
+        (tmp_path / name).mkdir()
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = {**shape, "model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 64}
+    for name in ("no-tokenizer", "no-weights"):
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def train(folder, monkeypatch, capsys):
+    """Runs the command in this process, which has torch already; gives exit code, stdout, stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "scorers", raising=False)
+
+    def run(*options: str) -> tuple[int, str, str]:
+        code = main(["train", "--config", "run.yaml", "--out", "out", *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+BEFORE_THE_LOG = [
+    (
+        ["--data.prompts", "long.jsonl"],
+        "long.jsonl:9: the prompt has 25 tokens",
+    ),
+    (["--data.prompts", "few.jsonl"], "batch is 4 but there are only 3 prompts"),
+    (["--data.chat_template", "true"], "the tokenizer has no chat template"),
+    (["--actor.model", "no-tokenizer", "--data.tokenizer", "null"], "no-tokenizer: has no tokenizer"),
+    (["--reference.model", "no-weights"], "no-weights"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BEFORE_THE_LOG)
+def test_refused_before_the_log_begins(folder, train, options, words):
+    code, _, err = train(*options)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", "scorers:fails raised RuntimeError: no such score"),
+        ("nan", "scorers:nan gave nan for the response"),
+        ("short", "scorers:short gave 1 scores for 4 responses"),
+    ],
+)
+def test_rewards_that_break_are_named_and_logged(folder, train, name, words):
+    code, _, err = train("--reward.function", f"scorers:{name}")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert words in err
+    last = json.loads((folder / "out/run.jsonl").read_text().splitlines()[-1])
+    assert (last["record"], last["status"]) == ("end", "failed")
+    assert words in last["text"]
+
+
+def test_refused_on_every_rank_with_one_line(folder, train):
+    code, _, err = train("--layout.dp", "2", "--data.prompts", "long.jsonl")
+    assert code == 2
+    assert err.startswith("error: long.jsonl:9: the prompt has 25 tokens")
+    assert err.count("\n") == 1
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(folder, train):
+    (folder / "out").mkdir()
+    (folder / "out/samples.jsonl").symlink_to("/dev/full")
+    code, _, err = train()
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "samples.jsonl" in err
+    assert "No space left on device" in err
+
+
+def test_a_run_that_works_is_left_whole(folder, train):
+    code, out, err = train()
+    assert (code, err) == (0, "")
+    assert "2/2" in out
+    assert (folder / "out/checkpoints/last/tokenizer.json").exists()
+    assert train()[0] == 2
