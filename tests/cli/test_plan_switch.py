@@ -1,0 +1,72 @@
+"""`puzzle plan switch`: the paper's example, JSON beside pictures, and errors in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+
+PAPER = ["plan", "switch", "--from", "2,8,1", "--to", "4,4,1", "--model", "13b", "--gpus-per-node", "8"]
+
+
+def test_roles_by_similarity_keep_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAPER, "--json", "--out", str(tmp_path / "drawn")]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["local_share"] == pytest.approx(0.5, abs=0.001)
+    # By hand: stage p of 2,8,1 on ranks 2p, 2p+1; by rank order only every fourth has a quarter in common.
+    assert numbers["fixed_order_bytes"] == pytest.approx(0.75 * numbers["needed_bytes"], rel=0.01)
+    assert numbers["bytes_received"] == numbers["lower_bound_bytes"]
+    assert sum(pair["bytes"] for pair in numbers["pairs"]) == numbers["bytes_received"]
+    assert [row["rank"] for row in numbers["ranks"]] == list(range(16))
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == [
+        "switch.json",
+        "switch.pdf",
+        "switch.png",
+    ]
+    assert json.loads((tmp_path / "drawn" / "switch.json").read_text()) == numbers
+
+
+def test_table_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["plan", "switch", "--from", "1,4,1", "--to", "1,1,4", "--model", str(tmp_path)]
+    assert main([*given, "--out", str(tmp_path / "drawn")]) == 0
+    text = capsys.readouterr().out
+    assert "switch 1,4,1 -> 1,1,4 (planned)" in text
+    assert "roles              proven best" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"--from": "2,8"}, "write tp,pp,dp, three whole numbers such as 2,8,1"),
+        ({"--to": "3,4,1"}, "layout.tp=3 does not divide 40 query heads; use one of 1, 2, 4, 8"),
+        ({"--to": "1,64,1"}, "layout.pp=64 is more than the model's 40 layers"),
+        ({"--model": "14b"}, "no published model size '14b'"),
+        ({"--gpus-per-node": "0"}, "0 devices per node; give at least 1"),
+    ],
+)
+def test_errors_in_one_line(changed: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = dict(zip(PAPER[2::2], PAPER[3::2], strict=True)) | changed
+    assert main(["plan", "switch", *(word for pair in options.items() for word in pair)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_too_little_staging_says_how_much(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PAPER, "--strategy", "gather-all", "--staging-bytes", "1000000"]) == 2
+    assert "needs 327680000 bytes of staging for the whole of embed" in capsys.readouterr().err
