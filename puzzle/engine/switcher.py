@@ -56,9 +56,15 @@ class Switcher:
         if self.group is not None:
             # The first use of a communicator is a handshake of all its ranks; a bucket is not.
             dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
+        self._homes: dict[str, tuple[nn.Module, str]] = {}
         if destination is not None:
             spec = destination.spec
             destination.freq = frequencies(spec.rope, spec.head_dim).to(world.device)
+            self._homes = {s.name: _home(destination, s.name) for s in destination.storages}
+        step = max(1, ALIGN // plan.itemsize)
+        self._starts = [0]
+        for param in self.part.allocate:
+            self._starts.append(self._starts[-1] + -(-param.size // step) * step)
         self._arena: Tensor | None = None
         self.filled = False
 
@@ -84,9 +90,8 @@ class Switcher:
                 " weights, its device has less free; lower switch.staging_bytes, or choose a"
                 " generation.layout whose tp is a multiple of the actor's"
             ) from None
-        if self.destination is not None:
-            for name, storage in got.items():
-                _install(self.destination, name, storage)
+        for name, storage in got.items():
+            self._install(name, storage)
         self.filled = True
         self._settle()
         return time.perf_counter() - start
@@ -97,7 +102,7 @@ class Switcher:
         if self.destination is not None:
             for storage in self.destination.storages:
                 meta = torch.empty(storage.shape, dtype=self.destination.dtype, device="meta")
-                _install(self.destination, storage.name, meta)
+                self._install(storage.name, meta)
         self.filled = False
         if not self.keep:
             self._arena = None
@@ -112,22 +117,23 @@ class Switcher:
 
     def _allocate(self) -> dict[str, Tensor]:
         """The plan's new storages, in one piece of memory; padding rows are zero."""
-        sizes = [param.size for param in self.part.allocate]
-        step = max(1, ALIGN // self.plan.itemsize)
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + -(-size // step) * step)
-        if self._arena is None and sizes:
+        if self._arena is None and self.part.allocate:
             assert self.destination is not None
-            total, dtype = starts[-2] + sizes[-1], self.destination.dtype
+            total, dtype = self._starts[-1], self.destination.dtype
             self._arena = torch.empty(total, dtype=dtype, device=self.world.device)
         got = {}
-        for param, start in zip(self.part.allocate, starts, strict=False):
+        for param, start in zip(self.part.allocate, self._starts, strict=False):
             assert self._arena is not None
             storage = self._arena[start : start + param.size].view(param.shape)
-            storage[max((piece.stop for piece in param.pieces), default=0) :].zero_()
+            covered = param.pieces[-1].stop if param.pieces else 0
+            if covered < param.rows:
+                storage[covered:].zero_()
             got[param.name] = storage
         return got
+
+    def _install(self, name: str, storage: Tensor) -> None:
+        module, leaf = self._homes[name]
+        module.register_parameter(leaf, nn.Parameter(storage, requires_grad=False))
 
     def _exchange(self, have: Storages, got: Storages) -> None:
         """All buckets, `depth` under way at a time; local copies while the first ones travel."""
@@ -178,7 +184,6 @@ class _Flight:
     have: Storages
     got: Storages
     scratch: Tensor | None
-    labels: list[str] = field(default_factory=list)
     works: list[dist.Work] = field(default_factory=list)
     packed: list[tuple[Tensor, Transfer]] = field(default_factory=list)
 
@@ -204,7 +209,7 @@ class _Flight:
             try:
                 self.works = dist.batch_isend_irecv(operations)
             except RuntimeError as error:
-                raise self._failed(self.labels[0], error) from error
+                raise self._failed(0, error) from error
         _copy(self.have, self.into, self.bucket.gathers)
 
     def land(self, timeout: float) -> None:
@@ -216,7 +221,7 @@ class _Flight:
                 else:
                     work.wait(timedelta(seconds=timeout))
             except RuntimeError as error:
-                raise self._failed(self.labels[number], error) from error
+                raise self._failed(number, error) from error
         targets, values = [], []
         for buffer, message in self.packed:
             rows = [_rows(self.into, part) for part in message.parts]
@@ -247,15 +252,18 @@ class _Flight:
         tags: Counter[tuple[int, bool]],
     ) -> dist.P2POp:
         sending = kind is dist.isend
-        first, last = message.parts[0], message.parts[-1]
-        rows = f"{first.name}[{first.start}:{first.start + first.rows}]"
-        rows += f" to {last.name}" if len(message.parts) > 1 else ""
-        self.labels.append(f"{'send' if sending else 'receive'} {rows}, peer rank {message.peer}")
         tag = tags[message.peer, sending]
         tags[message.peer, sending] += 1
         return dist.P2POp(kind, tensor, message.peer, self.switcher.group, tag)
 
-    def _failed(self, label: str, error: RuntimeError) -> RuntimeError:
+    def _failed(self, number: int, error: RuntimeError) -> RuntimeError:
+        """Names the message: NCCL ends a batch as one, then it is the first."""
+        message = (*self.bucket.sends, *self.bucket.receives)[number]
+        first, last = message.parts[0], message.parts[-1]
+        rows = f"{first.name}[{first.start}:{first.start + first.rows}]"
+        rows += f" to {last.name}" if len(message.parts) > 1 else ""
+        kind = "send" if number < len(self.bucket.sends) else "receive"
+        label = f"{kind} {rows}, peer rank {message.peer}"
         said = " ".join(str(error).split())
         return RuntimeError(f"switch, bucket {self.index}: {label} failed: {said}")
 
@@ -281,7 +289,7 @@ def _copy(source: Storages, destination: Storages, moves: Sequence[Move]) -> Non
         torch._foreach_copy_([_rows(destination, move.destination) for move in moves], values)
 
 
-def _install(decoder: Decoder, name: str, storage: Tensor) -> None:
+def _home(decoder: Decoder, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and its name there."""
     path, _, leaf = name.rpartition(".")
-    weight = nn.Parameter(storage, requires_grad=False)
-    decoder.get_submodule(path).register_parameter(leaf, weight)
+    return decoder.get_submodule(path), leaf

@@ -8,6 +8,7 @@ Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +24,28 @@ reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 class TensorGroup:
     """The ranks that share every matrix of one stage. Without a process group: one rank, nothing is sent.
 
-    `moved` counts the bytes of the full tensors this rank has put through collectives.
+    `ranks` are the global ranks by tensor rank; torch's own order is always ascending, so where they are not,
+    parts of gathered and scattered tensors change places. `moved` counts the bytes of the full tensors this
+    rank has put through collectives.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.moved = 0
+    def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = ()) -> None:
+        self.group, self.rank, self.size, self.moved = group, 0, 1, 0
+        self.first = 0
+        self._theirs: list[int] | None = None  # torch's number of every tensor rank, if these differ
+        self._ours: list[int] | None = None  # the inverse
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            theirs = [dist.get_group_rank(group, rank) for rank in ranks] or list(range(self.size))
+            if theirs != sorted(theirs):
+                self._theirs, self._ours = theirs, [theirs.index(g) for g in range(self.size)]
+                self.rank, self.first = self._ours[self.rank], theirs[0]
+
+    def _ordered(self, x: Tensor, order: list[int] | None) -> Tensor:
+        """The `size` equal parts of dimension 0 in another order."""
+        if order is None:
+            return x
+        return torch.cat([x.chunk(self.size)[part] for part in order])
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) on every rank -> (size * n, ...) in rank order."""
@@ -39,14 +54,14 @@ class TensorGroup:
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         all_gather_flat(out, x.contiguous(), group=self.group)
         self.moved += out.nbytes
-        return out
+        return self._ordered(out, self._theirs)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """(size * n, ...) on every rank -> the sum's own (n, ...)."""
         if self.size == 1:
             return x
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        reduce_scatter_flat(out, x.contiguous(), group=self.group)
+        reduce_scatter_flat(out, self._ordered(x, self._ours).contiguous(), group=self.group)
         self.moved += x.nbytes
         return out
 
@@ -67,7 +82,7 @@ class TensorGroup:
     def broadcast(self, x: Tensor) -> Tensor:
         """Every rank receives the first rank's values, in place."""
         if self.size > 1:
-            dist.broadcast(x, group_src=0, group=self.group)
+            dist.broadcast(x, group_src=self.first, group=self.group)
             self.moved += x.nbytes
         return x
 
