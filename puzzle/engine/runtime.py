@@ -50,7 +50,8 @@ class ModelRuntime:
         placement.layout.check(spec)
         self.name, self.spec, self.placement, self.world = name, spec, placement, world
         self.coord: Coord = placement.coord_of(world.rank)
-        self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"))
+        tensor_ranks = placement.tp_group(self.coord)
+        self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"), tensor_ranks)
         device = world.device if allocate else torch.device("meta")
         self.decoder = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
