@@ -7,272 +7,36 @@ validation (`_inherit`). `puzzle.configio` reads files and command lines into it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
+)
+
+from puzzle.sections import (
+    CheckpointConfig,
+    Count,
+    DataConfig,
+    EvalConfig,
+    GenerationConfig,
+    IntraConfig,
+    LayoutConfig,
+    LogConfig,
+    ModelConfig,
+    Natural,
+    PPOConfig,
+    RewardConfig,
+    Section,
+    SwitchConfig,
+    TrainedConfig,
 )
 
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SOURCES = ("model", "init", "function")
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, finite numbers, no booleans where a number belongs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _booleans_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError("a truth value has no meaning here")
-        return value
-
-
-def _stages(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 1 and value[0] in ("even", "balanced"):
-        value = value[0]  # what a comma-separated command-line value of one word becomes
-    if value in ("even", "balanced"):
-        return value
-    if isinstance(value, (list, tuple)) and value and all(type(v) is int and v > 0 for v in value):
-        return tuple(value)
-    raise ValueError("expected even, balanced or a list of layers per stage such as [8, 8, 7, 7]")
-
-
-class LayoutConfig(Section):
-    """Tensor x pipeline x data parallelism of one model; their product is the number of processes."""
-
-    tp: Count = Field(1, description="tensor-parallel ranks")
-    pp: Count = Field(1, description="pipeline stages")
-    dp: Count = Field(1, description="data-parallel replicas")
-    stages: Annotated[str | tuple[int, ...], BeforeValidator(_stages)] = Field(
-        "even", description="layers per stage: even, balanced (counts embedding and head) or a list"
-    )
-
-    @property
-    def world(self) -> int:
-        """Number of processes."""
-        return self.tp * self.pp * self.dp
-
-    @model_validator(mode="after")
-    def _one_count_per_stage(self) -> LayoutConfig:
-        if isinstance(self.stages, tuple) and len(self.stages) != self.pp:
-            raise ValueError(f"stages lists {len(self.stages)} stages but pp is {self.pp}")
-        return self
-
-
-class InitConfig(Section):
-    """Shape of a randomly initialised model, by Hugging Face names; a preset fills what is not given."""
-
-    preset: str | None = Field(None, description="a published size: 350m, 7b, 13b, 33b")
-    model_type: str | None = Field(None, description="llama (default), mistral, qwen2, qwen3")
-    vocab_size: Count | None = None
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_hidden_layers: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    max_position_embeddings: Count | None = None
-    rms_norm_eps: Positive | None = None
-    rope_theta: Positive | None = None
-    tie_word_embeddings: bool | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> InitConfig:
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        absent = [name for name in needed if getattr(self, name) is None]
-        if self.preset is None and absent:
-            raise ValueError(f"give preset, or also {', '.join(absent)}")
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        """The given fields without the preset, as keys of a Hugging Face `config.json`."""
-        return self.model_dump(exclude={"preset"}, exclude_none=True)
-
-
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019) with a learning-rate schedule in optimizer steps."""
-
-    lr: Positive = 1e-5
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    grad_clip: Positive | None = Field(1.0, description="largest global gradient norm; null: no clipping")
-    warmup: Natural = Field(0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    backend: Literal["torch", "apex"] = Field("torch", description="apex: its FusedAdam, if installed")
-
-
-class ModelConfig(Section):
-    """Where one model comes from and how it is laid out."""
-
-    model: str | None = Field(None, description="Hugging Face model folder")
-    init: InitConfig | None = Field(None, description="random initialisation instead of a folder")
-    layers: Count | None = Field(None, description="keep only the first N layers")
-    layout: LayoutConfig = Field(LayoutConfig(), description="default: the run's layout")
-
-
-class TrainedConfig(ModelConfig):
-    """A model with an optimizer. The critic's source defaults to the actor's (with a fresh value head)."""
-
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-
-class RewardConfig(ModelConfig):
-    """The reward: a model with a score head, or a Python function of texts."""
-
-    function: str | None = Field(None, description="module:name, called with (prompts, responses)")
-
-
-class DataConfig(Section):
-    """Prompts, the tokenizer and their limits."""
-
-    prompts: str | None = Field(None, description=".jsonl, .parquet, .txt or a Hugging Face dataset folder")
-    eval_prompts: str | None = Field(None, description="held-out prompts in the same formats")
-    random_tokens: Count | None = Field(None, description="prompts of N random ids (timing runs), no text")
-    field: str = Field("prompt", description="name of the prompt's field")
-    id_field: str | None = Field(None, description="field of a stable id; default: position in the file")
-    tokenizer: str | None = Field(None, description="folder, or bytes; default: the actor's folder")
-    chat_template: bool = Field(False, description="render prompts as user turns of a chat")
-    system: str | None = Field(None, description="system turn before each prompt (chat_template only)")
-    max_prompt_tokens: Count = 256
-    too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer prompts")
-    shuffle: bool = True
-
-
-class GenerationConfig(Section):
-    """Sampling of responses."""
-
-    min_new_tokens: Natural = 0
-    max_new_tokens: Count = 128
-    temperature: Positive = 1.0
-    top_k: Natural = Field(0, description="0: no limit")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    greedy: bool = False
-    samples: Count = Field(1, description="responses per prompt")
-    stop: tuple[str, ...] = Field((), description="texts that end a response")
-    prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
-    decode_microbatch: Count | None = Field(None, description="sequences per decode micro-batch")
-    layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
-
-    @model_validator(mode="after")
-    def _room(self) -> GenerationConfig:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
-            )
-        return self
-
-
-class KLConfig(Section):
-    """KL penalty against the reference; adaptive towards `target` as in Ziegler et al. 2019, section 2.2."""
-
-    coef: NonNegative = 0.1
-    target: Positive | None = Field(None, description="adapt coef towards this KL per response; null: fixed")
-    horizon: Count = Field(10000, description="responses over which an adaptive coef reacts")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="http://joschu.net/blog/kl-approx.html")
-    place: Literal["reward", "loss"] = "reward"
-
-
-class PPOConfig(Section):
-    """Proximal policy optimisation (Schulman et al. 2017) on responses."""
-
-    epochs: Count = 1
-    minibatch: Count | None = Field(None, description="sequences per optimizer step; default: all")
-    microbatch: Count | None = Field(None, description="sequences per forward and backward pass")
-    microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
-    clip: Positive = 0.2
-    value_clip: Positive | None = 0.2
-    gamma: Fraction = 1.0
-    gae_lambda: Fraction = 0.95
-    kl: KLConfig = KLConfig()
-    kl_stop: Positive | None = Field(None, description="end the run when the KL metric exceeds this")
-    whiten: bool = Field(False, description="advantages to mean 0, variance 1 over the batch's tokens")
-    reward_clip: Positive | None = 5.0
-    reward_norm: bool = Field(False, description="divide scores by their running standard deviation")
-    entropy: NonNegative = Field(0.0, description="coefficient of the entropy bonus")
-    reference_free: bool = False
-    old_logprobs: Literal["generation", "recompute"] = "generation"
-    loss_average: Literal["token", "microbatch"] = Field("token", description="microbatch: mean of means")
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> PPOConfig:
-        if self.microbatch is not None and self.microbatch_tokens is not None:
-            raise ValueError("give microbatch or microbatch_tokens, not both")
-        return self
-
-
-class SwitchConfig(Section):
-    """Inter-stage switching: how the actor's weights get to `generation.layout` and back, if it differs."""
-
-    strategy: Literal["planned", "fixed-order", "gather-all"] = "planned"
-    staging_bytes: Count = Field(256 << 20, description="most memory for packing messages, per device")
-    verify: bool = Field(False, description="compare checksums of every tensor after each switch")
-    gpus_per_node: Count | None = Field(None, description="default: as the launcher says")
-    nest: bool = Field(False, description="stages of generation begin and end where the actor's do")
-
-
-class IntraConfig(Section):
-    """Intra-stage switching: models with affinity share one pipeline."""
-
-    fuse_training: bool = Field(False, description="actor and critic in one training schedule")
-    fuse_inference: bool = Field(False, description="reference, critic and reward in one inference schedule")
-
-
-class EvalConfig(Section):
-    """Held-out evaluation with the run's own sampling."""
-
-    every: Natural = Field(0, description="iterations between evaluations; 0: none")
-    greedy: bool = False
-
-
-class CheckpointConfig(Section):
-    """Under OUT/checkpoints: state-N to resume from, and the actor as Hugging Face folders."""
-
-    every: Natural = Field(0, description="iterations between checkpoints; 0: only the last model")
-    save: bool = Field(True, description="false: none at all (timing runs)")
-    keep: Count = Field(2, description="how many of each kind stay")
-    asynchronous: bool = Field(True, description="write state-N while training goes on")
-    best: bool = Field(False, description="keep the one with the best held-out reward as well")
-
-
-class LogConfig(Section):
-    """What the log says about the run, and what is written beside it."""
-
-    figures: tuple[str, ...] = ()
-    cluster: str = "local"
-    variant: str = "puzzle"
-    actor: str | None = Field(None, description="name in figures; default: preset or folder name")
-    critic: str | None = None
-    repeat: Natural = 0
-    provenance: Literal["measured", "rehearsal"] = "measured"
-    samples: Natural = Field(64, description="samples written per iteration")
-    tensorboard: bool = True
-    plots: bool = True
-    trace: tuple[Natural, ...] = Field((), description="iterations of which a timeline is written")
 
 
 def _plain(value: Any) -> Any:
@@ -310,9 +74,7 @@ class TrainConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
-    recompute: bool = Field(
-        False, description="keep layers' inputs alone for backward passes: less memory"
-    )
+    recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
     layout: LayoutConfig = LayoutConfig()
     actor: TrainedConfig = TrainedConfig()
     critic: TrainedConfig = TrainedConfig()
@@ -384,6 +146,13 @@ class TrainConfig(Section):
             if layout.world != self.layout.world:
                 sizes = f"tp x pp x dp = {layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
                 raise ValueError(f"{name}.layout: {sizes} but the run has {self.world} processes")
+            trained = name in ("actor", "critic")
+            rows, what = (self.minibatch, "ppo.minibatch") if trained else (sequences, "the batch")
+            if layout.dp > rows:
+                raise ValueError(
+                    f"{name}.layout.dp {layout.dp} exceeds the {rows} sequences of {what}: replicas would go"
+                    " without; lower dp"
+                )
         return self
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from puzzle.config import OptimizerConfig, Role, TrainConfig
+from puzzle.config import Role, TrainConfig
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
@@ -17,6 +17,7 @@ from puzzle.model import hf
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Placement
 from puzzle.rlhf.generator import Generator, build_generator
+from puzzle.sections import OptimizerConfig
 from puzzle.sources import layout_of, specs_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
