@@ -25,8 +25,10 @@ def next_tokens(batch):
     return rows, batch.tokens_T[rows + 1]
 
 
-def lm_rank(rank, folder, tp, weights):
-    decoder = stage(folder, tp=tp, coord=Coord(rank, 0, 0), group=dist.group.WORLD)
+def lm_rank(rank, folder, tp, weights, ranks):
+    coord = Coord(ranks.index(rank), 0, 0)
+    decoder = stage(folder, tp=tp, coord=coord, group=dist.group.WORLD, ranks=ranks)
+    assert decoder.group.broadcast(torch.tensor([rank])).item() == ranks[0]
     batch = pack(sequences(), multiple=tp)
     hidden = decoder(batch.tokens_T, batch)
     rows, targets = next_tokens(batch)
@@ -38,6 +40,16 @@ def lm_rank(rank, folder, tp, weights):
 
 @every_case
 def test_logprobs_entropy_and_gradients(variant, tp, tmp_path):
+    same_as_transformers(variant, tuple(range(tp)), tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [(2, 0, 3, 1), (1, 0)])
+def test_tensor_ranks_in_another_order_than_global_ranks(ranks, tmp_path):
+    same_as_transformers("llama", ranks, tmp_path)
+
+
+def same_as_transformers(variant, ranks, tmp_path):
+    tp = len(ranks)
     folder = save_variant(tmp_path / "model", variant)
     reference = AutoModelForCausalLM.from_pretrained(folder)
     rows, _ = next_tokens(pack(sequences()))
@@ -50,7 +62,7 @@ def test_logprobs_entropy_and_gradients(variant, tp, tmp_path):
     expected, expected_entropy = torch.cat(logprobs), torch.cat(entropy)
     ((expected + 0.1 * expected_entropy) * weights).sum().backward()
 
-    results = run_ranks(lm_rank, tp, folder, tp, weights)
+    results = run_ranks(lm_rank, tp, folder, tp, weights, ranks)
     for got, got_entropy, _, moved in results:
         assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert (got_entropy - expected_entropy).abs().max() <= TOLERANCE * expected_entropy.abs().max()

@@ -51,11 +51,13 @@ def sequences(vocab: int = 259) -> list[torch.Tensor]:
     return [torch.randint(0, vocab, (n,), generator=generator) for n in LENGTHS]
 
 
-def stage(folder: Path, tp: int = 1, pp: int = 1, coord: Coord | None = None, group=None, **options):
-    """A loaded stage of the model in a folder."""
+def stage(
+    folder: Path, tp: int = 1, pp: int = 1, coord: Coord | None = None, group=None, ranks=(), **options
+):
+    """A loaded stage of the model in a folder; `ranks` by tensor rank, if not ascending."""
     spec = read_spec(folder)
     layout = Layout.even(tp, pp, 1, spec.num_layers)
-    decoder = Decoder(spec, layout, coord or Coord(0, 0, 0), TensorGroup(group), **options)
+    decoder = Decoder(spec, layout, coord or Coord(0, 0, 0), TensorGroup(group, ranks), **options)
     load(decoder, folder)
     return decoder
 

@@ -43,6 +43,7 @@ class Watch:
     experiences: list[Experience] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    switches: list[dict[str, Any] | None] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
     weights: dict[str, Boxes] = field(default_factory=dict)
     parameter_bytes: dict[str, int] = field(default_factory=dict)
@@ -61,6 +62,9 @@ class Recorder:
         self, iteration: int, seconds: dict[str, float], total: float, metrics: dict[str, float]
     ) -> None:
         self.watch.metrics.append(metrics)
+
+    def switch(self, iteration: int, fields: dict[str, Any] | None) -> None:
+        self.watch.switches.append(fields)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None

@@ -1,0 +1,47 @@
+"""PPO whose generation has a layout of its own, on gloo processes, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rlhf.test_trainer_reference import Bench, Shape, run_all
+
+# Training and generation layouts; options, models and strategies take turns.
+CASES: list[tuple[str, str, Shape, str]] = [
+    ("plain", "llama", {"actor": (1, 4, 1), "generation": (2, 2, 1)}, "planned"),
+    ("kl in loss", "tied", {"actor": (2, 2, 1), "generation": (1, 1, 4)}, "planned"),
+    ("no reference", "qwen2", {"actor": (1, 2, 2), "generation": (4, 1, 1)}, "gather-all"),
+]
+LONG: list[tuple[str, str, Shape, str]] = [
+    ("mean of means", "qwen3", {"actor": (4, 1, 1), "generation": (1, 2, 2)}, "fixed-order"),
+    ("whitened", "llama", {"actor": (1, 1, 4), "generation": (2, 2, 1)}, "planned"),
+    ("plain", "tied", {"actor": (2, 1, 2), "generation": (1, 4, 1)}, "planned"),
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("switched"))
+
+
+@pytest.mark.parametrize("names", [CASES, pytest.param(LONG, marks=pytest.mark.long)])
+def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> None:
+    cases = []
+    for option, kind, shape, strategy in names:
+        case = bench.case(option, kind, shape)
+        case.config["switch"] = {"strategy": strategy, "verify": True}
+        cases.append(case)
+    for name, case, watches in zip(names, cases, run_all(cases, 4), strict=True):
+        try:
+            bench.check(case, watches)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        switches = watches[0].switches
+        assert len(switches) == case.config["iterations"]
+        for fields in switches:
+            assert fields is not None
+            assert fields["strategy"] == name[3]
+            assert fields["seconds"] >= fields["fill_seconds"] > 0
+            if name[3] != "gather-all":
+                assert fields["bytes"] == fields["lower_bound_bytes"]
+    assert not bench.agreement.wrong
