@@ -136,13 +136,6 @@ class TrainConfig(Section):
                 f"ppo.minibatch {self.minibatch} does not divide batch x generation.samples = {sequences}"
             )
         for name, layout in self.layouts().items():
-            trained = name in ("actor", "critic")
-            rows, what = (self.minibatch, "ppo.minibatch") if trained else (sequences, "the batch")
-            if layout.dp > rows:
-                raise ValueError(
-                    f"{name}.layout.dp {layout.dp} exceeds the {rows} sequences of {what}: some replicas "
-                    f"would have none; lower dp"
-                )
             if layout.world != self.layout.world:
                 sizes = f"tp x pp x dp = {layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
                 raise ValueError(f"{name}.layout: {sizes} but the run has {self.world} processes")

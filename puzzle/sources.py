@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def check(config: TrainConfig) -> None:
         if role != "reward" and spec.vocab_size != specs["actor"].vocab_size:
             sizes = f"{spec.vocab_size} tokens, the actor's {specs['actor'].vocab_size}"
             raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
+    for role in ("actor", "critic"):
+        if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
+            raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
     prompt = config.data.random_tokens or config.data.max_prompt_tokens
     longest = prompt + config.generation.max_new_tokens
     for role in specs.keys() - {"reward"}:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
@@ -73,6 +74,7 @@ class _Bucket:
     hits: int = 0
     work: dist.Work | None = None
     gathered: Tensor | None = None
+    began: Instant | None = None
 
 
 class ZeroAdamW:
@@ -205,6 +207,7 @@ class ZeroAdamW:
         bucket.work = reduce_scatter_flat(
             bucket.shard, bucket.grads.view(-1), group=self.group, async_op=True
         )
+        bucket.began = self._now()
         self.world.moved["reduce_scatter"] += bucket.grads.nbytes
 
     def do(self, op: Op) -> None:
@@ -230,6 +233,7 @@ class ZeroAdamW:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
+                self._note(bucket, "reduce-scatter")
         for group, rows in self.shared:
             parts = [self._grad(i)[first:last] for i, first, last in rows]
             flat = torch.cat([part.reshape(-1) for part in parts])
@@ -237,6 +241,16 @@ class ZeroAdamW:
             self.world.moved["all_reduce"] += flat.nbytes
             for part, summed in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
                 part.copy_(summed.view_as(part))
+
+    def _now(self) -> Instant | None:
+        return None if self.world.clock is None else self.world.clock.now()
+
+    def _note(self, bucket: _Bucket, what: str) -> None:
+        """Time a bucket's collective from its start to the end of the wait for it."""
+        if self.world.clock is not None and bucket.began is not None:
+            index = self.buckets.index(bucket)
+            self.world.clock.note(f"bucket {index}", f"{what} {self.name} {index}", self.name, bucket.began)
+            bucket.began = None
 
     def _grad(self, i: int) -> Tensor:
         """The reduced gradient of slot i's own rows, in the shape of those rows."""
@@ -302,6 +316,7 @@ class ZeroAdamW:
                     mine[slot.offset : slot.offset + own.numel()] = own
                 bucket.gathered = mine.new_empty(self.dp * bucket.chunk)
                 bucket.work = all_gather_flat(bucket.gathered, mine, group=self.group, async_op=True)
+                bucket.began = self._now()
                 self.world.moved["all_gather"] += bucket.gathered.nbytes
 
     def wait_gather(self) -> None:
@@ -310,6 +325,7 @@ class ZeroAdamW:
             if bucket.gathered is None or bucket.work is None:
                 continue
             bucket.work.wait()
+            self._note(bucket, "all-gather")
             chunks = bucket.gathered.view(self.dp, bucket.chunk)
             with torch.no_grad():
                 for slot in bucket.slots:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puzzle.engine.tracing import stage_name
 from puzzle.engine.world import World
 from puzzle.plan.schedule import COLLECTIVES, TRANSFERS, Action, Channel, Message, Op, Schedule
 
@@ -33,45 +33,6 @@ class StageWork(Protocol):
         ...
 
 
-class Clock:
-    """Start and end of every pass and wait, by host clock or by device events."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[tuple[Action, _Instant, _Instant]] = []
-        self._origin = self.now()
-
-    def now(self) -> _Instant:
-        """A point in time of the current stream."""
-        return _Instant(self.device)
-
-    def mark(self, action: Action, start: _Instant) -> None:
-        """The action began at `start` and ends now."""
-        self._marks.append((action, start, self.now()))
-
-    def spans(self) -> list[tuple[Action, float, float]]:
-        """(action, start, end) in seconds since the clock was made; waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return [(action, start - self._origin, end - self._origin) for action, start, end in self._marks]
-
-
-class _Instant:
-    """A moment of the host (seconds) or of a CUDA stream (an event)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host = time.perf_counter()
-        self.event = None
-        if device.type == "cuda":
-            self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
-
-    def __sub__(self, earlier: _Instant) -> float:
-        if self.event is None or earlier.event is None:
-            return self.host - earlier.host
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
 class Runner:
     """Executes schedules for one pipeline: `ranks[s]` is the global rank of its stage s."""
 
@@ -83,10 +44,16 @@ class Runner:
         self.pipelines = pipelines
         self.doing = "idle"
 
-    def run(self, schedule: Schedule, models: Mapping[str, StageWork], clock: Clock | None = None) -> None:
-        """Execute this stage's actions in order. A failed transfer raises RuntimeError that names it."""
+    def run(self, schedule: Schedule, models: Mapping[str, StageWork]) -> None:
+        """Execute this stage's actions in order, timed if the world has a clock.
+
+        A failed transfer raises RuntimeError that names it.
+        """
         ends = [(p[c.src], p[c.dst], c) for c in schedule.channels for p in self.pipelines]
         execution = _Execution(self, self.world.connect(ends), models)
+        clock = self.world.clock
+        if clock is not None:
+            clock.begin(stage_name(schedule), schedule)
         for action in schedule.actions[self.stage]:
             self.doing = action.label
             if clock is None or action.op in (Op.SEND, Op.RECV):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.optimizer import BUCKET, AdamWSettings, ZeroAdamW
-from puzzle.engine.runner import Clock, Runner
+from puzzle.engine.runner import Runner
 from puzzle.engine.stage import Finish, StageRun
 from puzzle.engine.world import World
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import PackedBatch
 from puzzle.model.parallel import TensorGroup
+from puzzle.plan.check import check
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import Schedule
@@ -23,9 +24,12 @@ from puzzle.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a pass of batches gave: the schedule that ran, results per micro-batch (last stage alone)."""
+    """What a pass of batches gave: the schedule that ran, results per micro-batch (last stage alone).
 
-    schedule: Schedule
+    Without batches no schedule runs.
+    """
+
+    schedule: Schedule | None
     results: list[Tensor]
 
 
@@ -56,7 +60,7 @@ class ModelRuntime:
         self.decoder = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
-        self.clock: Clock | None = None
+        self._schedules: dict[tuple[bool, int], Schedule] = {}
 
     def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
         """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
@@ -80,7 +84,9 @@ class ModelRuntime:
 
     def infer(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
         """Forward passes without gradients; `finish` results on every rank of the last stage."""
-        schedule = forward_only(self.placement.layout.pp, len(batches), self.name)
+        if not batches:
+            return StageResult(None, [])
+        schedule = self._schedule(False, len(batches))
         return self._run(schedule, StageRun(self.decoder, batches, finish))
 
     def train(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
@@ -88,11 +94,25 @@ class ModelRuntime:
 
         `finish` gives losses whose sum over micro-batches and replicas is the minibatch's loss.
         """
-        schedule = one_f_one_b(self.placement.layout.pp, len(batches), self.name, optimizer=True)
+        schedule = self._schedule(True, len(batches))
         return self._run(schedule, StageRun(self.decoder, batches, finish, self.optimizer))
 
+    def _schedule(self, train: bool, microbatches: int) -> Schedule:
+        """1F1B or forwards alone; checked when it is made, kept for the next time."""
+        if (train, microbatches) not in self._schedules:
+            stages = self.placement.layout.pp
+            if train:
+                tied = self.spec.tied and stages > 1
+                made = one_f_one_b(stages, microbatches, self.name, optimizer=True, tied=tied)
+            else:
+                made = forward_only(stages, microbatches, self.name)
+            if broken := check(made):
+                raise RuntimeError(f"{made.name} of {self.name}: {'; '.join(broken)}")
+            self._schedules[train, microbatches] = made
+        return self._schedules[train, microbatches]
+
     def _run(self, schedule: Schedule, stage: StageRun) -> StageResult:
-        self.runner.run(schedule, {self.name: stage}, self.clock)
+        self.runner.run(schedule, {self.name: stage})
         return StageResult(schedule, [r for r in stage.results if r is not None])
 
     def collect(self, local_RS: Tensor | None, rows: range, shape: tuple[int, ...]) -> Tensor:

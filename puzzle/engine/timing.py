@@ -7,6 +7,7 @@ import time
 import torch
 
 from puzzle.engine.world import World
+from puzzle.plan.timeline import Span
 
 
 class StageClock:
@@ -30,6 +31,12 @@ class StageClock:
         self.world.synchronize()
         self._names.append(stage)
         self._marks.append(time.perf_counter() - self._start)
+
+    def spans(self, row: int) -> list[Span]:
+        """The stages as this rank saw them."""
+        starts = [0.0, *self._marks]
+        ends = zip(self._names, starts, self._marks, strict=False)
+        return [Span(row, "stage", name, start, end, category="stage") for name, start, end in ends]
 
     def seconds(self, stages: tuple[str, ...]) -> tuple[dict[str, float], float]:
         """(seconds per stage, in all); call on every rank."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puzzle.engine.tracing import Clock
 from puzzle.errors import UserError
 from puzzle.plan.schedule import Channel
 
@@ -20,7 +21,7 @@ class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
     `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
-    processes on each host.
+    processes on each host. While `clock` is set, what runs is timed.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class World:
         self.per_node = per_node or size
         self.acknowledge = acknowledge
         self.moved: Counter[str] = Counter()
+        self.clock: Clock | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
     @classmethod

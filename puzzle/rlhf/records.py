@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError, describe
 from puzzle.model import hf
+from puzzle.plan.timeline import Timeline
 from puzzle.progress import Reporter
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
@@ -149,6 +151,26 @@ class Recorder:
         """The switches of an iteration, unless there were none."""
         if self.writer is not None and fields is not None:
             self.writer.switch(iteration, **fields)
+
+    def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Which schedules run."""
+        if self.writer is not None:
+            for fields in records:
+                self.writer.stage(**fields)
+
+    def trace(self, iteration: int, timeline: Timeline) -> None:
+        """Write an iteration's timeline for Perfetto into traces/."""
+        if self.writer is None:
+            return
+        file = self.out / "traces" / f"iteration-{iteration}.json"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(timeline.to_perfetto()))
+            part.replace(file)
+        except OSError as error:
+            raise UserError(f"{file}: {describe(error)}") from None
+        self.writer.trace(str(file.relative_to(self.out)), iteration)
 
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after `done` iterations."""

@@ -120,7 +120,9 @@ def compare(case: Case, watches: Sequence[Watch], true: Truth) -> None:
         for index, step in enumerate(steps):
             found = [piece for watch in watches for piece in watch.grads[role][index]]
             expected = getattr(step, f"{role}_grads")
-            largest = {name: 1e-5 * float(tensor.abs().max()) for name, tensor in expected.items()}
+            # Later steps start from weights that differ by rounding already.
+            share = 1e-5 if index == 0 else 3e-5
+            largest = {name: share * float(tensor.abs().max()) for name, tensor in expected.items()}
             _cover(found, expected, largest, f"step {index}: {role} gradient")
         found = [piece for watch in watches for piece in watch.weights[role]]
         limits = dict.fromkeys(true.weights[role], 1e-5)

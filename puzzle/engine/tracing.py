@@ -1,0 +1,169 @@
+"""When a rank did what: action by action in chosen iterations, then summed up and drawn for all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from puzzle.model.packing import PackedBatch
+from puzzle.plan.measured import action_spans
+from puzzle.plan.schedule import COMPUTE, Action, Op, Schedule, Work
+from puzzle.plan.timeline import Span, Timeline
+
+if TYPE_CHECKING:
+    from puzzle.engine.runtime import ModelRuntime
+    from puzzle.engine.world import World
+
+
+class Instant:
+    """A moment of the host (seconds) or of a CUDA stream (an event)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = time.perf_counter()
+        self.event = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        if self.event is None or earlier.event is None:
+            return self.host - earlier.host
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+@dataclass
+class _Run:
+    """One execution of a schedule; None stands for generation, whose passes are known only afterwards."""
+
+    stage: str
+    schedule: Schedule | None
+    marks: list[tuple[Action, Instant, Instant]] = field(default_factory=list)
+
+
+class Clock:
+    """Start and end of every pass and wait of one rank, by host clock or by device events.
+
+    All ranks make theirs at the same moment: times count from there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._runs: list[_Run] = []
+        self._notes: list[tuple[str, str, str, Instant, Instant]] = []
+        self._origin = self.now()
+
+    def now(self) -> Instant:
+        """A point in time of the current stream."""
+        return Instant(self.device)
+
+    def begin(self, stage: str, schedule: Schedule | None) -> None:
+        """What is marked from now on belongs to a new run of `schedule`."""
+        self._runs.append(_Run(stage, schedule))
+
+    def mark(self, action: Action, start: Instant) -> None:
+        """The action began at `start` and ends now."""
+        self._runs[-1].marks.append((action, start, self.now()))
+
+    def note(self, lane: str, name: str, model: str, start: Instant) -> None:
+        """Something beside the actions began at `start` and ends now."""
+        self._notes.append((lane, name, model, start, self.now()))
+
+    def runs(self) -> list[tuple[str, Schedule | None, list[tuple[Action, float, float]]]]:
+        """(stage, schedule, its actions with start and end in seconds); waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [
+            (run.stage, run.schedule, [(a, s - self._origin, e - self._origin) for a, s, e in run.marks])
+            for run in self._runs
+        ]
+
+    def spans(self, row: int) -> list[Span]:
+        """Everything as spans of a timeline's row."""
+        found = [span for _, _, marks in self.runs() for span in action_spans(row, marks)]
+        for lane, name, model, start, end in self._notes:
+            times = (start - self._origin, end - self._origin)
+            found.append(Span(row, lane, name, *times, category="collective", model=model))
+        return found
+
+
+def stage_name(schedule: Schedule) -> str:
+    """What a schedule of training or inference is called in the log, such as `training.actor`."""
+    trains = any(isinstance(work, Work) and work.backward for work in schedule.work)
+    return f"{'training' if trains else 'inference'}.{'+'.join(work.model for work in schedule.work)}"
+
+
+@contextmanager
+def generation_passes(runtime: ModelRuntime) -> Generator[None]:
+    """Mark the passes of `runtime` through its layers as a run of generation, if its world has a clock."""
+    clock = runtime.world.clock
+    if clock is None:
+        yield
+        return
+    clock.begin("generation", None)
+    counts = {Op.PREFILL: 0, Op.DECODE: 0}
+    started: list[Instant] = []
+
+    def after(_module: Any, args: tuple[Any, ...], _output: Any) -> None:
+        op = Op.PREFILL if isinstance(args[1], PackedBatch) else Op.DECODE
+        number = counts[op]
+        counts[op] += 1
+        prompts = op is Op.PREFILL
+        action = Action(op, runtime.name, number if prompts else 0, step=0 if prompts else number + 1)
+        clock.mark(action, started.pop())
+
+    hooks = [
+        runtime.decoder.register_forward_pre_hook(lambda *_: started.append(clock.now())),
+        runtime.decoder.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stage_records(world: World, clock: Clock, num_stages: int) -> list[dict[str, Any]]:
+    """Fields of a `stage` record for every stage that ran; call on every rank.
+
+    The bubble share is over all runs and ranks: the part of the runs' time in which no layer or optimizer
+    step ran. `num_stages` is that of generation.
+    """
+    first: dict[str, Schedule] = {}
+    own: dict[str, list[tuple[float, float, float]]] = {}
+    for stage, schedule, marks in clock.runs():
+        if not marks:
+            continue
+        busy = sum(end - start for action, start, end in marks if action.op in COMPUTE)
+        own.setdefault(stage, []).append((marks[0][1], marks[-1][2], busy))
+        passes = tuple(action for action, _, _ in marks)
+        first.setdefault(stage, schedule or Schedule("relay", num_stages, (passes,) * num_stages))
+    everyone = world.gather(own)
+    records = []
+    for stage, schedule in first.items():
+        rows = [found.get(stage, []) for found in everyone]
+        spent = busy = 0.0
+        for runs in zip(*rows, strict=True):
+            spent += max(end for _, end, _ in runs) - min(start for start, _, _ in runs)
+            busy += sum(share for _, _, share in runs) / len(runs)
+        records.append(
+            {
+                "name": stage,
+                "schedule": schedule.name,
+                "hash": schedule.hash,
+                "actions": schedule.counts(),
+                # Each pass of generation runs through an empty pipeline.
+                "flushes": len(schedule.actions[0]) if schedule.name == "relay" else schedule.flushes,
+                "bubble_share": max(0.0, 1.0 - busy / spent) if spent else 0.0,
+            }
+        )
+    return records
+
+
+def gathered(world: World, spans: list[Span]) -> Timeline:
+    """Every rank's spans in one timeline, on every rank."""
+    return Timeline(tuple(span for row in world.gather(spans) for span in row), "measured")
