@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.pipelines import one_f_one_b
-from puzzle.plan.shards import local_params, zero_rows
+from puzzle.plan.shards import local_params
 from puzzle.spec.model import ModelSpec
 
 FP32 = 4
@@ -83,24 +84,30 @@ class RankMemory:
         return max(terms.items(), key=lambda term: term[1])
 
 
+@lru_cache
+def _storages(spec: ModelSpec, layout: Layout, p: int) -> tuple[tuple[int, int], ...]:
+    """Rows and elements per row of a stage's storages, which are alike for all t and d."""
+    return tuple((param.rows, param.row_size) for param in local_params(spec, layout, Coord(0, p, 0)))
+
+
 def weight_bytes(spec: ModelSpec, layout: Layout, coord: Coord, itemsize: int) -> int:
     """The storages of a coordinate, vocabulary padding included."""
-    return itemsize * sum(param.size for param in local_params(spec, layout, coord))
+    return itemsize * sum(rows * size for rows, size in _storages(spec, layout, coord.p))
 
 
 def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
     """ZeRO-1: moments, and fp32 masters where weights are not fp32, of the replica's own rows."""
-    own = 0
-    for param in local_params(use.spec, use.placement.layout, coord):
-        low, high = zero_rows(param, use.placement.layout.dp, coord.d)
-        own += (high - low) * param.row_size
+    dp, own = use.placement.layout.dp, 0
+    for rows, size in _storages(use.spec, use.placement.layout, coord.p):
+        chunk = -(-rows // dp)
+        own += size * max(0, min(chunk, rows - coord.d * chunk))
     return {"moments": 2 * FP32 * own, "masters": 0 if use.itemsize == FP32 else FP32 * own}
 
 
 def gradient_bytes(use: Use, coord: Coord) -> dict[str, int]:
     """fp32 buffers of all replicas' rows, the own rows' sum, and, while stepped rows spread, their copies."""
     layout = use.placement.layout
-    chunk = sum(-(-p.rows // layout.dp) * p.row_size for p in local_params(use.spec, layout, coord))
+    chunk = sum(-(-rows // layout.dp) * size for rows, size in _storages(use.spec, layout, coord.p))
     if layout.dp == 1:
         return {"gradients": FP32 * chunk, "spreading": 0}
     return {"gradients": FP32 * chunk * (layout.dp + 1), "spreading": use.itemsize * chunk * (layout.dp + 1)}
@@ -174,7 +181,7 @@ class Activations:
         """Of one layer in its backward pass: the ffn's gradients, a layer to recompute, and the gradient
         of the largest weight."""
         layout = self.use.placement.layout
-        largest = max(p.size for p in local_params(self.use.spec, layout, Coord(0, self.p, 0)))
+        largest = max(rows * size for rows, size in _storages(self.use.spec, layout, self.p))
         gradients = self.T * (4 * self.F + (2 if layout.tp > 1 else 1) * self.D) * self.item
         return gradients + largest * self.item + (self.layer() if self.use.recompute else 0)
 
@@ -189,12 +196,18 @@ def _limited(rows: int, limit: int | None) -> int:
     return max(1, min(rows, limit or rows))
 
 
+@lru_cache
+def _held(stages: int, microbatches: int) -> tuple[float, ...]:
+    """Micro-batches that each stage keeps at once; more than there are stages change nothing."""
+    return one_f_one_b(stages, min(microbatches, stages), "model").peak_in_flight()
+
+
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B, logits, one layer's gradients."""
     layout = use.placement.layout
     rows = -(-work.minibatch // layout.dp)
     size = _limited(rows, work.microbatch)
-    held = one_f_one_b(layout.pp, -(-rows // size), use.name).peak_in_flight()[p]
+    held = _held(layout.pp, -(-rows // size))[p]
     one = Activations(use, p, size * work.length, size * work.response)
     return {"activations": int(held) * one.saved(), "logits": one.logits(), "one layer": one.transient()}
 

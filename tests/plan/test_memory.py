@@ -188,7 +188,7 @@ def test_every_published_experiment_has_a_table() -> None:
         assert len(ranks) == run.config.world
         text = footprint.table(ranks)
         assert "weights" in text
-        if run.config.log.variant in ("base", "opt"):
+        if run.config.log.variant != "dschat":  # another program, whose memory is not modelled
             footprint.require(ranks, footprint.parse_bytes("80GB"))
 
 
