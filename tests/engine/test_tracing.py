@@ -73,3 +73,9 @@ def test_the_measured_bubble_share_is_that_of_the_timeline(folder: Path) -> None
     assert record["bubble_share"] == pytest.approx(actions.bubble_share(), abs=0.02)
     assert 0 < record["bubble_share"] < 1
     assert record["flushes"] == 1
+
+
+def test_no_batches_no_schedule(folder: Path) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    runtime = ModelRuntime("actor", hf.read_spec(folder), Placement.default(Layout.even(1, 1, 1, 4)), world)
+    assert runtime.infer([], lambda index, hidden: hidden).results == []
