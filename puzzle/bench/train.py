@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.model.decoder import Decoder
+from puzzle.model.products import Weight, accumulate
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipelines import forward_only, one_f_one_b
@@ -198,13 +200,16 @@ class GradientSum:
         for parameter in decoder.parameters():
             self._sums[id(parameter)] = torch.zeros_like(parameter, dtype=torch.float32)
             parameter.register_post_accumulate_grad_hook(self._take)
+            if isinstance(parameter, Weight):
+                parameter.sink = partial(self._take_product, id(parameter))
 
     def begin(self, passes: int) -> None:
         """Forget the sums of the step before."""
         self._fresh = set(self._sums)
 
     def _take(self, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            return  # its sink has taken it
         total = self._sums[id(parameter)]
         if id(parameter) in self._fresh:
             self._fresh.remove(id(parameter))
@@ -212,6 +217,10 @@ class GradientSum:
         else:
             total.add_(parameter.grad)
         parameter.grad = None
+
+    def _take_product(self, key: int, left: Tensor, right: Tensor) -> None:
+        accumulate(self._sums[key], left, right, key in self._fresh)
+        self._fresh.discard(key)
 
     def do(self, op: Op) -> None:
         """There is no optimizer step here."""

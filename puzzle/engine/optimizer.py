@@ -10,16 +10,19 @@ one all-gather spreads the stepped rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from puzzle.engine.buckets import Bucket, Slot, fill_buckets
 from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
+from puzzle.model.products import Weight
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.schedule import Op
 from puzzle.plan.shards import LocalParam, sharer_groups, sharers, zero_rows
@@ -39,42 +42,6 @@ class AdamWSettings:
     weight_decay: float = 0.0
     grad_clip: float | None = 1.0
     backend: str = "torch"
-
-
-@dataclass
-class _Slot:
-    """Where one parameter lies in a bucket: `rows` of every replica's chunk, from element `offset` on."""
-
-    local: LocalParam
-    param: nn.Parameter
-    offset: int
-    rows: int
-    low: int
-    high: int
-    empty: bool = True  # no gradient of this step has arrived yet
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.local.row_size
-
-    def put(self, home: Tensor, grad: Tensor) -> None:
-        """The first gradient of a step replaces what lies there, the others are added: no pass for zeros."""
-        if self.empty:
-            home.copy_(grad)
-        else:
-            home.add_(grad)
-
-
-@dataclass
-class _Bucket:
-    slots: list[_Slot] = field(default_factory=list)
-    chunk: int = 0
-    grads: Tensor | None = None  # fp32 (dp, chunk)
-    shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows
-    hits: int = 0
-    work: dist.Work | None = None
-    gathered: Tensor | None = None
-    began: Instant | None = None
 
 
 class ZeroAdamW:
@@ -105,30 +72,19 @@ class ZeroAdamW:
         self.passes = 0
         self._reducing = False
         self._norm: tuple[Tensor, dist.Work | None] | None = None
-        self.buckets = self._fill_buckets(params, bucket)
+        self.buckets = fill_buckets(params, self.dp, coord.d, bucket)
         self.slots = [slot for b in self.buckets for slot in b.slots]
         self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
         self.masters = [self._master(slot) for slot in self.slots]
         self.shared = self._shared_rows()
         self.owned = self._owned_rows()
         self.adam = _adam(self.masters, settings)
-        for slot in self.slots:
+        for home, slot in self._home.values():
             slot.param.register_post_accumulate_grad_hook(self._take)
+            if isinstance(slot.param, Weight):
+                slot.param.sink = partial(self._take_product, home, slot)
 
-    def _fill_buckets(self, params: Sequence[tuple[LocalParam, nn.Parameter]], limit: int) -> list[_Bucket]:
-        """Last layers first: the order in which backward completes them."""
-        buckets = [_Bucket()]
-        for local, param in reversed(params):
-            rows = -(-local.rows // self.dp)
-            size = rows * local.row_size
-            if buckets[-1].slots and (buckets[-1].chunk + size) * self.dp > limit:
-                buckets.append(_Bucket())
-            low, high = zero_rows(local, self.dp, self.coord.d)
-            buckets[-1].slots.append(_Slot(local, param, buckets[-1].chunk, rows, low, high))
-            buckets[-1].chunk += size
-        return buckets
-
-    def _master(self, slot: _Slot) -> Tensor:
+    def _master(self, slot: Slot) -> Tensor:
         """fp32 values of the own rows; the parameter's own memory where that is fp32 already."""
         own = slot.param.detach()[slot.low : slot.high]
         return own if own.dtype == torch.float32 else own.float()
@@ -178,26 +134,25 @@ class ZeroAdamW:
                 slot.empty = True
 
     def _take(self, param: nn.Parameter) -> None:
-        """Move a fresh gradient into its bucket; the last of the last pass starts the bucket's reduction."""
+        """Move a fresh gradient into its bucket."""
+        if param.grad is None:
+            return  # its sink has taken it
         bucket, slot = self._home[id(param)]
-        assert param.grad is not None
-        assert bucket.grads is not None, f"{self.name}: backward outside of a step"
         grad, param.grad = param.grad, None
-        home = bucket.grads[:, slot.offset : slot.offset + slot.size]
-        rows = slot.local.rows
-        if rows == slot.rows * self.dp:
-            slot.put(home, grad.reshape(self.dp, slot.size))
-        else:
-            for d in range(self.dp):
-                part = grad[d * slot.rows : min((d + 1) * slot.rows, rows)]
-                if part.numel():
-                    slot.put(home[d, : part.numel()], part.reshape(-1))
-        slot.empty = False
-        bucket.hits += 1
+        bucket.add(slot, grad)
+        self._reduce_if_full(bucket)
+
+    def _take_product(self, bucket: Bucket, slot: Slot, left: Tensor, right: Tensor) -> None:
+        """A matrix's gradient left @ right, added up by the product itself."""
+        bucket.add_product(slot, left, right)
+        self._reduce_if_full(bucket)
+
+    def _reduce_if_full(self, bucket: Bucket) -> None:
+        """The last gradient of the last pass starts the bucket's reduction."""
         if bucket.hits == self.passes * len(bucket.slots):
             self._start_reduce(bucket)
 
-    def _start_reduce(self, bucket: _Bucket) -> None:
+    def _start_reduce(self, bucket: Bucket) -> None:
         assert bucket.grads is not None
         if self.group is None:
             bucket.shard = bucket.grads[0]
@@ -245,7 +200,7 @@ class ZeroAdamW:
     def _now(self) -> Instant | None:
         return None if self.world.clock is None else self.world.clock.now()
 
-    def _note(self, bucket: _Bucket, what: str) -> None:
+    def _note(self, bucket: Bucket, what: str) -> None:
         """Time a bucket's collective from its start to the end of the wait for it."""
         if self.world.clock is not None and bucket.began is not None:
             index = self.buckets.index(bucket)
@@ -367,7 +322,7 @@ class ZeroAdamW:
         return {slot.local.name: self._grad(i) for i, slot in enumerate(self.slots)}
 
 
-def _order(slot: _Slot, row: tuple[int, int, int]) -> tuple[str, int]:
+def _order(slot: Slot, row: tuple[int, int, int]) -> tuple[str, int]:
     piece = slot.local.clip(slot.low + row[1], slot.low + row[2])[0]
     return piece.tensor, row[1]
 

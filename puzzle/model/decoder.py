@@ -20,6 +20,7 @@ from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
 from puzzle.model.pointwise import Pointwise, rms_norm
+from puzzle.model.products import Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, local_params
@@ -103,7 +104,7 @@ class Layer(nn.Module):
 
     @staticmethod
     def _row_linear(x: Tensor, weight_transposed: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
-        out = run.group.combine(torch.mm(x, weight_transposed), run.sharded)
+        out = run.group.combine(linear(x, weight_transposed, transposed=True), run.sharded)
         return out if bias is None else out + bias
 
 
@@ -146,7 +147,8 @@ class Decoder(nn.Module):
             self.layers[str(layer)] = Layer(spec, layout.tp, index)
         for storage in self.storages:
             path, _, name = storage.name.rpartition(".")
-            weight = nn.Parameter(torch.zeros(storage.shape, dtype=dtype, device=device))
+            kind = Weight if len(storage.shape) > 1 else nn.Parameter
+            weight = kind(torch.zeros(storage.shape, dtype=dtype, device=device))
             self.get_submodule(path).register_parameter(name, weight)
         self.register_buffer("freq", frequencies(spec.rope, spec.head_dim).to(device), persistent=False)
 

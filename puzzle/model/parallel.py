@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.model.products import linear, weight_gradient
+
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -144,7 +146,9 @@ class _GatherLinear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         grad_x = ctx.group.reduce_scatter(grad @ weight) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ ctx.group.all_gather(x) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(weight, grad.t(), ctx.group.all_gather(x))
         return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
 
 
@@ -163,5 +167,5 @@ def column_linear(
 ) -> Tensor:
     """The own columns of x @ weight.T + bias for all T tokens; x is (T/tp, in) if `sharded`, else (T, in)."""
     if group.size == 1 or not sharded:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     return _GatherLinear.apply(x, weight, bias, group)

@@ -1,0 +1,87 @@
+"""Where the gradients of one rank's parameters are added up: slots of parameters in buckets of float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from puzzle.engine.tracing import Instant
+from puzzle.model.products import accumulate
+from puzzle.plan.shards import LocalParam, zero_rows
+
+
+@dataclass
+class Slot:
+    """Where one parameter lies in every replica's chunk of a bucket: from element `offset` on.
+
+    This replica's own rows are [low, high).
+    """
+
+    local: LocalParam
+    param: nn.Parameter
+    offset: int
+    low: int
+    high: int
+    empty: bool = True  # no gradient of this step has arrived yet
+
+
+@dataclass
+class Bucket:
+    """Gradients that are reduced together."""
+
+    dp: int
+    slots: list[Slot] = field(default_factory=list)
+    chunk: int = 0
+    grads: Tensor | None = None  # fp32 (dp, chunk)
+    shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows
+    hits: int = 0
+    work: dist.Work | None = None
+    gathered: Tensor | None = None
+    began: Instant | None = None  # when the collective under way was started
+
+    def add(self, slot: Slot, grad: Tensor) -> None:
+        """Add a gradient; the first of a step replaces what lies there, which saves a pass for zeros."""
+        for rows, home in self._homes(slot):
+            part = grad[rows].reshape(home.shape)
+            if slot.empty:
+                home.copy_(part)
+            else:
+                home.add_(part)
+        self._arrived(slot)
+
+    def add_product(self, slot: Slot, left: Tensor, right: Tensor) -> None:
+        """`add` of left @ right, by the product itself."""
+        for rows, home in self._homes(slot):
+            accumulate(home, left[rows], right, slot.empty)
+        self._arrived(slot)
+
+    def _homes(self, slot: Slot) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the parameter, where they are added up as a matrix) of every replica that has any."""
+        assert self.grads is not None, f"{slot.local.name}: backward outside of a step"
+        for d in range(self.dp):
+            low, high = zero_rows(slot.local, self.dp, d)
+            if low < high:
+                size = (high - low) * slot.local.row_size
+                yield slice(low, high), self.grads[d, slot.offset : slot.offset + size].view(high - low, -1)
+
+    def _arrived(self, slot: Slot) -> None:
+        slot.empty = False
+        self.hits += 1
+
+
+def fill_buckets(
+    params: Sequence[tuple[LocalParam, nn.Parameter]], dp: int, d: int, limit: int
+) -> list[Bucket]:
+    """Buckets of at most `limit` elements, last layers first: the order in which backward completes them."""
+    buckets = [Bucket(dp)]
+    for local, param in reversed(params):
+        size = -(-local.rows // dp) * local.row_size
+        if buckets[-1].slots and (buckets[-1].chunk + size) * dp > limit:
+            buckets.append(Bucket(dp))
+        low, high = zero_rows(local, dp, d)
+        buckets[-1].slots.append(Slot(local, param, buckets[-1].chunk, low, high))
+        buckets[-1].chunk += size
+    return buckets
