@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,15 +114,40 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
             switcher.fill()
         switcher.verify()
         if destination is not None and expected is not None:
-            for name, weight in expected.named_parameters():
-                found = destination.get_parameter(name)
-                if not torch.equal(found, weight) or found.requires_grad:
-                    wrong.append(f"{name} is not what it was, fill {seed}")
+            wrong += [f"{what}, fill {seed}" for what in differences(destination, expected)]
             wrong += aliases(case, switcher, source, destination)
+        gone: list[weakref.ref] = []
+        if destination is not None:
+            gone = [weakref.ref(p) for p in (*destination.parameters(), switcher._arena) if p is not None]
         switcher.drop()
-        if destination is not None and any(p.device.type != "meta" for p in destination.parameters()):
-            wrong.append("parameters outlive their drop")
+        if any(ref() is not None for ref in gone):
+            wrong.append("memory outlives its drop")
+    if case.small and destination is not None:
+        wrong += kept(switcher, destination)
+    elif case.small:
+        for _ in range(2):
+            switcher.fill()
+            switcher.drop()
     return [f"{case}, rank {rank}: {what}" for what in wrong]
+
+
+def differences(destination: Decoder, expected: Decoder) -> list[str]:
+    return [
+        f"{name} is not what it was"
+        for name, weight in expected.named_parameters()
+        if not torch.equal(destination.get_parameter(name), weight)
+        or destination.get_parameter(name).requires_grad
+    ]
+
+
+def kept(switcher: Switcher, destination: Decoder) -> list[str]:
+    """With `keep`, two fills give the same addresses."""
+    switcher.keep, found = True, []
+    for _ in range(2):
+        switcher.fill()
+        found.append([p.data_ptr() for p in destination.parameters()])
+        switcher.drop()
+    return [] if found[0] == found[1] else ["kept memory has moved"]
 
 
 def extra(switcher: Switcher, measured: int) -> list[str]:
