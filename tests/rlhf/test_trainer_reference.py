@@ -54,7 +54,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         },
         "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
     },
-    "no reference": {"batch": 8, "ppo": {"minibatch": 8, "microbatch": 8, "reference_free": True}},
+    "no reference": {
+        "batch": 8,
+        "recompute": True,
+        "ppo": {"minibatch": 8, "microbatch": 8, "reference_free": True},
+    },
     "mean of means": {"batch": 8, "ppo": {"microbatch": 1, "loss_average": "microbatch"}},
 }
 MODELS: dict[str, dict[str, Any]] = {
