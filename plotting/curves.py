@@ -38,6 +38,7 @@ METRICS: Mapping[str, str] = {
     "critic_loss": "critic loss",
     "entropy": "entropy",
     "response_tokens": "response tokens",
+    "repetition": "repeated token pairs",
 }
 COLOURS = (style.OURS, style.OTHER, style.MIDDLE, style.GREY)
 HEIGHT, GAP = 0.95, 0.32
