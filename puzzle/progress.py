@@ -88,10 +88,6 @@ class Reporter:
                 self._board.add_scalar(f"held out/{name}", value, iteration)
             self._board.flush()
 
-    def say(self, text: str) -> None:
-        """A line between the iterations."""
-        self._print(text)
-
     def close(self) -> None:
         """Take the bar away and close the files; a second call does nothing."""
         self._bar.stop()
