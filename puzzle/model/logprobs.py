@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from puzzle.model.parallel import TensorGroup
+from puzzle.model.products import linear, product
 
 BLOCK = 1 << 24
 """Most fp32 logits alive at once in one tensor: 64 MiB."""
@@ -35,7 +36,7 @@ def project(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
     """
     if hidden_ND.is_cuda and hidden_ND.dtype != torch.float32:
         return torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
-    return torch.mm(hidden_ND, weight_VD.t()).float()
+    return linear(hidden_ND, weight_VD).float()
 
 
 def token_stats(
@@ -103,7 +104,7 @@ class _TokenStats(torch.autograd.Function):
             grad_logits = p.mul_(slope)
             _add_at_targets(grad_logits, targets - start, grad_logprobs)
             grad_logits = grad_logits.mul_(ctx.scale).to(hidden.dtype)
-            grad_hidden += grad_logits @ weight[start:stop]
+            grad_hidden += product(grad_logits, weight[start:stop], transposed=True)
             if grad_weight is not None:
                 torch.mm(grad_logits.t(), hidden, out=grad_weight[start:stop])
         return grad_hidden.to(hidden.dtype), grad_weight, *([None] * 6)

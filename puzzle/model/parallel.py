@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.model.products import linear, weight_gradient
+from puzzle.model.products import linear, product, weight_gradient
 
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -139,13 +138,17 @@ class _GatherLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup) -> Tensor:
         ctx.group, ctx.has_bias = group, bias is not None
         ctx.save_for_backward(x, weight)
-        return F.linear(group.all_gather(x), weight, bias)
+        return product(group.all_gather(x), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        grad_x = ctx.group.reduce_scatter(grad @ weight) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            ctx.group.reduce_scatter(product(grad, weight, transposed=True))
+            if ctx.needs_input_grad[0]
+            else None
+        )
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, grad.t(), ctx.group.all_gather(x))

@@ -17,6 +17,12 @@ from torch import Tensor, nn
 Sink = Callable[[Tensor, Tensor], None]
 """Takes a weight gradient as the two matrices (in the shape of the weight) whose product it is."""
 
+# What torch.compile makes of F.linear on x86. Eager, that calls the BLAS, which needs up to twice oneDNN's
+# time for the few rows of a decode pass.
+_ONEDNN: Callable[..., Tensor] | None = None
+if torch.backends.mkldnn.is_available():
+    _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 
 class Weight(nn.Parameter):
     """A matrix; with a `sink`, its gradients from products go there and `grad` stays None."""
@@ -26,11 +32,18 @@ class Weight(nn.Parameter):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """x @ weight.T + bias, or x @ weight if the weight is stored `transposed` (in, out)."""
-    if getattr(weight, "sink", None) is None or not torch.is_grad_enabled():
-        out = torch.mm(x, weight) if transposed else F.linear(x, weight, bias)
-        return out + bias if transposed and bias is not None else out
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias, transposed)
     out = _Linear.apply(x, weight, transposed)
     return out if bias is None else out + bias
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """What `linear` gives, where no gradient is wanted."""
+    matrix = weight.t() if transposed else weight
+    if _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel():
+        return _ONEDNN(x, matrix, bias, "none", [], "")
+    return F.linear(x, matrix, bias)
 
 
 def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
@@ -73,7 +86,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed = transposed
-        return x @ (weight if transposed else weight.t())
+        return product(x, weight, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -81,7 +94,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight.t() if ctx.transposed else weight)
+            grad_x = product(grad, weight, transposed=not ctx.transposed)
         if ctx.needs_input_grad[1]:
             pair = (x.t(), grad) if ctx.transposed else (grad.t(), x)
             grad_weight = weight_gradient(weight, *pair)
