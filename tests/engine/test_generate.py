@@ -92,7 +92,7 @@ def test_logprobs_equal_a_full_forward_before_filtering(filters, tmp_path):
     params = SamplingParams(temperature=0.7, max_new_tokens=NEW, **filters)
     responses = generate(stage(folder), requests(), params)
     for response, expected in zip(responses, teacher_forced(folder, responses, 0.7), strict=True):
-        assert (torch.tensor(response.logprobs) - expected).abs().max() <= 2e-5
+        assert (torch.tensor(response.logprobs) - expected).abs().max() <= 1e-5
 
 
 def test_ends(tmp_path):
@@ -150,6 +150,7 @@ def tp_rank(rank, folder, tp, params):
     [
         ("llama-tied", 2, True),
         ("qwen2", 4, False),
+        pytest.param("llama-thirds", 3, False, marks=pytest.mark.long),
         pytest.param("qwen3", 8, False, marks=pytest.mark.long),
         pytest.param("mistral-window", 4, True, marks=pytest.mark.long),
         pytest.param("llama", 8, True, marks=pytest.mark.long),

@@ -12,7 +12,14 @@ from tests.model.tiny import gradient, gradient_boxes, save_variant, sequences, 
 
 TOLERANCE = 1e-5
 # 8 query heads and 2 key/value heads: tp = 4 and 8 replicate key/value heads.
-CASES = [("llama", 2), ("llama-tied", 4), ("qwen2", 4), ("qwen3", 2), ("llama-biases", 4)]
+CASES = [
+    ("llama", 2),
+    ("llama-tied", 4),
+    ("qwen2", 4),
+    ("qwen3", 2),
+    ("llama-biases", 4),
+    ("llama-thirds", 3),
+]
 LONG = [("llama", 8), ("qwen2-tied", 8), ("qwen3", 8), ("mistral-window", 4), ("llama-wide-heads", 8)]
 every_case = pytest.mark.parametrize(
     ("variant", "tp"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]

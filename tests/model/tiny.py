@@ -36,12 +36,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
     "qwen3": ("qwen3", {"head_dim": 24}),
 }
+# The proportions of SmolLM2: tensor parallelism goes in threes.
+THIRDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-thirds": (
+        "llama",
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    )
+}
 LENGTHS = (7, 20, 1, 11)
 
 
 def save_variant(folder: Path, variant: str, value: bool = False) -> Path:
     """A tiny model of a variant as a Hugging Face folder."""
-    family, overrides = VARIANTS[variant]
+    family, overrides = (VARIANTS | THIRDS)[variant]
     return (save_value if value else save_lm)(folder, family, **overrides)
 
 
