@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.model.products import Weight, accumulate, linear, sums_in_place
+from puzzle.model.products import Weight, accumulate, linear, product, sums_in_place
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -31,7 +32,10 @@ def test_a_sink_takes_what_autograd_would(transposed: bool, dtype: torch.dtype) 
             torch.randn(7, 10, generator=generator),
         )
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        outs = [linear(i, w, bias, transposed) for i, w in zip(inputs, (plain, sunk), strict=True)]
+        outs = [
+            F.linear(inputs[0], plain.t() if transposed else plain, bias),
+            linear(inputs[1], sunk, bias, transposed),
+        ]
         torch.testing.assert_close(outs[0], outs[1], rtol=0.02, atol=0.02)
         for out in outs:
             (out * weights.to(dtype)).sum().backward()
@@ -50,3 +54,22 @@ def test_without_gradients_no_sink_is_asked() -> None:
     with torch.no_grad():
         assert linear(torch.ones(1, 3), weight).tolist() == [[3.0, 3.0]]
     assert not sums_in_place(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_without_gradients_equal_float64(dtype, rows, transposed):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 40), (24, 40)))
+    bias = torch.randn(24, generator=generator).to(dtype)
+    expected = x.double() @ weight.double().t() + bias.double()
+    with torch.no_grad():
+        got = linear(x, weight.t().contiguous() if transposed else weight, bias, transposed)
+    assert got.dtype == dtype
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (got.double() - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_a_product_with_no_columns():
+    assert product(torch.randn(3, 8), torch.empty(0, 8)).shape == (3, 0)
