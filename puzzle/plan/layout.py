@@ -12,7 +12,7 @@ from puzzle.errors import UserError
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.tensors import Place
 
-GroupKind = Literal["tp", "dp", "pp", "replica", "embedding"]
+GroupKind = Literal["tp", "dp", "pp"]
 
 
 class Coord(NamedTuple):
@@ -195,26 +195,12 @@ class Placement:
         """Ranks of the pipeline through `coord`, by stage."""
         return tuple(self.rank_of(coord._replace(p=p)) for p in range(self.layout.pp))
 
-    def replica_group(self, coord: Coord) -> tuple[int, ...]:
-        """Ranks of one whole copy of the model, by stage, then by t."""
-        ranks = (
-            self.rank_of(Coord(t, p, coord.d)) for p in range(self.layout.pp) for t in range(self.layout.tp)
-        )
-        return tuple(ranks)
-
-    def embedding_group(self, coord: Coord) -> tuple[int, ...]:
-        """Ranks of the first and the last stage of the pipeline through `coord` (one rank where pp = 1)."""
-        pipeline = self.pp_group(coord)
-        return pipeline if len(pipeline) == 1 else (pipeline[0], pipeline[-1])
-
     def groups(self, kind: GroupKind) -> tuple[tuple[int, ...], ...]:
         """All groups of a kind, each once, in the same order on every rank."""
         of: dict[GroupKind, Callable[[Coord], tuple[int, ...]]] = {
             "tp": self.tp_group,
             "dp": self.dp_group,
             "pp": self.pp_group,
-            "replica": self.replica_group,
-            "embedding": self.embedding_group,
         }
         return tuple(dict.fromkeys(of[kind](coord) for coord in self.layout.coords()))
 

@@ -133,15 +133,6 @@ def local_params(spec: ModelSpec, layout: Layout, coord: Coord) -> tuple[LocalPa
     return tuple(params)
 
 
-def boxes(spec: ModelSpec, layout: Layout, coord: Coord) -> dict[str, list[Box]]:
-    """The boxes of one coordinate by logical tensor."""
-    found: dict[str, list[Box]] = {}
-    for param in local_params(spec, layout, coord):
-        for piece in param.pieces:
-            found.setdefault(piece.tensor, []).append(piece.box)
-    return found
-
-
 def stages_of(tensor: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """The pipeline stages that hold a tensor."""
     last = layout.pp - 1
@@ -169,20 +160,6 @@ def sharer_groups(spec: ModelSpec, placement: Placement) -> tuple[tuple[int, ...
         for coord in placement.layout.coords()
     }
     return tuple(sorted(ranks for ranks in found if len(ranks) > 1))
-
-
-def holders(spec: ModelSpec, placement: Placement, d: int = 0) -> dict[tuple[str, Box], tuple[int, ...]]:
-    """The ranks of replica `d` that hold each (tensor, box); the first is the owner."""
-    layout = placement.layout
-    found: dict[tuple[str, Box], list[int]] = {}
-    for p in range(layout.pp):
-        for t in range(layout.tp):
-            coord = Coord(t, p, d)
-            rank = placement.rank_of(coord)
-            for name, held in boxes(spec, layout, coord).items():
-                for box in held:
-                    found.setdefault((name, box), []).append(rank)
-    return {key: tuple(ranks) for key, ranks in found.items()}
 
 
 def zero_rows(param: LocalParam, dp: int, d: int) -> tuple[int, int]:

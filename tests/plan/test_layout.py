@@ -80,16 +80,11 @@ def test_ranks_and_groups(data):
         assert placement.tp_group(coord)[coord.t] == rank
         assert placement.dp_group(coord)[coord.d] == rank
         assert placement.pp_group(coord)[coord.p] == rank
-        assert rank in placement.replica_group(coord)
-        ends = placement.embedding_group(coord)
-        assert (rank in ends) == (coord.p in (0, layout.pp - 1))
     sizes: dict[GroupKind, int] = {"tp": layout.tp, "dp": layout.dp, "pp": layout.pp}
     for kind, size in sizes.items():
         groups = placement.groups(kind)
         assert sorted(rank for group in groups for rank in group) == sorted(ranks)
         assert {len(group) for group in groups} == {size}
-    assert len(placement.groups("replica")) == layout.dp
-    assert len(placement.groups("embedding")) == layout.dp * layout.tp
     assert 2 not in placement
     assert ranks[0] in placement
 
