@@ -72,20 +72,19 @@ def run(arguments: Sequence[str]) -> int:
 
 def work(models: tuple[str, ...], device: str) -> None:
     """What every process does; UserError if a comparison failed."""
-    world = World.start(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     failed: list[str] = []
+    with World.start(device) as world:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
 
-    def report(row: Row) -> None:
-        if not row.ok:
-            failed.append(f"{row.name} {row.where}")
-        if world.rank == 0:
-            mark = "ok  " if row.ok else "FAIL"
-            line = f"{mark} {row.name:<34} {row.where:<22} {row.value:10.3g} (at most {row.limit:.3g})"
-            print(f"{line} {row.seconds:6.1f} s", flush=True)
+        def report(row: Row) -> None:
+            if not row.ok:
+                failed.append(f"{row.name} {row.where}")
+            if world.rank == 0:
+                mark = "ok  " if row.ok else "FAIL"
+                line = f"{mark} {row.name:<34} {row.where:<22} {row.value:10.3g} (at most {row.limit:.3g})"
+                print(f"{line} {row.seconds:6.1f} s", flush=True)
 
-    try:
         for name, value, limit in kernels.compare(world):
             report(Row(name, str(world.device.type), value, limit))
         with tempfile.TemporaryDirectory() as own:
@@ -96,8 +95,6 @@ def work(models: tuple[str, ...], device: str) -> None:
                 world.share(None)
                 _check_model(base / model, model, world, report)
             world.share(None)
-    finally:
-        world.close()
     if failed:
         raise UserError(f"bench check: {len(failed)} comparisons failed, the first: {failed[0]}")
 

@@ -87,8 +87,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def work(bench: GenerateBench) -> None:
     """What every process does; rank 0 reports."""
-    world = World.start(bench.device)
-    try:
+    with World.start(bench.device) as world:
         spec = bench.spec
         placement = Placement.default(Layout.even(*bench.layout, spec.num_layers))
         runtime = ModelRuntime("model", spec, placement, world, DTYPES[bench.dtype])
@@ -101,8 +100,6 @@ def work(bench: GenerateBench) -> None:
                 row = {"mode": mode} | _row(bench, runtime, mode, batch, bandwidth)
                 if world.rank == 0:
                     _report(bench, row)
-    finally:
-        world.close()
 
 
 def _row(

@@ -85,8 +85,7 @@ def _pair(text: str) -> Pair:
 
 def work(bench: SwitchBench) -> None:
     """What every process does; rank 0 prints a line per switch as soon as it is measured."""
-    world = World.start(bench.device)
-    try:
+    with World.start(bench.device) as world:
         rate = link_rate(world, bench.rate_bytes)
         if world.rank == 0:
             disabled = os.environ.get("NCCL_P2P_DISABLE", "0")
@@ -97,8 +96,6 @@ def work(bench: SwitchBench) -> None:
             for row in _rows(bench, pair, world, rate):
                 if world.rank == 0:
                     _report(bench, row)
-    finally:
-        world.close()
 
 
 def link_rate(world: World, size: int) -> float:

@@ -99,13 +99,10 @@ def read_layout(text: str) -> tuple[int, int, int]:
 
 def work(bench: TrainBench) -> None:
     """What every process does; rank 0 reports."""
-    world = World.start(bench.device)
-    try:
+    with World.start(bench.device) as world:
         for row in rows(bench, world):
             if world.rank == 0:
                 _report(bench, row)
-    finally:
-        world.close()
 
 
 def rows(bench: TrainBench, world: World) -> list[dict[str, Any]]:

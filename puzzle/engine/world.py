@@ -74,9 +74,14 @@ class World:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return cls(rank, size, place, acknowledge=acknowledge, per_node=per_node)
 
-    def close(self) -> None:
-        """Leave the run."""
-        if self.size > 1:
+    def __enter__(self) -> World:
+        """The run lasts as long as the block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the run. Not after an error: others may be waiting for this rank in a collective, and NCCL
+        lets nobody leave alone; the error would never be told."""
+        if self.size > 1 and kind is None:
             dist.destroy_process_group()
 
     def groups(self, members: Iterable[tuple[int, ...]], purpose: str) -> dist.ProcessGroup | None:

@@ -49,22 +49,21 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     """
     check(config)
     data = prepare(config, specs_of(config)["actor"].vocab_size)
-    world = World.start(config.device)
-    try:
-        _check_memory(config, world)
-        trainer = Trainer(config, data, build_models(config, world), world)
-        checkpoints = _checkpoints(config, out, trainer.models)
-        resumed = trainer.resume(checkpoints) if resume else None
-        header = run_header(config, {"device": _device_name(world), "processes": world.size})
-        with Recorder(out, config, world, header, resumed) as recorder:
-            trainer.run(recorder, checkpoints)
-    except torch.OutOfMemoryError as error:
-        ranks = footprint.estimate(config, fused=world.device.type == "cuda")
-        print(footprint.table(ranks), file=sys.stderr)
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise UserError(f"{reason} on rank {world.rank}; {footprint.remedy(ranks[world.rank])}") from error
-    finally:
-        world.close()
+    with World.start(config.device) as world:
+        try:
+            _check_memory(config, world)
+            trainer = Trainer(config, data, build_models(config, world), world)
+            checkpoints = _checkpoints(config, out, trainer.models)
+            resumed = trainer.resume(checkpoints) if resume else None
+            header = run_header(config, {"device": _device_name(world), "processes": world.size})
+            with Recorder(out, config, world, header, resumed) as recorder:
+                trainer.run(recorder, checkpoints)
+        except torch.OutOfMemoryError as error:
+            ranks = footprint.estimate(config, fused=world.device.type == "cuda")
+            print(footprint.table(ranks), file=sys.stderr)
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            remedy = footprint.remedy(ranks[world.rank])
+            raise UserError(f"{reason} on rank {world.rank}; {remedy}") from error
 
 
 def _check_memory(config: TrainConfig, world: World) -> None:
