@@ -25,7 +25,7 @@ NAMES, HEAD, LINE_HEIGHT = 0.62, 0.36, 0.3
 def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
     """Mean seconds of a switch per cluster, pair and system."""
     mend = reading == CORRECTED
-    grid = selection.grid(runs, NAME, SYSTEMS)
+    grid = selection.grid(runs, NAME, SYSTEMS, order=_by_actor)
     grid = irregularities.other_jobs(grid, runs, BASE, "reshard", mend)
     grid = irregularities.altered_copies(grid, runs, mend)
     names = selection.titles(grid)
@@ -39,6 +39,11 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
         )
         for panel, config, variant, pool in selection.cells(grid, SYSTEMS)
     ]
+
+
+def _by_actor(config: str) -> tuple[float, ...]:
+    """By the actor's size, whose weights the switch moves, then the critic's."""
+    return selection.pair_order(config)[::-1]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

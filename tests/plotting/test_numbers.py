@@ -80,6 +80,12 @@ def test_clusters_and_pairs_come_from_the_runs_in_order_of_size():
     assert ordered == [(cluster, pair) for cluster in ("new", "orion") for pair in sizes]
 
 
+def test_the_table_goes_by_the_actor_whose_weights_move():
+    pairs = ["33B/7B", "13B/350M", "7B/7B", "7B/350M"]
+    rows = table3.numbers([run("opt", pair, figures=("table3",)) for pair in pairs], PUBLISHED)
+    assert list(dict.fromkeys(row.config for row in rows)) == ["7B/350M", "7B/7B", "13B/350M", "33B/7B"]
+
+
 def test_each_provenance_has_panels_of_its_own():
     kinds = ("measured", "published", "simulated", "rehearsal")
     runs = [run("opt", run_id=kind, provenance=kind) for kind in kinds]
