@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -14,7 +13,7 @@ from plotting.irregularities import PUBLISHED, READINGS
 from plotting.loading import load, printable
 from plotting.output import whole
 from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Loaded, Report
 
 MODULES = (figure8, figure9, figure10, figure11, figure12, table3)
@@ -39,15 +38,22 @@ def parser() -> Parser:
         "python -m plotting", description="Draw figures 8-12 and table 3 from run logs.", allow_abbrev=False
     )
     made.add_argument(
-        "--logs", type=Path, action="append", metavar="DIR", help=f"may be repeated ({published})"
+        "--logs", type=_folder, action="append", metavar="DIR", help=f"may be repeated ({published})"
     )
-    made.add_argument("--out", type=Path, default=out, metavar="DIR", help="outputs_from_logs_<time>")
+    made.add_argument("--out", type=_folder, default=out, metavar="DIR", help="outputs_from_logs_<time>")
     made.add_argument("--only", nargs="+", action="extend", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
     made.add_argument(
         "--reading", default=PUBLISHED, metavar="|".join(READINGS), help="how to compute (published)"
     )
     made.set_defaults(published=published)
     return made
+
+
+def _folder(name: str) -> Path:
+    """An empty name, as of a variable that is not set, does not mean the folder that one stands in."""
+    if not name:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(name)
 
 
 def with_constants(loaded: Loaded, published: Path) -> Loaded:
@@ -167,22 +173,7 @@ def _few(lines: list[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr."""
-    try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left, as in `... | head`; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from plotting import style
 from plotting.loading import load
 from plotting.output import whole
 from plotting.selection import REAL, pair
-from puzzle.errors import UserError
+from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Run
 
 NAME = "curves"
@@ -196,15 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         loaded = load(options.logs)
         with whole(options.out) as folder:
             write(loaded.runs, folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{NAME}.pdf .png .csv in {options.out}")
-    return 0
+        print(f"{NAME}.pdf .png .csv in {options.out}")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ def load(folders: Sequence[Path]) -> Loaded:
                 reports += run.reports
                 if not run.ended:
                     reports.append(Report(run.source, None, "the run has not ended, or its log is cut off"))
-                reports += [Report(run.source, None, str(note.get("text", note))) for note in run.notes]
+                # The reader of raw logs has reported what it notes.
+                told = " ".join(report.what for report in run.reports)
+                texts = [str(note.get("text", note)) for note in run.notes]
+                reports += [Report(run.source, None, text) for text in texts if text not in told]
             elif agree(first, run):
                 reports.append(Report(run.source, None, f"the same run as {first.source}; counted once"))
             else:

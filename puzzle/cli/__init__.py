@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from puzzle import __version__
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError, exit_code
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
@@ -31,29 +31,19 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it ended well, 2 after a user error, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: _run(given))
+
+
+def _run(given: list[str]) -> int | None:
     if not given or given[0] in ("-h", "--help"):
-        print(_help())
+        print(_help(), flush=True)
         return 0 if given else 2
     if given[0] == "--version":
         print(f"puzzle {__version__}")
         return 0
-    try:
-        if given[0] not in COMMANDS:
-            raise UserError(f"{given[0]}: unknown command; there are {', '.join(COMMANDS)}")
-        return import_module(f"puzzle.cli.{given[0]}").run(given[1:]) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 141  # the reader of our output left, as in `puzzle ... | head`
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
+    if given[0] not in COMMANDS:
+        raise UserError(f"{given[0]}: unknown command; there are {', '.join(COMMANDS)}")
+    return import_module(f"puzzle.cli.{given[0]}").run(given[1:])
 
 
 def _help() -> str:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_help_names_every_command_and_key_without_torch():
     assert done.returncode == 0, done.stderr
     assert "train " in done.stdout
     assert "--actor.optimizer.lr" in done.stdout
+
+
+def test_the_reader_of_the_help_may_leave():
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "puzzle.cli", "--help"]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_interrupted(monkeypatch):

@@ -151,6 +151,7 @@ BAD_OPTIONS = {
     "an unknown reading": (["--reading", "wishful"], ["wishful", "published, corrected"]),
     "an unknown option": (["--figure", "8"], ["--figure"]),
     "an option without its value": (["--out"], ["--out"]),
+    "an empty name of a folder": (["--out", ""], ["--out", "empty"]),
     "a second missing folder": (["--logs", "/nowhere/at all"], ["/nowhere/at all", "no such folder"]),
 }
 
@@ -255,6 +256,13 @@ def test_names_of_any_bytes_are_written(tmp_path, capsys):
     assert draw("--logs", tree, "--out", tmp_path / "out") == 0
     assert "a\\udcff $b" in (tmp_path / "out/figure8.csv").read_text()
     capsys.readouterr().out.encode()
+
+
+def test_what_the_reader_noted_is_said_once(tmp_path, capsys):
+    lines = [line.replace("stage 2(infer.)", "stage 12infer.)") for line in texts.puzzle_lines()]
+    tree = raw(tmp_path / "logs", texts.as_bytes(lines))
+    assert draw("--logs", tree, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("iteration 1: other text inside its line") == 1
 
 
 def test_several_trees_are_drawn_together(tmp_path, capsys):
