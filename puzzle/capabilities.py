@@ -10,6 +10,4 @@ def missing(config: TrainConfig) -> list[str]:
         lacks.append("the DeepSpeed-Chat baseline (log.variant dschat)")
     if config.generation.stop:
         lacks.append("stop texts (generation.stop)")
-    if config.intra.fuse_training or config.intra.fuse_inference:
-        lacks.append("fused schedules (intra.fuse_training, intra.fuse_inference)")
     return lacks

@@ -226,11 +226,17 @@ class SwitchConfig(Section):
     nest: bool = Field(False, description="stages of generation begin and end where the actor's do")
 
 
-class IntraConfig(Section):
-    """Intra-stage switching: models with affinity share one pipeline."""
+Fuse = bool | Literal["auto"]
+"""auto: if a simulation with costs measured in the second iteration says that it pays, from the third on."""
 
-    fuse_training: bool = Field(False, description="actor and critic in one training schedule")
-    fuse_inference: bool = Field(False, description="reference, critic and reward in one inference schedule")
+
+class IntraConfig(Section):
+    """Intra-stage switching: models with affinity share one pipeline. `auto` measures before it decides."""
+
+    fuse_training: Fuse = Field(False, description="actor and critic in one training schedule: true, auto")
+    fuse_inference: Fuse = Field(
+        False, description="reference, critic and reward in one inference schedule: true, auto"
+    )
 
 
 class EvalConfig(Section):

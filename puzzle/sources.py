@@ -10,7 +10,8 @@ from puzzle.capabilities import missing
 from puzzle.config import ROLES, LayoutConfig, ModelConfig, Role, TrainConfig
 from puzzle.data.prompts import read_rows
 from puzzle.errors import UserError, describe
-from puzzle.plan.layout import Layout
+from puzzle.plan.fused import why_not_fused
+from puzzle.plan.layout import Layout, Placement
 from puzzle.rlhf.rewards import FunctionReward
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
@@ -90,14 +91,30 @@ def specs_of(config: TrainConfig) -> dict[str, ModelSpec]:
     return {role: spec_of(role, getattr(config, role)) for role in used}
 
 
+def sharing_roles(config: TrainConfig) -> dict[str, list[Role]]:
+    """Which models can share a pipeline, by key of `intra`, in the order in which they run."""
+    used = config.layouts()
+    inferred: list[Role] = ["actor"] if config.ppo.old_logprobs == "recompute" else []
+    inferred += [role for role in ("reference", "critic", "reward") if role in used]
+    return {"fuse_training": ["actor", "critic"], "fuse_inference": inferred}
+
+
 def check(config: TrainConfig) -> None:
     """Raise UserError for what is wrong with features, files, shapes, layouts or lengths."""
     lacks = missing(config)
     if lacks:
         raise UserError(f"this version does not have: {'; '.join(lacks)}")
     specs = specs_of(config)
-    for name, layout in config.layouts().items():
-        layout_of(name, layout, specs["actor" if name == "generation" else name])
+    layouts = {
+        name: layout_of(name, layout, specs["actor" if name == "generation" else name])
+        for name, layout in config.layouts().items()
+    }
+    for key, roles in sharing_roles(config).items():
+        reason = why_not_fused({role: Placement.default(layouts[role]) for role in roles})
+        if getattr(config.intra, key) is True and reason:
+            raise UserError(
+                f"intra.{key}: {reason}; give all these models one pp, or set it to auto or false"
+            )
     for role, spec in specs.items():
         if role != "reward" and spec.vocab_size != specs["actor"].vocab_size:
             sizes = f"{spec.vocab_size} tokens, the actor's {specs['actor'].vocab_size}"

@@ -82,9 +82,14 @@ class Clock:
             for run in self._runs
         ]
 
+    def passes(self, row: int, stages: str = "") -> list[Span]:
+        """What was marked, as spans of a timeline's row; only in stages whose name begins with `stages`."""
+        runs = (marks for stage, _, marks in self.runs() if stage.startswith(stages))
+        return [span for marks in runs for span in action_spans(row, marks)]
+
     def spans(self, row: int) -> list[Span]:
         """Everything as spans of a timeline's row."""
-        found = [span for _, _, marks in self.runs() for span in action_spans(row, marks)]
+        found = self.passes(row)
         for lane, name, model, start, end in self._notes:
             times = (start - self._origin, end - self._origin)
             found.append(Span(row, lane, name, *times, category="collective", model=model))

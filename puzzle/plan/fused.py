@@ -8,8 +8,8 @@ forward and backward instead of 2(M + P - 1), and the same gradients as one afte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from puzzle.errors import UserError
@@ -93,9 +93,35 @@ def fused_forward(
     return pipeline("fused forward", [passes] * num_stages, work, prefetch)
 
 
+def shortened(schedule: Schedule, counts: Mapping[str, int]) -> Schedule:
+    """The schedule of a pipeline with fewer micro-batches: of every model its last `counts[model]`, numbered
+    from 0.
+
+    Pipelines beside each other so keep one order of passes and of the optimizer's actions: all models' last
+    backwards, with which reductions start, and what comes after them have the same places.
+    """
+    work = tuple(w for w in schedule.work if isinstance(w, Work))
+    missing = {w.model: w.microbatches - counts[w.model] for w in work}
+    if not any(missing.values()):
+        return schedule
+
+    def left(actions: Sequence[Action]) -> Iterator[Action]:
+        for action in actions:
+            if action.microbatch < 0:
+                yield action
+            elif action.microbatch >= missing[action.model]:
+                yield replace(action, microbatch=action.microbatch - missing[action.model])
+
+    return replace(
+        schedule,
+        actions=tuple(tuple(left(actions)) for actions in schedule.actions),
+        work=tuple(replace(w, microbatches=counts[w.model]) for w in work),
+    )
+
+
 def why_not_fused(placements: dict[str, Placement]) -> str | None:
-    """The reason why these models cannot share a stream, or None: a stage must be the same ranks for all
-    of them. Sizes, layer counts and the split of a stage's ranks into tp and dp may differ."""
+    """The reason why these models cannot share a stream, or None: stages and pipelines must be the same ranks
+    for all of them. Sizes, layer counts and the split of a stage's ranks into tp and dp may differ."""
     (first, reference), *others = placements.items()
     for name, placement in others:
         if placement.layout.pp != reference.layout.pp:
@@ -103,6 +129,8 @@ def why_not_fused(placements: dict[str, Placement]) -> str | None:
         for stage in range(reference.layout.pp):
             if _stage_ranks(placement, stage) != _stage_ranks(reference, stage):
                 return f"stage {stage} of {first} and of {name} are different ranks"
+        if set(placement.groups("pp")) != set(reference.groups("pp")):
+            return f"the pipelines of {first} and of {name} join different ranks"
     return None
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from puzzle.config import GenerationConfig, PPOConfig, TrainConfig
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, dialogue_ids
+from puzzle.engine.fusion import Pass
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.relay import relay_of
-from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.tracing import generation_passes
 from puzzle.model.packing import PackedBatch, pack
@@ -108,29 +109,46 @@ def reward_sequences(
 
 
 class Cut:
-    """The micro-batches of some rows of an experience for one model, as packed batches."""
+    """The micro-batches of a replica's share of some rows of an experience, as packed batches.
+
+    `passes` is how many micro-batches every replica has.
+    """
 
     def __init__(
         self, model: ModelRuntime, rows: Sequence[int], sequences: Sequence[Sequence[int]], config: PPOConfig
     ) -> None:
-        """`sequences` are those of `rows`, in their order."""
-        lengths = [len(sequence) for sequence in sequences]
-        self.rows = microbatches(rows, lengths, config.microbatch, config.microbatch_tokens)
+        """`rows` are those of all replicas, `sequences` theirs, in their order."""
+        dp = model.placement.layout.dp
+        cuts = []
+        for replica in range(dp):
+            part = share(len(rows), dp, replica)
+            lengths = [len(sequences[i]) for i in part]
+            limits = (config.microbatch, config.microbatch_tokens)
+            cuts.append(microbatches([rows[i] for i in part], lengths, *limits))
+        self.passes = [len(cut) for cut in cuts]
+        self.rows = cuts[model.coord.d]
         self.batches: list[PackedBatch] = []
-        start = 0
+        start = model.rows(len(rows)).start
         for part in self.rows:
             held = sequences[start : start + len(part)]
             self.batches.append(pack(held, model.placement.layout.tp, model.world.device))
             start += len(part)
 
 
-def infer(
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked in inference: its passes, and how their results make the answer for all rows."""
+
+    work: Pass
+    answer: Callable[[list[Tensor]], Tensor]
+
+
+def about_tokens(
     model: ModelRuntime, experience: Experience, config: PPOConfig, temperature: float | None
-) -> Tensor:
+) -> Question:
     """float32 (B, S): log-probs of the responses at `temperature`, or values where that is None."""
     count, device = len(experience), model.world.device
-    rows = model.rows(count)
-    cut = Cut(model, rows, [experience.sequence(row) for row in rows], config)
+    cut = Cut(model, range(count), [experience.sequence(row) for row in range(count)], config)
 
     def finish(index: int, hidden: Tensor) -> Tensor:
         states_N = experience.states_N(cut.rows[index]).to(device)
@@ -139,25 +157,29 @@ def infer(
         targets_N = experience.targets_N(cut.rows[index]).to(device)
         return model.decoder.token_stats(hidden, states_N, targets_N, temperature).logprobs
 
-    results = model.infer(cut.batches, finish).results
-    own = None
-    if model.owns_results:
-        parts = [experience.put_RS(x, part) for x, part in zip(results, cut.rows, strict=True)]
-        own = torch.cat(parts) if parts else None
-    return model.collect(own, rows, (count, experience.mask_BS.shape[1]))
+    def answer(results: list[Tensor]) -> Tensor:
+        own = None
+        if model.owns_results:
+            parts = [experience.put_RS(x, part) for x, part in zip(results, cut.rows, strict=True)]
+            own = torch.cat(parts) if parts else None
+        return model.collect(own, model.rows(count), (count, experience.mask_BS.shape[1]))
+
+    return Question(Pass(model, cut.batches, finish, max(cut.passes)), answer)
 
 
-def model_scores(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Tensor:
+def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Question:
     """float32 (B,): the reward head's output at the last token of each sequence."""
-    rows = model.rows(len(sequences))
-    cut = Cut(model, rows, [sequences[row] for row in rows], config)
+    count = len(sequences)
+    cut = Cut(model, range(count), sequences, config)
 
     def finish(index: int, hidden: Tensor) -> Tensor:
         return model.decoder.values(hidden)[cut.batches[index].last_rows]
 
-    results = model.infer(cut.batches, finish).results
-    own = torch.cat(results) if model.owns_results and results else None
-    return model.collect(own, rows, (len(sequences),))
+    def answer(results: list[Tensor]) -> Tensor:
+        own = torch.cat(results) if model.owns_results and results else None
+        return model.collect(own, model.rows(count), (count,))
+
+    return Question(Pass(model, cut.batches, finish, max(cut.passes)), answer)
 
 
 def with_advantages(

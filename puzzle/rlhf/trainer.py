@@ -18,10 +18,12 @@ from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from puzzle.engine.checkpoint import Checkpoints
+from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.timing import StageClock
 from puzzle.engine.tracing import Clock, gathered, stage_records
 from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
@@ -29,17 +31,19 @@ from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics
 from puzzle.rlhf.rewards import FunctionReward
 from puzzle.rlhf.rollout import (
-    infer,
-    model_scores,
+    Question,
+    about_sequences,
+    about_tokens,
     respond,
     reward_sequences,
     sampling_params,
     texts,
     with_advantages,
 )
+from puzzle.rlhf.sharing import Sharing
 from puzzle.rlhf.update import Update
 from puzzle.runlog import STAGES
-from puzzle.sources import check, specs_of
+from puzzle.sources import check, sharing_roles, specs_of
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
@@ -95,7 +99,17 @@ class Trainer:
         self.best = -math.inf
         self.done = 0
         self._ran = 0
-        self._stages_known = False
+        self._timed = False
+        self._stages_known: set[str] = set()
+        self._to_time = True
+        roles = sharing_roles(config)
+        self.training, self.inference = (
+            Sharing(fuse, [getattr(models, role) for role in roles[key]])
+            for key, fuse in (
+                ("fuse_training", config.intra.fuse_training),
+                ("fuse_inference", config.intra.fuse_inference),
+            )
+        )
 
     def state(self) -> dict[str, Any]:
         """All but weights and optimizers that a later iteration depends on, as JSON values."""
@@ -166,7 +180,7 @@ class Trainer:
             experience = respond(actor, prompts, generation.samples, self.params, iteration, generation)
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
-        update = Update(self.models, self.config, experience, self.kl_coef)
+        update = Update(self.models, self.config, experience, self.kl_coef, self.training)
         update.run(iteration)
         clock.end("training")
         metrics = experience_metrics(experience, scores, self.config.ppo.kl.estimator)
@@ -183,36 +197,58 @@ class Trainer:
         return metrics
 
     def _start_clock(self, iteration: int) -> None:
-        """Time the actions of iterations to be traced, and of the second one (the first warms up)."""
+        """Time the actions of iterations to be traced, of the second one (the first warms up), and of the
+        first in which models newly share a pipeline."""
         self._ran += 1
         warm = self._ran > 1 or iteration == self.config.iterations - 1
-        if iteration in self.config.log.trace or (warm and not self._stages_known):
+        self._timed = warm and self._to_time
+        if self._timed or iteration in self.config.log.trace:
             self.world.clock = Clock(self.world.device)
 
     def _read_clock(self, iteration: int, stages: StageClock, recorder: Recorder) -> None:
         clock, self.world.clock = self.world.clock, None
         if clock is None:
             return
-        if not self._stages_known:
-            self._stages_known = True
+        if self._timed:
             layout = self.models.generator.runtime.placement.layout
-            recorder.stages(stage_records(self.world, clock, layout.pp))
+            found = stage_records(self.world, clock, layout.pp)
+            recorder.stages([fields for fields in found if fields["name"] not in self._stages_known])
+            self._stages_known |= {fields["name"] for fields in found}
+            fused = [self._decide(clock, self.training, True), self._decide(clock, self.inference, False)]
+            self._to_time = any(fused)
         if iteration in self.config.log.trace:
             rank = self.world.rank
             recorder.trace(iteration, gathered(self.world, [*stages.spans(rank), *clock.spans(rank)]))
 
+    def _decide(self, clock: Clock, sharing: Sharing, train: bool) -> bool:
+        """Where `auto` waits for it, choose by the costs of this iteration; whether models share from now."""
+        if not sharing.undecided:
+            return False
+        spans = clock.passes(self.world.rank, "training." if train else "inference.")
+        placement = next(iter(sharing.runtimes.values())).placement
+        stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
+        tied = [name for name, runtime in sharing.runtimes.items() if runtime.spec.tied]
+        return sharing.decide(measured_costs(gathered(self.world, spans), stage_of, tied), train)
+
     def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
         """The experience with all that training needs, and the raw scores (B,)."""
-        c = self.config.ppo
+        c, models = self.config.ppo, self.models
         temperature = self.params.temperature
-        found: dict[str, Any] = {}
+        asked: dict[str, Question] = {}
         if c.old_logprobs == "recompute":
-            found["logprobs_BS"] = infer(self.models.actor, experience, c, temperature)
-        if self.models.reference is not None:
-            found["ref_logprobs_BS"] = infer(self.models.reference, experience, c, temperature)
-        found["values_BS"] = infer(self.models.critic, experience, c, None)
-        experience = dataclasses.replace(experience, **found)
-        raw = self.score(experience, prompts)
+            asked["logprobs_BS"] = about_tokens(models.actor, experience, c, temperature)
+        if models.reference is not None:
+            asked["ref_logprobs_BS"] = about_tokens(models.reference, experience, c, temperature)
+        asked["values_BS"] = about_tokens(models.critic, experience, c, None)
+        if models.reward is not None:
+            asked["scores"] = self._about_rewards(models.reward, experience, prompts)
+        results = self.inference.infer([question.work for question in asked.values()])
+        answers = {
+            name: question.answer(stage.results)
+            for (name, question), stage in zip(asked.items(), results, strict=True)
+        }
+        raw = answers.pop("scores") if "scores" in answers else self.score(experience, prompts)
+        experience = dataclasses.replace(experience, **answers)
         scores = raw
         if c.reward_norm:
             everywhere = torch.ones_like(raw, dtype=torch.bool)
@@ -220,11 +256,19 @@ class Trainer:
             scores = self.scores_seen.scaled(raw)
         return with_advantages(experience, scores, c, self.kl_coef), raw
 
+    def _about_rewards(
+        self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
+    ) -> Question:
+        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer)
+        return about_sequences(reward, sequences, self.config.ppo)
+
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
         """float32 (B,): the reward of every row."""
         if self.models.reward is not None:
-            sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer)
-            return model_scores(self.models.reward, sequences, self.config.ppo)
+            question = self._about_rewards(self.models.reward, experience, prompts)
+            return question.answer(
+                self.models.reward.infer(question.work.batches, question.work.finish).results
+            )
         assert self.function is not None
         found: list[float] | UserError = []
         if self.world.rank == 0:

@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from puzzle.config import TrainConfig
-from puzzle.engine.runtime import ModelRuntime, share
+from puzzle.engine.fusion import Pass
+from puzzle.engine.runtime import ModelRuntime
 from puzzle.rlhf import ppo
-from puzzle.rlhf.experience import Experience, microbatches, minibatches
+from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.models import Models
 from puzzle.rlhf.rollout import Cut
+from puzzle.rlhf.sharing import Sharing
 
 
 class Update:
     """The optimizer steps of one iteration; `metrics()` afterwards, on every rank."""
 
-    def __init__(self, models: Models, config: TrainConfig, experience: Experience, kl_coef: float) -> None:
+    def __init__(
+        self, models: Models, config: TrainConfig, experience: Experience, kl_coef: float, sharing: Sharing
+    ) -> None:
         self.models, self.config, self.experience, self.kl_coef = models, config, experience, kl_coef
+        self.sharing = sharing
         self._sums: dict[str, Tensor] = {}
         self._norms: dict[str, list[float]] = {"actor": [], "critic": []}
         self._steps = 0
@@ -30,8 +35,11 @@ class Update:
         size = self.config.minibatch
         for epoch in range(self.config.ppo.epochs):
             for rows in minibatches(len(self.experience), size, self.config.seed, iteration, epoch):
-                self._step(self.models.actor, rows)
-                self._step(self.models.critic, rows)
+                trained = (self.models.actor, self.models.critic)
+                self.sharing.train([self._pass(model, rows) for model in trained])
+                for model in trained:
+                    assert model.optimizer is not None
+                    self._norms[model.name].append(model.optimizer.grad_norm)
                 self._steps += 1
 
     def metrics(self) -> dict[str, float]:
@@ -60,11 +68,10 @@ class Update:
         fields = {"actor": ppo.ActorSums._fields, "critic": ppo.CriticSums._fields}
         return [f"{role}.{field}" for role, names in fields.items() for field in names]
 
-    def _step(self, model: ModelRuntime, rows: Sequence[int]) -> None:
-        """One optimizer step of one model on the minibatch `rows` (of all replicas)."""
-        mine = [rows[i] for i in model.rows(len(rows))]
-        cut = Cut(model, mine, [self.experience.sequence(row) for row in mine], self.config.ppo)
-        weights = self._weights(model, rows, cut)
+    def _pass(self, model: ModelRuntime, rows: Sequence[int]) -> Pass:
+        """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
+        cut = Cut(model, rows, [self.experience.sequence(row) for row in rows], self.config.ppo)
+        weights = self._weights(rows, cut)
 
         def finish(index: int, hidden: Tensor) -> Tensor:
             part = cut.rows[index]
@@ -74,21 +81,13 @@ class Update:
                 self._add(model.name, sums._replace(loss=loss.detach()))
             return loss
 
-        model.train(cut.batches, finish)
-        assert model.optimizer is not None
-        self._norms[model.name].append(model.optimizer.grad_norm)
+        return Pass(model, cut.batches, finish, max(cut.passes))
 
-    def _weights(self, model: ModelRuntime, rows: Sequence[int], cut: Cut) -> list[float]:
+    def _weights(self, rows: Sequence[int], cut: Cut) -> list[float]:
         """What each micro-batch's sum is multiplied with; over all replicas they make the loss an average."""
         if self.config.ppo.loss_average == "token":
             return [1.0 / self.experience.tokens(rows)] * len(cut.rows)
-        dp = model.placement.layout.dp
-        passes = 0
-        for d in range(dp):
-            theirs = [rows[i] for i in share(len(rows), dp, d)]
-            lengths = self.experience.lengths(theirs)
-            limits = (self.config.ppo.microbatch, self.config.ppo.microbatch_tokens)
-            passes += len(microbatches(theirs, lengths, *limits))
+        passes = sum(cut.passes)
         return [1.0 / (passes * self.experience.tokens(part)) for part in cut.rows]
 
     def _taken(self, x_BS: Tensor | None, part: Sequence[int]) -> Tensor:
