@@ -25,6 +25,7 @@ from puzzle.errors import UserError, describe
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+PEER_ENDED = signal.SIGUSR1
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 
@@ -69,9 +70,11 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None = None) 
         started = int(os.environ["WORLD_SIZE"])
         if started != world:
             raise UserError(f"{started} processes were started but tp x pp x dp is {world}; change layout.dp")
-        _resolve(target)(*args)
+        with terminate_as_exit():
+            _resolve(target)(*args)
     elif world == 1:
-        _resolve(target)(*args)
+        with terminate_as_exit():
+            _resolve(target)(*args)
     else:
         _launch(target, args, world, logs)
 
@@ -93,6 +96,7 @@ def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> 
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
     reports: list[Connection] = []
+    death = None
     with terminate_as_exit():
         try:
             for rank in range(world):
@@ -106,7 +110,7 @@ def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> 
                 reports.append(receive)
             death = _watch(workers, reports)
         finally:
-            _end(workers)
+            _end(workers, signal.SIGTERM if death is None else PEER_ENDED)
             held.close()
             alive.close()
     if death is not None:
@@ -116,6 +120,8 @@ def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> 
 def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, alive: Connection) -> None:
     rank, world, port, threads, log = place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(PEER_ENDED, _peer_ended)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +147,14 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         text = str(error).strip().splitlines()
         report.send((time.time(), "error", f"{type(error).__name__}: {text[0] if text else ''}"))
         raise
+
+
+def _leave(number: int, _frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _peer_ended(_number: int, _frame: Any) -> None:
+    raise ConnectionError("another process of the run ended")
 
 
 def _die_with_parent(alive: Connection) -> None:
@@ -191,10 +205,12 @@ def _first(deaths: Sequence[Death | None]) -> Death | None:
     return min((death for death in deaths if death is not None), key=key, default=None)
 
 
-def _end(workers: Sequence[Any]) -> None:
+def _end(workers: Sequence[Any], number: int) -> None:
+    """End workers by a signal that lets them unwind and finish their log, the slow ones by force."""
     for worker in workers:
         if worker.is_alive():
-            worker.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
     deadline = time.monotonic() + GRACE_SECONDS
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
@@ -226,15 +242,11 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
 
 @contextlib.contextmanager
 def terminate_as_exit() -> Generator[None]:
-    """SIGTERM (a scheduler's cancel) unwinds like an exception, so that workers are ended."""
-
-    def leave(number: int, _frame: Any) -> None:
-        sys.exit(128 + number)
-
+    """SIGTERM (a scheduler's cancel) unwinds like an exception: workers and logs are ended properly."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         yield
     finally:

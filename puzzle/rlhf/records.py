@@ -123,9 +123,11 @@ class Recorder:
             self.writer.end("completed", self.note)
             self._plot()
             return
-        status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        status, why = "failed", " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            status, why = "interrupted", "by a signal"
         try:
-            self.writer.end(status, " ".join(str(error).split()) or type(error).__name__)
+            self.writer.end(status, why)
         except UserError:
             return  # the disk is full: what stopped the run says so
 

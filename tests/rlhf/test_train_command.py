@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -128,6 +129,30 @@ def test_nan_ends_all_ranks_with_one_line(folder: Path) -> None:
     end = [json.loads(line) for line in (folder / "o/run.jsonl").read_text().splitlines()][-1]
     assert (end["record"], end["status"]) == ("end", "failed")
     assert over - end["time"] < 10
+
+
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_stopped_run_says_so_in_its_log(folder: Path, world: int, number: int) -> None:
+    run = subprocess.Popen(
+        command("--out", "o", "--layout.dp", str(world), "--iterations", "100000"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    log = folder / "o/run.jsonl"
+    try:
+        until = time.monotonic() + 200
+        while not (log.exists() and '"record":"iteration"' in log.read_text()):
+            assert run.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        run.send_signal(number)
+        assert run.wait(timeout=60) == 128 + number
+    finally:
+        run.kill()
+    end = json.loads(log.read_text().splitlines()[-1])
+    assert (end["record"], end["status"]) == ("end", "interrupted")
 
 
 def test_processes_of_another_launcher(folder: Path) -> None:
