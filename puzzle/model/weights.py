@@ -51,20 +51,6 @@ def boxes(decoder: Decoder, values: Callable[[str], Tensor]) -> Iterator[tuple[s
             yield piece.tensor, piece.box, box.t() if storage.transposed else box
 
 
-def logical_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of a model that lies in one process, in the order of the spec."""
-    if decoder.layout.tp * decoder.layout.pp > 1:
-        raise ValueError(f"layout {decoder.layout} spreads the model over processes")
-    parts: dict[str, list[tuple[Box, Tensor]]] = {}
-    for name, box, values in boxes(decoder, decoder.get_parameter):
-        parts.setdefault(name, []).append((box, values))
-    for tensor in decoder.spec.tensors():
-        whole = torch.empty(tensor.shape, dtype=decoder.dtype, device=decoder.device)
-        for box, values in parts[tensor.name]:
-            whole[box.slices] = values
-        yield tensor.name, whole
-
-
 def random_tensor(tensor: TensorSpec, seed: int, device: torch.device) -> Tensor:
     """float32 initial weights, a function of (seed, name) and the device's type: norms one, biases zero."""
     if len(tensor.shape) == 1:

@@ -12,9 +12,9 @@ from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.hf import load, read_spec, save
 from puzzle.model.parallel import TensorGroup
-from puzzle.model.weights import INIT_STD, boxes, initialise, logical_tensors
+from puzzle.model.weights import INIT_STD, boxes, initialise
 from puzzle.plan.layout import Coord, Layout
-from tests.model.tiny import VARIANTS, save_variant, stage
+from tests.model.tiny import VARIANTS, logical_tensors, save_variant, stage
 
 
 class FakeGroup(TensorGroup):

@@ -1,16 +1,19 @@
 """Tiny models for decoder tests: Hugging Face folders, our stages, and gradients put back together."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from puzzle.model.decoder import Decoder
 from puzzle.model.hf import load, read_spec
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.weights import boxes
 from puzzle.plan.layout import Coord, Layout
+from puzzle.plan.shards import Box
 from tests.reference.tiny import save_lm, save_value
 
 LLAMA3 = {
@@ -99,3 +102,15 @@ def summed(parts: list, shapes: dict) -> dict:
     for name, slices, values in parts:
         whole[name][slices] += values
     return whole
+
+
+def logical_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of a model that lies in one process, in the order of the spec."""
+    parts: dict[str, list[tuple[Box, Tensor]]] = {}
+    for name, box, values in boxes(decoder, decoder.get_parameter):
+        parts.setdefault(name, []).append((box, values))
+    for tensor in decoder.spec.tensors():
+        whole = torch.empty(tensor.shape, dtype=decoder.dtype)
+        for box, values in parts[tensor.name]:
+            whole[box.slices] = values
+        yield tensor.name, whole
