@@ -155,7 +155,7 @@ def _segments(stages: Sequence[Row], limit: float, letters: Mapping[str, str]) -
         if row.value is None:
             continue
         own = replace(row, notes=tuple(note for note in row.notes if note not in common))
-        text = page.marked(own, f"{row.value:.2f}", letters)
+        text = page.marked(own, page.seconds(row.value), letters)
         length, room = width_of(text, TINY) + 0.04, row.value / limit * WIDTH
         turn = 0 if length < room else 90
         fits = turn == 0 or (room > 1.3 * TINY / 72 and length < THICK * LANE + 0.03)
@@ -171,9 +171,9 @@ def _behind(stages: Sequence[Row], limit: float, letters: Mapping[str, str]) -> 
         return missing[0].gap
     segments = _segments(stages, limit, letters)
     short = [one.row for one in segments if one.row.value and not one.text]
-    rest = [f"{SHORT[row.series]} {row.value:.2f}" for row in short]
+    rest = [f"{SHORT[row.series]} {page.seconds(row.value or 0)}" for row in short]
     rest += [f"{SHORT[row.series]} {row.gap}" for row in missing]
-    return f"{sum(row.value or 0 for row in stages):.2f}" + (f" ({', '.join(rest)})" if rest else "")
+    return page.seconds(sum(row.value or 0 for row in stages)) + (f" ({', '.join(rest)})" if rest else "")
 
 
 def _panel(axes: Axes, systems: Sequence[Sequence[Row]], letters: Mapping[str, str]) -> None:

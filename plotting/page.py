@@ -83,6 +83,11 @@ def marked(row: Row, text: str, letters: Mapping[str, str]) -> str:
     return f"{text} {','.join(letters[note] for note in row.notes)}" if row.notes else text
 
 
+def seconds(value: float) -> str:
+    """Two decimals, as published; below a hundredth of a second two digits that count."""
+    return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
+
+
 def layout(
     parts: Sequence[Part], rows: Sequence[Row], notes: Sequence[str], key: float, left: float = LEFT
 ) -> tuple[Figure, list[Axes]]:

@@ -109,7 +109,7 @@ def _cell(axes: Axes, middle: float, top: float, row: Row, letters: Mapping[str,
     if row.value is None:
         axes.text(middle, top + 0.14, row.gap, size=SMALL, color=GREY, ha="center", va="center")
         return
-    text = page.marked(row, f"{row.value:.2f}", letters)
+    text = page.marked(row, page.seconds(row.value), letters)
     axes.text(middle, top + 0.11, text, size=TEXT, ha="center", va="center")
     spread = "" if row.spread is None else f"\u00b1{max(row.spread, LEAST):.3f}, "
     if row.spread is not None and row.spread < LEAST:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
 
-from plotting import figure8, figure9, figure10, figure11, figure12, style, table3
+from plotting import figure8, figure9, figure10, figure11, figure12, page, style, table3
 from plotting.irregularities import CORRECTED, PUBLISHED
 from puzzle.runlog import load_runs
 from tests.plotting import builders
@@ -131,6 +131,14 @@ def test_every_value_stands_above_its_bar():
     labels = [text for text, _ in boxes(figure, renderer)]
     for row in shown:
         assert any(re.fullmatch(rf"{row.value:.2f}( [a-z])?", label) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7.1067, "7.11"), (0.0847, "0.08"), (0.01, "0.01"), (0.00123, "0.0012"), (0.0, "0.00")],
+)
+def test_seconds_of_toys_are_no_zeros(value, text):
+    assert page.seconds(value) == text
 
 
 def test_a_panel_per_cluster_and_n_under_every_pair():
