@@ -1,4 +1,4 @@
-"""Comparisons of single computations on this device with plain ones: packed attention, decoding, noise."""
+"""Comparisons of single computations on this device with plain ones: attention, sums of products, noise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from puzzle.engine.world import World
 from puzzle.model.attention import decode_attention, packed_attention
 from puzzle.model.noise import gumbel, row_keys
 from puzzle.model.packing import pack
+from puzzle.model.products import accumulate, sums_in_place
 
 LENGTHS = (70, 3, 128, 41)
 
@@ -23,6 +24,7 @@ def compare(world: World) -> Iterator[tuple[str, float, float]]:
         print(signature(), flush=True)
     yield from _packed(world.device)
     yield from _decode(world.device)
+    yield from _sums(world.device)
     yield from _noise(world.device)
 
 
@@ -80,6 +82,19 @@ def _decode(device: torch.device) -> Iterator[tuple[str, float, float]]:
     wide_k, wide_v = (x.double().repeat_interleave(4, 1) for x in (k, v))
     expected = F.scaled_dot_product_attention(q.double()[:, :, None], wide_k, wide_v, attn_mask=mask)[:, :, 0]
     yield "decode attention 8/2", _relative(got, expected), 1e-2
+
+
+def _sums(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Gradients of bf16 weights, added up in float32 over three micro-batches."""
+    generator = torch.Generator().manual_seed(9)
+    total = torch.full((48, 40), torch.nan, device=device)
+    expected = torch.zeros((48, 40), dtype=torch.float64, device=device)
+    for number in range(3):
+        grad, x = (torch.randn(200, n, generator=generator).to(device, torch.bfloat16) for n in (64, 40))
+        accumulate(total, grad.t()[8:56], x, number == 0)
+        expected += grad.double().t()[8:56] @ x.double()
+    how = "in place" if sums_in_place(device) else "by a copy"
+    yield f"weight gradients summed {how}", _relative(total, expected), 1e-2
 
 
 def _noise(device: torch.device) -> Iterator[tuple[str, float, float]]:

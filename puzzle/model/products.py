@@ -59,10 +59,11 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total (float32) += left @ right, or = if it is the `first`."""
     if left.dtype == torch.float32:
         total.addmm_(left, right, beta=0.0 if first else 1.0)
-    elif left.is_cuda and first:
-        torch.mm(left, right, out_dtype=torch.float32, out=total)
     elif left.is_cuda and sums_in_place(left.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        if first:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     elif first:
         total.copy_(left @ right)
     else:
@@ -71,14 +72,16 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
 
 @cache
 def sums_in_place(device: torch.device) -> bool:
-    """Whether torch adds a bf16 product to a float32 matrix by itself: versions differ."""
-    small = torch.zeros((8, 8), dtype=torch.bfloat16, device=device)
-    total = torch.zeros((8, 8), device=device)
+    """Whether torch adds a bf16 product to a float32 matrix by itself, and rightly: versions differ."""
+    left = torch.arange(16.0, device=device).to(torch.bfloat16).repeat(8, 1).t()[4:12]
+    right = torch.arange(24.0, device=device).to(torch.bfloat16).repeat(8, 1)
+    total = torch.full((8, 24), torch.nan, device=device)
     try:
-        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     except RuntimeError:
         return False
-    return True
+    return torch.equal(total, 2 * (left.float() @ right.float()))
 
 
 class _Linear(torch.autograd.Function):

@@ -56,6 +56,19 @@ def test_without_gradients_no_sink_is_asked() -> None:
     assert not sums_in_place(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.0])
+def test_sums_that_torch_gets_wrong_are_not_left_to_it(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        return out.copy_(left.to(out_dtype) @ right.to(out_dtype))
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        return out.copy_(kept * total + left.to(out_dtype) @ right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert sums_in_place.__wrapped__(torch.device("cpu")) is (kept == 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 8, 33])
 @pytest.mark.parametrize("transposed", [False, True])
