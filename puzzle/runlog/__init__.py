@@ -1,8 +1,18 @@
 """The log of a run: schema, writer and readers. Standard library only."""
 
 from puzzle.runlog.load import load_runs
-from puzzle.runlog.run import PROVENANCES, STAGES, Evaluation, Iteration, Loaded, Report, Run, Switch
-from puzzle.runlog.writer import RunHeader, RunWriter
+from puzzle.runlog.run import (
+    PROVENANCES,
+    STAGES,
+    Evaluation,
+    Iteration,
+    Loaded,
+    Report,
+    Run,
+    RunHeader,
+    Switch,
+)
+from puzzle.runlog.writer import RunWriter
 
 __all__ = [
     "PROVENANCES",

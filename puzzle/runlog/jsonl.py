@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from puzzle.errors import UserError
 from puzzle.runlog import records
-from puzzle.runlog.run import Evaluation, Iteration, Report, Run, Switch
+from puzzle.runlog.run import Evaluation, Iteration, Report, Run, RunHeader, Switch
 
 Record = dict[str, Any]
 
@@ -191,21 +191,10 @@ def _run(collected: _Collected, header: Record) -> Run:
         last = max(attempt for attempt, _ in collected.switches[index])
         switches += [switch for attempt, switch in collected.switches[index] if attempt == last]
     log = header.get("log", {})
+    known: Record = {one.name: header[one.name] for one in fields(RunHeader)}
+    known["figures"] = tuple(header["figures"])
     return Run(
-        run_id=header["run_id"],
-        repeat=header["repeat"],
-        figures=tuple(header["figures"]),
-        cluster=header["cluster"],
-        variant=header["variant"],
-        actor=header["actor"],
-        critic=header["critic"],
-        config=header["config"],
-        layouts=header["layouts"],
-        provenance=header["provenance"],
-        software=header["software"],
-        hardware=header["hardware"],
-        git_commit=header["git_commit"],
-        started=header["started"],
+        **known,
         source=str(log.get("name", collected.source)),
         iterations=iterations,
         switches=tuple(switches),

@@ -135,7 +135,6 @@ def assemble(
     )
     return Run(
         run_id=name.run_id,
-        repeat=0,
         figures=(name.figure,) if name.figure else (),
         cluster=name.cluster,
         variant=name.variant,
@@ -151,8 +150,6 @@ def assemble(
         source=source,
         iterations=iterations,
         switches=switches,
-        stages=(),
-        ranks=(),
         printed=_printed(found, blocks),
         notes=tuple(found.notes),
         reports=tuple(reports),

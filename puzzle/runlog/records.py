@@ -5,9 +5,10 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, TypeGuard
 
-from puzzle.runlog.run import PROVENANCES, STAGES
+from puzzle.runlog.run import PROVENANCES, STAGES, RunHeader
 
 SCHEMA = 1
 # Stages add up to the end-to-end time within this share of it: published logs print ms with 3 decimals.
@@ -137,6 +138,12 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
     "printed": ({"name": _text, "unit": _text, "values": _numbers}, {}),
     "end": ({"status": _text}, {"text": _text}),
 }  # fmt: skip
+
+
+def of_header(header: RunHeader) -> dict[str, Any]:
+    """The `run` record of a header, still without `seq`."""
+    named = {field.name: getattr(header, field.name) for field in fields(RunHeader)}
+    return {"record": "run", "schema": SCHEMA, **named, "figures": list(header.figures)}
 
 
 def problem(record: Mapping[str, Any]) -> str | None:

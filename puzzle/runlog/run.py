@@ -44,21 +44,15 @@ class Report:
     what: str
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of one variant.
+@dataclass(frozen=True, kw_only=True)
+class RunHeader:
+    """What a run is; docs/log-schema.md says what each field holds.
 
-    `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity,
-    the numbers as the published plot scripts read them from the log of this run, in log order, iteration 0
-    included, in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and
-    `experience` (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). A quantity that was
-    never printed has no key. `notes` are remarks on the numbers: `kind`, `text`, and where they apply
-    `series` (keys of `printed`), `indices` (places in those series), `seconds`, `values`. `started` is
-    ISO 8601 with a zone. `source` is the path of the log, or the name of the published log.
+    A writer needs `iterations` (planned) and `global_batch_size` (sequences per iteration) in `config`.
     """
 
     run_id: str
-    repeat: int
+    repeat: int = 0
     figures: tuple[str, ...]
     cluster: str
     variant: str
@@ -70,12 +64,27 @@ class Run:
     software: Mapping[str, Any]
     hardware: Mapping[str, Any]
     git_commit: str | None
-    started: str | None
+    started: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunHeader):
+    """One run of one variant.
+
+    `iterations` are in order; after a resume the last of each index counts. `printed` holds, per quantity,
+    the numbers as the published plot scripts read them from the log of this run, in log order, iteration 0
+    included, in seconds: `e2e`, `generation`, `inference`, `training`, `reshard` (PUZZLE), `gather` and
+    `experience` (DeepSpeed-Chat), `training_speedup` (a ratio, variant "theoretical"). A quantity that was
+    never printed has no key. `notes` are remarks on the numbers: `kind`, `text`, and where they apply
+    `series` (keys of `printed`), `indices` (places in those series), `seconds`, `values`. `started` is
+    ISO 8601 with a zone. `source` is the path of the log, or the name of the published log.
+    """
+
     source: str
     iterations: tuple[Iteration, ...]
     switches: tuple[Switch, ...]
-    stages: tuple[Mapping[str, Any], ...]
-    ranks: tuple[Mapping[str, Any], ...]
+    stages: tuple[Mapping[str, Any], ...] = ()
+    ranks: tuple[Mapping[str, Any], ...] = ()
     printed: Mapping[str, tuple[float, ...]]
     notes: tuple[Mapping[str, Any], ...]
     reports: tuple[Report, ...]

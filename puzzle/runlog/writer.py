@@ -5,46 +5,17 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from puzzle.errors import UserError
 from puzzle.runlog import lines, records
-from puzzle.runlog.run import STAGES
+from puzzle.runlog.run import STAGES, RunHeader
 
 # What a resumed run must share with the log that it goes on, and what it may change but then says.
 _IDENTITY = ("schema", "repeat", "figures", "cluster", "variant", "actor", "critic", "provenance")
 _MAY_CHANGE = ("config", "layouts", "software", "hardware", "git_commit")
-
-
-@dataclass(frozen=True)
-class RunHeader:
-    """What a run is; docs/log-schema.md says what each field holds.
-
-    `config` must have `iterations` (planned) and `global_batch_size` (sequences per iteration).
-    """
-
-    run_id: str
-    figures: tuple[str, ...]
-    cluster: str
-    variant: str
-    actor: str
-    critic: str
-    config: Mapping[str, Any]
-    layouts: Mapping[str, Any]
-    provenance: str
-    software: Mapping[str, Any]
-    hardware: Mapping[str, Any]
-    git_commit: str | None
-    started: str | None = None
-    repeat: int = 0
-
-    def record(self) -> dict[str, Any]:
-        """The header as a record, still without `seq`."""
-        fields = asdict(self)
-        return {"record": "run", "schema": records.SCHEMA, **fields, "figures": list(self.figures)}
 
 
 class LineFile:
@@ -109,7 +80,7 @@ class RunWriter:
         if old and not resume:
             raise UserError(f"{out_dir} already holds a run; give another folder, or resume that run")
         # JSON turns tuples into lists: compare what the file would hold.
-        new = json.loads(records.encode({**header.record(), "seq": 0}))
+        new = json.loads(records.encode({**records.of_header(header), "seq": 0}))
         first = self._adopt(old, new)
         self._files = {name: LineFile(out_dir / name) for name in ("run.jsonl", "run.log", "samples.jsonl")}
         if first:

@@ -23,7 +23,7 @@ def iteration(**changes):
 
 
 def test_round_trip():
-    for record in ({**texts.header().record(), "seq": 0}, iteration()):
+    for record in ({**records.of_header(texts.header()), "seq": 0}, iteration()):
         line = encode(record)
         assert "\n" not in line
         assert decode(line.encode()) == json.loads(json.dumps(record))
@@ -84,7 +84,7 @@ def test_what_is_left_over_may_be_negative():
 
 @pytest.mark.parametrize("missing", [name for name in records.FIELDS["run"][0] if name != "schema"])
 def test_a_header_must_be_complete(missing):
-    record = {**texts.header().record(), "seq": 0}
+    record = {**records.of_header(texts.header()), "seq": 0}
     del record[missing]
     with pytest.raises(ValueError, match=f"run lacks {missing}"):
         encode(record)
@@ -108,7 +108,7 @@ def test_nan_and_infinity_are_no_json():
 
 
 def test_another_schema_version_is_said():
-    record = {**texts.header().record(), "seq": 0, "schema": 7}
+    record = {**records.of_header(texts.header()), "seq": 0, "schema": 7}
     with pytest.raises(BadLine, match="schema of run must be 1"):
         decode(json.dumps(record).encode())
 
