@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from puzzle.errors import UserError
 from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward, stream, why_not_fused
+from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward, shortened, stream, why_not_fused
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipelines import one_f_one_b
-from puzzle.plan.schedule import Op
+from puzzle.plan.schedule import Op, Schedule, Work
 from puzzle.plan.simulate import simulate
 from tests.plan.interpreter import play
 
@@ -49,6 +49,30 @@ def streams(draw: st.DrawFn) -> tuple[list[StreamModel], int, list[str]]:
     models = [StreamModel(f"m{i}", n, draw(sizes), draw(st.booleans())) for i, n in enumerate(counts)]
     order = draw(st.permutations([m.name for m in models for _ in range(m.microbatches)]))
     return models, p, order
+
+
+@given(streams(), st.data())
+def test_pipelines_with_fewer_microbatches_keep_one_order(
+    case: tuple[list[StreamModel], int, list[str]], data: st.DataObject
+) -> None:
+    """Still right; the last backwards of all models and the optimizers' actions keep their order."""
+    models, p, order = case
+    counts = {m.name: data.draw(st.integers(1, m.microbatches)) for m in models}
+    whole = fused_1f1b(models, p, order)
+    short = shortened(whole, counts)
+    assert check(short) == []
+    assert shortened(whole, {m.name: m.microbatches for m in models}) == whole
+
+    def fixed(schedule: Schedule, stage: int) -> list[tuple[Op, str]]:
+        last = {w.model: w.microbatches - 1 for w in schedule.work if isinstance(w, Work)}
+        return [
+            (a.op, a.model)
+            for a in schedule.actions[stage]
+            if a.microbatch < 0 or (a.op is Op.BACKWARD and a.microbatch == last[a.model])
+        ]
+
+    for stage in range(p):
+        assert fixed(short, stage) == fixed(whole, stage)
 
 
 @given(streams(), st.floats(0, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9))
@@ -127,4 +151,9 @@ def test_refusals() -> None:
     assert (
         why_not_fused({"actor": actor, "critic": swapped})
         == "stage 0 of actor and of critic are different ranks"
+    )
+    crossed = replace(critic, ranks=(0, 1, 3, 2))
+    assert (
+        why_not_fused({"actor": actor, "critic": crossed})
+        == "the pipelines of actor and of critic join different ranks"
     )

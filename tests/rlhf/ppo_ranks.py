@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Watch:
     rewards: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     switches: list[dict[str, Any] | None] = field(default_factory=list)
+    stages: list[Mapping[str, Any]] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
     weights: dict[str, Boxes] = field(default_factory=dict)
     parameter_bytes: dict[str, int] = field(default_factory=dict)
@@ -65,6 +66,9 @@ class Recorder:
 
     def switch(self, iteration: int, fields: dict[str, Any] | None) -> None:
         self.watch.switches.append(fields)
+
+    def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.watch.stages += records
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -96,6 +100,9 @@ def run_case(world: World, case: Case) -> Watch:
         trainer = Trainer(config, RunData(None, case.stop_ids, stream, None), models, world)
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
+            for model in (models.actor, models.critic):
+                assert model.optimizer is not None
+                assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"
     finally:
         ppo.token_rewards = plain_rewards
         optimizer_module.reduce_scatter_flat = original

@@ -1,0 +1,118 @@
+"""PPO through the trainer with models in one stream: what a run apart gives, bitwise; what `auto` chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from puzzle.config import PPOConfig, TrainConfig
+from puzzle.engine.world import World
+from puzzle.errors import UserError
+from puzzle.plan.cost import CostTable
+from puzzle.rlhf.models import build_models
+from puzzle.rlhf.rollout import about_sequences
+from puzzle.rlhf.sharing import Sharing
+from puzzle.sources import check
+from tests.helpers import run_ranks
+from tests.rlhf.test_trainer_reference import Bench, Shape, run_all
+
+CASES: list[tuple[str, str, Shape]] = [
+    ("whitened", "tied", (1, 2, 1)),
+    ("kl in loss", "llama", (1, 2, 1, (3, 1))),
+]
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("sharing"))
+
+
+def test_ppo_is_bitwise_the_same(bench: Bench) -> None:
+    cases = []
+    for name in CASES:
+        for fuse in (False, True, "auto"):
+            cases.append(bench.case(*name))
+            cases[-1].config["intra"] = {"fuse_training": fuse, "fuse_inference": fuse}
+    found = run_all(cases, 2)
+    for start in range(0, len(found), 3):
+        apart = found[start]
+        for fuse, other in zip((True, "auto"), found[start + 1 : start + 3], strict=True):
+            for ours, theirs in zip(apart, other, strict=True):
+                assert ours.metrics == theirs.metrics
+                assert [e.responses for e in ours.experiences] == [e.responses for e in theirs.experiences]
+                assert ours.weights.keys() == theirs.weights.keys() == {"actor", "critic"}
+                for role, pieces in ours.weights.items():
+                    for (tensor, box, x), (name, same, y) in zip(pieces, theirs.weights[role], strict=True):
+                        assert (tensor, box) == (name, same)
+                        assert torch.equal(x, y), f"{fuse}: {role} {tensor}"
+        stages = [{s["name"]: s for s in watches[0].stages} for watches in found[start : start + 3]]
+        inferred = "reference+critic+reward" if start == 0 else "actor+reference+critic"
+        assert {"training.actor", "training.critic", "inference.critic"} < set(stages[0]) < {*stages[2], ""}
+        assert set(stages[1]) == {"generation", "training.actor+critic", f"inference.{inferred}"}
+        for stage, fields in stages[1].items():
+            if stage != "generation":
+                assert fields["flushes"] == 1
+                assert fields["hash"] not in [s["hash"] for s in stages[0].values()]
+
+
+def config(critic_pp: int, fuse: bool | str) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "iterations": 1,
+            "batch": 4,
+            "device": "cpu",
+            "data": {"random_tokens": 4},
+            "generation": {"max_new_tokens": 4},
+            "actor": {"init": TINY},
+            "reward": {"function": None, "init": TINY},
+            "layout": {"pp": 2},
+            "critic": {"layout": {"pp": critic_pp, "dp": 2 // critic_pp}},
+            "intra": {"fuse_training": fuse},
+        }
+    )
+
+
+def decided(rank: int) -> list[tuple[bool, tuple[str, ...]]]:
+    """What `auto` chooses under three tables of costs; passes as chosen give the results of before."""
+    world = World(rank, 2, torch.device("cpu"), acknowledge=True)
+    models = build_models(config(2, False), world)
+    assert models.reward is not None
+    texts = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8]]
+    found = []
+    for critic, reward in ([(1.0, 5.0), (5.0, 1.0)], [(5.0, 1.0), (1.0, 5.0)], [(0.0, 0.0), (0.0, 0.0)]):
+        asked = [about_sequences(m, texts, PPOConfig(microbatch=1)) for m in (models.critic, models.reward)]
+        sharing = Sharing("auto", [models.critic, models.reward])
+        apart = [
+            q.answer(r.results) for q, r in zip(asked, sharing.infer([q.work for q in asked]), strict=True)
+        ]
+        assert sharing.undecided
+        costs = {"critic": critic, "reward": reward}
+        table = CostTable({m: {"forward": seconds, "activation": 0.0} for m, seconds in costs.items()})
+        shared = sharing.decide(table, train=False)
+        again = sharing.infer([q.work for q in asked])
+        for question, result, before in zip(asked, again, apart, strict=True):
+            assert torch.equal(question.answer(result.results), before)
+        assert (again[0].schedule is again[1].schedule) is shared
+        found.append((shared, sharing.order))
+    return found
+
+
+def test_auto_follows_the_costs() -> None:
+    """The model whose first stage is quick goes first (Johnson's rule); without a gain models stay apart."""
+    expected = [(True, ("critic", "reward")), (True, ("reward", "critic")), (False, ("critic", "reward"))]
+    assert run_ranks(decided, 2) == [expected, expected]
+
+
+def test_what_cannot_share_is_refused_before_the_run() -> None:
+    with pytest.raises(UserError, match=r"intra.fuse_training: actor has pp=2 and critic has pp=1; give"):
+        check(config(1, True))
+    check(config(2, True))
+    check(config(1, "auto"))
