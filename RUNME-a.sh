@@ -8,21 +8,7 @@ echo "start: $(date '+%Y-%m-%d %H:%M:%S')"
 export PUZZLE_ENV="${PUZZLE_ENV:-plot}"
 . "$root/env.sh"
 
-# Whether option $1 is among the arguments after it.
-given() {
-  local option=$1 argument
-  shift
-  for argument in "$@"; do
-    if [[ $argument == "$option" || $argument == "$option="* ]]; then return 0; fi
-  done
-  return 1
-}
-
-defaults=()
-given --logs "$@" || defaults+=(--logs "$root/logs/published")
-given --out "$@" || defaults+=(--out "outputs_from_logs_$(date +%Y%m%d-%H%M%S)")
-
 status=0
-python -m plotting "${defaults[@]}" "$@" || status=$?
+python -m plotting "$@" || status=$?
 echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
 exit "$status"

@@ -160,7 +160,8 @@ def run(arguments: Sequence[str]) -> None:
         for line in _few([one for one in told if one.startswith(f"{kind}:")])
     ]
     logs = {
-        name: len({log for row in rows for log in row.logs + row.base_logs}) for name, rows in found.items()
+        name: len({log for row in rows if row.n for log in row.logs + row.base_logs})
+        for name, rows in found.items()
     }
     print(f"reading: {options.reading}; logs: {', '.join(map(str, folders))}")
     print("\n".join([*shown, *table(found, logs, options.out)]), flush=True)
