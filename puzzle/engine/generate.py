@@ -150,8 +150,10 @@ class _Session:
         while start < count:
             stop, total = start, 0
             limit = min(count, start + (most or count))
-            while stop < limit and (stop == start or total < PREFILL_TOKENS):
+            while stop < limit:
                 total += len(self.requests[stop].prompt)
+                if stop > start and total > PREFILL_TOKENS:
+                    break
                 stop += 1
             prompts = [self.requests[i].prompt for i in range(start, stop)]
             batch = pack(prompts, self.decoder.layout.tp, self.decoder.device)

@@ -228,7 +228,7 @@ def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
     rows = -(-work.batch // layout.dp)
     prefill = work.prompt * _limited(rows, work.prefill)
     if work.prefill is None:
-        prefill = min(prefill, PREFILL_TOKENS + work.prompt)
+        prefill = min(prefill, max(PREFILL_TOKENS, work.prompt))
     one = Activations(use, p, prefill, 0)
     drawn = _limited(rows, max(work.decode or rows, work.prefill or 1))
     return {
