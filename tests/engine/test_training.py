@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,12 +64,13 @@ def reference(folder: Path, value: bool) -> tuple[dict[str, Tensor], list[float]
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict:
     base = tmp_path_factory.mktemp("training")
     made = {}
-    for name, save, options in (
+    wanted: list[tuple[str, Callable[..., Path], dict[str, Any]]] = [
         ("untied", save_lm, {}),
         ("tied", save_lm, {"tie_word_embeddings": True}),
         ("value", save_value, {}),
         ("qwen3", save_lm, {"family": "qwen3", "tie_word_embeddings": True}),
-    ):
+    ]
+    for name, save, options in wanted:
         folder = save(base / name, **options)
         made[name] = (folder, *reference(folder, name == "value"))
     return made
