@@ -171,6 +171,8 @@ def test_rehearsals_are_watermarked_and_apart(module):
     for row in rows:
         made[row.cluster].add(row.provenance)
     assert all(len(kinds) == 1 for kinds in made.values())
+    toys = [run for run in variety() if run.provenance == "rehearsal"]
+    assert len(picture(module, toys, PUBLISHED)[0].axes) == len(marked)
     plain, _, _ = picture(module, RUNS, PUBLISHED)
     assert not [text for text in plain.findobj(Text) if text.get_gid() == "watermark"]
 
