@@ -115,16 +115,18 @@ def check(config: TrainConfig) -> None:
             raise UserError(
                 f"intra.{key}: {reason}; give all these models one pp, or set it to auto or false"
             )
-    for role, spec in specs.items():
-        if role != "reward" and spec.vocab_size != specs["actor"].vocab_size:
-            sizes = f"{spec.vocab_size} tokens, the actor's {specs['actor'].vocab_size}"
+    retokenised = {"reward"} if config.reward.model and config.data.prompts else set()
+    reading = specs.keys() - retokenised  # these get the actor's token ids
+    for role in sorted(reading):
+        if specs[role].vocab_size != specs["actor"].vocab_size:
+            sizes = f"{specs[role].vocab_size} tokens, the actor's {specs['actor'].vocab_size}"
             raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
     for role in ("actor", "critic"):
         if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
             raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
     prompt = config.data.random_tokens or config.data.max_prompt_tokens
     longest = prompt + config.generation.max_new_tokens
-    for role in specs.keys() - {"reward"}:
+    for role in sorted(reading):
         if longest > specs[role].max_positions:
             raise UserError(
                 f"{role}: {prompt} prompt and {config.generation.max_new_tokens} new tokens exceed its "

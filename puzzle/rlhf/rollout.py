@@ -17,6 +17,7 @@ from puzzle.engine.relay import relay_of
 from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.tracing import generation_passes
+from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience, microbatches
@@ -168,8 +169,19 @@ def about_tokens(
 
 
 def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Question:
-    """float32 (B,): the reward head's output at the last token of each sequence."""
-    count = len(sequences)
+    """float32 (B,): the reward head's output at the last token of each sequence.
+
+    UserError for tokens or lengths that the model does not know.
+    """
+    count, spec = len(sequences), model.spec
+    largest, longest = max(map(max, sequences)), max(map(len, sequences))
+    if largest >= spec.vocab_size:
+        raise UserError(f"{model.name}: token {largest} is outside its vocabulary of {spec.vocab_size}")
+    if longest > spec.max_positions:
+        raise UserError(
+            f"{model.name}: a dialogue of {longest} tokens exceeds its {spec.max_positions} positions; "
+            "lower generation.max_new_tokens or shorten the prompts"
+        )
     cut = Cut(model, range(count), sequences, config)
 
     def finish(index: int, hidden: Tensor) -> Tensor:

@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from puzzle.cli import main
+from puzzle.data.tokenizers import byte_tokenizer
+from tests.reference.tiny import save_value
 
 CONFIG = """\
 iterations: 2
@@ -51,6 +56,7 @@ def train(folder, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "scorers", raising=False)
 
     def run(*options: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making models has said
         code = main(["train", "--config", "run.yaml", "--out", "out", *options])
         return code, *capsys.readouterr()
 
@@ -77,6 +83,23 @@ def test_refused_before_the_log_begins(folder, train, options, words):
     assert err.count("\n") == 1
     assert words in err
     assert not (folder / "out").exists()
+
+
+OTHER_REWARDS = [
+    ({"vocab_size": 200}, " is outside its vocabulary of 200"),
+    ({"vocab_size": 258, "max_position_embeddings": 9}, "reward: a dialogue of"),
+]
+
+
+@pytest.mark.parametrize(("shape", "words"), OTHER_REWARDS)
+def test_reward_models_that_cannot_read_a_dialogue(folder, train, shape, words):
+    """Known only once there is a response, which another tokenizer may have to read."""
+    save_value(folder / "reward", **shape)
+    byte_tokenizer().save_pretrained(folder / "reward")
+    code, _, err = train("--reward.function", "null", "--reward.model", "reward", "--iterations", "9")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert words in err
 
 
 @pytest.mark.parametrize(
@@ -122,3 +145,23 @@ def test_a_run_that_works_is_left_whole(folder, train):
     assert "2/2" in out
     assert (folder / "out/checkpoints/last/tokenizer.json").exists()
     assert train()[0] == 2
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text(folder, train):
+    """Its tokens: the bytes from last to first, and "in" as one."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    core = Tokenizer(models.BPE({s: i for i, s in enumerate([*symbols, "in"])}, [("i", "n")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=core)
+    theirs.save_pretrained(save_value(folder / "reward", vocab_size=257, max_position_embeddings=128))
+    code, _, err = train("--reward.function", "null", "--reward.model", "reward", "--generation.samples", "2")
+    assert (code, err) == (0, "")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward").eval()
+    rows = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 4 * 2
+    for row in rows:
+        ids = torch.tensor([theirs(row["prompt"] + row["response"])["input_ids"]])
+        with torch.no_grad():
+            score = model(ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+        assert row["reward"] == pytest.approx(float(score), abs=1e-5)
