@@ -118,6 +118,10 @@ class TrainConfig(Section):
         data = self.data
         if (data.prompts is None) == (data.random_tokens is None):
             raise ValueError("data: give prompts (a file) or random_tokens, one of them")
+        if data.random_tokens is not None and data.eval_prompts is not None:
+            raise ValueError("data.random_tokens has no text to hold out; give prompts, or no eval_prompts")
+        if data.system is not None and not data.chat_template:
+            raise ValueError("data.system needs data.chat_template")
         if data.random_tokens is not None and self.reward.function is not None:
             raise ValueError("data.random_tokens has no text for reward.function; use reward.model or init")
         if data.prompts is not None and data.tokenizer is None and self.actor.model is None:
@@ -126,6 +130,16 @@ class TrainConfig(Section):
             raise ValueError("eval.every needs data.eval_prompts")
         if self.checkpoint.best and not (self.eval.every and self.checkpoint.save):
             raise ValueError("checkpoint.best needs checkpoint.save, eval.every and data.eval_prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _reference(self) -> TrainConfig:
+        ppo = self.ppo
+        needing = {"ppo.kl_stop": ppo.kl_stop is not None, "ppo.kl.target": ppo.kl.target is not None}
+        needing["ppo.kl.place loss"] = ppo.kl.place == "loss"
+        wanting = [name for name, given in needing.items() if given]
+        if ppo.reference_free and wanting:
+            raise ValueError(f"ppo.reference_free: there is no KL for {wanting[0]}")
         return self
 
     @model_validator(mode="after")

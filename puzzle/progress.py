@@ -126,7 +126,10 @@ def _width(form: str) -> int:
 
 
 def _cell(value: float | None, form: str) -> str:
-    return f"{'-':>{_width(form)}}" if value is None else f"{value:{form}}"
+    if value is None:
+        return f"{'-':>{_width(form)}}"
+    digits = int(form.rstrip("f").split(".")[1])
+    return f"{round(value, digits) + 0.0:{form}}"  # no -0.0000
 
 
 def _clock(seconds: float) -> str:

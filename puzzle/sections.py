@@ -185,7 +185,9 @@ class KLConfig(Section):
     target: Positive | None = Field(None, description="adapt coef towards this KL per response; null: fixed")
     horizon: Count = Field(10000, description="responses over which an adaptive coef reacts")
     estimator: Literal["k1", "k2", "k3"] = Field("k1", description="http://joschu.net/blog/kl-approx.html")
-    place: Literal["reward", "loss"] = "reward"
+    place: Literal["reward", "loss"] = Field(
+        "reward", description="loss: with k2 or k3, as the gradient of k1 is 0 on average"
+    )
 
 
 class PPOConfig(Section):
@@ -200,7 +202,7 @@ class PPOConfig(Section):
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     kl: KLConfig = KLConfig()
-    kl_stop: Positive | None = Field(None, description="end the run when the KL metric exceeds this")
+    kl_stop: Positive | None = Field(None, description="end the run when KL per token exceeds this")
     whiten: bool = Field(False, description="advantages to mean 0, variance 1 over the batch's tokens")
     reward_clip: Positive | None = 5.0
     reward_norm: bool = Field(False, description="divide scores by their running standard deviation")

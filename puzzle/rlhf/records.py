@@ -34,7 +34,7 @@ from puzzle.runlog import RunHeader, RunWriter, load_runs
 def experience_metrics(
     experience: Experience, scores_B: Tensor, estimator: ppo.Estimator
 ) -> dict[str, float]:
-    """Means over the batch. `entropy` is -mean log-prob: unbiased for samples at the run's temperature."""
+    """What docs/log-schema.md says of an iteration's responses; no KL where there is no reference."""
     assert experience.logprobs_BS is not None
     mask = experience.mask_BS.to(experience.logprobs_BS.device)
     tokens = float(mask.sum())
@@ -50,8 +50,6 @@ def experience_metrics(
         kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
         total = float(torch.where(mask, kl, 0.0).sum())
         metrics |= {"kl": total / tokens, "kl_response": total / len(experience)}
-    else:
-        metrics |= {"kl": 0.0, "kl_response": 0.0}
     return metrics
 
 

@@ -299,8 +299,10 @@ class Trainer:
             experience = respond(actor, prompts, 1, params, 0, self.config.generation)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
-        error = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else 0.0
-        recorder.evaluation(done, {"reward": reward, "reward_ci95": 1.96 * error})
+        metrics = {"reward": reward}
+        if len(scores) > 1:
+            metrics["reward_ci95"] = 1.96 * float(scores.std()) / len(scores) ** 0.5
+        recorder.evaluation(done, metrics)
         recorder.samples(
             done, experience, texts(experience, prompts, self.data.tokenizer), scores, held_out=True
         )

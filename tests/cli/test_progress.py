@@ -61,6 +61,13 @@ def test_lines_without_a_terminal(tmp_path):
     assert lines[4:] == ["  held out after 3 iterations: reward 0.5"]
 
 
+def test_missing_and_tiny_numbers(tmp_path):
+    text = io.StringIO()
+    with Reporter(tmp_path, 1, False, console=Console(file=text, width=40)) as reporter:
+        reporter.iteration(0, SECONDS, 3.75, {"reward": -0.0004, "actor_loss": -0.00005})
+    assert text.getvalue().splitlines()[1].split()[:6] == ["1/1", "0.000", "-", "-", "-0.0001", "-"]
+
+
 def test_bar_on_a_terminal_and_after_a_resume(tmp_path):
     shown = show(tmp_path, terminal=True, tensorboard=False, done=2)
     assert re.search(r"iteration.*3/3", shown)

@@ -107,6 +107,9 @@ WRONG = [
     (["--actor.model", "a", "--actor.init.preset", "7b"], "actor: give model or init, not both"),
     (["--actor.init.hidden_size", "8"], "actor.init: give preset, or also vocab_size, intermediate_size"),
     (["--data.prompts", "null"], "data: give prompts (a file) or random_tokens"),
+    (["--data.system", "Be kind."], "data.system needs data.chat_template"),
+    (["--ppo.reference_free", "true", "--ppo.kl_stop", "1"], "there is no KL for ppo.kl_stop"),
+    (["--ppo.reference_free", "true", "--ppo.kl.place", "loss"], "there is no KL for ppo.kl.place loss"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
