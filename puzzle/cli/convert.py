@@ -23,6 +23,8 @@ def run(arguments: list[str]) -> int:
     if (given.out / "config.json").exists():
         print(f"{given.out} is there already")
         return 0
+    if given.out.is_file() or (given.out.is_dir() and any(given.out.iterdir())):
+        raise UserError(f"{given.out}: is there, but is no model folder; name a new one")
     convert(given.source or packaged_gguf(given.package), given.out)
     print(f"{given.out} made")
     return 0

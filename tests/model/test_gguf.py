@@ -153,6 +153,9 @@ def test_command_line(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="either a GGUF file or --package"):
         run([str(tmp_path / "out")])
+    with pytest.raises(UserError, match="is no model folder"):
+        run([str(path), str(tmp_path)])  # what lies there is not thrown away
+    assert path.exists()
     with pytest.raises(UserError, match="not installed"):
         run(["--package", "no-such-package-here", str(tmp_path / "other")])
     with pytest.raises(UserError, match="pytest ships 0 GGUF files"):
