@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle import footprint
+from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
 from puzzle.cli import Parser
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
@@ -40,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         config = _configured(options.out, overrides)
     else:
         config = load_config(options.config, overrides)
+    if config.log.variant == BASELINE:
+        raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check(config)
     if options.dry_run or options.device_memory:
         ranks = footprint.estimate(config, fused=config.device != "cpu")

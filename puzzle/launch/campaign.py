@@ -20,12 +20,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
 from puzzle.config import TrainConfig
 from puzzle.errors import UserError
 from puzzle.experiments import Experiment
 
 LAST_LINES = 5
 Command = Callable[[Path, Path], list[str]]  # from configuration file and folder of a run
+ROOT = Path(__file__).resolve().parents[2]
+# As the published runs: everything sharded; the Hybrid Engine where it engages (the log says if it does not).
+BASELINE_OPTIONS = ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_hybrid_engine")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class Outcome:
 def train_command(config: Path, folder: Path) -> list[str]:
     """The command that runs one experiment on this host."""
     return [sys.executable, "-m", "puzzle.cli", "train", "--config", str(config), "--out", str(folder)]
+
+
+def baseline_command(config: Path, folder: Path) -> list[str]:
+    """The command that runs one experiment as DeepSpeed-Chat."""
+    files = ["--config", str(config), "--out", str(folder)]
+    return [sys.executable, str(ROOT / BASELINE_SCRIPT), *files, *BASELINE_OPTIONS]
+
+
+def command_of(experiment: Experiment) -> Command:
+    """What runs an experiment's variant."""
+    return baseline_command if experiment.config.log.variant == BASELINE else train_command
 
 
 def digest(config: TrainConfig) -> str:
@@ -60,9 +75,12 @@ def finished(folder: Path, config: TrainConfig) -> bool:
 
 
 def run_all(
-    experiments: Sequence[Experiment], out: Path, console: Console, command: Command = train_command
+    experiments: Sequence[Experiment], out: Path, console: Console, command: Command | None = None
 ) -> list[Outcome]:
-    """Run what is not finished in `out`; a failure is recorded and the next one goes on."""
+    """Run what is not finished in `out`; a failure is recorded and the next one goes on.
+
+    `command` stands in for the variants' own.
+    """
     outcomes = [Outcome(e, "absent", why="; ".join(e.lacks)) for e in experiments if e.lacks]
     possible = [e for e in experiments if not e.lacks]
     kept = [e for e in possible if finished(out / "logs" / e.name, e.config)]
@@ -79,7 +97,7 @@ def run_all(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(waiting))
         for number, experiment in enumerate(waiting, 1):
-            outcome = _run_one(experiment, out / "logs" / experiment.name, command)
+            outcome = _run_one(experiment, out / "logs" / experiment.name, command or command_of(experiment))
             outcomes.append(outcome)
             bar.update(task, completed=number)
             rest = (time.monotonic() - began) / number * (len(waiting) - number)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -131,11 +132,20 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
     assert not (logs[0].parent / "done").exists()
 
 
+def test_the_baseline_is_run_by_its_own_program():
+    figure8 = expand(read_table(), Request("cpu", only=("figure8",)))
+    words = {e.config.log.variant: campaign.command_of(e)(Path("c.json"), Path("out")) for e in figure8}
+    assert Path(words["dschat"][1]).is_file()
+    assert words["dschat"][2:6] == ["--config", "c.json", "--out", "out"]
+    assert words["opt"] == words["base"] == campaign.train_command(Path("c.json"), Path("out"))
+
+
 def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["campaign", "--scale", "cpu", "--only", "figure8", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "7B/350M dschat (1,1,2) batch 8, 2 processes [figure8]: lacks the DeepSpeed-Chat baseline" in shown
+    can = "can run" if find_spec("deepspeed") else "lacks the package deepspeed"
+    assert f"7B/350M dschat (1,1,2) batch 8, 2 processes [figure8]: {can}" in shown
     assert "15 runs" in shown
     assert list(tmp_path.iterdir()) == []
 
