@@ -21,7 +21,8 @@ class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
     `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
-    processes on each host. While `clock` is set, what runs is timed.
+    processes on each host. While `clock` is set, what runs is timed. No group waits for a member longer than
+    `timeout` seconds (torch's own limit where that is None).
     """
 
     def __init__(
@@ -32,10 +33,13 @@ class World:
         *,
         acknowledge: bool = False,
         per_node: int | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.per_node = per_node or size
         self.acknowledge = acknowledge
+        # Groups do not inherit it from the default group.
+        self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.moved: Counter[str] = Counter()
         self.clock: Clock | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
@@ -72,7 +76,7 @@ class World:
                 device_id=place if kind == "cuda" else None,
             )
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return cls(rank, size, place, acknowledge=acknowledge, per_node=per_node)
+        return cls(rank, size, place, acknowledge=acknowledge, per_node=per_node, timeout=timeout)
 
     def __enter__(self) -> World:
         """The run lasts as long as the block."""
@@ -95,7 +99,7 @@ class World:
                 continue
             key = (purpose, ranks)
             if key not in self._groups:
-                self._groups[key] = dist.new_group(list(ranks), group_desc=purpose)
+                self._groups[key] = dist.new_group(list(ranks), timeout=self.timeout, group_desc=purpose)
             if self.rank in ranks:
                 mine = self._groups[key]
         return mine

@@ -105,7 +105,7 @@ def test_a_transfer_forgotten_on_both_sides_is_found(payload: str) -> None:
 
 
 def test_sends_that_wait_for_each_other_deadlock() -> None:
-    """Two stages that each wait for their send before they start to receive: fine on gloo, stuck on NCCL."""
+    """Two stages that each wait for their send before they start to receive."""
 
     def blocking(stage: tuple[Action, ...]) -> tuple[Action, ...]:
         out: list[Action] = []

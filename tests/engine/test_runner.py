@@ -1,0 +1,78 @@
+"""The runner on real ranks: messages in order; a deadlock ends within the time-out and names the action."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from puzzle.engine.runner import Runner
+from puzzle.engine.world import World
+from puzzle.plan.pipelines import one_f_one_b
+from puzzle.plan.schedule import Action, Op, Schedule
+from tests.helpers import run_ranks
+
+
+class Numbers:
+    """Passes hand on the number of their micro-batch."""
+
+    def __init__(self, stages: int, stage: int) -> None:
+        self.ends = (Op.FORWARD, stages - 1), (Op.BACKWARD, 0)
+        self.stage = stage
+        self.got: list[float] = []
+
+    def buffer(self, action: Action) -> Tensor:
+        return torch.empty(1)
+
+    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+        if received is not None:
+            self.got.append(float(received))
+        if (action.op, self.stage) in self.ends:
+            return None
+        return torch.tensor([float(action.microbatch + (100 if action.op is Op.BACKWARD else 0))])
+
+    def optimize(self, op: Op) -> None:
+        raise AssertionError(op)
+
+
+def run(rank: int, schedule: Schedule, acknowledge: bool) -> list[float] | str:
+    world = World(rank, 2, torch.device("cpu"), acknowledge=acknowledge, timeout=3.0)
+    numbers = Numbers(2, rank)
+    try:
+        Runner(world, (0, 1), ((0, 1),)).run(schedule, {"actor": numbers})
+    except RuntimeError as error:
+        return str(error)
+    return numbers.got
+
+
+def blocking(stage: tuple[Action, ...]) -> tuple[Action, ...]:
+    """Every send waited for at once, every receive begun only when it is needed."""
+    out: list[Action] = []
+    for action in stage:
+        if action.op is Op.SEND:
+            out += [action, replace(action, op=Op.WAIT_SEND)]
+        elif action.op is Op.WAIT_RECV:
+            out += [replace(action, op=Op.RECV), action]
+        elif action.op not in (Op.WAIT_SEND, Op.RECV):
+            out.append(action)
+    return tuple(out)
+
+
+RIGHT = one_f_one_b(2, 4)
+STUCK = replace(RIGHT, actions=tuple(blocking(stage) for stage in RIGHT.actions))
+
+
+@pytest.mark.parametrize("acknowledge", [True, False])
+def test_messages_arrive_in_order(acknowledge: bool) -> None:
+    found = run_ranks(run, 2, RIGHT, acknowledge)
+    assert found == [[100.0, 101.0, 102.0, 103.0], [0.0, 1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("acknowledge", [True, False])
+def test_a_deadlock_ends_and_is_named(acknowledge: bool) -> None:
+    """A send to another gloo process is over when its receive has begun, acknowledged or not."""
+    first, second = run_ranks(run, 2, STUCK, acknowledge)
+    assert "wait_send actor 1 activation to 1 (rank 1) failed: " in first
+    assert "wait_send actor 0 gradient to 0 (rank 0) failed: " in second
