@@ -157,6 +157,7 @@ class Trainer:
                 recorder.note = f"KL {metrics['kl']:.4g} exceeded ppo.kl_stop {stop:g}"
                 break
         recorder.save(self.models.actor, "last", self.done)
+        recorder.save(self.models.critic, "last-critic", self.done)
         checkpoints.wait()
         recorder.states(checkpoints.finished())
         recorder.ranks(describe_rank(self.models, self.world))
