@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from puzzle.config import TrainConfig
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
+from puzzle.plan.fused import why_not_fused
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.memory import RankMemory, Use, Work, rank_memory
 from puzzle.plan.switch import plan_switch
@@ -76,7 +77,9 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
         config.generation.prefill_microbatch,
         config.generation.decode_microbatch,
     )
-    return [rank_memory(rank, uses, generation, work, extra[rank]) for rank in range(config.world)]
+    trained = {use.name: use.placement for use in uses if use.trained}
+    shared = bool(config.intra.fuse_training) and why_not_fused(trained) is None
+    return [rank_memory(rank, uses, generation, work, extra[rank], shared) for rank in range(config.world)]
 
 
 def table(ranks: Sequence[RankMemory]) -> str:

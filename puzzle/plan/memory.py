@@ -202,14 +202,36 @@ def _held(stages: int, microbatches: int) -> tuple[float, ...]:
     return one_f_one_b(stages, min(microbatches, stages), "model").peak_in_flight()
 
 
+def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
+    """One of those of an optimizer step, and how many there are."""
+    rows = -(-work.minibatch // use.placement.layout.dp)
+    size = _limited(rows, work.microbatch)
+    return Activations(use, p, size * work.length, size * work.response), -(-rows // size)
+
+
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B, logits, one layer's gradients."""
-    layout = use.placement.layout
-    rows = -(-work.minibatch // layout.dp)
-    size = _limited(rows, work.microbatch)
-    held = _held(layout.pp, -(-rows // size))[p]
-    one = Activations(use, p, size * work.length, size * work.response)
+    one, count = _microbatches(use, work, p)
+    held = _held(use.placement.layout.pp, count)[p]
     return {"activations": int(held) * one.saved(), "logits": one.logits(), "one layer": one.transient()}
+
+
+def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
+    """The same of models in one stream, whatever its order: the largest micro-batches are all that a stage
+    keeps, and the stepped rows of all models spread at once."""
+    terms: dict[str, int] = {}
+    passing: list[dict[str, int]] = []
+    coords = [use.placement.coord_of(rank) for use in uses]
+    left = uses[0].placement.layout.pp - coords[0].p
+    found = [(use, *_microbatches(use, work, coord.p)) for use, coord in zip(uses, coords, strict=True)]
+    for use, one, count in sorted(found, key=lambda item: -item[1].saved()):
+        held = min(left, count)
+        left -= held
+        terms[f"{use.name} activations"] = held * one.saved()
+        passing.append(_named(use, {"logits": one.logits(), "one layer": one.transient()}))
+    for use, coord in zip(uses, coords, strict=True):
+        terms[f"{use.name} spreading"] = gradient_bytes(use, coord)["spreading"]
+    return terms | _worst(passing)
 
 
 def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
@@ -238,9 +260,11 @@ def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
     }
 
 
-def rank_memory(rank: int, uses: Sequence[Use], generation: Use, work: Work, extra: int = 0) -> RankMemory:
+def rank_memory(
+    rank: int, uses: Sequence[Use], generation: Use, work: Work, extra: int = 0, shared: bool = False
+) -> RankMemory:
     """What `rank` needs. `generation` is the actor where it generates; `extra`: bytes that moving its weights
-    there takes beyond those of training."""
+    there takes beyond those of training; `shared`: the trained models share a pipeline."""
     resident: dict[str, int] = {}
     training: dict[str, int] = {}
     for use in uses:
@@ -251,10 +275,12 @@ def rank_memory(rank: int, uses: Sequence[Use], generation: Use, work: Work, ext
                 resident[f"{use.name} {name}"] = size
             training[f"{use.name} gradients"] = gradient_bytes(use, coord)["gradients"]
     trained = [use for use in uses if use.trained]
-    steps = [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
-    for use in trained:
-        spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
-        steps.append({f"{use.name} spreading": spreading})
+    steps = [_stream(trained, work, rank)] if shared else []
+    if not shared:
+        steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
+        for use in trained:
+            spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
+            steps.append({f"{use.name} spreading": spreading})
     training |= _worst(steps)
     passes = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
     made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))

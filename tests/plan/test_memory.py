@@ -17,6 +17,7 @@ from puzzle.engine.world import World
 from puzzle.model.packing import pack
 from puzzle.model.weights import initialise
 from puzzle.plan import memory
+from puzzle.plan.fused import StreamModel, fused_1f1b
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
@@ -177,6 +178,30 @@ def test_stages_hold_as_many_microbatches_as_1f1b_keeps() -> None:
     found = [rank.stages["training"]["actor activations"] for rank in ranks]
     one = [memory.Activations(use, p, 32, 16).saved() for p in range(4)]
     assert found == [4 * one[0], 3 * one[1], 2 * one[2], one[3]]
+
+
+@pytest.mark.parametrize(("minibatch", "microbatch"), [(8, 1), (2, 1), (6, 2), (3, 1)])
+def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, microbatch: int) -> None:
+    """As many bytes as the sequential stream whose larger model leads; no stream holds more."""
+    work = memory.Work(batch=8, minibatch=minibatch, prompt=16, response=16, microbatch=microbatch)
+    actor = memory.Use("actor", spec_of(), Placement.default(Layout.even(1, 4, 1, 4)), 2, trained=True)
+    small = spec_of(value=True, hidden_size=32)
+    critic = memory.Use("critic", small, Placement.default(Layout.even(1, 4, 1, 4)), 2, trained=True)
+    rows = microbatch
+    sizes = {
+        use.name: [memory.Activations(use, p, 32 * rows, 16 * rows).saved() for p in range(4)]
+        for use in (actor, critic)
+    }
+    models = [StreamModel(name, minibatch // microbatch) for name in sizes]
+    found = []
+    for rank in range(4):
+        terms = memory.rank_memory(rank, [actor, critic], actor, work, shared=True).stages["training"]
+        found.append(sum(size for name, size in terms.items() if name.endswith("activations")))
+    for order in ("sequential", "alternating"):
+        peaks = fused_1f1b(models, 4, order).peak_in_flight(sizes)
+        assert all(peak <= limit for peak, limit in zip(peaks, found, strict=True))
+        if order == "sequential":
+            assert list(peaks) == found
 
 
 def test_every_published_experiment_has_a_table() -> None:
