@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,10 @@ def run(config: TrainConfig, zero: ZeroOptions, out: Path, data: RunData, world:
     """All iterations on a world that has been joined; what they leave behind."""
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    # DeepSpeed builds operators with ninja, which may be in an environment that is not activated.
+    os.environ["PATH"] = os.pathsep.join(
+        (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
+    )
     os.environ.setdefault("LOCAL_RANK", str(world.rank % world.per_node))
     # DeepSpeed calls collectives by names that torch 2.13 gave successors.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
