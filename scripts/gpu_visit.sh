@@ -59,8 +59,8 @@ fi
 if [ "$gpus" -ge 2 ]; then
     puzzle check.log 110 "check on 2 GPUs" check --world 2 --models llama,qwen2,mid
     [ "$gpus" -ge 4 ] && puzzle check.log 110 "check on 4 GPUs" check --world 4 --models llama,qwen2
-    pairs=(1,2,1:2,1,1 2,1,1:1,2,1)
-    [ "$gpus" -ge 4 ] && pairs=(1,4,1:2,2,1 2,2,1:1,4,1 1,4,1:4,1,1)
+    pairs=("1,2,1:2,1,1" "2,1,1:1,2,1")
+    [ "$gpus" -ge 4 ] && pairs=("1,4,1:2,2,1" "2,2,1:1,4,1" "1,4,1:4,1,1")
     puzzle switch.log 110 "switch" switch --pairs "${pairs[@]}" --out "$rows"
     puzzle train.log 60 "7B, pp 2" train --layout 1,2,1 --modes compile --repeats 3 --microbatches 8 --out "$rows"
     puzzle train.log 60 "7B, tp 2" train --layout 2,1,1 --modes compile --repeats 3 --out "$rows"

@@ -23,39 +23,39 @@ constant = 5
 def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "scorers.py").write_text(MODULE)
+    (tmp_path / "own_scorers.py").write_text(MODULE)
     yield
-    sys.modules.pop("scorers", None)
+    sys.modules.pop("own_scorers", None)
 
 
 def test_functions_of_the_working_directory():
-    assert FunctionReward("scorers:lengths")(["ab", "c"], ["d", "efg"]) == [3.0, 4.0]
-    assert FunctionReward("scorers:array")(["ab", "c"], ["d", "efg"]) == [1.0, 1.0]
+    assert FunctionReward("own_scorers:lengths")(["ab", "c"], ["d", "efg"]) == [3.0, 4.0]
+    assert FunctionReward("own_scorers:array")(["ab", "c"], ["d", "efg"]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fails", r"scorers:fails raised ZeroDivisionError: division by zero \(.*scorers\.py:5\)"),
+        ("fails", r"own_scorers:fails raised ZeroDivisionError: division by zero \(.*scorers\.py:5\)"),
         ("short", "gave 1 scores for 2 responses"),
         ("nan", "gave nan for the response 'second'"),
         ("infinite", "gave inf for the response 'second'"),
         ("words", "gave 'good' for the response 'first'"),
-        ("nothing", "scorers:nothing raised TypeError"),
+        ("nothing", "own_scorers:nothing raised TypeError"),
     ],
 )
 def test_bad_scores_name_the_function(name, words):
     with pytest.raises(UserError, match=words):
-        FunctionReward(f"scorers:{name}")(["a", "b"], ["first", "second"])
+        FunctionReward(f"own_scorers:{name}")(["a", "b"], ["first", "second"])
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("scorers", "expected module:name"),
+        ("own_scorers", "expected module:name"),
         (":lengths", "expected module:name"),
-        ("scorers:absent", "has no function absent"),
-        ("scorers:constant", "has no function constant"),
+        ("own_scorers:absent", "has no function absent"),
+        ("own_scorers:constant", "has no function constant"),
         ("no_such_module:f", "No module named 'no_such_module'"),
     ],
 )
