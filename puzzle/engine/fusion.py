@@ -53,7 +53,7 @@ class Stream:
         schedule = self._schedule(passes, order, train)
         runs = {
             p.runtime.name: StageRun(
-                p.runtime.decoder, p.batches, p.finish, p.runtime.optimizer if train else None
+                p.runtime.stage, p.batches, p.finish, p.runtime.optimizer if train else None
             )
             for p in passes
         }

@@ -9,7 +9,7 @@ one all-gather spreads the stepped rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from puzzle.engine.buckets import Bucket, Slot, fill_buckets
 from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
 from puzzle.model.products import Weight
 from puzzle.plan.layout import Coord, Placement
@@ -174,7 +175,7 @@ class ZeroAdamW:
             Op.WAIT_NORM: self._wait_norm,
             Op.STEP: self._step,
             Op.GATHER: self._start_gather,
-            Op.WAIT_GATHER: self.wait_gather,
+            Op.WAIT_GATHER: self._let_arrive,
         }[op]()
 
     def _check_reduced(self) -> None:
@@ -205,7 +206,7 @@ class ZeroAdamW:
         if self.world.clock is not None and bucket.began is not None:
             index = self.buckets.index(bucket)
             self.world.clock.note(f"bucket {index}", f"{what} {self.name} {index}", self.name, bucket.began)
-            bucket.began = None
+        bucket.began = None
 
     def _grad(self, i: int) -> Tensor:
         """The reduced gradient of slot i's own rows, in the shape of those rows."""
@@ -274,9 +275,36 @@ class ZeroAdamW:
                 bucket.began = self._now()
                 self.world.moved["all_gather"] += bucket.gathered.nbytes
 
+    def _let_arrive(self) -> None:
+        """Weights are waited for where they are read next: by layer in a pass, together everywhere else."""
+
+    def arrive_before(self, decoder: Decoder) -> None:
+        """Have every pass of `decoder` wait for the weights of a layer when the layer comes.
+
+        The embedding's are awaited before a pass, those of the last norm and the head behind the layers.
+        """
+        if self.group is None:
+            return
+
+        def needed(params: Iterable[nn.Parameter]) -> list[Bucket]:
+            homes = {id(p) for p in params}
+            return [b for b in self.buckets if any(id(slot.param) in homes for slot in b.slots)]
+
+        layers = list(decoder.layers.values())
+        first = needed([decoder.embed]) if decoder.first else []
+        decoder.register_forward_pre_hook(lambda *_: self._arrive(first if layers else self.buckets))
+        for layer in layers:
+            own = needed(layer.parameters())
+            layer.register_forward_pre_hook(lambda *_, own=own: self._arrive(own))
+        if layers:
+            layers[-1].register_forward_hook(lambda *_: self.wait_gather())
+
     def wait_gather(self) -> None:
         """Put the other replicas' rows in place; without a gather under way, nothing."""
-        for bucket in reversed(self.buckets):
+        self._arrive(self.buckets)
+
+    def _arrive(self, needed: Sequence[Bucket]) -> None:
+        for bucket in reversed(needed):
             if bucket.gathered is None or bucket.work is None:
                 continue
             bucket.work.wait()
@@ -294,6 +322,7 @@ class ZeroAdamW:
 
     def release(self) -> None:
         """Give the gradient buffers back; the next `begin` takes them again."""
+        self.wait_gather()
         for bucket in self.buckets:
             bucket.grads = bucket.shard = None
 

@@ -57,26 +57,34 @@ class ModelRuntime:
         tensor_ranks = placement.tp_group(self.coord)
         self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"), tensor_ranks)
         device = world.device if allocate else torch.device("meta")
-        self.decoder = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
+        self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self._schedules: dict[tuple[bool, int], Schedule] = {}
 
     def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
         """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
-        params = [(s, self.decoder.get_parameter(s.name)) for s in self.decoder.storages]
+        params = [(s, self.stage.get_parameter(s.name)) for s in self.stage.storages]
         self.optimizer = ZeroAdamW(
             self.name, self.spec, self.placement, self.coord, params, self.world, settings, bucket
         )
+        self.optimizer.arrive_before(self.stage)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The stage with its weights in place; `stage` is the same module, whose passes await them by layer."""
+        if self.optimizer is not None:
+            self.optimizer.wait_gather()
+        return self.stage
 
     def freeze(self) -> None:
         """No gradients for this model."""
-        self.decoder.requires_grad_(False)
+        self.stage.requires_grad_(False)
 
     @property
     def owns_results(self) -> bool:
         """Whether this rank speaks for its replica: tensor rank 0 of the last stage."""
-        return self.decoder.last and self.coord.t == 0
+        return self.stage.last and self.coord.t == 0
 
     def rows(self, count: int) -> range:
         """This replica's share of `count` rows of a global batch: contiguous, sizes differ by one at most."""
@@ -87,7 +95,7 @@ class ModelRuntime:
         if not batches:
             return StageResult(None, [])
         schedule = self._schedule(False, len(batches))
-        return self._run(schedule, StageRun(self.decoder, batches, finish))
+        return self._run(schedule, StageRun(self.stage, batches, finish))
 
     def train(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
         """Forward and backward passes under 1F1B, then an optimizer step.
@@ -95,7 +103,7 @@ class ModelRuntime:
         `finish` gives losses whose sum over micro-batches and replicas is the minibatch's loss.
         """
         schedule = self._schedule(True, len(batches))
-        return self._run(schedule, StageRun(self.decoder, batches, finish, self.optimizer))
+        return self._run(schedule, StageRun(self.stage, batches, finish, self.optimizer))
 
     def _schedule(self, train: bool, microbatches: int) -> Schedule:
         """1F1B or forwards alone; checked when it is made, kept for the next time."""

@@ -22,7 +22,7 @@ from tests.helpers import run_ranks
 from tests.reference.tiny import save_lm
 
 
-def timed(rank: int, folder: str, layout: Layout) -> tuple[Timeline, list[dict[str, Any]]]:
+def timed(rank: int, folder: str, layout: Layout, steps: int = 1) -> tuple[Timeline, list[dict[str, Any]]]:
     world = World(rank, layout.world, torch.device("cpu"))
     runtime = ModelRuntime("actor", hf.read_spec(Path(folder)), Placement.default(layout), world)
     hf.load(runtime.decoder, Path(folder))
@@ -35,8 +35,12 @@ def timed(rank: int, folder: str, layout: Layout) -> tuple[Timeline, list[dict[s
     batches = [pack([[1 + i, 2, 3, 4, 5 + rank] * 8], layout.tp) for i in range(3)]
     runtime.train(batches, loss)
     world.sum(torch.zeros(1))
+    assert runtime.optimizer is not None
+    runtime.optimizer.release()
     world.clock = clock = Clock(world.device)
-    runtime.train(batches, loss)
+    for _ in range(steps):
+        runtime.train(batches, loss)
+    runtime.optimizer.release()
     world.clock = None
     return gathered(world, clock.spans(rank)), stage_records(world, clock, layout.pp)
 
@@ -65,6 +69,17 @@ def test_reductions_run_beside_the_last_backward(folder: Path) -> None:
     (record,) = records
     assert record["name"] == "training.actor"
     assert record["actions"]["backward"] == 3
+
+
+def test_gathers_run_into_the_next_step(folder: Path) -> None:
+    """Layers wait for their own weights: those of the last ones are under way when the next step begins."""
+    timeline, _ = run_ranks(timed, 2, str(folder), Layout.even(1, 1, 2, 4), 2)[0]
+    for row in timeline.rows:
+        spans = [s for s in timeline.spans if s.row == row]
+        again = sorted(s.start for s in spans if s.category == "forward")[3]
+        first = [s for s in spans if s.name.startswith("all-gather") and s.start < again]
+        assert len(first) > 3
+        assert sum(s.end > again for s in first) >= len(first) - 1
 
 
 def test_the_measured_bubble_share_is_that_of_the_timeline(folder: Path) -> None:

@@ -54,7 +54,6 @@ def run(
         own = torch.stack(result.results).sum() if runtime.owns_results else torch.zeros(())
         losses.append(float(world.sum(own.clone())))
         norms.append(optimizer.grad_norm)
-        optimizer.release()
     found = [
         (name, box.intervals, values.clone())
         for name, box, values in boxes(runtime.decoder, runtime.decoder.get_parameter)
