@@ -1,7 +1,7 @@
 """Start the processes of one run on this host, or join those that torchrun started.
 
-Workers find each other through `env://`: the parent holds a TCPStore on a free loopback port for as long as
-they live, so there is no fixed port and no moment in which another program could take it.
+Workers find each other through `env://`: the parent holds a TCPStore on a free port (loopback, on one host)
+for as long as they live, so there is no fixed port and no moment in which another program could take it.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from puzzle.errors import UserError, describe
+from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
@@ -47,6 +48,17 @@ class Death:
     line: str
     code: int
     when: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one host runs: ranks [first, first + count) of `world`; all meet in the store at address:port."""
+
+    world: int
+    first: int
+    count: int
+    address: str
+    port: int
 
 
 def identity() -> tuple[int, int]:
@@ -85,40 +97,45 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 
 def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> None:
+    store = listen(LOOPBACK)
+    death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs)
+    if death is not None:
+        raise_death(death, socket.gethostname(), logs)
+
+
+def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> Death | None:
+    """Run this host's `share` of a run; the first failure, or None when all its processes ended well."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
-    threads = threads_per_worker(world)
+    threads = threads_per_worker(share.count)
     with _environment({"OMP_NUM_THREADS": str(threads)}):
         multiprocessing.forkserver.ensure_running()
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
     reports: list[Connection] = []
     death = None
     with terminate_as_exit():
         try:
-            for rank in range(world):
+            for local_rank in range(share.count):
                 receive, send = context.Pipe(duplex=False)
+                rank = share.first + local_rank
                 log = None if logs is None or rank == 0 else logs / f"rank-{rank:03d}.txt"
-                place = (rank, world, store.port, threads, log)
+                place = (share, local_rank, threads, log)
                 worker = context.Process(target=_work, args=(target, tuple(args), place, send, alive))
                 worker.start()
                 send.close()
                 workers.append(worker)
                 reports.append(receive)
-            death = _watch(workers, reports)
+            death = _watch(workers, reports, share.first)
         finally:
             _end(workers, signal.SIGTERM if death is None else PEER_ENDED)
             held.close()
             alive.close()
-    if death is not None:
-        _raise(death, logs)
+    return death
 
 
 def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, alive: Connection) -> None:
-    rank, world, port, threads, log = place
+    share, local_rank, threads, log = place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(PEER_ENDED, _peer_ended)
@@ -128,10 +145,19 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-    ranks = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({name: str(value) for name, value in (*ranks.items(), ("MASTER_PORT", port))})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// joins the parent's store, makes none
+    interface = interface_towards(share.address)
+    values = {
+        "RANK": share.first + local_rank,
+        "WORLD_SIZE": share.world,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": share.count,
+        "MASTER_ADDR": share.address,
+        "MASTER_PORT": share.port,
+    }
+    os.environ.update({name: str(value) for name, value in values.items()})
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, interface)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// joins that store, makes none
     import torch
 
     torch.set_num_threads(threads)
@@ -163,19 +189,19 @@ def _die_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _watch(workers: Sequence[Any], reports: Sequence[Connection]) -> Death | None:
+def _watch(workers: Sequence[Any], reports: Sequence[Connection], first: int) -> Death | None:
     """Wait for all workers, or for the first failure and those that follow from it within a moment."""
-    running = {worker.sentinel: rank for rank, worker in enumerate(workers)}
+    running = {worker.sentinel: number for number, worker in enumerate(workers)}
     while running:
         for sentinel in wait(list(running)):
-            rank = running.pop(sentinel)
-            workers[rank].join()
-            if workers[rank].exitcode:
+            number = running.pop(sentinel)
+            workers[number].join()
+            if workers[number].exitcode:
                 deadline = time.monotonic() + SETTLE_SECONDS
                 while running and (left := deadline - time.monotonic()) > 0:
                     for other in wait(list(running), timeout=left):
                         workers[running.pop(other)].join()
-                return _first([_death(r, workers[r], reports[r]) for r in range(len(workers))])
+                return first_of([_death(first + n, workers[n], reports[n]) for n in range(len(workers))])
     return None
 
 
@@ -194,7 +220,7 @@ def _death(rank: int, worker: Any, report: Connection) -> Death | None:
     return Death(rank, "error", f"ended with exit code {code}", code, time.time())
 
 
-def _first(deaths: Sequence[Death | None]) -> Death | None:
+def first_of(deaths: Sequence[Death | None]) -> Death | None:
     """The cause among deaths: user errors, then signals (an abort may follow a lost peer), then by time."""
     order = {"user": 0, "signal": 1, "error": 2}
 
@@ -219,11 +245,12 @@ def _end(workers: Sequence[Any], number: int) -> None:
             worker.join()
 
 
-def _raise(death: Death, logs: Path | None) -> None:
+def raise_death(death: Death, where: str, logs: Path | None) -> NoReturn:
+    """The death of a rank on host `where`, as the error that ends the command."""
     if death.kind == "user":
         raise UserError(death.line)
     log = f"; its log: {logs / f'rank-{death.rank:03d}.txt'}" if logs is not None and death.rank else ""
-    raise WorkerError(f"rank {death.rank} on {socket.gethostname()}: {death.line}{log}", death.code)
+    raise WorkerError(f"rank {death.rank} on {where}: {death.line}{log}", death.code)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,44 @@
+import socket
+import subprocess
+
+import pytest
+from torch.distributed import TCPStore
+
+from puzzle.errors import UserError
+from puzzle.launch import network
+
+
+def test_the_store_listens_on_its_address_alone():
+    store = network.listen("127.0.0.1")
+    listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
+    addresses = [
+        line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{store.port}")
+    ]
+    assert addresses == [f"127.0.0.1:{store.port}"]
+    TCPStore("127.0.0.1", store.port, is_master=False).set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_one_host_is_loopback():
+    assert network.address_towards(["127.0.0.1", "localhost", "127.0.0.3"]) == "127.0.0.1"
+    assert network.address_towards([]) == "127.0.0.1"
+    assert network.interface_towards("127.0.0.1") == "lo"
+
+
+def test_another_host_is_reached_from_the_address_of_an_interface_of_ours():
+    # 192.0.2.0/24 is for documentation (RFC 5737): nobody's, but routed like any other.
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            ours = probe.getsockname()[0]
+    except OSError:
+        pytest.skip("this host has no route to others")
+    assert network.address_towards(["127.0.0.1", "192.0.2.1"]) == ours
+    name = network.interface_towards("192.0.2.1")
+    assert name in {name for _, name in socket.if_nameindex()} - {"lo"}
+    assert network.interface_towards(ours) == name
+
+
+def test_an_unknown_host_is_named():
+    with pytest.raises(UserError, match="host nowhere.invalid is unknown here"):
+        network.address_towards(["nowhere.invalid"])
