@@ -130,12 +130,12 @@ def rows(bench: TrainBench, world: World) -> list[dict[str, Any]]:
     losses: list[Tensor] = []
 
     def train() -> None:
-        stage = StageRun(runtime.decoder, batches, loss, gradients)
+        stage = StageRun(runtime.stage, batches, loss, gradients)
         runtime.runner.run(training, {"model": stage})
         losses[:] = [r for r in stage.results if r is not None]
 
     def score() -> None:
-        stage = StageRun(runtime.decoder, batches, logprobs)
+        stage = StageRun(runtime.stage, batches, logprobs)
         runtime.runner.run(scoring, {"model": stage})
 
     found = []

@@ -72,7 +72,7 @@ class ModelRuntime:
 
     @property
     def decoder(self) -> Decoder:
-        """The stage with its weights in place; `stage` is the same module, whose passes await them by layer."""
+        """The stage with all its weights in place; passes run `stage`, whose layers await theirs one by one."""
         if self.optimizer is not None:
             self.optimizer.wait_gather()
         return self.stage
