@@ -8,7 +8,7 @@ Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,21 +50,36 @@ class TensorGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) on every rank -> (size * n, ...) in rank order."""
-        if self.size == 1:
-            return x
+        return x if self.size == 1 else self.start_all_gather(x)()
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """`all_gather` beside what comes until the result is asked for; of at least two ranks."""
         out = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        all_gather_flat(out, x.contiguous(), group=self.group)
+        work = all_gather_flat(out, x.contiguous(), group=self.group, async_op=True)
         self.moved += out.nbytes
-        return self._ordered(out, self._theirs)
+
+        def result() -> Tensor:
+            work.wait()
+            return self._ordered(out, self._theirs)
+
+        return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """(size * n, ...) on every rank -> the sum's own (n, ...)."""
-        if self.size == 1:
-            return x
+        return x if self.size == 1 else self.start_reduce_scatter(x)()
+
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """`reduce_scatter` beside what comes until the result is asked for; of at least two ranks."""
         out = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        reduce_scatter_flat(out, self._ordered(x, self._ours).contiguous(), group=self.group)
+        parts = self._ordered(x, self._ours).contiguous()
+        work = reduce_scatter_flat(out, parts, group=self.group, async_op=True)
         self.moved += x.nbytes
-        return out
+
+        def result() -> Tensor:
+            work.wait()
+            return out
+
+        return result
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -144,15 +159,16 @@ class _GatherLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        grad_x = (
-            ctx.group.reduce_scatter(product(grad, weight, transposed=True))
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        grad_weight = None
+        # The gather travels beside one product, the scatter beside the other.
+        grad_x = gathered = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(weight, grad.t(), ctx.group.all_gather(x))
-        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
+            gathered = ctx.group.start_all_gather(x)
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.group.start_reduce_scatter(product(grad, weight, transposed=True))
+        if gathered is not None:
+            grad_weight = weight_gradient(weight, grad.t(), gathered())
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return None if grad_x is None else grad_x(), grad_weight, grad_bias, None
 
 
 def gather_tokens(x: Tensor, group: TensorGroup) -> Tensor:
