@@ -37,3 +37,9 @@ def mean_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int)
     """A micro-batch's share of the mean loss over `total` next tokens of all micro-batches and replicas."""
     logprobs = token_logprobs(runtime, batches)
     return lambda index, hidden: -logprobs(index, hidden).sum() / total
+
+
+def mean_square_value(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> Finish:
+    """A micro-batch's share of the mean squared value of `total` states that are followed by a token."""
+    rows = [next_tokens(batch)[0] for batch in batches]
+    return lambda index, hidden: runtime.decoder.values(hidden)[rows[index]].square().sum() / total

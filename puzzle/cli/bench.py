@@ -10,10 +10,13 @@ from puzzle.launch import local
 
 # Each module `puzzle.bench.WHAT` has `run(arguments: list[str]) -> int | None`.
 BENCHES = {
+    "memory": "measure the peak memory of PPO stages beside the formula",
     "check": "compare with transformers on this device, in the layouts that fit",
     "switch": "time changes of layout, three strategies beside the links' floor",
     "train": "time training and forward passes",
+    "fuse": "time several models in one pipeline beside one after the other",
     "generate": "time prefill and decoding",
+    "checkpoint": "time training steps while a checkpoint is written",
 }
 
 

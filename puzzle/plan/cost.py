@@ -15,7 +15,8 @@ unknown."""
 
 @dataclass(frozen=True)
 class CostTable:
-    """`seconds[model][what]`, where `what` is a compute op, a collective's start op, or a payload."""
+    """`seconds[model][what]`, where `what` is a compute op, a collective's start op, or a payload;
+    `start norm` and the like are what the start of a collective computes on the stage itself."""
 
     seconds: Mapping[str, Mapping[str, Seconds]]
 
@@ -34,10 +35,23 @@ class CostTable:
         """Seconds that a compute action, a collective or a transfer (asked as its SEND) takes. UserError
         if unknown."""
         what = str(action.payload if action.op is Op.SEND else action.op)
-        seconds = self.seconds.get(action.model, {}).get(what)
-        if isinstance(seconds, tuple):
-            seconds = seconds[stage] if stage < len(seconds) else None
+        seconds = self._find(stage, action.model, what)
         if seconds is None:
             who = f"{what} of {action.model} on stage {stage}"
             raise UserError(f"no cost of {who}: measure it or add it to the costs")
         return seconds
+
+    def starting(self, stage: int, action: Action) -> float:
+        """Seconds for which the start of a collective occupies the stage; 0 where the table has none."""
+        return self._find(stage, action.model, starts(action.op)) or 0.0
+
+    def _find(self, stage: int, model: str, what: str) -> float | None:
+        seconds = self.seconds.get(model, {}).get(what)
+        if isinstance(seconds, tuple):
+            return seconds[stage] if stage < len(seconds) else None
+        return seconds
+
+
+def starts(op: Op) -> str:
+    """What the computing part of a collective's start is called in tables and traces."""
+    return f"start {op}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from puzzle.plan.cost import CostTable, Seconds
+from puzzle.plan.cost import CostTable, Seconds, starts
 from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, Action, Op, Payload
 from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
 
@@ -30,13 +30,20 @@ def action_span(row: int, action: Action, start: float, end: float) -> Span:
     return Span(row, lane, action.label, start, end, category, action.model, action.microbatch)
 
 
+def start_span(row: int, action: Action, start: float, end: float) -> Span:
+    """The span of what the start of a collective computes before anything is sent, on the compute lane."""
+    what = starts(action.op)
+    return Span(row, COMPUTE_LANE, f"{what} {action.model}", start, end, what, action.model)
+
+
 def action_spans(row: int, marks: Iterable[tuple[Action, float, float]]) -> Iterator[Span]:
-    """The spans of a rank from its (action, start, end) in order. A collective runs from its start until
-    its wait is over; starts of transfers leave no span, because their end shows only at the receiver."""
+    """The spans of a rank from its (action, start, end) in order. A collective runs from the end of its start
+    until its wait is over; starts of transfers leave no span: their end shows only at the receiver."""
     started: dict[tuple[Op, str], tuple[Action, float]] = {}
     for action, start, end in marks:
         if action.op in COLLECTIVES:
-            started[action.op, action.model] = action, start
+            started[action.op, action.model] = action, end
+            yield start_span(row, action, start, end)
         elif action.op not in (Op.SEND, Op.RECV):
             yield action_span(row, action, start, end)
         if action.op in STARTS:
@@ -46,14 +53,14 @@ def action_spans(row: int, marks: Iterable[tuple[Action, float, float]]) -> Iter
 
 def measured_costs(timeline: Timeline, stage_of: Mapping[int, int], tied: Collection[str] = ()) -> CostTable:
     """Costs from the spans of all ranks, where row r plays stage `stage_of[r]`; the rows of a stage pair
-    up in order with those of its neighbours. Passes and steps cost their mean, transfers and collectives
-    the least seen, because what hides behind compute looks longer than it is. `tied`: models whose
-    reductions join the first and last stage.
+    up in order with those of its neighbours. Passes, steps and starts cost their mean, transfers and
+    collectives the least seen, because what hides behind compute looks longer than it is. `tied`: models
+    whose reductions join the first and last stage.
     """
     rows = _Rows(timeline, stage_of)
     table: defaultdict[str, dict[str, Seconds]] = defaultdict(dict)
     for model, kind in rows.kinds:
-        if kind in COMPUTE:
+        if kind in COMPUTE or kind in map(starts, COLLECTIVES):
             samples = [rows.lengths(model, kind, stage) for stage in rows.stages]
             table[model][kind] = tuple(sum(x) / len(x) if x else None for x in samples)
         elif kind in COLLECTIVES:

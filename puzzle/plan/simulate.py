@@ -1,9 +1,9 @@
 """Runs a schedule in virtual time, under the rules that a real execution obeys.
 
-A stage issues its actions in order. Compute occupies the stage. Starting a transfer or a collective costs
-nothing; it runs on its own lane. The k-th transfer of a channel begins when both sides have started theirs
-and the one before is over (rendezvous, in stream order); the sum of norms begins when all stages have
-started it.
+A stage issues its actions in order. Compute occupies the stage, as does what the start of a collective
+computes (the local part of a norm). Transfers and collectives run on lanes of their own. The k-th transfer
+of a channel begins when both sides have started theirs and the one before is over (rendezvous, in stream
+order); the sum of norms begins when all stages have started it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from puzzle.plan.cost import CostTable
-from puzzle.plan.measured import action_span
+from puzzle.plan.measured import action_span, start_span
 from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, TRANSFERS, Action, Op, Schedule, Work
 from puzzle.plan.timeline import Span, Timeline
 
@@ -30,7 +30,7 @@ def makespan(schedule: Schedule, cost: CostTable) -> float:
 
 
 def _run(schedule: Schedule, cost: CostTable, record: Callable[[Span], None] | None) -> float:
-    execution = Execution(schedule, cost.of, record)
+    execution = Execution(schedule, cost.of, record, cost.starting)
     if blocked := execution.run():
         raise ValueError(f"{schedule.name} deadlocks: " + "; ".join(blocked))
     return max(execution.clock)
@@ -47,16 +47,18 @@ class _Lane:
 
 class Execution:
     """One run of a schedule in virtual time; `seconds(stage, action)` is asked for compute, collectives
-    and sends. `clock` is how far every stage has come. `record` gets the spans."""
+    and sends, `starting` for what the start of a collective computes. `clock` is how far every stage has
+    come. `record` gets the spans."""
 
     def __init__(
         self,
         schedule: Schedule,
         seconds: Callable[[int, Action], float],
         record: Callable[[Span], None] | None = None,
+        starting: Callable[[int, Action], float] = lambda stage, action: 0.0,
     ) -> None:
         self.schedule = schedule
-        self.seconds = seconds
+        self.seconds, self.starting = seconds, starting
         self.clock = [0.0] * schedule.num_stages
         self._tied = {w.model for w in schedule.work if isinstance(w, Work) and w.tied}
         self._save = record
@@ -85,9 +87,7 @@ class Execution:
     def _issue(self, stage: int, action: Action) -> bool:
         """Issues an action; False if it has to wait for something that has not been started."""
         if action.op in COMPUTE:
-            start = self.clock[stage]
-            self.clock[stage] = start + self.seconds(stage, action)
-            self._record(stage, action, start, self.clock[stage])
+            self._compute(stage, action_span, action, self.seconds(stage, action))
         elif action.op in TRANSFERS:
             message = action.message(stage)
             side = 0 if action.op in (Op.SEND, Op.WAIT_SEND) else 1
@@ -97,6 +97,7 @@ class Execution:
         elif action.op in COLLECTIVES:
             group, stages = self._collective(stage, action)
             key = (action.op, action.model, stage)
+            self._compute(stage, start_span, action, self.starting(stage, action))
             self._start(group, len(stages), stages.index(stage), stage, action, key)
         else:
             return self._wait(stage, action, (STARTS[action.op], action.model, stage))
@@ -133,6 +134,14 @@ class Execution:
                 if a.op is not Op.RECV:
                     self._record(s, a, start, lane.free_at)
             lane.over += 1
+
+    def _compute(
+        self, stage: int, span: Callable[[int, Action, float, float], Span], action: Action, seconds: float
+    ) -> None:
+        start = self.clock[stage]
+        self.clock[stage] = start + seconds
+        if self._save is not None and (seconds or action.op in COMPUTE):
+            self._save(span(stage, action, start, self.clock[stage]))
 
     def _record(self, stage: int, action: Action, start: float, end: float) -> None:
         if self._save is not None:

@@ -23,6 +23,8 @@ OTHERS = {
     "norm": 0.125,
     "step": (0.5, 0.75, 1.0),
     "gather": 2.0,
+    "start norm": (0.25, 0.5, 0.375),
+    "start gather": 0.5,
 }
 
 
@@ -30,7 +32,7 @@ class Marks(Execution):
     """A simulation that notes what the clock of a real rank notes: when each action began and ended."""
 
     def __init__(self, schedule: Schedule, cost: CostTable) -> None:
-        super().__init__(schedule, cost.of)
+        super().__init__(schedule, cost.of, starting=cost.starting)
         self.marks: list[list[tuple[Action, float, float]]] = [[] for _ in schedule.actions]
 
     def _issue(self, stage: int, action: Action) -> bool:
@@ -96,13 +98,15 @@ def test_a_stage_without_spans_has_no_cost() -> None:
 
 
 def test_spans_of_actions() -> None:
-    """A collective lasts until its wait is over; a started transfer has no end of its own."""
+    """A collective lasts from the end of its start until its wait is over; what its start computes is on the
+    compute lane; a started transfer has no end of its own."""
     reduce, wait = Action(Op.REDUCE, "actor"), Action(COLLECTIVES[Op.REDUCE], "actor")
     forward, send = (a for a in forward_only(2, 1).actions[0] if a.op in (Op.FORWARD, Op.SEND))
     marks = [(forward, 0.0, 1.0), (send, 1.0, 1.1), (reduce, 2.0, 2.1), (wait, 3.0, 4.0)]
     spans = [(s.lane, s.category, s.start, s.end) for s in action_spans(7, marks)]
     assert spans == [
         ("compute", "forward", 0.0, 1.0),
+        ("compute", "start reduce", 2.0, 2.1),
         ("wait", "wait_reduce", 3.0, 4.0),
-        ("reduce", "reduce", 2.0, 4.0),
+        ("reduce", "reduce", 2.1, 4.0),
     ]

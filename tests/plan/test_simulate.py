@@ -65,6 +65,18 @@ def test_norms_meet_and_the_rest_of_the_optimizer_does_not() -> None:
     assert timeline.makespan == 7.75
 
 
+def test_what_a_collective_computes_first_occupies_the_stage() -> None:
+    costs = CostTable.uniform(["actor"], 1, 1, norm=0.5, step=0.25).seconds["actor"]
+    cost = CostTable({"actor": {**costs, "start norm": 2.0, "start gather": (3.0, 4.0)}})
+    timeline = simulate(one_f_one_b(2, 1, optimizer=True), cost)
+    spans = {(s.row, s.category): (s.start, s.end, s.lane) for s in timeline.spans}
+    assert spans[0, "start norm"] == (4, 6, "compute")
+    assert spans[1, "start norm"] == (3, 5, "compute")
+    assert spans[0, "norm"][:2] == (6, 6.5)
+    assert spans[1, "start gather"] == (6.75, 10.75, "compute")
+    assert timeline.makespan == 10.75
+
+
 def test_tied_reductions_join_the_ends() -> None:
     cost = CostTable.uniform(["actor"], 1, 1, reduce=1)
     timeline = simulate(one_f_one_b(3, 1, optimizer=True, tied=True), cost)

@@ -1,0 +1,330 @@
+"""`puzzle bench fuse`: several models in one pipeline, timed beside one after the other.
+
+Costs come from the runs one after the other alone; what they let expect of one stream is simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from puzzle.bench import device
+from puzzle.bench.texts import mean_loss, mean_square_value, microbatches, token_logprobs
+from puzzle.bench.train import DTYPES, read_layout
+from puzzle.cli import Parser
+from puzzle.cli.plan_switch import model_spec
+from puzzle.engine.fusion import Pass, Stream
+from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.runtime import ModelRuntime, StageResult
+from puzzle.engine.stage import Finish
+from puzzle.engine.tracing import Clock, gathered
+from puzzle.engine.world import World
+from puzzle.errors import UserError
+from puzzle.launch import local
+from puzzle.model.packing import PackedBatch
+from puzzle.model.weights import initialise
+from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.measured import measured_costs
+from puzzle.plan.schedule import Schedule
+from puzzle.plan.simulate import simulate
+from puzzle.plan.timeline import Span, Timeline
+from puzzle.spec.flops import forward_flops, train_flops
+from puzzle.spec.model import ModelSpec
+
+Stage = Literal["training", "inference"]
+STAGES: dict[Stage, tuple[str, ...]] = {
+    "training": ("actor", "critic"),
+    "inference": ("reference", "critic", "reward"),
+}
+Way = Callable[[Sequence[Pass]], list[StageResult]]
+
+
+@dataclass(frozen=True)
+class FuseBench:
+    """What is measured; `layers` 0 keeps the models' own numbers."""
+
+    actor: str
+    critic: str
+    layers: int
+    layout: tuple[int, int, int]
+    stages: tuple[Stage, ...]
+    microbatches: tuple[int, ...]
+    rows: int
+    length: int
+    order: Literal["sequential", "alternating"]
+    repeats: int
+    compile: bool
+    dtype: str
+    device: str
+    out: Path | None
+    traces: Path | None
+    traced: int
+
+    def spec(self, role: str) -> ModelSpec:
+        """The model of a role: the reference is the actor's size, the reward model the critic's."""
+        language = role in ("actor", "reference")
+        spec = model_spec(self.actor if language else self.critic)
+        layers = self.layers or spec.num_layers
+        return replace(spec, num_layers=layers, head="lm" if language else "value")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse the command line and start the processes of the layout."""
+    parser = Parser("puzzle bench fuse", description="Time several models in one pipeline.")
+    parser.add_argument("--actor", default="7b", help="published size or Hugging Face folder; also reference")
+    parser.add_argument("--critic", default="7b", help="the same for critic and reward model")
+    parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
+    parser.add_argument("--layout", default="1,4,1", metavar="TP,PP,DP")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M")
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
+    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="pairs of runs")
+    parser.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
+    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="leave Perfetto traces there")
+    parser.add_argument("--traced", type=int, default=8, metavar="M", help="micro-batches of the traces")
+    given = vars(parser.parse_args(arguments))
+    given["layout"] = read_layout(given["layout"])
+    given["stages"], given["microbatches"] = tuple(given["stages"]), tuple(given["microbatches"])
+    bench = FuseBench(**given)
+    if bench.repeats < 2 or min(bench.microbatches) < 1:
+        raise UserError("--repeats must be at least 2 (the spread is reported), --microbatches at least 1")
+    local.run("puzzle.bench.fuse:work", (bench,), bench.layout[0] * bench.layout[1] * bench.layout[2])
+    return 0
+
+
+def work(bench: FuseBench) -> None:
+    """What every process does; rank 0 prints a line per measurement as soon as it is made."""
+    with World.start(bench.device) as world:
+        team = Team(bench, world)
+        if world.rank == 0:
+            print(_title(bench, world), flush=True)
+        for stage in bench.stages:
+            for count in bench.microbatches:
+                row = team.measured(stage, count)
+                if world.rank == 0:
+                    _report(bench, row)
+
+
+class Team:
+    """The models, their micro-batches, and the ways to run them."""
+
+    def __init__(self, bench: FuseBench, world: World) -> None:
+        self.bench, self.world = bench, world
+        device.reset_peak(world.device)
+        wanted = sorted({role for stage in bench.stages for role in STAGES[stage]})
+        self.models = {role: self._model(role) for role in wanted}
+        self.batches = {role: self._batches(model) for role, model in self.models.items()}
+        self.placement = next(iter(self.models.values())).placement
+
+    def _model(self, role: str) -> ModelRuntime:
+        spec, trained = self.bench.spec(role), role in STAGES["training"]
+        placement = Placement.default(Layout.even(*self.bench.layout, spec.num_layers))
+        runtime = ModelRuntime(role, spec, placement, self.world, DTYPES[self.bench.dtype])
+        initialise(runtime.decoder, 0)
+        if trained and "training" in self.bench.stages:
+            runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-6))
+        else:
+            runtime.freeze()
+        if self.bench.compile:
+            runtime.decoder.compile_layers()
+        return runtime
+
+    def _batches(self, model: ModelRuntime) -> list[PackedBatch]:
+        count = max(self.bench.microbatches) * self.bench.rows * model.placement.layout.dp
+        draw = torch.Generator().manual_seed(1)
+        texts = torch.randint(0, model.spec.vocab_size, (count, self.bench.length), generator=draw)
+        return microbatches(model, texts.tolist(), self.bench.rows)
+
+    def _pass(self, stage: Stage, role: str, count: int) -> Pass:
+        model, batches = self.models[role], self.batches[role][:count]
+        sequences = count * self.bench.rows * model.placement.layout.dp
+        finish: Finish
+        if stage == "training":
+            loss = mean_loss if model.spec.head == "lm" else mean_square_value
+            finish = loss(model, batches, sequences * (self.bench.length - 1))
+        elif model.spec.head == "lm":
+            finish = token_logprobs(model, batches)
+        else:
+
+            def finish(index: int, hidden: Tensor) -> Tensor:
+                return model.decoder.values(hidden)[batches[index].last_rows]
+
+        return Pass(model, batches, finish, count)
+
+    def ways(self, stage: Stage) -> dict[str, Way]:
+        """How to run the passes of a stage; the first is what one stream is compared with."""
+        stream = Stream([self.models[role] for role in STAGES[stage]])
+        if stage == "training":
+            return {"apart": _trained, "fused": partial(stream.train, order=self.bench.order)}
+        # Without a collective between them, models apart follow each other without a flush on devices.
+        flushed = partial(_inferred, flush=self._flush)
+        return {
+            "flushed": flushed,
+            "apart": _inferred,
+            "fused": partial(stream.infer, order=self.bench.order),
+        }
+
+    def _flush(self) -> None:
+        self.world.sum(torch.zeros(1, device=self.world.device))
+
+    def measured(self, stage: Stage, count: int) -> dict[str, Any]:
+        """All ways of a stage with `count` micro-batches per model and replica, in alternation."""
+        passes = [self._pass(stage, role, count) for role in STAGES[stage]]
+        ways = self.ways(stage)
+        device.reset_peak(self.world.device)
+        for way in ways.values():  # compiles, connects, allocates
+            device.measure(self.world, partial(way, passes), 1)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        spans: dict[str, list[list[Span]]] = {name: [] for name in ways}
+        results: dict[str, list[StageResult]] = {}
+        for _ in range(self.bench.repeats):
+            for name, way in ways.items():
+                taken, marked, results[name] = self._timed(partial(way, passes))
+                seconds[name].append(taken)
+                spans[name].append(marked)
+        base, fused = next(iter(ways)), "fused"
+        timelines = [gathered(self.world, part) for part in spans[base]]
+        stage_of = {rank: self.placement.coord_of(rank).p for rank in self.placement.ranks}
+        cost = measured_costs(Timeline.after_one_another(timelines), stage_of)
+        expected = {
+            name: Timeline.after_one_another([simulate(s, cost) for s in _schedules(results[name])])
+            for name in (base, fused)
+        }
+        if self.bench.traces is not None and count == self.bench.traced:
+            shown = {base: timelines[-1], fused: gathered(self.world, spans[fused][-1])}
+            self._leave(self.bench.traces, stage, shown, expected)
+        return {
+            "bench": "fuse",
+            "stage": stage,
+            "models": [f"{role} {model.spec.num_layers} layers" for role, model in self._of(stage).items()],
+            "microbatches": count,
+            "seconds": seconds,
+            "simulated": {name: timeline.makespan for name, timeline in expected.items()},
+            **_compared(seconds, base, {name: timeline.makespan for name, timeline in expected.items()}),
+            "mfu": self._mfu(stage, count, seconds),
+            "costs": cost.seconds,
+            "flushes": {n: sum(s.flushes for s in _schedules(r)) for n, r in results.items()},
+            "hashes": {n: [s.hash for s in _schedules(r)] for n, r in results.items()},
+            "grad_norms": {n: m.optimizer.grad_norm for n, m in self.models.items() if m.optimizer},
+            "peak_bytes": device.peak_bytes(self.world),
+            "where": device.facts(self.world),
+        }
+
+    def _of(self, stage: Stage) -> dict[str, ModelRuntime]:
+        return {role: self.models[role] for role in STAGES[stage]}
+
+    def _timed(self, work: Callable[[], list[StageResult]]) -> tuple[float, list[Span], list[StageResult]]:
+        """Seconds from when all start until the last device is done, this rank's spans, and results."""
+        results: list[StageResult] = []
+
+        def clocked() -> None:
+            self.world.clock = Clock(self.world.device)
+            results.extend(work())
+
+        (seconds,) = device.measure(self.world, clocked, 1)
+        clock, self.world.clock = self.world.clock, None
+        assert clock is not None
+        return seconds, clock.passes(self.world.rank), results
+
+    def _mfu(self, stage: Stage, count: int, seconds: dict[str, list[float]]) -> dict[str, float] | None:
+        peak = device.peak_flops(self.world.device)
+        if peak is None:
+            return None
+        flops = train_flops if stage == "training" else forward_flops
+        lengths = [self.bench.length] * (count * self.bench.rows * self.placement.layout.dp)
+        total = sum(flops(model.spec, lengths) for model in self._of(stage).values())
+        return {n: total / statistics.median(x) / self.world.size / peak for n, x in seconds.items()}
+
+    def _leave(
+        self, folder: Path, stage: Stage, seen: dict[str, Timeline], expected: dict[str, Timeline]
+    ) -> None:
+        """Four traces: base and fused, measured and simulated."""
+        if self.world.rank > 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for timelines in (seen, expected):
+            for name, timeline in timelines.items():
+                file = folder / f"{stage}-{name}-{timeline.source}.json"
+                file.write_text(json.dumps(timeline.to_perfetto(), separators=(",", ":")))
+
+
+def _trained(passes: Sequence[Pass]) -> list[StageResult]:
+    return [p.runtime.train(p.batches, p.finish) for p in passes]
+
+
+def _inferred(passes: Sequence[Pass], flush: Callable[[], None] = lambda: None) -> list[StageResult]:
+    results = []
+    for p in passes:
+        results.append(p.runtime.infer(p.batches, p.finish))
+        flush()
+    return results
+
+
+def _schedules(results: Sequence[StageResult]) -> list[Schedule]:
+    """What ran; models of one stream have one schedule."""
+    return list(dict.fromkeys(r.schedule for r in results if r.schedule is not None))
+
+
+def _compared(seconds: dict[str, list[float]], base: str, simulated: dict[str, float]) -> dict[str, Any]:
+    """Savings of one stream: of the medians, and the mean over pairs of runs with its 95 % interval."""
+    pairs = [a - b for a, b in zip(seconds[base], seconds["fused"], strict=True)]
+    saved = statistics.mean(pairs)
+    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    possible = simulated[base] - simulated["fused"]
+    return {
+        "base": base,
+        "median_s": {name: statistics.median(x) for name, x in seconds.items()},
+        "fused_over_simulated": statistics.median(seconds["fused"]) / simulated["fused"],
+        "base_over_simulated": statistics.median(seconds[base]) / simulated[base],
+        "saved_s": saved,
+        "saved_ci95_s": (saved - half, saved + half),
+        "saving_reached": saved / possible if possible > 0 else None,
+    }
+
+
+HEAD = (
+    "stage        M   apart ms   fused ms  simulated apart, fused ms  fused/sim  apart/sim"
+    "  saved ms (95 %)           of simulated  MFU apart, fused"
+)
+
+
+def _title(bench: FuseBench, world: World) -> str:
+    tp, pp, dp = bench.layout
+    where = f"{world.size} x {device.facts(world)['device']}, torch {torch.__version__}"
+    models = f"{bench.actor} + {bench.critic}" + (f" cut to {bench.layers} layers" if bench.layers else "")
+    work = f"micro-batches of {bench.rows} x {bench.length} tokens, {bench.dtype}, {bench.order}"
+    note = "inference: apart has a collective of all ranks after each model, (apart) has none between"
+    return f"{models}, tp{tp} pp{pp} dp{dp} on {where}\n{work}, {bench.repeats} pairs of runs\n{note}\n{HEAD}"
+
+
+def _report(bench: FuseBench, row: dict[str, Any]) -> None:
+    base, low_high = row["base"], [x * 1e3 for x in row["saved_ci95_s"]]
+    median, expected = row["median_s"], row["simulated"]
+    reached = "      -" if row["saving_reached"] is None else f"{row['saving_reached']:7.0%}"
+    mfu = "-" if row["mfu"] is None else f"{row['mfu'][base]:.3f} {row['mfu']['fused']:.3f}"
+    other = f"  (apart) {median['apart'] * 1e3:.1f} ms" if base != "apart" else ""
+    print(
+        f"{row['stage']:<9}{row['microbatches']:5d} {median[base] * 1e3:10.1f} {median['fused'] * 1e3:10.1f}"
+        f"   {expected[base] * 1e3:10.1f} {expected['fused'] * 1e3:10.1f}    "
+        f"{row['fused_over_simulated']:9.3f} {row['base_over_simulated']:9.3f}"
+        f"   {row['saved_s'] * 1e3:7.1f} ({low_high[0]:.1f} to {low_high[1]:.1f})   {reached}   {mfu}{other}",
+        flush=True,
+    )
+    if bench.out is not None:
+        settings = {**asdict(bench), "out": None, "traces": None}
+        with bench.out.open("a") as file:
+            file.write(json.dumps({**row, "settings": settings}) + "\n")
