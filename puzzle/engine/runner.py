@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,8 +25,8 @@ class StageWork(Protocol):
         """An empty tensor of the shape and dtype of the message that `action` receives."""
         ...
 
-    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
-        """Do a pass with what it needs; the tensor to send on, if any."""
+    def compute(self, action: Action, received: Tensor | None) -> Sequence[Tensor]:
+        """Do a pass with what it needs; the tensors of the sends that follow it, in their order."""
         ...
 
     def optimize(self, op: Op) -> None:
@@ -49,25 +50,21 @@ class Runner:
 
         A failed transfer raises RuntimeError that names it.
         """
-        ends = [(p[c.src], p[c.dst], c) for c in schedule.channels for p in self.pipelines]
-        execution = _Execution(self, self.world.connect(ends), models)
-        clock = self.world.clock
-        if clock is not None:
-            clock.begin(stage_name(schedule), schedule)
-        for action in schedule.actions[self.stage]:
-            self.doing = action.label
-            if clock is None or action.op in (Op.SEND, Op.RECV):
-                execution.do(action)
-                continue
-            start = clock.now()
-            execution.do(action)
-            clock.mark(action, start)
-        self.doing = "idle"
-        execution.finish()
+        execution = self.begin(stage_name(schedule), schedule.channels, models)
+        execution.run(schedule)
+        execution.finish(schedule)
+
+    def begin(self, stage: str, channels: Iterable[Channel], models: Mapping[str, StageWork]) -> Execution:
+        """A stage of the log whose schedule comes in parts; all ranks of the run name the same channels."""
+        ends = [(p[c.src], p[c.dst], c) for c in channels for p in self.pipelines]
+        groups = self.world.connect(ends)
+        if self.world.clock is not None:
+            self.world.clock.begin(stage)
+        return Execution(self, groups, models)
 
 
-class _Execution:
-    """Tensors and transfers under way in one run of a schedule."""
+class Execution:
+    """Tensors and transfers under way; they may stay so between the parts of a schedule."""
 
     def __init__(
         self, runner: Runner, groups: Mapping[Channel, dist.ProcessGroup], models: Mapping[str, StageWork]
@@ -76,10 +73,31 @@ class _Execution:
         self.world, self.stage = runner.world, runner.stage
         self.under_way: dict[Message, tuple[Tensor, dist.Work]] = {}
         self.arrived: list[Tensor] = []
-        self.leaving: Tensor | None = None
+        self.leaving: deque[Tensor] = deque()
         self.acks: list[dist.Work] = []
 
-    def do(self, action: Action) -> None:
+    def run(self, part: Schedule) -> None:
+        """This stage's actions of the part, in order."""
+        runner, clock = self.runner, self.world.clock
+        for action in part.actions[self.stage]:
+            runner.doing = action.label
+            if clock is None or action.op in (Op.SEND, Op.RECV):
+                self._do(action)
+                continue
+            start = clock.now()
+            self._do(action)
+            clock.mark(action, start)
+        runner.doing = "idle"
+
+    def finish(self, schedule: Schedule) -> None:
+        """All parts together were `schedule`."""
+        if self.world.clock is not None:
+            self.world.clock.end(schedule)
+        for ack in self.acks:
+            ack.wait()
+        assert not self.under_way, "the schedule ended with transfers under way"
+
+    def _do(self, action: Action) -> None:
         if action.op in TRANSFERS:
             try:
                 self._transfer(action)
@@ -90,15 +108,15 @@ class _Execution:
             self.models[action.model].optimize(action.op)
         else:
             received = self.arrived.pop() if self.arrived else None
-            self.leaving = self.models[action.model].compute(action, received)
+            self.leaving.extend(self.models[action.model].compute(action, received))
 
     def _transfer(self, action: Action) -> None:
         message = action.message(self.stage)
         group, peer = self.groups[message.channel], self.runner.ranks[action.peer or 0]
         acknowledge = self.world.acknowledge and self.world.device.type == "cpu"
         if action.op is Op.SEND:
-            assert self.leaving is not None, f"{action.label}: nothing to send"
-            tensor, self.leaving = self.leaving.contiguous(), None
+            assert self.leaving, f"{action.label}: nothing to send"
+            tensor = self.leaving.popleft().contiguous()
             work = dist.isend(tensor, peer, group=group)
             assert work is not None
             self.under_way[message] = (tensor, work)
@@ -119,8 +137,3 @@ class _Execution:
             work.wait()
             if action.op is Op.WAIT_RECV:
                 self.arrived.append(tensor)
-
-    def finish(self) -> None:
-        for ack in self.acks:
-            ack.wait()
-        assert not self.under_way, "the schedule ended with transfers under way"

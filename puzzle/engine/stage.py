@@ -53,11 +53,11 @@ class StageRun:
         shape = (rows, self.decoder.spec.hidden_size)
         return torch.empty(shape, dtype=self.decoder.dtype, device=self.decoder.device)
 
-    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+    def compute(self, action: Action, received: Tensor | None) -> Sequence[Tensor]:
         """One pass of one micro-batch; what the neighbouring stage needs of it."""
-        if action.op is Op.FORWARD:
-            return self._forward(action.microbatch, received)
-        return self._backward(action.microbatch, received)
+        forward = action.op is Op.FORWARD
+        out = (self._forward if forward else self._backward)(action.microbatch, received)
+        return () if out is None else (out,)
 
     def _forward(self, index: int, received: Tensor | None) -> Tensor | None:
         batch = self.batches[index]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from puzzle.model.packing import PackedBatch
 from puzzle.plan.measured import action_spans
-from puzzle.plan.schedule import COMPUTE, Action, Op, Schedule, Work
+from puzzle.plan.schedule import COMPUTE, Action, Schedule, Work
 from puzzle.plan.timeline import Span, Timeline
 
 if TYPE_CHECKING:
-    from puzzle.engine.runtime import ModelRuntime
     from puzzle.engine.world import World
 
 
@@ -38,10 +35,10 @@ class Instant:
 
 @dataclass
 class _Run:
-    """One execution of a schedule; None stands for generation, whose passes are known only afterwards."""
+    """One execution of a schedule, which may be known only at its end."""
 
     stage: str
-    schedule: Schedule | None
+    schedule: Schedule | None = None
     marks: list[tuple[Action, Instant, Instant]] = field(default_factory=list)
 
 
@@ -61,9 +58,13 @@ class Clock:
         """A point in time of the current stream."""
         return Instant(self.device)
 
-    def begin(self, stage: str, schedule: Schedule | None) -> None:
-        """What is marked from now on belongs to a new run of `schedule`."""
-        self._runs.append(_Run(stage, schedule))
+    def begin(self, stage: str) -> None:
+        """What is marked from now on belongs to a new run of a stage."""
+        self._runs.append(_Run(stage))
+
+    def end(self, schedule: Schedule) -> None:
+        """The run is over; it was one of `schedule`."""
+        self._runs[-1].schedule = schedule
 
     def mark(self, action: Action, start: Instant) -> None:
         """The action began at `start` and ends now."""
@@ -102,57 +103,28 @@ def stage_name(schedule: Schedule) -> str:
     return f"{'training' if trains else 'inference'}.{'+'.join(work.model for work in schedule.work)}"
 
 
-@contextmanager
-def generation_passes(runtime: ModelRuntime) -> Generator[None]:
-    """Mark the passes of `runtime` through its layers as a run of generation, if its world has a clock."""
-    clock = runtime.world.clock
-    if clock is None:
-        yield
-        return
-    clock.begin("generation", None)
-    counts = {Op.PREFILL: 0, Op.DECODE: 0}
-    started: list[Instant] = []
-
-    def after(_module: Any, args: tuple[Any, ...], _output: Any) -> None:
-        op = Op.PREFILL if isinstance(args[1], PackedBatch) else Op.DECODE
-        number = counts[op]
-        counts[op] += 1
-        prompts = op is Op.PREFILL
-        action = Action(op, runtime.name, number if prompts else 0, step=0 if prompts else number + 1)
-        clock.mark(action, started.pop())
-
-    hooks = [
-        runtime.decoder.register_forward_pre_hook(lambda *_: started.append(clock.now())),
-        runtime.decoder.register_forward_hook(after),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def stage_records(world: World, clock: Clock, num_stages: int) -> list[dict[str, Any]]:
-    """Fields of a `stage` record for every stage that ran; call on every rank.
+def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:
+    """Fields of a `stage` record for every stage that ran on rank 0; call on every rank.
 
     The bubble share is over all runs and ranks: the part of the runs' time in which no layer or optimizer
-    step ran. `num_stages` is that of generation.
+    step ran.
     """
     first: dict[str, Schedule] = {}
     own: dict[str, list[tuple[float, float, float]]] = {}
     for stage, schedule, marks in clock.runs():
-        if not marks:
+        if not marks or schedule is None:
             continue
         busy = sum(end - start for action, start, end in marks if action.op in COMPUTE)
         own.setdefault(stage, []).append((marks[0][1], marks[-1][2], busy))
-        passes = tuple(action for action, _, _ in marks)
-        first.setdefault(stage, schedule or Schedule("relay", num_stages, (passes,) * num_stages))
+        first.setdefault(stage, schedule)
     everyone = world.gather(own)
     records = []
     for stage, schedule in first.items():
-        rows = [found.get(stage, []) for found in everyone]
+        # A replica without sequences generates nothing.
+        rows = [found[stage] for found in everyone if stage in found]
         spent = busy = 0.0
-        for runs in zip(*rows, strict=True):
+        for column in zip_longest(*rows):
+            runs = [run for run in column if run is not None]
             spent += max(end for _, end, _ in runs) - min(start for start, _, _ in runs)
             busy += sum(share for _, _, share in runs) / len(runs)
         records.append(
@@ -161,8 +133,7 @@ def stage_records(world: World, clock: Clock, num_stages: int) -> list[dict[str,
                 "schedule": schedule.name,
                 "hash": schedule.hash,
                 "actions": schedule.counts(),
-                # Each pass of generation runs through an empty pipeline.
-                "flushes": len(schedule.actions[0]) if schedule.name == "relay" else schedule.flushes,
+                "flushes": schedule.flushes,
                 "bubble_share": max(0.0, 1.0 - busy / spent) if spent else 0.0,
             }
         )

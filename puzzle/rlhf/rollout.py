@@ -16,7 +16,6 @@ from puzzle.engine.generate import Request, generate
 from puzzle.engine.relay import relay_of
 from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.tracing import generation_passes
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.rlhf import ppo
@@ -56,15 +55,14 @@ def respond(
         Request(prompts[row // samples].tokens, prompts[row // samples].index, row % samples, iteration)
         for row in rows
     ]
-    with generation_passes(actor):
-        answers = generate(
-            actor.decoder,
-            requests,
-            params,
-            relay_of(actor),
-            prefill=generation.prefill_microbatch,
-            decode=generation.decode_microbatch,
-        )
+    answers = generate(
+        actor.decoder,
+        requests,
+        params,
+        relay_of(actor),
+        prefill=generation.prefill_microbatch,
+        decode=generation.decode_microbatch,
+    )
     width = params.max_new_tokens
     # A token t is sent as t + 1: what nobody wrote stays 0.
     tokens_RS = torch.zeros((len(rows), width), dtype=torch.int64)

@@ -211,8 +211,7 @@ class Trainer:
         if clock is None:
             return
         if self._timed:
-            layout = self.models.generator.runtime.placement.layout
-            found = stage_records(self.world, clock, layout.pp)
+            found = stage_records(self.world, clock)
             recorder.stages([fields for fields in found if fields["name"] not in self._stages_known])
             self._stages_known |= {fields["name"] for fields in found}
             fused = [self._decide(clock, self.training, True), self._decide(clock, self.inference, False)]

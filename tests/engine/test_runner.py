@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -26,12 +27,12 @@ class Numbers:
     def buffer(self, action: Action) -> Tensor:
         return torch.empty(1)
 
-    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+    def compute(self, action: Action, received: Tensor | None) -> Sequence[Tensor]:
         if received is not None:
             self.got.append(float(received))
         if (action.op, self.stage) in self.ends:
-            return None
-        return torch.tensor([float(action.microbatch + (100 if action.op is Op.BACKWARD else 0))])
+            return ()
+        return (torch.tensor([float(action.microbatch + (100 if action.op is Op.BACKWARD else 0))]),)
 
     def optimize(self, op: Op) -> None:
         raise AssertionError(op)

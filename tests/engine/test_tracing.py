@@ -42,7 +42,7 @@ def timed(rank: int, folder: str, layout: Layout, steps: int = 1) -> tuple[Timel
         runtime.train(batches, loss)
     runtime.optimizer.release()
     world.clock = None
-    return gathered(world, clock.spans(rank)), stage_records(world, clock, layout.pp)
+    return gathered(world, clock.spans(rank)), stage_records(world, clock)
 
 
 @pytest.fixture(scope="module")
