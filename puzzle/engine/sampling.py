@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.errors import UserError
-from puzzle.model.noise import gumbel
+from puzzle.model.noise import gumbel, place_keys
 from puzzle.model.parallel import TensorGroup
 
 
@@ -56,6 +56,20 @@ class VocabShard:
     group: TensorGroup
     offset: int
     width: int
+
+
+def draw(
+    logits_BV: Tensor, stem_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
+) -> Tensor:
+    """The next token of every row, as int32 (2, B): ids, and the bits of their log-probabilities.
+
+    `stem_B` are the rows' `noise.row_stems`, `count_B` the tokens drawn so far, both int64; nothing waits
+    for the device. Otherwise as `choose`.
+    """
+    keys_B2 = None if params.greedy else place_keys(stem_B, count_B)
+    young_B = count_B < params.min_new_tokens if params.stop_ids and params.min_new_tokens else None
+    tokens_B, logprobs_B = choose(logits_BV, keys_B2, young_B, params, shard)
+    return torch.stack((tokens_B.int(), logprobs_B.view(torch.int32)))
 
 
 def choose(

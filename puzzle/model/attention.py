@@ -8,7 +8,7 @@ Suffixes: T packed tokens, B rows, S places of a row, H query heads, K key/value
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,31 @@ except ImportError:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one stage, (layers, B, K, S, h) each; row b holds one sequence, left-aligned."""
+    """Keys and values of one stage, (layers, B, K, S, h) each; row b holds one sequence, left-aligned.
+
+    Sequence i of a batch is row i, or row `order[i]` (int64) if there is an order.
+    """
 
     k: Tensor
     v: Tensor
+    order: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The same memory, rows [start, stop) alone."""
         return KVCache(self.k[:, start:stop], self.v[:, start:stop])
 
+    def pick(self, rows: Sequence[int]) -> KVCache:
+        """The same memory for a batch whose sequence i is row `rows[i]`."""
+        start = rows[0]
+        if list(rows) == list(range(start, start + len(rows))):
+            return self.rows(start, start + len(rows))
+        return KVCache(self.k, self.v, torch.tensor(rows).to(self.k.device, non_blocking=True))
+
     def write(self, layer: int, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch | DecodeBatch) -> None:
-        """Store the keys and values of a batch whose sequence i is row i; a dummy segment is left out."""
+        """Store the keys and values of a batch; a dummy segment is left out."""
         rows, places = batch.rows_T, batch.positions_T
+        if self.order is not None:
+            rows = self.order[rows]
         count = len(rows)
         self.k[layer][rows, :, places[:count]] = k_TKh[:count]
         self.v[layer][rows, :, places[:count]] = v_TKh[:count]

@@ -50,11 +50,19 @@ def row_keys(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor, p
     so far). Each name is mixed in after the one before it was mixed, so exchanging two of them gives
     another key.
     """
+    return place_keys(row_stems(seed, iteration, prompt_id_B, sample_B), position_B)
+
+
+def row_stems(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor) -> Tensor:
+    """What of `row_keys` stays the same while a response is drawn: int64 (B,)."""
     state = _mix64(_mix64(seed + _GOLDEN) + iteration + _GOLDEN)
-    step = _signed(_GOLDEN, 64)
     state_B = _mix64_tensor(prompt_id_B.long() + _signed(state + _GOLDEN, 64))
-    state_B = _mix64_tensor(state_B + (sample_B + step))
-    state_B = _mix64_tensor(state_B + (position_B + step))
+    return _mix64_tensor(state_B + (sample_B + _signed(_GOLDEN, 64)))
+
+
+def place_keys(stem_B: Tensor, position_B: Tensor) -> Tensor:
+    """`row_keys` of rows with these stems, at these positions: (B, 2) int32."""
+    state_B = _mix64_tensor(stem_B + (position_B + _signed(_GOLDEN, 64)))
     return state_B.contiguous().unsqueeze(-1).view(torch.int32)
 
 
