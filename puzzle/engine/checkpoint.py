@@ -1,7 +1,8 @@
 """Checkpoints of trained models: `state-N/` with one safetensors file per rank and a manifest written last.
 
-Every rank copies the rows it owns to host memory, then a thread writes them while training goes on. Readers
-under any layout take what intersects their own boxes. Nothing is ever unpickled.
+Every rank copies the rows it owns to host memory (on a GPU beside the passes: the next optimizer step alone
+awaits it), then a thread writes them while training goes on. Readers under any layout take what intersects
+their own boxes. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,24 +13,22 @@ import re
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle import __version__
+from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes, write_text
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError, describe
 from puzzle.model.weights import fill
 from puzzle.plan import manifest
-from puzzle.plan.manifest import KINDS, WEIGHT, Entry, Manifest, SavedFile, SavedModel
-from puzzle.plan.shards import Box
+from puzzle.plan.manifest import KINDS, Entry, Manifest, SavedFile, SavedModel
 
 MANIFEST = "manifest.json"
 POLL_SECONDS = 0.02
@@ -67,8 +66,10 @@ class Checkpoints:
         self.folder, self.models, self.keep, self.asynchronous = folder, models, keep, asynchronous
         self.world = models[0].world
         self._host: dict[tuple[str, str, int], Tensor] = {}
+        self._stream = torch.cuda.Stream(self.world.device) if self.world.device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self._thread: threading.Thread | None = None
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._saved: list[Saved] = []
         if self.world.rank == 0:
             for left in folder.glob("state-*.partial"):
@@ -99,6 +100,11 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._write, args=work, daemon=True, name="checkpoint")
         self._thread.start()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether this rank still writes; rank 0 does until the checkpoint is complete."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until no save is under way. UserError if it failed."""
         if self._thread is not None:
@@ -118,7 +124,12 @@ class Checkpoints:
             raise error
 
     def _snapshot(self) -> None:
-        """Copy masters and moments to host memory, which later saves use again."""
+        """Copy masters and moments to host memory, which later saves use again.
+
+        On a GPU the copies run on a stream of their own, after what the device has to do now and before the
+        next optimizer step changes anything.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
         for model in self.models:
             optimizer = _optimizer(model)
             for i in range(len(optimizer.slots)):
@@ -126,14 +137,30 @@ class Checkpoints:
                     key = (model.name, kind, i)
                     if key not in self._host:
                         self._host[key] = torch.empty(values.shape, pin_memory=values.is_cuda)
-                    self._host[key].copy_(values, non_blocking=True)
-        self.world.synchronize()
+                    pairs.append((self._host[key], values))
+        if self._stream is None:
+            for host, values in pairs:
+                host.copy_(values)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.world.device))
+        with torch.cuda.stream(self._stream):
+            for host, values in pairs:
+                host.copy_(values, non_blocking=True)
+                if values.is_cuda:
+                    values.record_stream(
+                        self._stream
+                    )  # whoever frees it: the memory is not used again too early
+            self._copied = self._stream.record_event()
+        for model in self.models:
+            _optimizer(model).unchanged_until = self._copied
 
     def _write(self, number: int, state: dict[str, Any], steps: dict[str, int], began: float) -> None:
         """Write this rank's file; on rank 0 complete the checkpoint too. Keeps what goes wrong for `wait`."""
         partial = self.folder / f"state-{number}.partial"
         note = partial / f"rank-{self.world.rank:05d}.json"
         try:
+            if self._copied is not None:
+                self._copied.synchronize()
             partial.mkdir(parents=True, exist_ok=True)
             file = write_boxes(partial / manifest.rank_file(self.world.rank), list(self._boxes()))
             write_text(note, json.dumps(asdict(file)))
@@ -143,7 +170,7 @@ class Checkpoints:
             self._error = UserError(
                 f"checkpoint {number} failed: {describe(error)}; free space or permit writing"
             )
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - `wait` raises it in the thread that asked for the save
             self._error = error
         if self._error is not None and self.world.rank > 0:
             _tell(note, str(self._error))
@@ -151,7 +178,7 @@ class Checkpoints:
     def _boxes(self) -> Iterator[tuple[str, Tensor]]:
         """(key, values in host memory) of every box that this rank owns."""
         for model in self.models:
-            storages = {storage.name: i for i, storage in enumerate(model.decoder.storages)}
+            storages = {storage.name: i for i, storage in enumerate(model.stage.storages)}
             slots = {storages[s.local.name]: (n, s) for n, s in enumerate(_optimizer(model).slots)}
             for own in manifest.owned(model.spec, model.placement.layout, model.coord):
                 index, slot = slots[own.index]
@@ -261,58 +288,6 @@ class Checkpoints:
                             rows.copy_(values.t() if slot.local.transposed else values)
 
 
-class Reader:
-    """Reads boxes of tensors out of the files of a checkpoint."""
-
-    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
-        self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._held: dict[tuple[str, str, str], list[Entry]] = {}
-        for entry in entries:
-            self._held.setdefault((entry.model, entry.tensor, entry.kind), []).append(entry)
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.__exit__(None, None, None)
-
-    def read(self, model: str, tensor: str, kind: str, box: Box) -> Tensor:
-        """float32 values of `box`. UserError naming the tensor if the files do not hold it."""
-        values = torch.empty(box.shape)
-        try:
-            for entry, part in manifest.covering(self._held[model, tensor, kind], box):
-                found = self._open(entry.file).get_slice(entry.key)
-                values[_relative(part, box)] = found[_relative(part, entry.box)]
-        except (SafetensorError, OSError, UserError) as error:
-            raise UserError(f"{self.folder}: {model}, {kind} of {tensor}: {error}") from None
-        return values
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.folder / name, framework="pt").__enter__()
-        return self._files[name]
-
-
-@dataclass(frozen=True)
-class Logical:
-    """A tensor's weights in a checkpoint, read box by box."""
-
-    reader: Reader
-    model: str
-    tensor: str
-
-    def __getitem__(self, slices: tuple[slice, ...], /) -> Tensor:
-        """The box cut out by one slice per dimension."""
-        box = Box(tuple((s.start, s.stop) for s in slices))
-        return self.reader.read(self.model, self.tensor, WEIGHT, box)
-
-
-def _relative(part: Box, whole: Box) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part.intervals, whole.intervals, strict=True))
-
-
 def _optimizer(model: ModelRuntime) -> ZeroAdamW:
     assert model.optimizer is not None, f"{model.name} is not trained"
     return model.optimizer
@@ -326,46 +301,6 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
         return None, describe(error)
     except (ValueError, KeyError, TypeError) as error:
         return None, f"{MANIFEST}: {error}"
-
-
-def write_boxes(path: Path, boxes: Sequence[tuple[str, Tensor]]) -> SavedFile:
-    """A safetensors file of float32 tensors on the host, one in memory at a time; its size and checksum."""
-    header, end = {}, 0
-    for key, values in boxes:
-        start, end = end, end + values.nbytes
-        header[key] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    crc = zlib.crc32(head)
-    with path.open("wb") as file:
-        file.write(head)
-        for _, values in boxes:
-            data = memoryview(values.contiguous().numpy()).cast("B")
-            file.write(data)
-            crc = zlib.crc32(data, crc)
-        file.flush()
-        os.fsync(file.fileno())
-    return SavedFile(len(head) + end, crc)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first: whoever sees the file sees all of it."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def checksum(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
-    size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
 
 
 def _tell(note: Path, error: str) -> None:

@@ -73,6 +73,7 @@ class ZeroAdamW:
         self.passes = 0
         self._reducing = False
         self._norm: tuple[Tensor, dist.Work | None] | None = None
+        self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
         self.buckets = fill_buckets(params, self.dp, coord.d, bucket)
         self.slots = [slot for b in self.buckets for slot in b.slots]
         self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
@@ -240,6 +241,9 @@ class ZeroAdamW:
             )
 
     def _step(self) -> None:
+        if self.unchanged_until is not None:
+            torch.cuda.current_stream(self.world.device).wait_event(self.unchanged_until)
+            self.unchanged_until = None
         clip = self.settings.grad_clip
         grads = [self._grad(i) for i in range(len(self.slots))]
         if clip is not None and self.grad_norm > clip:

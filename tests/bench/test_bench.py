@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from puzzle.cli import main
 from puzzle.engine.world import World
 from puzzle.model.packing import pack
 from puzzle.model.pointwise import Pointwise
+from puzzle.spec.published import published
 
 SMALL = ["--model", "350m", "--layers", "1", "--device", "cpu"]
 
@@ -43,6 +45,21 @@ def test_generation_counts_every_token(tmp_path: Path) -> None:
         assert row["tokens_per_s"] == pytest.approx(9 / row["total_s"])
         assert row["decode_s"] == pytest.approx(row["total_s"] - row["prefill_s"])
         assert row["decode_floor_s"] > 0
+
+
+def test_steps_go_on_during_a_save_that_holds_what_was_there(tmp_path: Path) -> None:
+    out, folder = tmp_path / "rows.jsonl", tmp_path / "saved"
+    options = ["--rows", "1", "--length", "4", "--microbatches", "1", "--repeats", "1", "--saves", "1"]
+    line = ["bench", "checkpoint", *SMALL, *options, "--folder", str(folder), "--out", str(out)]
+    assert main(line) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    parameters = sum(tensor.size for tensor in replace(published("350m"), num_layers=1).tensors())
+    assert 12 * parameters < row["bytes"] < 12 * parameters + 100_000
+    assert row["save_s"] > row["call_s"] > 0
+    assert row["ratio"] == pytest.approx(row["during_median_s"] / row["alone_median_s"])
+    assert not folder.exists()
+    folder.mkdir()
+    assert main(line) == 2
 
 
 def test_check_holds_on_a_cpu(capfd: pytest.CaptureFixture) -> None:

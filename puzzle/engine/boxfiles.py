@@ -1,0 +1,112 @@
+"""Boxes of tensors in safetensors files: written one by one with a checksum, read by what intersects them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from puzzle.errors import UserError
+from puzzle.plan import manifest
+from puzzle.plan.manifest import WEIGHT, Entry, SavedFile
+from puzzle.plan.shards import Box
+
+
+class Reader:
+    """Reads boxes of tensors out of the files of a checkpoint."""
+
+    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._held: dict[tuple[str, str, str], list[Entry]] = {}
+        for entry in entries:
+            self._held.setdefault((entry.model, entry.tensor, entry.kind), []).append(entry)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+
+    def read(self, model: str, tensor: str, kind: str, box: Box) -> Tensor:
+        """float32 values of `box`. UserError naming the tensor if the files do not hold it."""
+        values = torch.empty(box.shape)
+        try:
+            for entry, part in manifest.covering(self._held[model, tensor, kind], box):
+                found = self._open(entry.file).get_slice(entry.key)
+                values[_relative(part, box)] = found[_relative(part, entry.box)]
+        except (SafetensorError, OSError, UserError) as error:
+            raise UserError(f"{self.folder}: {model}, {kind} of {tensor}: {error}") from None
+        return values
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self.folder / name, framework="pt").__enter__()
+        return self._files[name]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A tensor's weights in a checkpoint, read box by box."""
+
+    reader: Reader
+    model: str
+    tensor: str
+
+    def __getitem__(self, slices: tuple[slice, ...], /) -> Tensor:
+        """The box cut out by one slice per dimension."""
+        box = Box(tuple((s.start, s.stop) for s in slices))
+        return self.reader.read(self.model, self.tensor, WEIGHT, box)
+
+
+def _relative(part: Box, whole: Box) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part.intervals, whole.intervals, strict=True))
+
+
+def write_boxes(path: Path, boxes: Sequence[tuple[str, Tensor]]) -> SavedFile:
+    """A safetensors file of float32 tensors on the host, one in memory at a time; its size and checksum."""
+    header, end = {}, 0
+    for key, values in boxes:
+        start, end = end, end + values.nbytes
+        header[key] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(head)
+    with path.open("wb") as file:
+        file.write(head)
+        for _, values in boxes:
+            data = memoryview(values.contiguous().numpy()).cast("B")
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+        file.flush()
+        os.fsync(file.fileno())
+    return SavedFile(len(head) + end, crc)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first: whoever sees the file sees all of it."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
