@@ -140,6 +140,8 @@ class TrainConfig(Section):
         wanting = [name for name, given in needing.items() if given]
         if ppo.reference_free and wanting:
             raise ValueError(f"ppo.reference_free: there is no KL for {wanting[0]}")
+        if ppo.kl.place == "loss" and ppo.kl.estimator == "k1":
+            raise ValueError("ppo.kl.place loss needs estimator k2 or k3: k1's gradient is 0 on average")
         return self
 
     @model_validator(mode="after")

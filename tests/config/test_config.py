@@ -110,6 +110,7 @@ WRONG = [
     (["--data.system", "Be kind."], "data.system needs data.chat_template"),
     (["--ppo.reference_free", "true", "--ppo.kl_stop", "1"], "there is no KL for ppo.kl_stop"),
     (["--ppo.reference_free", "true", "--ppo.kl.place", "loss"], "there is no KL for ppo.kl.place loss"),
+    (["--ppo.kl.place", "loss"], "ppo.kl.place loss needs estimator k2 or k3"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
