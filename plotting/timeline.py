@@ -1,7 +1,11 @@
 """Gantt charts of timelines, from their Chrome traces: a panel per trace, a bar per row, all on one time
-axis."""
+axis. `python -m plotting.timeline OUT TITLE=TRACE.json ...` draws traces that runs left."""
 
+import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,7 +14,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, width_of
+from plotting.output import whole
+from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, save, width_of
+from puzzle.errors import UserError, describe, exit_code
 
 WIDTH = 2 * COLUMN
 LEFT, RIGHT, TOP, BOTTOM = 0.55, 0.08, 0.42, 0.34
@@ -110,3 +116,30 @@ def _panel(
 
 def _tint(colour: str, share: float) -> tuple[float, ...]:
     return tuple(c + (1 - c) * share for c in to_rgb(colour))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Writes NAME.png and NAME.pdf into the folder of OUT. UserError for files that are no traces."""
+    parser = argparse.ArgumentParser("python -m plotting.timeline", description="Draw Chrome traces.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the picture's name, without its ending")
+    parser.add_argument("traces", nargs="+", metavar="TITLE=TRACE.json", help="a panel each, from the top")
+    given = parser.parse_args(arguments)
+    traces: dict[str, Any] = {}
+    for word in given.traces:
+        title, _, file = word.partition("=")
+        try:
+            traces[title] = json.loads(Path(file).read_text())
+        except OSError as error:
+            raise UserError(f"{word}: {describe(error)}; write TITLE=TRACE.json") from None
+        except ValueError as error:
+            raise UserError(f"{file}: no JSON ({error})") from None
+    try:
+        figure = gantt(traces)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{', '.join(traces)}: no Chrome trace ({error})") from None
+    with whole(given.out.parent) as folder:
+        save(figure, folder / given.out.name)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: run(sys.argv[1:])))

@@ -1,10 +1,14 @@
 """Gantt charts hold every span of the compute lanes where it belongs."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection
 
-from plotting.timeline import gantt
+from plotting.timeline import gantt, run
+from puzzle.errors import UserError
 
 
 def trace(*spans: tuple[int, str, str, float, float]) -> dict:
@@ -47,3 +51,14 @@ def test_bars_are_the_spans() -> None:
 def test_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="no spans of a compute lane in empty"):
         gantt({"empty": {"traceEvents": []}})
+
+
+def test_traces_of_runs_are_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(trace((0, "forward", "actor", 0.0, 1.0))))
+    run([str(tmp_path / "drawn" / "both"), f"apart={tmp_path}/a.json", f"fused={tmp_path}/a.json"])
+    assert {file.name for file in (tmp_path / "drawn").iterdir()} == {"both.png", "both.pdf"}
+    (tmp_path / "b.json").write_text("[]")
+    for wrong in ("a=missing.json", "a.json", f"a={tmp_path}/b.json"):
+        with pytest.raises(UserError):
+            run([str(tmp_path / "nothing"), wrong])
+    assert not (tmp_path / "nothing.png").exists()
