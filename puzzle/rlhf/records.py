@@ -60,15 +60,27 @@ def repetition(responses: Sequence[Sequence[int]]) -> float:
     return 1.0 - sum(len(set(p)) for p in pairs) / total if total else 0.0
 
 
-def describe_rank(models: Models, world: World) -> dict[str, Any]:
-    """Arguments of this rank's `rank` record."""
+def describe_rank(models: Models, world: World, peaks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Arguments of this rank's `rank` record; `peaks` are bytes by stage."""
     coordinates = {m.name: {"t": m.coord.t, "p": m.coord.p, "d": m.coord.d} for m in models.all()}
     return {
         "coordinates": coordinates,
         "parameter_bytes": sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
         "device": str(world.device),
         "collective_bytes": moved_bytes(models, world),
+        "peak_bytes": peaks or None,
+        "device_bytes": device_bytes(world.device),
     }
+
+
+def device_bytes(device: torch.device) -> dict[str, int] | None:
+    """Memory of a GPU: `reserved` by torch for tensors, at most, and `outside` of that (CUDA, NCCL, other
+    processes), now."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return {"reserved": torch.cuda.max_memory_reserved(device), "outside": max(0, outside)}
 
 
 def moved_bytes(models: Models, world: World) -> dict[str, int]:

@@ -102,6 +102,7 @@ class Trainer:
         self._timed = False
         self._stages_known: set[str] = set()
         self._to_time = True
+        self._peaks: dict[str, int] = {}
         roles = sharing_roles(config)
         self.training, self.inference = (
             Sharing(fuse, [getattr(models, role) for role in roles[key]])
@@ -142,7 +143,7 @@ class Trainer:
 
     def run(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """All iterations, with evaluations and checkpoints between them."""
-        recorder.ranks(describe_rank(self.models, self.world))
+        recorder.ranks(describe_rank(self.models, self.world, self._peaks))
         if not self.done:
             self._evaluate(0, recorder)
         for iteration in range(self.done, self.config.iterations):
@@ -160,7 +161,7 @@ class Trainer:
         recorder.save(self.models.critic, "last-critic", self.done)
         checkpoints.wait()
         recorder.states(checkpoints.finished())
-        recorder.ranks(describe_rank(self.models, self.world))
+        recorder.ranks(describe_rank(self.models, self.world, self._peaks))
 
     def _save(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """Begin a checkpoint where one is due, log those that became complete."""
@@ -188,6 +189,7 @@ class Trainer:
         metrics |= {**update.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
+        self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
         recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)

@@ -122,7 +122,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
         {"log": _mapping},
     ),
     "rank": ({"rank": _count}, {"coordinates": _mapping, "parameter_bytes": _count, "device": _text,
-                                "collective_bytes": _counts}),
+                                "collective_bytes": _counts, "peak_bytes": _counts, "device_bytes": _counts}),
     "stage": ({"name": _text, "schedule": _text, "hash": _text}, {"actions": _counts, "flushes": _count,
                                                                   "bubble_share": _number}),
     "iteration": ({"iteration": _count, "stage_seconds": _stage_seconds, "e2e_seconds": _seconds,

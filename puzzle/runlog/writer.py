@@ -115,8 +115,11 @@ class RunWriter:
         parameter_bytes: int | None = None,
         device: str | None = None,
         collective_bytes: Mapping[str, int] | None = None,
+        peak_bytes: Mapping[str, int] | None = None,
+        device_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        """What one rank is and holds; at the end once more with the bytes it moved per collective kind."""
+        """What one rank is and holds; at the end once more with the bytes it moved per collective kind, and
+        on a GPU the memory it took."""
         self._write(
             "rank",
             rank=rank,
@@ -124,6 +127,8 @@ class RunWriter:
             parameter_bytes=parameter_bytes,
             device=device,
             collective_bytes=collective_bytes,
+            peak_bytes=peak_bytes,
+            device_bytes=device_bytes,
         )
 
     def stage(self, name: str, schedule: str, hash: str, **fields: Any) -> None:

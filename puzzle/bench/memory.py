@@ -1,0 +1,146 @@
+"""`puzzle bench memory`: PPO iterations on random models, each rank's peak per stage beside the formula's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puzzle import footprint
+from puzzle.bench.train import read_layout
+from puzzle.cli import Parser
+from puzzle.config import TrainConfig
+from puzzle.configio import Key, build, merge, parse_overrides
+from puzzle.errors import UserError
+from puzzle.launch import local
+from puzzle.plan.memory import RankMemory
+from puzzle.runlog import Run, load_runs
+from puzzle.sources import check
+
+BAR = 0.1
+"""How far a measured peak may be from the formula, as a share of it."""
+STAGES = {"generation": ("switch", "generation"), "inference": ("inference",), "training": ("training",)}
+"""Stages of the formula, and those of the log that each of them covers."""
+DEFAULTS: dict[str, Any] = {
+    "iterations": 2,
+    "batch": 32,
+    "dtype": "bf16",
+    "data": {"random_tokens": 256},
+    "generation": {"min_new_tokens": 256, "max_new_tokens": 256},
+    "ppo": {"microbatch": 4},
+    "checkpoint": {"save": False},
+    "log": {"samples": 0, "tensorboard": False, "plots": False},
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of one rank in one stage: by the formula, and measured (None where a device does not count)."""
+
+    rank: int
+    stage: str
+    formula: int
+    measured: int | None
+
+    @property
+    def ratio(self) -> float:
+        """Measured over formula; NaN without a measurement."""
+        return math.nan if self.measured is None else self.measured / self.formula
+
+    @property
+    def ok(self) -> bool:
+        """Whether the formula is within `BAR`; NaN never is."""
+        return abs(self.ratio - 1.0) <= BAR
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run every layout; 1 if a peak was measured that is further than `BAR` from the formula."""
+    parser = Parser(
+        "puzzle bench memory",
+        description="Run PPO on random models; measure each rank's peak memory per stage beside the formula.",
+        epilog="Every key of the configuration is an option, --section.key VALUE, as of puzzle train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--layouts", nargs="+", default=["1,1,1"], metavar="TP,PP,DP")
+    parser.add_argument("--models", nargs=2, default=["7b", "350m"], metavar=("ACTOR", "CRITIC"))
+    parser.add_argument("--layers", type=int, metavar="N", help="keep N decoder layers of each model only")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for logs and memory.jsonl")
+    options, overrides = parser.parse_known_args(arguments)
+    configs = {text: configured(text, options.models, options.layers, overrides) for text in options.layouts}
+    for config in configs.values():
+        check(config)
+    good = True
+    for text, config in configs.items():
+        folder = options.out / "-".join([*options.models, text.replace(",", "-")])
+        if folder.exists():
+            raise UserError(f"--out {options.out}: already holds {folder.name}; choose another folder")
+        folder.mkdir(parents=True)
+        local.run("puzzle.rlhf.trainer:train", (config, folder), config.world, folder / "ranks")
+        (measured,) = load_runs(folder).runs
+        found = peaks(footprint.estimate(config, fused=config.device != "cpu"), measured)
+        _report(text, config, measured, found)
+        with (options.out / "memory.jsonl").open("a") as file:
+            for row in rows(found, measured, text):
+                file.write(json.dumps(row) + "\n")
+        good &= all(peak.ok for peak in found if peak.measured is not None)
+    return 0 if good else 1
+
+
+def configured(
+    layout: str, models: Sequence[str], layers: int | None, overrides: Sequence[str]
+) -> TrainConfig:
+    """The run of one layout; `overrides` are options of the command line and win."""
+    tp, pp, dp = read_layout(layout)
+    actor, critic = ({"init": {"preset": name}, "layers": layers} for name in models)
+    named = {"actor": actor, "critic": critic, "reward": critic, "layout": {"tp": tp, "pp": pp, "dp": dp}}
+
+    def place(key: Key) -> str:
+        return "the command line"
+
+    return build(merge(DEFAULTS, named, parse_overrides(overrides)), place)
+
+
+def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:
+    """Every rank's stages beside what the run's log says of them."""
+    logged: dict[int, Mapping[str, int]] = {r["rank"]: r.get("peak_bytes", {}) for r in run.ranks}
+    found = []
+    for memory in ranks:
+        for stage, parts in STAGES.items():
+            sizes = [logged[memory.rank][part] for part in parts if part in logged[memory.rank]]
+            found.append(Peak(memory.rank, stage, memory.total(stage), max(sizes, default=None)))
+    return found
+
+
+def rows(found: Sequence[Peak], run: Run, layout: str) -> list[dict[str, Any]]:
+    """One JSON value per rank and stage."""
+    where = {"bench": "memory", "actor": run.actor, "critic": run.critic, "layout": layout}
+    return [
+        {
+            **where,
+            "rank": peak.rank,
+            "stage": peak.stage,
+            "formula_bytes": peak.formula,
+            "measured_bytes": peak.measured,
+        }
+        for peak in found
+    ]
+
+
+def _report(layout: str, config: TrainConfig, run: Run, found: Sequence[Peak]) -> None:
+    last = run.iterations[-1]
+    times = ", ".join(f"{name} {seconds:.3f}" for name, seconds in last.stage_seconds.items() if seconds)
+    print(f"memory {run.actor}/{run.critic}  tp,pp,dp {layout}  batch {config.batch}  {config.dtype}")
+    print(f"  iteration {last.iteration}: {last.e2e_seconds:.3f} s ({times})")
+    print(f"  {'rank':>4} {'stage':<11}{'formula GiB':>12}{'measured':>10}{'ratio':>8}")
+    for peak in found:
+        measured, verdict = "-", ""
+        if peak.measured is not None:
+            measured = f"{peak.measured / footprint.GIB:.2f}"
+            verdict = f"{peak.ratio:8.3f}" + ("" if peak.ok else "  FAIL")
+        print(f"  {peak.rank:>4} {peak.stage:<11}{peak.formula / footprint.GIB:12.2f}{measured:>10}{verdict}")
+    for record in run.ranks:
+        for name, size in record.get("device_bytes", {}).items():
+            print(f"  rank {record['rank']}: {size / footprint.GIB:.2f} GiB {name}", flush=True)
