@@ -65,6 +65,8 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
             itemsize=item,
             staging_bytes=options.staging_bytes,
         )
+        if options.transport == "peer":
+            plan = plan.by_peer_copies()
         placement = plan.destination
         extra = {rank: plan.for_rank(rank).peak_extra for rank in range(config.world)}
     generation = Use("generation", actor.spec, placement, item, fused=fused)

@@ -222,6 +222,9 @@ class SwitchConfig(Section):
     """Inter-stage switching: how the actor's weights get to `generation.layout` and back, if it differs."""
 
     strategy: Literal["planned", "fixed-order", "gather-all"] = "planned"
+    transport: Literal["auto", "peer", "messages"] = Field(
+        "auto", description="peer: copies out of peers' memory (auto: where devices allow it)"
+    )
     staging_bytes: Count = Field(256 << 20, description="most memory for packing messages, per device")
     verify: bool = Field(False, description="compare checksums of every tensor after each switch")
     gpus_per_node: Count | None = Field(None, description="default: as the launcher says")

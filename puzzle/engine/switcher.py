@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from puzzle.engine.transports import Messages, PeerCopies, Pulling, Unreachable, rows_of
 from puzzle.engine.verify import compare
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.rope import frequencies
-from puzzle.plan.switch import Bucket, Move, RowRange, SwitchPlan, Transfer
+from puzzle.plan.switch import SwitchPlan
 
 ALIGN = 256
 """Bytes: every storage begins at a multiple, as device kernels like it."""
-
-Storages = Mapping[str, Tensor]
 
 
 class Switcher:
@@ -41,32 +36,54 @@ class Switcher:
         destination: Decoder | None,
         *,
         keep: bool = False,
-        timeout: float = 600.0,
+        timeout: float | None = None,
+        transport: Literal["auto", "peer", "messages"] = "messages",
+        lanes: int = 1,
+        pulling: Pulling | None = None,
     ) -> None:
         """All ranks of the run make it together; decoders are None on ranks that a placement leaves out.
 
-        `timeout` in seconds. UserError where ranks made different plans.
+        `auto` copies out of peers' memory where every pair of devices that must talk can, else `declined`
+        says why not; baseline strategies and CPUs use messages. `timeout` in seconds, by default a little
+        less than the world's. `lanes` and `pulling` are explained at the transports.
+        UserError where ranks made different plans, and for `peer` where that cannot be.
         """
         _same_plan(plan.hash, world)
-        self.plan, self.world, self.keep, self.timeout = plan, world, keep, timeout
+        limit = world.timeout.total_seconds() if world.timeout is not None else 600.0
+        self.world, self.keep, self.timeout = world, keep, timeout or 0.9 * limit
         self.source, self.destination = source, destination
-        self.part = plan.for_rank(world.rank)
-        self.depth = plan.depth
-        self.group = world.groups([plan.ranks], "switch")
-        if self.group is not None:
-            # The first use of a communicator is a handshake of all its ranks; a bucket is not.
-            dist.all_reduce(torch.zeros(1, device=world.device), group=self.group)
+        self.plan, self.declined = plan, None
+        self.transport = self._peer_copies(transport, pulling) or Messages(plan, world, self.timeout, lanes)
+        self.part = self.transport.part
         self._homes: dict[str, tuple[nn.Module, str]] = {}
         if destination is not None:
             spec = destination.spec
             destination.freq = frequencies(spec.rope, spec.head_dim).to(world.device)
             self._homes = {s.name: _home(destination, s.name) for s in destination.storages}
         step = max(1, ALIGN // plan.itemsize)
-        self._starts = [0]
-        for param in self.part.allocate:
-            self._starts.append(self._starts[-1] + -(-param.size // step) * step)
+        self._sizes = [-(-param.size // step) * step for param in self.part.allocate]
         self._arena: Tensor | None = None
         self.filled = False
+
+    def _peer_copies(self, wanted: str, pulling: Pulling | None) -> PeerCopies | None:
+        """That transport and the plan for it, if it is wanted and possible."""
+        plan = self.plan
+        sensible = plan.strategy == "planned" and self.world.device.type == "cuda"
+        if wanted == "messages" or (wanted == "auto" and not sensible):
+            return None
+        plan = plan.by_peer_copies()
+        try:
+            made = PeerCopies(plan, self.world, self._have(), self.timeout, pulling)
+        except Unreachable as error:
+            if wanted == "peer":
+                raise UserError(f"switch.transport peer: {error}; use auto or messages") from None
+            self.declined = str(error)
+            return None
+        self.plan = plan
+        return made
+
+    def _have(self) -> dict[str, Tensor]:
+        return dict(self.source.named_parameters()) if self.source is not None else {}
 
     @torch.no_grad()
     def fill(self) -> float:
@@ -78,12 +95,12 @@ class Switcher:
         if self.filled:
             raise RuntimeError("the destination of a switch is filled already")
         start = time.perf_counter()
-        have = dict(self.source.named_parameters()) if self.source is not None else {}
+        have = self._have()
         try:
             got = self._allocate()
             for alias in self.part.aliases:
-                got[alias.destination.name] = _rows(have, alias.source)
-            self._exchange(have, got)
+                got[alias.destination.name] = rows_of(have, alias.source)
+            self.transport.carry(have, got)
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"switch: rank {self.world.rank} needs {self.part.peak_extra} bytes beside the training"
@@ -117,45 +134,24 @@ class Switcher:
 
     def _allocate(self) -> dict[str, Tensor]:
         """The plan's new storages, in one piece of memory; padding rows are zero."""
-        if self._arena is None and self.part.allocate:
+        if not self.part.allocate:
+            return {}
+        if self._arena is None:
             assert self.destination is not None
-            total, dtype = self._starts[-1], self.destination.dtype
-            self._arena = torch.empty(total, dtype=dtype, device=self.world.device)
+            self._arena = torch.empty(
+                sum(self._sizes), dtype=self.destination.dtype, device=self.world.device
+            )
         got = {}
-        for param, start in zip(self.part.allocate, self._starts, strict=False):
-            assert self._arena is not None
-            storage = self._arena[start : start + param.size].view(param.shape)
+        for param, room in zip(self.part.allocate, self._arena.split(self._sizes), strict=True):
+            storage = got[param.name] = room[: param.size].view(param.shape)
             covered = param.pieces[-1].stop if param.pieces else 0
             if covered < param.rows:
                 storage[covered:].zero_()
-            got[param.name] = storage
         return got
 
     def _install(self, name: str, storage: Tensor) -> None:
         module, leaf = self._homes[name]
         module.register_parameter(leaf, nn.Parameter(storage, requires_grad=False))
-
-    def _exchange(self, have: Storages, got: Storages) -> None:
-        """All buckets, `depth` under way at a time; local copies while the first ones travel."""
-        scratch = None
-        shapes = [bucket.scratch for bucket in self.part.buckets if bucket.scratch is not None]
-        if shapes:
-            assert self.destination is not None
-            largest = max(torch.Size(shape).numel() for shape in shapes)
-            scratch = torch.empty(largest, dtype=self.destination.dtype, device=self.world.device)
-        tags: Counter[tuple[int, bool]] = Counter()
-        waiting = deque(enumerate(self.part.buckets))
-        under_way: deque[_Flight] = deque()
-        copies: Sequence[Move] = self.part.copies
-        while waiting or under_way:
-            while waiting and len(under_way) < self.depth:
-                flight = _Flight(self, *waiting.popleft(), have, got, scratch)
-                flight.start(tags)
-                under_way.append(flight)
-            _copy(have, got, copies)
-            copies = ()
-            under_way.popleft().land(self.timeout)
-        _copy(have, got, copies)
 
     def _settle(self) -> None:
         """Wait for the device, but not for ever: NCCL's own time-out would end the process without a word."""
@@ -166,106 +162,9 @@ class Switcher:
         deadline = time.monotonic() + self.timeout
         while not done.query():
             if time.monotonic() > deadline:
-                peers = sorted({m.peer for b in self.part.buckets for m in (*b.sends, *b.receives)})
-                names = [m.parts[0].name for b in self.part.buckets for m in (*b.sends, *b.receives)]
-                raise RuntimeError(
-                    f"switch: rank {self.world.rank}'s transfers ({names[0]} to {names[-1]}) with ranks"
-                    f" {', '.join(map(str, peers))} were not done in {self.timeout:g} s"
-                )
-
-
-@dataclass
-class _Flight:
-    """One bucket under way."""
-
-    switcher: Switcher
-    index: int
-    bucket: Bucket
-    have: Storages
-    got: Storages
-    scratch: Tensor | None
-    works: list[dist.Work] = field(default_factory=list)
-    packed: list[tuple[Tensor, Transfer]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        shape = self.bucket.scratch
-        if shape is not None:
-            assert self.scratch is not None
-            self.into: Storages = {"scratch": self.scratch[: torch.Size(shape).numel()].view(shape)}
-        else:
-            self.into = self.got
-
-    def start(self, tags: Counter[tuple[int, bool]]) -> None:
-        """Pack, then start all messages as one batch: no order of sends and receives can block it."""
-        operations = []
-        group, moved = self.switcher.group, self.switcher.world.moved
-        for message in self.bucket.sends:
-            operations.append(self._operation(dist.isend, message, self._packed(message), tags))
-            moved["switch"] += message.nbytes
-        for message in self.bucket.receives:
-            operations.append(self._operation(dist.irecv, message, self._landing(message), tags))
-        if operations:
-            assert group is not None
-            try:
-                self.works = dist.batch_isend_irecv(operations)
-            except RuntimeError as error:
-                raise self._failed(0, error) from error
-        _copy(self.have, self.into, self.bucket.gathers)
-
-    def land(self, timeout: float) -> None:
-        """Wait for the messages, then put in place what came packed or whole."""
-        for number, work in enumerate(self.works):
-            try:
-                if self.switcher.world.device.type == "cuda":
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=timeout))
-            except RuntimeError as error:
-                raise self._failed(number, error) from error
-        targets, values = [], []
-        for buffer, message in self.packed:
-            rows = [_rows(self.into, part) for part in message.parts]
-            targets += rows
-            pieces = buffer.split([r.numel() for r in rows])
-            values += [piece.view_as(r) for piece, r in zip(pieces, rows, strict=True)]
-        if targets:
-            torch._foreach_copy_(targets, values)
-        _copy(self.into, self.got, self.bucket.slices)
-
-    def _packed(self, message: Transfer) -> Tensor:
-        rows = [_rows(self.have, part) for part in message.parts]
-        return rows[0] if len(rows) == 1 else torch.cat([r.reshape(-1) for r in rows])
-
-    def _landing(self, message: Transfer) -> Tensor:
-        if len(message.parts) == 1:
-            return _rows(self.into, message.parts[0])
-        sample = next(iter(self.into.values()))
-        buffer = sample.new_empty(message.nbytes // sample.element_size())
-        self.packed.append((buffer, message))
-        return buffer
-
-    def _operation(
-        self,
-        kind: Callable[..., dist.Work | None],
-        message: Transfer,
-        tensor: Tensor,
-        tags: Counter[tuple[int, bool]],
-    ) -> dist.P2POp:
-        sending = kind is dist.isend
-        tag = tags[message.peer, sending]
-        tags[message.peer, sending] += 1
-        return dist.P2POp(kind, tensor, message.peer, self.switcher.group, tag)
-
-    def _failed(self, number: int, error: RuntimeError) -> RuntimeError:
-        """Names the message: NCCL ends a batch as one, then it is the first."""
-        message = (*self.bucket.sends, *self.bucket.receives)[number]
-        first, last = message.parts[0], message.parts[-1]
-        rows = f"{first.name}[{first.start}:{first.start + first.rows}]"
-        rows += f" to {last.name}" if len(message.parts) > 1 else ""
-        kind = "send" if number < len(self.bucket.sends) else "receive"
-        label = f"{kind} {rows}, peer rank {message.peer}"
-        said = " ".join(str(error).split())
-        return RuntimeError(f"switch, bucket {self.index}: {label} failed: {said}")
+                marks = self.transport.marks
+                stuck = next((label for label, event in marks if not event.query()), "switch: local copies")
+                raise RuntimeError(f"{stuck}: rank {self.world.rank} waited {self.timeout:g} s")
 
 
 def _same_plan(own: str, world: World) -> None:
@@ -277,16 +176,6 @@ def _same_plan(own: str, world: World) -> None:
             f" {', '.join(sorted({found[:12] for found in hashes}))}): start every rank with the same"
             " configuration and the same version"
         )
-
-
-def _rows(storages: Storages, where: RowRange) -> Tensor:
-    return storages[where.name].detach()[where.start : where.start + where.rows]
-
-
-def _copy(source: Storages, destination: Storages, moves: Sequence[Move]) -> None:
-    if moves:
-        values = [_rows(source, move.source) for move in moves]
-        torch._foreach_copy_([_rows(destination, move.destination) for move in moves], values)
 
 
 def _home(decoder: Decoder, name: str) -> tuple[nn.Module, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator as Lending
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,7 @@ class Generator:
             "gbs_per_rank": [max(plan.traffic(rank)) / fill / 1e9 for rank in plan.ranks],
             "peak_bytes": max(plan.for_rank(rank).peak_extra for rank in plan.ranks),
             "strategy": plan.strategy,
+            "transport": plan.transport,
             "hash": plan.hash,
         }
 
@@ -86,5 +88,7 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
         staging_bytes=options.staging_bytes,
     )
     runtime = ModelRuntime("generation", spec, plan.destination, world, dtype, allocate=False)
-    switcher = Switcher(plan, world, actor.decoder, runtime.decoder)
+    switcher = Switcher(plan, world, actor.decoder, runtime.decoder, transport=options.transport)
+    if switcher.declined is not None and world.rank == 0:
+        print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
     return Generator(runtime, switcher, options.verify)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.profiler import profile
@@ -54,6 +55,8 @@ class Case:
     last: bool = False
     small: bool = False  # many buckets, everything packed
     dtype: torch.dtype = torch.float32
+    transport: Literal["messages", "peer"] = "messages"
+    lanes: int = 1
 
     def plan(self) -> SwitchPlan:
         spec = SPECS[self.spec]
@@ -101,7 +104,9 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
     source = stage(plan, plan.source, rank, "cpu", case.dtype)
     destination = stage(plan, plan.destination, rank, "meta", case.dtype)
     expected = stage(plan, plan.destination, rank, "cpu", case.dtype)
-    switcher = Switcher(plan, world, source, destination, timeout=60.0)
+    switcher = Switcher(
+        plan, world, source, destination, timeout=60.0, transport=case.transport, lanes=case.lanes
+    )
     wrong = []
     for seed in (1, 2):
         filled(source, seed)

@@ -1,5 +1,6 @@
 """Switches between layouts on 8 gloo ranks: bit-equal to weights cut afresh, in the planned memory."""
 
+from dataclasses import replace
 from itertools import cycle, permutations
 
 import pytest
@@ -19,15 +20,18 @@ CI_PAIRS = [
     ((1, 1, 8), (1, 1, 1)), ((2, 1, 2), (1, 2, 2)), ((4, 1, 2), (1, 4, 2)), ((1, 2, 1), (1, 3, 1)),
     ((1, 2, 4), (2, 2, 2)), ((8, 1, 1), (4, 1, 2)), ((2, 2, 1), (1, 1, 4)), ((1, 4, 2), (8, 1, 1)),
 ]  # fmt: skip
+WAYS = [("planned", "messages"), ("planned", "peer"), ("fixed-order", "messages"), ("gather-all", "messages")]
 
 
 def covering() -> list[Case]:
-    """Every pair planned; models, strategies, dtypes, disjoint ranks and small buckets take turns."""
+    """Every pair planned; models, strategies, transports, dtypes, disjoint ranks, small buckets take turns."""
     turns = zip(CI_PAIRS, cycle(SPECS), cycle([False, True, True]), cycle([True, False]), strict=False)
     cases = [
         Case(spec, *pair, last=last, small=small, dtype=torch.bfloat16 if number % 5 == 4 else torch.float32)
         for number, (pair, spec, last, small) in enumerate(turns)
     ]
+    cases = [replace(case, lanes=1 + number % 3) for number, case in enumerate(cases)]
+    cases += [replace(case, transport="peer", small=False) for case in cases]
     turns = zip(CI_PAIRS, cycle(SPECS), range(12), strict=False)
     for pair, spec, number in turns:
         cases.append(Case(spec, *pair, strategy="gather-all" if number % 2 else "fixed-order"))
@@ -43,6 +47,7 @@ def test_extra_memory_is_what_the_plan_says():
     cases = [
         Case("lm", (1, 4, 1), (2, 2, 1), small=True),
         Case("tied", (2, 2, 1), (1, 3, 2)),
+        Case("tied", (2, 2, 1), (1, 3, 2), transport="peer"),
         Case("lm", (2, 1, 2), (4, 2, 1), "fixed-order"),
         Case("value", (1, 4, 1), (4, 1, 1), "gather-all"),
     ]
@@ -53,9 +58,9 @@ def test_extra_memory_is_what_the_plan_says():
 @pytest.mark.parametrize("spec", SPECS)
 def test_all_ordered_pairs(spec):
     cases = [
-        Case(spec, *pair, strategy=strategy)
+        Case(spec, *pair, strategy=strategy, transport=transport)
         for pair in permutations(LAYOUTS, 2)
-        for strategy in ("planned", "fixed-order", "gather-all")
+        for strategy, transport in WAYS
     ]
     assert [line for lines in run_ranks(matrix, 8, cases, 0, timeout=3600.0) for line in lines] == []
 

@@ -11,7 +11,8 @@ from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.shards import local_params
-from puzzle.plan.switch import Move, RowRange, plan_switch
+from puzzle.plan.switch import plan_switch
+from puzzle.plan.switch_part import Move, RowRange
 from puzzle.spec.published import published
 from tests.plan.worlds import layouts, specs, storages
 
@@ -43,8 +44,15 @@ class Simulation:
         for rank, part in self.parts.items():
             for move in part.copies:
                 self._move(rank, self.have[rank], self.got[rank], move)
-        for index in range(self.plan.num_buckets):
-            self._bucket(index)
+        if self.plan.transport == "messages":
+            for index in range(self.plan.num_buckets):
+                self._bucket(index)
+        for rank, part in self.parts.items():
+            for pull in part.pulls:
+                values = rows_of(self.have[pull.peer], pull.source)
+                assert values.size * self.plan.itemsize == pull.nbytes
+                rows_of(self.got[rank], pull.destination)[:] = values
+                self._mark(rank, pull.destination)
         for rank, part in self.parts.items():
             for alias in part.aliases:
                 assert alias.destination.name not in self.got[rank]
@@ -168,6 +176,11 @@ def test_every_destination_row_arrives_once(switch, strategy, itemsize, data):
         assert plan.destination == switch[2]
     assert sorted(plan.destination.ranks) == sorted(switch[2].ranks)
     check(plan)
+    if strategy == "gather-all":
+        with pytest.raises(UserError, match="gather-all needs messages"):
+            plan.by_peer_copies()
+    else:
+        check(plan.by_peer_copies())
     for part in (plan.for_rank(rank) for rank in plan.ranks):
         for index, bucket in enumerate(part.buckets):
             staged = sum(m.nbytes for m in (*bucket.sends, *bucket.receives) if len(m.parts) > 1)
@@ -236,6 +249,15 @@ def test_a_multiple_of_tp_copies_nothing():
         assert len(part.aliases) + len(part.allocate) == len(
             local_params(plan.spec, plan.destination.layout, plan.destination.coord_of(rank))
         )
+
+
+def test_peer_copies_take_turns_and_need_no_staging():
+    plan = published_plan("7b", (1, 4, 1), (1, 1, 4)).by_peer_copies()
+    for rank in plan.ranks:
+        part = plan.for_rank(rank)
+        assert not part.buckets
+        assert part.peak_extra == plan.traffic(rank)[1]
+        assert [pull.peer for pull in part.pulls[:6]] == [(rank + step) % 4 for step in (1, 2, 3)] * 2
 
 
 def test_the_same_placement_moves_nothing():

@@ -29,7 +29,8 @@ def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> No
     cases = []
     for option, kind, shape, strategy in names:
         case = bench.case(option, kind, shape)
-        case.config["switch"] = {"strategy": strategy, "verify": True}
+        transport = "peer" if option == "kl in loss" else "auto"
+        case.config["switch"] = {"strategy": strategy, "transport": transport, "verify": True}
         cases.append(case)
     for name, case, watches in zip(names, cases, run_all(cases, 4), strict=True):
         try:
@@ -41,6 +42,7 @@ def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> No
         for fields in switches:
             assert fields is not None
             assert fields["strategy"] == name[3]
+            assert fields["transport"] == ("peer" if name[0] == "kl in loss" else "messages")
             assert fields["seconds"] >= fields["fill_seconds"] > 0
             if name[3] != "gather-all":
                 assert fields["bytes"] == fields["lower_bound_bytes"]

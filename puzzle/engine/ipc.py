@@ -1,0 +1,85 @@
+"""Tensors of other processes on this host, readable as if they were this process's own.
+
+On a GPU by CUDA's inter-process handles: what is opened has addresses of the own device, is read over the
+link between the devices and costs no memory. On a CPU by shared memory.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Offer(NamedTuple):
+    """What another process needs to open tensors: plain data. `views`: (storage, offset, shape, dtype)."""
+
+    host: str
+    device: str
+    storages: tuple[tuple[Any, ...], ...]
+    views: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]]
+
+
+def offer(tensors: Mapping[str, Tensor], device: torch.device) -> Offer:
+    """Handles of contiguous tensors for one other process, which opens them once.
+
+    On a CPU their storages move to shared memory. RuntimeError where the platform or the allocator of the
+    memory has no such handles.
+    """
+    handles: dict[int, tuple[int, tuple[Any, ...]]] = {}
+    views = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in handles:
+            shared = storage._share_cuda_() if device.type == "cuda" else storage._share_filename_cpu_()
+            handles[storage.data_ptr()] = (len(handles), shared)
+            key = storage.data_ptr()
+        views[name] = (handles[key][0], int(tensor.storage_offset()), tuple(tensor.shape), tensor.dtype)
+    return Offer(_host(), _uuid(device), tuple(handle for _, handle in handles.values()), views)
+
+
+def unreachable(offered: Offer, device: torch.device) -> str | None:
+    """Why this process cannot read what another offers; None if it may try."""
+    if offered.host != _host():
+        return "it is on another host"
+    if device.type == "cpu" or offered.device == _uuid(device):
+        return None
+    visible = {_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    if offered.device not in visible:
+        return "its device is hidden (CUDA_VISIBLE_DEVICES)"
+    if not torch.cuda.can_device_access_peer(device, visible[offered.device]):
+        return "no peer access between the devices"
+    return None
+
+
+def opened(offered: Offer, device: torch.device) -> dict[str, Tensor]:
+    """The offered tensors; RuntimeError where the device refuses."""
+    if device.type == "cuda":
+        # The own device's number, not that of the memory: a copy out of it is then one of this device alone.
+        storages = [
+            torch.UntypedStorage._new_shared_cuda(device.index, *handle[1:]) for handle in offered.storages
+        ]
+    else:
+        storages = [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in offered.storages]
+    found = {}
+    for name, (number, offset, shape, dtype) in offered.views.items():
+        strides = torch.empty(shape, device="meta").stride()
+        empty = torch.empty(0, dtype=dtype, device=device)
+        found[name] = empty.set_(storages[number], offset, shape, strides)
+    return found
+
+
+def _host() -> str:
+    boot = BOOT.read_text().strip() if BOOT.exists() else ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

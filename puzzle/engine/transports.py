@@ -1,0 +1,319 @@
+"""How rows of weights get from rank to rank: by messages, or by copies out of the peers' memory."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puzzle.engine import ipc
+from puzzle.engine.world import World
+from puzzle.plan.switch import MIB, SwitchPlan
+from puzzle.plan.switch_part import Bucket, Move, RankPlan, RowRange, Transfer
+
+Storages = Mapping[str, Tensor]
+
+
+class Unreachable(Exception):
+    """Peers' memory cannot be read; says why in a few words. Raised on all ranks alike."""
+
+
+class Transport(Protocol):
+    """Brings rows into destination storages. `marks` of the last use say what the device is at, in order."""
+
+    part: RankPlan
+    marks: list[tuple[str, torch.cuda.Event]]
+
+    def carry(self, have: Storages, got: Storages) -> None:
+        """Start, and on a CPU finish, everything but aliases; RuntimeError naming what failed."""
+        ...
+
+
+class Messages:
+    """Batches of sends and receives; `lanes` communicators share the messages of a bucket."""
+
+    def __init__(self, plan: SwitchPlan, world: World, timeout: float, lanes: int = 1) -> None:
+        self.world, self.depth, self.timeout = world, plan.depth, timeout
+        self.part = plan.for_rank(world.rank)
+        self.marks: list[tuple[str, torch.cuda.Event]] = []
+        self.groups = [world.groups([plan.ranks], f"switch {lane}") for lane in range(lanes)]
+        for group in self.groups:
+            # The first use of a communicator is a handshake of all its ranks; a bucket is not.
+            if group is not None:
+                dist.all_reduce(torch.zeros(1, device=world.device), group=group)
+
+    def carry(self, have: Storages, got: Storages) -> None:
+        """All buckets, `depth` under way at a time; local copies while the first ones travel."""
+        self.marks = []
+        scratch = None
+        shapes = [bucket.scratch for bucket in self.part.buckets if bucket.scratch is not None]
+        if shapes:
+            largest = max(torch.Size(shape).numel() for shape in shapes)
+            scratch = next(iter(got.values())).new_empty(largest)
+        tags: Counter[tuple[int, bool]] = Counter()
+        waiting = deque(enumerate(self.part.buckets))
+        under_way: deque[_Flight] = deque()
+        copies: Sequence[Move] = self.part.copies
+        while waiting or under_way:
+            while waiting and len(under_way) < self.depth:
+                flight = _Flight(self, *waiting.popleft(), have, got, scratch)
+                flight.start(tags)
+                under_way.append(flight)
+            _copy(have, got, copies)
+            copies = ()
+            under_way.popleft().land()
+        _copy(have, got, copies)
+
+
+@dataclass
+class _Flight:
+    """One bucket under way."""
+
+    owner: Messages
+    index: int
+    bucket: Bucket
+    have: Storages
+    got: Storages
+    scratch: Tensor | None
+    works: list[tuple[dist.Work, Sequence[str]]] = field(default_factory=list)
+    packed: list[tuple[Tensor, Transfer]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shape = self.bucket.scratch
+        if shape is not None:
+            assert self.scratch is not None
+            self.into: Storages = {"scratch": self.scratch[: torch.Size(shape).numel()].view(shape)}
+        else:
+            self.into = self.got
+
+    def start(self, tags: Counter[tuple[int, bool]]) -> None:
+        """Pack, then start the messages of each lane as one batch: no order of sends and receives blocks it.
+
+        Both ends number the messages of a pair alike, so they agree on lanes.
+        """
+        groups, moved = self.owner.groups, self.owner.world.moved
+        lanes: list[tuple[list[dist.P2POp], list[str]]] = [([], []) for _ in groups]
+        for sending, messages in ((True, self.bucket.sends), (False, self.bucket.receives)):
+            for message in messages:
+                kind: Callable[..., dist.Work | None] = dist.isend if sending else dist.irecv
+                tensor = self._packed(message) if sending else self._landing(message)
+                tag = tags[message.peer, sending]
+                tags[message.peer, sending] += 1
+                operations, labels = lanes[tag % len(groups)]
+                operations.append(dist.P2POp(kind, tensor, message.peer, groups[tag % len(groups)], tag))
+                labels.append(self._label(message, sending))
+                moved["switch"] += message.nbytes if sending else 0
+        for operations, labels in lanes:
+            if operations:
+                try:
+                    works = dist.batch_isend_irecv(operations)
+                except RuntimeError as error:
+                    raise _failed(labels[0], error) from error
+                # NCCL ends a batch as one.
+                self.works += zip(works, [[one] for one in labels] if len(works) > 1 else [labels], strict=True)
+        _copy(self.have, self.into, self.bucket.gathers)
+
+    def land(self) -> None:
+        """Wait for the messages, then put in place what came packed or whole."""
+        for work, labels in self.works:
+            _wait(work, labels[0], self.owner)
+            if self.owner.world.device.type == "cuda":
+                self.owner.marks.append((f"{labels[0]} ({len(labels)} messages)", _event()))
+        targets, values = [], []
+        for buffer, message in self.packed:
+            rows = [rows_of(self.into, part) for part in message.parts]
+            targets += rows
+            pieces = buffer.split([r.numel() for r in rows])
+            values += [piece.view_as(r) for piece, r in zip(pieces, rows, strict=True)]
+        if targets:
+            torch._foreach_copy_(targets, values)
+        _copy(self.into, self.got, self.bucket.slices)
+
+    def _packed(self, message: Transfer) -> Tensor:
+        rows = [rows_of(self.have, part) for part in message.parts]
+        return rows[0] if len(rows) == 1 else torch.cat([r.reshape(-1) for r in rows])
+
+    def _landing(self, message: Transfer) -> Tensor:
+        if len(message.parts) == 1:
+            return rows_of(self.into, message.parts[0])
+        sample = next(iter(self.into.values()))
+        buffer = sample.new_empty(message.nbytes // sample.element_size())
+        self.packed.append((buffer, message))
+        return buffer
+
+    def _label(self, message: Transfer, sending: bool) -> str:
+        first, last = message.parts[0], message.parts[-1]
+        rows = f"{first.name}[{first.start}:{first.start + first.rows}]"
+        rows += f" to {last.name}" if len(message.parts) > 1 else ""
+        kind = "send" if sending else "receive"
+        return f"switch, bucket {self.index}: {kind} {rows}, peer rank {message.peer}"
+
+
+@dataclass(frozen=True)
+class Pulling:
+    """How peer copies run: on so many `streams` (peers take turns), rows of up to `kernel_bytes` together in
+    one kernel per peer, larger ones one by one in pieces of at most `chunk_bytes`."""
+
+    streams: int = 8
+    kernel_bytes: int = MIB
+    chunk_bytes: int | None = None
+
+
+class PeerCopies:
+    """Every rank copies the rows that it needs out of its peers' source storages, opened once."""
+
+    def __init__(
+        self, plan: SwitchPlan, world: World, have: Storages, timeout: float, pulling: Pulling | None = None
+    ) -> None:
+        """All ranks of the run together. Unreachable where some pair that must talk cannot."""
+        self.world, self.timeout, self.how = world, timeout, pulling or Pulling()
+        self.part = plan.for_rank(world.rank)
+        self.marks: list[tuple[str, torch.cuda.Event]] = []
+        self.ranks = ", ".join(map(str, plan.ranks))
+        self.group = world.groups([plan.ranks], "switch 0") if plan.pairs else None
+        self.token = torch.zeros(1, device=world.device)
+        peers = _open(plan, world, have)
+        self.addresses = {name: tensor.data_ptr() for name, tensor in have.items()}
+        self.sources = list(dict.fromkeys(pull.peer for pull in self.part.pulls))
+        self.small: dict[int, list[tuple[Tensor, RowRange]]] = {peer: [] for peer in self.sources}
+        self.large: list[tuple[int, Tensor, RowRange]] = []
+        for pull in self.part.pulls:
+            value = rows_of(peers[pull.peer], pull.source)
+            if pull.nbytes <= self.how.kernel_bytes:
+                self.small[pull.peer].append((value, pull.destination))
+            else:
+                self.large += [(pull.peer, *piece) for piece in self._pieces(value, pull.destination)]
+        self.cuda = world.device.type == "cuda"
+        count = min(self.how.streams, len(self.sources)) if self.cuda else 0
+        self.streams = [torch.cuda.Stream() for _ in range(count)]
+        self._meet("switch: handshake")
+
+    def carry(self, have: Storages, got: Storages) -> None:
+        """Copy everything; peers wait for each other before (weights are there) and after (none is read)."""
+        if {name: tensor.data_ptr() for name, tensor in have.items()} != self.addresses:
+            raise RuntimeError("switch: training weights have moved since peers opened them")
+        self.marks = []
+        self._meet(f"switch: wait until the weights of ranks {self.ranks} are ready to be copied")
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for peer in self.sources:
+            with self._stream(peer):
+                if self.small[peer]:
+                    values, targets = zip(*self.small[peer], strict=True)
+                    torch._foreach_copy_([rows_of(got, where) for where in targets], list(values))
+        for peer, value, where in self.large:
+            with self._stream(peer):
+                rows_of(got, where).copy_(value, non_blocking=True)
+        _copy(have, got, self.part.copies)
+        for peer in self.sources:
+            self._mark(peer)
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        self.world.moved["switch"] += sum(pull.nbytes for pull in self.part.pulls)
+        self._meet(f"switch: wait until ranks {self.ranks} have copied")
+
+    def _pieces(self, value: Tensor, where: RowRange) -> list[tuple[Tensor, RowRange]]:
+        size = value.nbytes // where.rows
+        step = max(1, self.how.chunk_bytes // size) if self.how.chunk_bytes else where.rows
+        found = []
+        for first in range(0, where.rows, step):
+            rows = min(step, where.rows - first)
+            found.append((value.narrow(0, first, rows), RowRange(where.name, where.start + first, rows)))
+        return found
+
+    def _stream(self, peer: int) -> torch.cuda.StreamContext | nullcontext[None]:
+        if not self.streams:
+            return nullcontext()
+        return torch.cuda.stream(self.streams[self.sources.index(peer) % len(self.streams)])
+
+    def _mark(self, peer: int) -> None:
+        if self.cuda:
+            names = [pull.source.name for pull in self.part.pulls if pull.peer == peer]
+            with self._stream(peer):
+                label = f"switch: copy {names[0]} to {names[-1]} of peer rank {peer}"
+                self.marks.append((label, _event()))
+
+    def _meet(self, label: str) -> None:
+        if self.group is not None:
+            work = dist.all_reduce(self.token, group=self.group, async_op=True)
+            assert work is not None
+            _wait(work, label, self)
+            if self.cuda:
+                self.marks.append((label, _event()))
+
+
+def _open(plan: SwitchPlan, world: World, have: Storages) -> dict[int, dict[str, Tensor]]:
+    """By rank and name the storages that this rank copies from; Unreachable is raised on all ranks alike."""
+    device, offers, peers, problem = world.device, {}, {}, None
+    if device.type == "cuda" and os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+        problem = "NCCL_P2P_DISABLE is set"
+    try:
+        for source, destination in plan.pairs if problem is None else ():
+            if source == world.rank:
+                offers[destination] = ipc.offer(have, device)
+    except RuntimeError as error:
+        problem = f"rank {world.rank} cannot share its weights: {_first_line(error)}"
+    everyone = world.gather((problem, offers))
+    _agree([said for said, _ in everyone])
+    for source in [source for source, destination in plan.pairs if destination == world.rank]:
+        offered = everyone[source][1][world.rank]
+        why = ipc.unreachable(offered, device)
+        try:
+            peers[source] = ipc.opened(offered, device) if why is None else {}
+        except RuntimeError as error:
+            why = _first_line(error)
+        if why is not None:
+            problem = f"rank {world.rank} cannot read rank {source}'s weights: {why}"
+            break
+    _agree(world.gather(problem))
+    return peers
+
+
+def _agree(problems: Sequence[str | None]) -> None:
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise Unreachable(found[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _wait(work: dist.Work, label: str, owner: Messages | PeerCopies) -> None:
+    """NCCL: have the device wait. gloo: wait, not longer than the time-out."""
+    try:
+        if owner.world.device.type == "cuda":
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=owner.timeout))
+    except RuntimeError as error:
+        raise _failed(label, error) from error
+
+
+def _failed(label: str, error: RuntimeError) -> RuntimeError:
+    return RuntimeError(f"{label} failed: {' '.join(str(error).split())}")
+
+
+def rows_of(storages: Storages, where: RowRange) -> Tensor:
+    """A view of those rows."""
+    return storages[where.name].detach().narrow(0, where.start, where.rows)
+
+
+def _copy(source: Storages, destination: Storages, moves: Sequence[Move]) -> None:
+    if moves:
+        values = [rows_of(source, move.source) for move in moves]
+        torch._foreach_copy_([rows_of(destination, move.destination) for move in moves], values)
