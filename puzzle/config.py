@@ -23,10 +23,12 @@ from puzzle.sections import (
     EvalConfig,
     GenerationConfig,
     IntraConfig,
+    LaunchConfig,
     LayoutConfig,
     LogConfig,
     ModelConfig,
     Natural,
+    OffloadConfig,
     PPOConfig,
     RewardConfig,
     Section,
@@ -85,8 +87,10 @@ class TrainConfig(Section):
     ppo: PPOConfig = PPOConfig()
     switch: SwitchConfig = SwitchConfig()
     intra: IntraConfig = IntraConfig()
+    offload: OffloadConfig = OffloadConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")

@@ -244,6 +244,14 @@ class IntraConfig(Section):
     )
 
 
+class OffloadConfig(Section):
+    """What lies in pinned host memory between the stages that use it (docs/memory.md)."""
+
+    optimizer: bool = Field(False, description="moments and fp32 masters, outside of training")
+    reference: bool = Field(False, description="the reference's weights, outside of inference")
+    reward: bool = Field(False, description="the reward model's weights, outside of inference")
+
+
 class EvalConfig(Section):
     """Held-out evaluation with the run's own sampling."""
 
@@ -259,6 +267,13 @@ class CheckpointConfig(Section):
     keep: Count = Field(2, description="how many of each kind stay")
     asynchronous: bool = Field(True, description="write state-N while training goes on")
     best: bool = Field(False, description="keep the one with the best held-out reward as well")
+
+
+class LaunchConfig(Section):
+    """How a run that cannot go on ends (docs/failures.md)."""
+
+    watchdog: Positive = Field(60.0, description="seconds after which a run that hangs is ended")
+    max_restarts: Natural = Field(0, description="resume so often by itself (processes of this host)")
 
 
 class LogConfig(Section):

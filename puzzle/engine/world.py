@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puzzle.engine.tracing import Clock
+from puzzle.engine.watchdog import LAST_RESORT, Pulse, Watch, Watchdog
 from puzzle.errors import UserError
 from puzzle.plan.schedule import Channel
 
@@ -21,8 +22,8 @@ class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
     `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
-    processes on each host. While `clock` is set, what runs is timed. No group waits for a member longer than
-    `timeout` seconds (torch's own limit where that is None).
+    processes on each host. While `clock` is set, what runs is timed. `pulse` says what this rank does. No
+    group waits for a member longer than `timeout` seconds (torch's own limit where that is None).
     """
 
     def __init__(
@@ -42,14 +43,23 @@ class World:
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.moved: Counter[str] = Counter()
         self.clock: Clock | None = None
+        self.pulse = Pulse()
+        self.watchdog: Watchdog | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
     @classmethod
-    def start(cls, device: str = "auto", *, timeout: float = 600.0, acknowledge: bool = False) -> World:
+    def start(
+        cls,
+        device: str = "auto",
+        *,
+        timeout: float = 600.0,
+        acknowledge: bool = False,
+        watch: Watch | None = None,
+    ) -> World:
         """Join the run that torchrun's variables (RANK, WORLD_SIZE, ...) describe; alone without them.
 
-        `acknowledge` makes gloo sends wait for their receiver, as NCCL's do: a debugging aid. UserError if
-        the device is absent.
+        With `watch`, hangs are ended; groups wait longer than that takes. `acknowledge` makes gloo sends wait
+        for their receiver, as NCCL's do: a debugging aid. UserError if the device is absent.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", rank))
@@ -66,6 +76,8 @@ class World:
             torch.cuda.set_device(place)
         else:
             place = torch.device("cpu")
+        if watch is not None:
+            timeout = LAST_RESORT * watch.seconds
         if size > 1:
             backend = "nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(
@@ -76,7 +88,10 @@ class World:
                 device_id=place if kind == "cuda" else None,
             )
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return cls(rank, size, place, acknowledge=acknowledge, per_node=per_node, timeout=timeout)
+        world = cls(rank, size, place, acknowledge=acknowledge, per_node=per_node, timeout=timeout)
+        if watch is not None and size > 1:
+            world.watchdog = Watchdog(watch, rank, size, world.pulse, world.moved)
+        return world
 
     def __enter__(self) -> World:
         """The run lasts as long as the block."""
@@ -85,6 +100,8 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the run. Not after an error: others may be waiting for this rank in a collective, and NCCL
         lets nobody leave alone; the error would never be told."""
+        if self.watchdog is not None:
+            self.watchdog.stop(over=kind is None)
         if self.size > 1 and kind is None:
             dist.destroy_process_group()
 
@@ -159,4 +176,5 @@ class World:
     def synchronize(self) -> None:
         """Wait until this rank's device is idle."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with self.pulse.waiting("synchronize the device"):
+                torch.cuda.synchronize(self.device)

@@ -27,6 +27,8 @@ from puzzle.launch.network import LOOPBACK, interface_towards, listen
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
 PEER_ENDED = signal.SIGUSR1
+REPORT = "PUZZLE_REPORT"
+"""Variable that tells a worker the file descriptor on which its launcher listens."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 
@@ -41,7 +43,7 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Death:
-    """Why a worker ended: `kind` is user, error or signal; `when` is the host's clock in seconds."""
+    """Why a worker ended: `kind` is user, hang, signal or error; `when` is the host's clock in seconds."""
 
     rank: int
     kind: str
@@ -113,7 +115,7 @@ def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> D
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
     reports: list[Connection] = []
-    death = None
+    death, ending = None, signal.SIGTERM
     with terminate_as_exit():
         try:
             for local_rank in range(share.count):
@@ -127,8 +129,12 @@ def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> D
                 workers.append(worker)
                 reports.append(receive)
             death = _watch(workers, reports, share.first)
+            ending = PEER_ENDED
+        except ConnectionError:
+            ending = PEER_ENDED
+            raise
         finally:
-            _end(workers, signal.SIGTERM if death is None else PEER_ENDED)
+            _end(workers, ending)
             held.close()
             alive.close()
     return death
@@ -138,7 +144,7 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
     share, local_rank, threads, log = place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, _leave)
-    signal.signal(PEER_ENDED, _peer_ended)
+    signal.signal(PEER_ENDED, peer_ended)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +159,7 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         "LOCAL_WORLD_SIZE": share.count,
         "MASTER_ADDR": share.address,
         "MASTER_PORT": share.port,
+        REPORT: report.fileno(),
     }
     os.environ.update({name: str(value) for name, value in values.items()})
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -175,11 +182,22 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         raise
 
 
+def tell(line: str, first: bool) -> None:
+    """Say why all processes of the run end, from any thread: to the launcher that started this one, or,
+    where that is another program, on stderr, if `first`."""
+    if REPORT in os.environ:
+        report = Connection(os.dup(int(os.environ[REPORT])), readable=False)
+        report.send((time.time(), "hang", line))
+    elif first:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
 def _leave(number: int, _frame: Any) -> None:
     sys.exit(128 + number)
 
 
-def _peer_ended(_number: int, _frame: Any) -> None:
+def peer_ended(_number: int, _frame: Any) -> None:
+    """Handles PEER_ENDED: this process ends as those do that lose their connections by another's death."""
     raise ConnectionError("another process of the run ended")
 
 
@@ -221,12 +239,13 @@ def _death(rank: int, worker: Any, report: Connection) -> Death | None:
 
 
 def first_of(deaths: Sequence[Death | None]) -> Death | None:
-    """The cause among deaths: user errors, then signals (an abort may follow a lost peer), then by time."""
-    order = {"user": 0, "signal": 1, "error": 2}
+    """The cause among deaths: user errors, hangs (which end all), signals (an abort may follow a lost peer),
+    then by time."""
+    order = {"user": 0, "hang": 1, "signal": 2, "error": 3}
 
     def key(death: Death) -> tuple[int, float]:
         follows = death.kind == "signal" and death.code == 128 + signal.SIGABRT
-        return (3 if follows else order[death.kind], death.when)
+        return (4 if follows else order[death.kind], death.when)
 
     return min((death for death in deaths if death is not None), key=key, default=None)
 
@@ -249,6 +268,8 @@ def raise_death(death: Death, where: str, logs: Path | None) -> NoReturn:
     """The death of a rank on host `where`, as the error that ends the command."""
     if death.kind == "user":
         raise UserError(death.line)
+    if death.kind == "hang":  # names the rank that hangs, which others noticed
+        raise WorkerError(death.line + (f"; stacks: {logs}" if logs is not None else ""), death.code)
     log = f"; its log: {logs / f'rank-{death.rank:03d}.txt'}" if logs is not None and death.rank else ""
     raise WorkerError(f"rank {death.rank} on {where}: {death.line}{log}", death.code)
 

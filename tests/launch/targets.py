@@ -1,5 +1,6 @@
 """What the launched processes of the tests do."""
 
+import ctypes
 import os
 import signal
 import time
@@ -8,7 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from puzzle.engine.watchdog import Watch
+from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.launch import local
 
 
 def _join() -> int:
@@ -38,6 +42,29 @@ def fail(out: Path, kind: str) -> None:
             raise OSError(28, "No space left on device", "somewhere/file")
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def watched(out: Path, kind: str, seconds: float) -> None:
+    """Two sums under a watchdog of N = `seconds`; in between, rank 1 does what `kind` says."""
+    with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks")) as world:
+        (out / f"{world.rank}.pid").write_text(str(os.getpid()))
+        world.sum(torch.ones(1))
+        world.pulse.mark("the lesson")
+        if world.rank == 1:
+            if kind == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif kind == "recv":
+                dist.recv(torch.zeros(2, 3), 0)
+            elif kind == "endless":
+                while True:
+                    time.sleep(0.1)
+            elif kind == "slow":
+                time.sleep(2.5 * seconds)
+            elif kind == "native":
+                # PyDLL keeps the interpreter locked, as long native code does: no thread shows signs of life.
+                ctypes.PyDLL(None).usleep(int(2.5e6 * seconds))
+        total = world.sum(torch.ones(4))
+        (out / f"{world.rank}.txt").write_text(str(total.tolist()))
 
 
 def sleep(out: Path) -> None:

@@ -1,0 +1,330 @@
+"""Ends a run that hangs without a word, and says who hangs where.
+
+A thread of every rank publishes its sign of life, and what the main thread does, in the store in which the
+ranks met; every rank reads all of them and judges by the same rules, under any launcher:
+
+- a rank whose sign of life stopped for N seconds is stopped (SIGSTOP), gone, or holds the interpreter;
+- when all ranks wait for messages or collectives and none has moved for N seconds, they wait for each other;
+- a rank that computes may take its time: it is named when others wait and it has not moved for 10 N seconds.
+
+Then all ranks write the stacks of their threads, and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = 10
+"""So many times longer than a rank that waits may a rank compute without a mark of progress."""
+LAST_RESORT = 3 * PATIENCE
+"""So many times longer do collectives wait: their own time-outs know less than the watchdog."""
+DUMP = signal.SIGUSR2
+DUMP_SECONDS = 3.0
+VERDICT = "verdict"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """N in seconds; `tell(line, first)` hands the verdict to whoever shows it, on every rank, `first` on one.
+
+    `folder` receives the stacks, as rank-NNN.txt.
+    """
+
+    seconds: float
+    tell: Callable[[str, bool], None]
+    folder: Path
+
+
+class Pulse:
+    """What the main thread does, as it says itself. Any thread may `tick`."""
+
+    def __init__(self) -> None:
+        self.doing, self.waits = "starting", False
+        self.count = 0
+
+    def mark(self, doing: str, waits: bool = False) -> None:
+        """From now on it does `doing`, which waits for other ranks or does not."""
+        self.doing, self.waits = doing, waits
+        self.count += 1
+
+    def tick(self) -> None:
+        """Something went on."""
+        self.count += 1
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Generator[None]:
+        """What the block does waits for others."""
+        before = self.doing, self.waits
+        self.mark(f"{before[0]}: {what}", True)
+        yield
+        self.mark(*before)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank publishes: `beat` counts signs, `moves` counts changes of what it does."""
+
+    rank: int
+    host: str
+    pid: int
+    beat: int = 0
+    moves: int = 0
+    doing: str = ""
+    waits: bool = False
+    over: bool = False
+    dumped: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass
+class Seen:
+    """A rank's last sign, and when its beat and its moves last changed (seconds of this process's clock)."""
+
+    sign: Sign
+    beat_at: float
+    moved_at: float
+
+    def update(self, sign: Sign, now: float) -> None:
+        """Take a newer sign in."""
+        if sign.beat != self.sign.beat:
+            self.beat_at = now
+        if (sign.moves, sign.waits) != (self.sign.moves, self.sign.waits):
+            self.moved_at = now
+        self.sign = sign
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line, and the ranks that show no sign of life."""
+
+    line: str
+    silent: tuple[int, ...] = field(default=())
+
+
+def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sign], str]) -> Verdict | None:
+    """Whether the run hangs; `state` says in words what the operating system knows of a silent rank."""
+    here = [s for s in seen if not s.sign.over]
+    silent = [s for s in here if now - s.beat_at >= seconds]
+    lost = [s for s in silent if state(s.sign) != BUSY]
+    if lost:
+        first = max(lost, key=lambda s: now - s.beat_at)
+        line = (
+            f"{first.sign.name} {state(first.sign)}: no sign of life for {now - first.beat_at:.0f} s, last "
+        )
+        line += f"in {first.sign.doing}{_others(here, first, now)}"
+        return Verdict(line, tuple(s.sign.rank for s in lost))
+    still = now - max((s.moved_at for s in here), default=now)
+    waiting = [s for s in here if s.sign.waits and s not in silent]
+    if not waiting or still < seconds:
+        return None
+    busy = [s for s in here if s not in waiting]
+    if busy and still < PATIENCE * seconds:
+        return None
+    first = min(busy or waiting, key=lambda s: s.moved_at)
+    what = "has computed without progress" if busy else "has waited"
+    line = f"{first.sign.name} {what} for {now - first.moved_at:.0f} s in {first.sign.doing}"
+    return Verdict(line + _others(here, first, now), tuple(s.sign.rank for s in silent))
+
+
+def _others(here: Sequence[Seen], first: Seen, now: float, most: int = 3) -> str:
+    waiting = [s for s in here if s is not first and s.sign.waits]
+    told = [f"{s.sign.name} waits in {s.sign.doing} ({now - s.moved_at:.0f} s)" for s in waiting[:most]]
+    if len(waiting) > most:
+        told.append(f"{len(waiting) - most} more wait")
+    return "".join(f"; {text}" for text in told)
+
+
+BUSY = "holds its interpreter"
+
+
+def process_state(sign: Sign) -> str:
+    """What has become of a process that shows no sign of life."""
+    if sign.host != socket.gethostname():
+        return "does not answer"
+    try:
+        stat = Path(f"/proc/{sign.pid}/stat").read_text()
+    except OSError:
+        return "is gone"
+    letter = stat.rpartition(")")[2].split()[0]
+    if letter in "Tt":
+        return "is stopped (SIGSTOP, or a debugger)"
+    return "is gone" if letter in "ZX" else BUSY
+
+
+def operation(frame: FrameType | None) -> str | None:
+    """The collective or message in which a thread is: `all_reduce of float32 (4, 2) over ranks 0, 1`."""
+    inside = None
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name == "torch.distributed.distributed_c10d":
+            inside = frame
+        elif not name.startswith("torch.distributed") and inside is not None:
+            return _describe(inside)
+        frame = frame.f_back
+    return None
+
+
+def _describe(frame: FrameType) -> str:
+    words, values = [frame.f_code.co_name], frame.f_locals
+    tensor = next((v for v in values.values() if isinstance(v, Tensor)), None)
+    if tensor is not None:
+        words.append(f"of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
+    for way, end in (("to", "dst"), ("from", "src")):
+        if isinstance(values.get(end), int):
+            words.append(f"{way} rank {values[end]}")
+    group = values.get("group")
+    if isinstance(group, dist.ProcessGroup):
+        words.append(f"over ranks {', '.join(map(str, dist.get_process_group_ranks(group)))}")
+    return " ".join(words)
+
+
+class Watchdog:
+    """The thread that watches; made after the ranks have met, ended by `stop`."""
+
+    def __init__(self, watch: Watch, rank: int, size: int, pulse: Pulse, moved: Mapping[str, int]) -> None:
+        """`moved` counts bytes, by kind: where they change, the rank moves."""
+        self.watch, self.size, self.pulse, self.moved = watch, size, pulse, moved
+        self.interval = min(2.0, watch.seconds / 20)
+        self.sign = Sign(rank, socket.gethostname(), os.getpid())
+        self._main = threading.main_thread().ident
+        self._store = _own_store()
+        self._stacks, self._new = _stack_file(watch.folder, rank)
+        faulthandler.register(DUMP, file=self._stacks, all_threads=True)
+        self._key: Any = None
+        self._seen: dict[int, Seen] = {}
+        self._known: set[str] = set()
+        self._done = threading.Event()
+        self._publish()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
+        self._thread.start()
+
+    def stop(self, over: bool) -> None:
+        """No more watching. `over` says that this rank ends well: nobody misses it."""
+        self._done.set()
+        self._thread.join()
+        if over:
+            with contextlib.suppress(dist.DistError):  # whoever held the store has ended already
+                self._publish(over=True)
+        faulthandler.unregister(DUMP)
+        self._stacks.close()
+        path = Path(self._stacks.name)
+        if self._new and path.stat().st_size == 0:
+            path.unlink()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._done.wait(self.interval):
+            now = time.monotonic()
+            if now - last > self.watch.seconds / 2:
+                self._seen.clear()  # this process itself stood still: what it knows of others is old
+            last = now
+            try:
+                self._publish()
+                verdict = self._look(now)
+                if verdict is not None:
+                    self._end(verdict)
+            except dist.DistError as error:
+                if self._done.is_set():
+                    return
+                print(f"warning: the watchdog lost the run's store and sleeps: {error}", file=sys.stderr)
+                return
+
+    def _publish(self, over: bool = False, dumped: bool = False) -> None:
+        doing, waits = self.pulse.doing, self.pulse.waits
+        found = operation(sys._current_frames().get(self._main or 0))
+        if found is not None:
+            doing, waits = f"{doing}: {found}", True
+        key = (self.pulse.count, doing, waits, sum(list(self.moved.values())))
+        moves = self.sign.moves + (key != self._key)
+        self._key = key
+        self.sign = replace(
+            self.sign,
+            beat=self.sign.beat + 1,
+            moves=moves,
+            doing=doing,
+            waits=waits,
+            over=over,
+            dumped=dumped,
+        )
+        self._store.set(str(self.sign.rank), json.dumps(asdict(self.sign)))
+
+    def _look(self, now: float) -> Verdict | None:
+        """Read all signs; the verdict of this rank or of one that was faster."""
+        if self._store.check([VERDICT]):
+            found = json.loads(self._store.get(VERDICT))
+            return Verdict(found["line"], tuple(found["silent"]))
+        for sign in self._signs():
+            if sign.rank in self._seen:
+                self._seen[sign.rank].update(sign, now)
+            else:
+                self._seen[sign.rank] = Seen(sign, now, now)
+        return judge(list(self._seen.values()), now, self.watch.seconds, process_state)
+
+    def _signs(self) -> list[Sign]:
+        keys = [key for key in map(str, range(self.size)) if key in self._known or self._store.check([key])]
+        self._known.update(keys)
+        return [Sign(**json.loads(text)) for text in self._store.multi_get(keys)]
+
+    def _end(self, verdict: Verdict) -> None:
+        """Stacks of all ranks, the line, the end of this process."""
+        own = json.dumps({"by": self.sign.rank, **asdict(verdict)})
+        said = json.loads(self._store.compare_set(VERDICT, "", own))
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        silent = [s.sign for s in self._seen.values() if s.sign.rank in said["silent"]]
+        mine = [s for s in silent if s.host == self.sign.host and process_state(s) != "is gone"]
+        for number in (DUMP, signal.SIGCONT):  # a stopped process dumps its stacks as it goes on
+            for sign in mine:
+                _kill(sign.pid, number)
+        self._publish(dumped=True)
+        deadline = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < deadline:
+            signs = self._signs()
+            if all(s.dumped or s.over or s.rank in said["silent"] for s in signs):
+                break
+            time.sleep(self.interval)
+        self.watch.tell(said["line"], said["by"] == self.sign.rank)
+        for sign in mine:
+            _kill(sign.pid, signal.SIGKILL)
+        os._exit(1)
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _own_store() -> dist.Store:
+    """A connection of its own to the store in which the ranks met: the main thread may wait in the other."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    # torchrun's agents keep their store when they start the ranks anew.
+    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _stack_file(folder: Path, rank: int) -> tuple[TextIO, bool]:
+    """Where stacks go, and whether the file is new: a launcher may have put the rank's output there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank:03d}.txt"
+    new = not path.exists()
+    return path.open("a"), new

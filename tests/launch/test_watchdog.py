@@ -1,0 +1,52 @@
+"""Hangs end, with their cause in one line and the stacks of all ranks; work that takes long does not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from puzzle.launch import local
+from tests.launch.test_local import TARGETS, gone, no_launcher, pids
+
+__all__ = ["no_launcher"]
+HANGS = {
+    "stop": (
+        3.0,
+        r"rank 1 on \S+ is stopped \(SIGSTOP, or a debugger\): no sign of life for \d+ s, last in "
+        r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
+    ),
+    "recv": (
+        2.0,
+        r"rank 0 on \S+ has waited for \d+ s in the lesson: all_reduce of float32 \(4,\) over ranks 0, 1; "
+        r"rank 1 on \S+ waits in the lesson: recv of float32 \(2, 3\) from rank 0 \(\d+ s\)"
+        r"|rank 1 on \S+ has waited for \d+ s in the lesson: recv of float32 \(2, 3\) from rank 0; "
+        r"rank 0 on \S+ waits in the lesson: all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
+    ),
+    "endless": (
+        0.6,
+        r"rank 1 on \S+ has computed without progress for \d+ s in the lesson; rank 0 .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HANGS)
+def test_a_hang_ends_and_names_its_cause(tmp_path: Path, kind: str) -> None:
+    seconds, words = HANGS[kind]
+    with pytest.raises(local.WorkerError) as raised:
+        local.run(f"{TARGETS}:watched", (tmp_path, kind, seconds), 2, tmp_path / "ranks")
+    line = str(raised.value)
+    assert re.fullmatch(f"(?:{words}); stacks: .*ranks", line), line
+    assert gone(pids(tmp_path, 2, 1), 0)
+    assert not list(tmp_path.glob("*.txt"))
+    stacks = [(tmp_path / f"ranks/rank-00{rank}.txt").read_text() for rank in range(2)]
+    assert "in sum" in stacks[0]
+    assert "in watched" in stacks[1]
+
+
+@pytest.mark.parametrize("kind", ["slow", "native"])
+def test_work_that_takes_long_is_let_be(tmp_path: Path, kind: str) -> None:
+    local.run(f"{TARGETS}:watched", (tmp_path, kind, 2.0), 2, tmp_path / "ranks")
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [str([2.0] * 4)] * 2
+    assert not (tmp_path / "ranks/rank-000.txt").exists()
