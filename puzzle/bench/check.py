@@ -20,10 +20,9 @@ from puzzle.bench import kernels
 from puzzle.bench.models import MODELS, save_random, sentences
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import Parser
-from puzzle.engine.generate import Relay, Request, generate
-from puzzle.engine.graphs import GraphedStage
+from puzzle.engine.generate import Request, generate
 from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.relay import relay_of
+from puzzle.engine.passes import StagePasses
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
@@ -257,12 +256,10 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS)
     rows = runtime.rows(len(truth.texts))
     requests = [Request(truth.texts[row], row) for row in rows]
-    relays: dict[str, Relay] = {"eager": relay_of(runtime)}
-    if placement.layout.pp == 1:
-        relays["graphs"] = GraphedStage()
     found: Found = []
-    for mode, relay in relays.items():
-        answers = generate(runtime.decoder, requests, params, relay)
+    for mode in ("eager", "graphs"):
+        passes = StagePasses(runtime.decoder, graphs=mode == "graphs")
+        answers = generate(runtime.decoder, requests, params, runtime.runner, passes=passes)
         margins = [
             truth.margin(truth.texts[row], truth.answers[row], answer.tokens)
             for row, answer in zip(rows, answers, strict=True)

@@ -15,9 +15,8 @@ import torch
 from puzzle.bench import device
 from puzzle.bench.train import DTYPES, read_layout
 from puzzle.cli import Parser
-from puzzle.engine.generate import Relay, Request, generate
-from puzzle.engine.graphs import GraphedStage
-from puzzle.engine.relay import relay_of
+from puzzle.engine.generate import Request, generate
+from puzzle.engine.passes import StagePasses
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
@@ -75,8 +74,6 @@ def run(arguments: Sequence[str]) -> int:
     unknown = set(given["modes"]) - {"eager", "graphs"}
     if unknown:
         raise UserError(f"--modes {unknown.pop()}: there are eager and graphs")
-    if "graphs" in given["modes"] and given["layout"][1] > 1:
-        raise UserError("--modes graphs: one pipeline stage only; add --modes eager")
     try:
         given["batches"] = tuple(int(part) for part in given["batches"].split(","))
     except ValueError:
@@ -94,7 +91,7 @@ def work(bench: GenerateBench) -> None:
         initialise(runtime.decoder, 0)
         runtime.freeze()
         bandwidth = device.copy_bandwidth(world)
-        _generate(bench, runtime, relay_of(runtime), min(bench.batches), 2)  # warm-up
+        _generate(bench, runtime, StagePasses(runtime.decoder), min(bench.batches), 2)  # warm-up
         for batch in bench.batches:
             for mode in bench.modes:
                 row = {"mode": mode} | _row(bench, runtime, mode, batch, bandwidth)
@@ -109,13 +106,13 @@ def _row(
     waves = -(-batch // wave)
     sizes = [batch // waves + (i < batch % waves) for i in range(waves)]
     device.reset_peak(runtime.world.device)
-    relay = GraphedStage() if mode == "graphs" else relay_of(runtime)
+    passes = StagePasses(runtime.decoder, graphs=mode == "graphs")
     captured: dict[str, Any] = {}
-    if isinstance(relay, GraphedStage):
-        first = _generate(bench, runtime, relay, sizes[0], bench.new)
-        captured = {"captures": relay.captures, "first_wave_with_captures_s": first}
-    prefill = sum(_generate(bench, runtime, relay, size, 1) for size in sizes)
-    total = sum(_generate(bench, runtime, relay, size, bench.new) for size in sizes)
+    if passes.graphs:
+        first = _generate(bench, runtime, passes, sizes[0], bench.new)
+        captured = {"captures": passes.captures, "first_wave_with_captures_s": first}
+    prefill = sum(_generate(bench, runtime, passes, size, 1) for size in sizes)
+    total = sum(_generate(bench, runtime, passes, size, bench.new) for size in sizes)
     floor = sum(_floor(bench, runtime, size, bandwidth) for size in sizes)
     return captured | {
         "batch": batch,
@@ -131,7 +128,9 @@ def _row(
     }
 
 
-def _generate(bench: GenerateBench, runtime: ModelRuntime, relay: Relay, batch: int, new: int) -> float:
+def _generate(
+    bench: GenerateBench, runtime: ModelRuntime, passes: StagePasses, batch: int, new: int
+) -> float:
     """Seconds to answer `batch` prompts with `new` tokens each."""
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, bench.prompt)
@@ -140,7 +139,7 @@ def _generate(bench: GenerateBench, runtime: ModelRuntime, relay: Relay, batch: 
     params = SamplingParams(greedy=bench.greedy, min_new_tokens=new, max_new_tokens=new)
     device.meet(runtime.world)
     start = time.perf_counter()
-    answers = generate(runtime.decoder, requests, params, relay)
+    answers = generate(runtime.decoder, requests, params, runtime.runner, passes=passes)
     runtime.world.synchronize()
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=runtime.world.device)
     if any(len(answer.tokens) != new for answer in answers):

@@ -1,31 +1,41 @@
-"""Responses token by token.
+"""Responses token by token: the decode ring of `plan.ring`, executed by every stage of a replica.
 
-Packed prefill, then decoding over a key/value cache that shrinks as sequences end.
-
-Every rank of a replica keeps the same books (who occupies which cache row, who has ended), because every
-rank sees every drawn token. How hidden states travel between pipeline stages is the business of a
-`Relay`.
+Prompts are cached pass by pass, then decode micro-batches chase one another through the stages. All ranks of
+a replica keep the same books (who holds which cache row, what was drawn, who has ended) and come to the same
+decisions, because all read the same tokens at the same place of the schedule: the last stage sends what it
+drew to the first, and from there it travels on in front of the hidden states of the next step. Nobody waits
+for a word from all. A decode micro-batch in which everybody has ended goes round as a message of one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from puzzle.engine.sampling import SamplingParams, VocabShard, choose
+from puzzle.engine.passes import Drawn, Fetched, StagePasses
+from puzzle.engine.runner import Execution, Runner
+from puzzle.engine.sampling import SamplingParams
+from puzzle.engine.world import World
 from puzzle.errors import UserError
-from puzzle.model.attention import KVCache
 from puzzle.model.decoder import Decoder
-from puzzle.model.noise import row_keys
-from puzzle.model.packing import DecodeBatch, PackedBatch, pack
-from puzzle.model.parallel import gather_tokens
+from puzzle.model.noise import row_stems
+from puzzle.plan.check import check
+from puzzle.plan.ring import Ring, ring_channels
+from puzzle.plan.schedule import Action, Op, Payload
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens of one prefill pass (one prompt at least)."""
+
+HEADER = 8
+"""Bytes of a drawn token and its log-probability in a message."""
+
+StopRule = Callable[[], Callable[[int], bool]]
+"""Makes a watcher for one response: given each of its tokens in turn, it says whether it is over."""
 
 
 @dataclass(frozen=True)
@@ -40,48 +50,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """Drawn tokens (a stop token included), their log-probabilities, and whether a stop token ended them."""
+    """Drawn tokens (a stop token included), their log-probabilities, and whether a stop ended them."""
 
     tokens: list[int]
     logprobs: list[float]
     finished: bool
 
 
-Drawn = tuple[Tensor, Tensor]
-"""Tokens int64 (B,) and log-probabilities float32 (B,)."""
+@dataclass
+class Tally:
+    """What generation did on this rank: `rows` that passes drew for, `tokens` that responses keep of them."""
 
-
-class Relay(Protocol):
-    """Moves a pass through the pipeline stages."""
-
-    def new_cache(self, decoder: Decoder, rows: int, capacity: int) -> KVCache:
-        """This stage's cache for `rows` sequences of up to `capacity` tokens; its contents mean nothing."""
-        ...
-
-    def run(self, decoder: Decoder, batch: PackedBatch | DecodeBatch, cache: KVCache) -> Tensor | None:
-        """This stage's part of a pass; the final hidden states on the last stage, None elsewhere."""
-        ...
-
-    def share(self, drawn: Drawn | None, rows: int) -> Drawn:
-        """What the last stage drew for `rows` rows, on every stage."""
-        ...
-
-
-class OneStage:
-    """The relay of a pipeline of one stage."""
-
-    def new_cache(self, decoder: Decoder, rows: int, capacity: int) -> KVCache:
-        """A cache of the decoder's."""
-        return decoder.new_cache(rows, capacity)
-
-    def run(self, decoder: Decoder, batch: PackedBatch | DecodeBatch, cache: KVCache) -> Tensor | None:
-        """The whole pass."""
-        return decoder(batch.tokens_T, batch, cache)
-
-    def share(self, drawn: Drawn | None, rows: int) -> Drawn:
-        """What was drawn here."""
-        assert drawn is not None
-        return drawn
+    rows: int = 0
+    tokens: int = 0
 
 
 @torch.inference_mode()
@@ -89,27 +70,44 @@ def generate(
     decoder: Decoder,
     requests: Sequence[Request],
     params: SamplingParams,
-    relay: Relay | None = None,
+    runner: Runner | None = None,
     *,
+    passes: StagePasses | None = None,
     prefill: int | None = None,
     decode: int | None = None,
+    stop: StopRule | None = None,
+    watch: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
+    lookahead: int | None = None,
 ) -> list[Response]:
-    """A response to each request, in order. UserError for an empty prompt or one too long for the model.
+    """A response to each request, in order, on every rank of the replica.
 
-    `decode` requests at a time are in the cache (all by default); one prompt pass takes `prefill` of them at
-    most, and no more than have `PREFILL_TOKENS` tokens. Neither changes a response.
+    `runner` is the pipeline's (None: one stage); all ranks of a run call, those without requests, too.
+    `passes` keeps cache and graphs from call to call. `prefill` and `decode` are sequences per micro-batch
+    (None: a decode micro-batch per stage; a prefill pass never has more than `PREFILL_TOKENS` tokens).
+    `watch(request, token)` hears of tokens as they are read. The host reads tokens `lookahead` steps late
+    (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped. None
+    of these changes a response. `stop` ends responses beside `params.stop_ids`, after `min_new_tokens`.
+
+    UserError for an empty prompt, one too long for the model, or a cache that does not fit the device.
     """
     check_room(requests, params.max_new_tokens, decoder.spec.max_positions)
-    responses: list[Response] = []
-    size = decode or max(1, len(requests))
-    for start in range(0, len(requests), size):
-        part = requests[start : start + size]
-        session = _Session(decoder, part, params, relay or OneStage())
-        session.prefill(prefill)
-        while session.order:
-            session.step()
-        responses += session.responses()
-    return responses
+    runner = runner or Runner(World(0, 1, decoder.device), (0,), ((0,),))
+    execution = runner.begin("generation", ring_channels(decoder.layout.pp))
+    if not requests:
+        execution.finish()
+        return []
+    if lookahead is None:
+        lookahead = int(decoder.device.type == "cuda")
+    ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
+    books = Books(requests, params, stop, watch)
+    session = Session(passes or StagePasses(decoder), ring, books, lookahead)
+    rounds = session.run(execution)
+    execution.finish(ring.unrolled(rounds) if runner.world.clock is not None else None)
+    if tally is not None:
+        tally.rows += session.rows
+        tally.tokens += sum(map(len, books.tokens))
+    return books.responses()
 
 
 def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int) -> None:
@@ -124,96 +122,219 @@ def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int)
             )
 
 
-class _Session:
-    """The running state: cache row r holds the sequence of request `order[r]`.
+def ring_of(stages: int, lengths: Sequence[int], prefill: int | None, decode: int | None) -> Ring:
+    """The ring for prompts of `lengths`, checked."""
+    count = len(lengths)
+    even = -(-count // stages)
+    most = max(1, PREFILL_TOKENS // max(lengths))
+    return _checked(Ring(stages, count, min(prefill or even, most, count), min(decode or even, count)))
 
-    Rows [0, len(order)) are active.
-    """
+
+@lru_cache
+def _checked(ring: Ring) -> Ring:
+    if broken := check(ring.unrolled(2)):
+        raise RuntimeError(f"decode ring: {'; '.join(broken)}")
+    return ring
+
+
+class Books:
+    """What every request has drawn, and whether it has ended; the same on all ranks of a replica."""
 
     def __init__(
-        self, decoder: Decoder, requests: Sequence[Request], params: SamplingParams, relay: Relay
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        stop: StopRule | None = None,
+        watch: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.decoder, self.requests, self.params, self.relay = decoder, requests, params, relay
+        self.requests, self.params, self._watch = requests, params, watch
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.logprobs: list[list[float]] = [[] for _ in requests]
-        self.order = list(range(len(requests)))
-        longest = max(len(request.prompt) for request in requests)
-        self.cache = relay.new_cache(decoder, len(requests), longest + params.max_new_tokens)
-        self.stops = frozenset(params.stop_ids)
-        if decoder.last:
-            width = decoder.head_weight.shape[0]
-            self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
+        self.ended = [False] * len(requests)
+        self._stop_ids = frozenset(params.stop_ids)
+        self._watchers = None if stop is None else [stop() for _ in requests]
+        self._finished = [False] * len(requests)
 
-    def prefill(self, most: int | None) -> None:
-        """Cache all prompts, at most `most` in one pass, and draw each one's first token."""
-        start, count = 0, len(self.requests)
-        while start < count:
-            stop, total = start, 0
-            limit = min(count, start + (most or count))
-            while stop < limit:
-                total += len(self.requests[stop].prompt)
-                if stop > start and total > PREFILL_TOKENS:
-                    break
-                stop += 1
-            prompts = [self.requests[i].prompt for i in range(start, stop)]
-            batch = pack(prompts, self.decoder.layout.tp, self.decoder.device)
-            hidden = self.relay.run(self.decoder, batch, self.cache.rows(start, stop))
-            if hidden is not None:
-                hidden = gather_tokens(hidden, self.decoder.group)[batch.last_rows]
-            self._draw(hidden, self.order[start:stop])
-            start = stop
-        self._leave()
+    def write(self, order: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """The next token of each request in `order`; what was drawn after an end is dropped."""
+        for i, token, logprob in zip(order, tokens, logprobs, strict=True):
+            if self.ended[i]:
+                continue
+            self.tokens[i].append(token)
+            self.logprobs[i].append(logprob)
+            self._finished[i] = self._is_last(i, token)
+            self.ended[i] = self._finished[i] or len(self.tokens[i]) >= self.params.max_new_tokens
+            if self._watch is not None:
+                self._watch(i, token)
 
-    def step(self) -> None:
-        """One more token for every active row."""
-        device = self.decoder.device
-        places = [len(self.requests[i].prompt) + len(self.tokens[i]) - 1 for i in self.order]
-        batch = DecodeBatch(
-            torch.tensor([self.tokens[i][-1] for i in self.order], device=device),
-            torch.tensor(places, device=device),
-            max(places) + 1,
-        )
-        self._draw(self.relay.run(self.decoder, batch, self.cache), self.order)
-        self._leave()
+    def _is_last(self, i: int, token: int) -> bool:
+        # A watcher hears every token, also those of a response that may not end yet.
+        said = self._watchers is not None and self._watchers[i](token)
+        return token in self._stop_ids or (said and len(self.tokens[i]) >= self.params.min_new_tokens)
 
     def responses(self) -> list[Response]:
         """What was drawn, by request."""
-        return [
-            Response(tokens, logprobs, tokens[-1] in self.stops)
-            for tokens, logprobs in zip(self.tokens, self.logprobs, strict=True)
+        return [Response(*drawn) for drawn in zip(self.tokens, self.logprobs, self._finished, strict=True)]
+
+
+@dataclass
+class _Share:
+    """A decode micro-batch: of its cache rows, from `start` on, the first hold the requests `order`.
+
+    `width` is the rows of its latest pass. Messages are as long: their receiver knows it when it makes room
+    for them. `unread` are the tokens on their way to the host, and whose they are.
+    """
+
+    number: int
+    start: int
+    order: list[int]
+    width: int
+    unread: deque[tuple[tuple[int, ...], Fetched]] = field(default_factory=deque)
+
+    def note(self, drawn: Drawn) -> None:
+        """The rows of the latest pass drew these tokens."""
+        self.unread.append((tuple(self.order), drawn.fetch()))
+
+
+class Session:
+    """One stage's part in a ring (a `StageWork`); row r of the cache is request r's until rows come free."""
+
+    def __init__(self, passes: StagePasses, ring: Ring, books: Books, lookahead: int) -> None:
+        self.passes, self.ring, self.books, self.lookahead = passes, ring, books, lookahead
+        self.decoder = passes.decoder
+        self.promise = ring.promise(0)
+        self.shares = [
+            _Share(j, start, list(range(start, stop)), stop - start)
+            for j, (start, stop) in enumerate(self.promise.decode)
         ]
+        self.rows = 0
+        prompts = [request.prompt for request in books.requests]
+        capacity = max(map(len, prompts)) + books.params.max_new_tokens
+        passes.start([share.width for share in self.shares], capacity, books.params)
+        self._prompts, self._stems = prompts, self._named()
+        self._first = torch.zeros((2, ring.batch), dtype=torch.int32, device=self.decoder.device)
 
-    def _draw(self, hidden: Tensor | None, order: Sequence[int]) -> None:
-        """Draw the next token of the requests in `order` from final hidden states (B, D); write it down."""
-        drawn = None
+    def _named(self) -> list[int]:
+        requests = self.books.requests
+        names = torch.tensor([(request.prompt_id, request.sample) for request in requests]).unbind(1)
+        return row_stems(self.books.params.seed, requests[0].iteration, *names).tolist()
+
+    def run(self, execution: Execution) -> int:
+        """Everything from prompts to ends; how many rounds it took."""
+        models = {self.ring.model: self}
+        execution.run(self.ring.prefill(), models)
+        step = 0
+        while any(share.width for share in self.shares):
+            step += 1
+            execution.run(self.ring.round(step), models)
+        execution.run(self.ring.drain(step), models)
+        for share in self.shares:
+            self._read(share, 0)
+        return step
+
+    def buffer(self, action: Action) -> Tensor:
+        """Prompts' hidden states (T/tp, D); token ids int32 (2, rows); or bytes: ids, then hidden states."""
+        device, wide = self.decoder.device, self.decoder.spec.hidden_size
+        if action.payload is Payload.ACTIVATION and not action.step:
+            start, stop = self.promise.prefill[action.microbatch]
+            tp = self.decoder.layout.tp
+            total = -(-sum(len(prompt) for prompt in self._prompts[start:stop]) // tp)
+            return torch.empty((total, wide), dtype=self.decoder.dtype, device=device)
+        rows = max(1, self.shares[action.microbatch].width)
+        if action.payload is Payload.TOKENS:
+            return torch.empty((2, rows), dtype=torch.int32, device=device)
+        return torch.empty(
+            rows * (HEADER + wide * self.decoder.dtype.itemsize), dtype=torch.uint8, device=device
+        )
+
+    def compute(self, action: Action, received: Tensor | None) -> Sequence[Tensor]:
+        """A prefill pass, or a decode pass of those of a micro-batch who have not ended."""
+        if action.op is Op.PREFILL:
+            messages = self._prefill(action.microbatch, received)
+        else:
+            messages = [self._decode(self.shares[action.microbatch], action.step, received)]
+        return messages if self.ring.num_stages > 1 else ()
+
+    def optimize(self, op: Op) -> None:
+        """Generation trains nothing."""
+        raise AssertionError(op)
+
+    def _prefill(self, index: int, received: Tensor | None) -> list[Tensor]:
+        start, stop = self.promise.prefill[index]
+        out = self.passes.prefill(
+            range(start, stop), self._prompts[start:stop], self._stems[start:stop], received
+        )
+        self.rows += stop - start
+        if not isinstance(out, Drawn):
+            return [out]
+        self._first[:, start:stop] = out.packed
+        whole = [share for share in self.shares if start < share.start + share.width <= stop]
+        messages = []
+        for share in whole:
+            first = Drawn(self._first[:, share.start : share.start + share.width])
+            share.note(first)
+            messages.append(first.packed)
+        return messages
+
+    def _decode(self, share: _Share, step: int, received: Tensor | None) -> Tensor:
+        first, last, width = self.decoder.first, self.decoder.last, share.width
+        drawn, hidden = (None, None) if received is None else self._opened(received, max(1, width))
+        if drawn is not None and width:
+            if not last:
+                share.note(drawn)
+            if first:
+                self.passes.put(drawn.tokens, range(share.start, share.start + width))
+        self._read(share, self.lookahead)
+        self._leave(share, step)
+        active = share.width = len(share.order)
+        self.rows += active
+        out = None
+        if active:
+            x = None if hidden is None else hidden[:active]
+            out = self.passes.decode(share.number, active, x)
+        if isinstance(out, Drawn):
+            share.note(out)
+            return out.packed
+        if last:
+            return self._first.new_zeros((2, 1))
+        assert drawn is not None
+        return self._sealed(drawn, out, max(1, width))
+
+    def _opened(self, message: Tensor, rows: int) -> tuple[Drawn, Tensor | None]:
+        """What `rows` rows drew a step ago and, from the stage before, their hidden states (rows, D)."""
+        if self.decoder.first:
+            return Drawn(message), None
+        header = rows * HEADER
+        drawn = Drawn(message[:header].view(torch.int32).view(2, rows))
+        return drawn, message[header:].view(self.decoder.dtype).view(rows, -1)
+
+    def _sealed(self, drawn: Drawn, hidden: Tensor | None, rows: int) -> Tensor:
+        """The message to the next stage: hidden states of fewer rows than drew leave room at its end."""
+        header, wide = rows * HEADER, self.decoder.spec.hidden_size * self.decoder.dtype.itemsize
+        message = torch.empty(header + rows * wide, dtype=torch.uint8, device=self.decoder.device)
+        message[:header].view(torch.int32).view(2, rows).copy_(drawn.packed)
         if hidden is not None:
-            logits = self.decoder.logits(hidden)
-            drawn = choose(logits, self._keys(order), self._young(order), self.params, self.shard)
-        tokens, logprobs = self.relay.share(drawn, len(order))
-        for i, token, logprob in zip(order, tokens.tolist(), logprobs.tolist(), strict=True):
-            self.tokens[i].append(token)
-            self.logprobs[i].append(logprob)
+            end = header + len(hidden) * wide
+            message[header:end].view(self.decoder.dtype).view(len(hidden), -1).copy_(hidden)
+        return message
 
-    def _keys(self, order: Sequence[int]) -> Tensor | None:
-        if self.params.greedy:
-            return None
-        names = [(self.requests[i].prompt_id, self.requests[i].sample, len(self.tokens[i])) for i in order]
-        prompt_ids, samples, places = torch.tensor(names, device=self.decoder.device).unbind(1)
-        iteration = self.requests[order[0]].iteration
-        return row_keys(self.params.seed, iteration, prompt_ids, samples, places)
+    def _read(self, share: _Share, most: int) -> None:
+        """Write down what was drawn, until at most `most` steps are unread."""
+        while len(share.unread) > most:
+            order, fetched = share.unread.popleft()
+            self.books.write(order, *fetched.lists())
 
-    def _young(self, order: Sequence[int]) -> Tensor | None:
-        young = [len(self.tokens[i]) < self.params.min_new_tokens for i in order]
-        return torch.tensor(young, device=self.decoder.device) if any(young) else None
-
-    def _leave(self) -> None:
-        """Take ended sequences out; the last active row moves into each row that comes free."""
-        for row in reversed(range(len(self.order))):
-            tokens = self.tokens[self.order[row]]
-            if tokens[-1] not in self.stops and len(tokens) < self.params.max_new_tokens:
+    def _leave(self, share: _Share, step: int) -> None:
+        """Take out who has ended; the last row in use moves into each row that comes free."""
+        before, books, order = len(share.order), self.books, share.order
+        full = step >= books.params.max_new_tokens
+        for row in reversed(range(before)):
+            if not full and not books.ended[order[row]]:
                 continue
-            last = len(self.order) - 1
-            moved = self.order.pop()
-            if row != last:
-                self.order[row] = moved
-                self.cache.move(last, row, len(self.requests[moved].prompt) + len(self.tokens[moved]) - 1)
+            moved = order.pop()
+            if row < len(order):
+                order[row] = moved
+                cached = len(self._prompts[moved]) + step - 1
+                self.passes.move(share.start + len(order), share.start + row, cached)
+        if len(order) < before:
+            self.passes.park(range(share.start + len(order), share.start + before))

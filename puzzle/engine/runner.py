@@ -50,35 +50,35 @@ class Runner:
 
         A failed transfer raises RuntimeError that names it.
         """
-        execution = self.begin(stage_name(schedule), schedule.channels, models)
-        execution.run(schedule)
+        execution = self.begin(stage_name(schedule), schedule.channels)
+        execution.run(schedule, models)
         execution.finish(schedule)
 
-    def begin(self, stage: str, channels: Iterable[Channel], models: Mapping[str, StageWork]) -> Execution:
+    def begin(self, stage: str, channels: Iterable[Channel]) -> Execution:
         """A stage of the log whose schedule comes in parts; all ranks of the run name the same channels."""
         ends = [(p[c.src], p[c.dst], c) for c in channels for p in self.pipelines]
         groups = self.world.connect(ends)
         if self.world.clock is not None:
             self.world.clock.begin(stage)
-        return Execution(self, groups, models)
+        return Execution(self, groups)
 
 
 class Execution:
     """Tensors and transfers under way; they may stay so between the parts of a schedule."""
 
-    def __init__(
-        self, runner: Runner, groups: Mapping[Channel, dist.ProcessGroup], models: Mapping[str, StageWork]
-    ) -> None:
-        self.runner, self.groups, self.models = runner, groups, models
+    def __init__(self, runner: Runner, groups: Mapping[Channel, dist.ProcessGroup]) -> None:
+        self.runner, self.groups = runner, groups
+        self.models: Mapping[str, StageWork] = {}
         self.world, self.stage = runner.world, runner.stage
         self.under_way: dict[Message, tuple[Tensor, dist.Work]] = {}
         self.arrived: list[Tensor] = []
         self.leaving: deque[Tensor] = deque()
         self.acks: list[dist.Work] = []
 
-    def run(self, part: Schedule) -> None:
+    def run(self, part: Schedule, models: Mapping[str, StageWork]) -> None:
         """This stage's actions of the part, in order."""
         runner, clock = self.runner, self.world.clock
+        self.models = models
         for action in part.actions[self.stage]:
             runner.doing = action.label
             if clock is None or action.op in (Op.SEND, Op.RECV):
@@ -89,9 +89,9 @@ class Execution:
             clock.mark(action, start)
         runner.doing = "idle"
 
-    def finish(self, schedule: Schedule) -> None:
-        """All parts together were `schedule`."""
-        if self.world.clock is not None:
+    def finish(self, schedule: Schedule | None = None) -> None:
+        """All parts together were `schedule`, for the log; None if nothing ran."""
+        if self.world.clock is not None and schedule is not None:
             self.world.clock.end(schedule)
         for ack in self.acks:
             ack.wait()

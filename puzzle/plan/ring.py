@@ -9,7 +9,7 @@ under way between two parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
@@ -50,16 +50,14 @@ class Ring:
         """All prompts, up to the sends of every decode micro-batch's first token ids."""
         return self._schedule("ring prefill", lambda stage: self._wiring(stage).part(self._prefills()))
 
-    def round(self, step: int, refills: Mapping[int, int] | None = None) -> Schedule:
-        """One decode step of every decode micro-batch. `refills[j] = i` puts a prefill of new sequences,
-        numbered i on from the first prefill's, before decode micro-batch j; its first tokens leave with
-        j's."""
+    def round(self, step: int) -> Schedule:
+        """One decode step of every decode micro-batch."""
 
         def actions(stage: int) -> list[Action]:
             wiring = self._wiring(stage)
             if stage == self.num_stages - 1:
                 wiring.resume(self._tokens(step - 1))
-            return wiring.part(self._decodes(step, refills))
+            return wiring.part(self._decodes(step))
 
         return self._schedule("ring round", actions)
 
@@ -98,19 +96,22 @@ class Ring:
     def _prefills(self) -> list[Action]:
         return [Action(Op.PREFILL, self.model, i) for i in range(-(-self.batch // self.prefill_mb))]
 
-    def _decodes(self, step: int, refills: Mapping[int, int] | None = None) -> list[Action]:
-        out = []
-        for j in range(self.decode_microbatches):
-            if refills and j in refills:
-                out.append(Action(Op.PREFILL, self.model, refills[j]))
-            out.append(Action(Op.DECODE, self.model, j, step=step))
-        return out
+    def _decodes(self, step: int) -> list[Action]:
+        return [Action(Op.DECODE, self.model, j, step=step) for j in range(self.decode_microbatches)]
 
     def _tokens(self, step: int) -> list[Message]:
         if self.num_stages == 1:
             return []
         channel = Channel(self.num_stages - 1, 0, Payload.TOKENS)
         return [Message(channel, self.model, j, step) for j in range(self.decode_microbatches)]
+
+
+def ring_channels(num_stages: int) -> tuple[Channel, ...]:
+    """Every channel of a ring of so many stages."""
+    if num_stages == 1:
+        return ()
+    hops = [Channel(stage, stage + 1, Payload.ACTIVATION) for stage in range(num_stages - 1)]
+    return (*hops, Channel(num_stages - 1, 0, Payload.TOKENS))
 
 
 def _cut(batch: int, size: int) -> tuple[tuple[int, int], ...]:

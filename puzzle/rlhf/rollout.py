@@ -13,7 +13,6 @@ from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, dialogue_ids
 from puzzle.engine.fusion import Pass
 from puzzle.engine.generate import Request, generate
-from puzzle.engine.relay import relay_of
 from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.errors import UserError
@@ -59,7 +58,7 @@ def respond(
         actor.decoder,
         requests,
         params,
-        relay_of(actor),
+        actor.runner,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
     )

@@ -7,10 +7,13 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.engine import generate as generation
 from puzzle.engine.generate import Request, generate
+from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
+from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.model import hf
 from puzzle.model.noise import gumbel, row_keys
-from puzzle.plan.layout import Coord
+from puzzle.plan.layout import Coord, Layout, Placement
 from tests.helpers import run_ranks
 from tests.model.tiny import VARIANTS, save_variant, stage
 from tests.reference.same_tokens import TokenAgreement, same_tokens
@@ -162,6 +165,89 @@ def test_tensor_ranks_agree_with_transformers(variant, tp, greedy, tmp_path):
     results = run_ranks(tp_rank, tp, folder, tp, params)
     assert all(result == results[0] for result in results)
     check(Oracle(folder, params).agreement(results[0]))
+
+
+def ring_rank(rank, folder, layout, cases, few):
+    world = World(rank, layout.world, torch.device("cpu"))
+    placement = Placement.default(layout)
+    runtime = ModelRuntime("actor", hf.read_spec(folder), placement, world)
+    hf.load(runtime.decoder, folder)
+    asked = requests()[: few or None]
+    share = runtime.rows(len(asked))
+    found = []
+    for params, options in cases:
+        answers = generate(
+            runtime.decoder, asked[share.start : share.stop], params, runtime.runner, **options
+        )
+        found.append((share.start, answers))
+    return found
+
+
+def in_layout(folder, layout, cases, few=0):
+    """Responses of every case, the same on all ranks of a replica."""
+    ranks = run_ranks(ring_rank, layout.world, folder, layout, cases, few)
+    for case in range(len(cases)):
+        replicas = {}
+        for found in ranks:
+            start, answers = found[case]
+            assert replicas.setdefault(start, answers) == answers
+        yield [answer for start in sorted(replicas) for answer in replicas[start]]
+
+
+RINGS = [
+    ("llama", (1, 2, 1)),
+    ("llama-tied", (2, 2, 1)),
+    ("qwen3", (1, 3, 1)),
+    ("llama", (1, 4, 1)),
+    ("qwen2", (1, 2, 2)),
+]
+LONG_RINGS = [
+    (variant, (tp, pp, dp))
+    for variant in ("llama", "mistral-window", "qwen2", "qwen3")
+    for tp in (1, 2, 4, 8)
+    for pp in (1, 2, 4)
+    for dp in (1, 2, 4, 8)
+    if tp * pp * dp <= 8
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape"), [*RINGS, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_RINGS)]
+)
+def test_rings_agree_with_transformers(variant, shape, tmp_path):
+    """Ragged prompts, ends at different steps, micro-batches of all sizes, tokens read at once or a step
+    late: the same responses."""
+    folder = save_variant(tmp_path / "model", variant)
+    try:
+        layout = Layout.even(*shape, hf.read_spec(folder).num_layers)
+        layout.check(hf.read_spec(folder))
+    except UserError as error:
+        pytest.skip(str(error))
+    greedy = SamplingParams(greedy=True, max_new_tokens=NEW, stop_ids=(9, 41, 100))
+    drawn = SamplingParams(
+        temperature=0.8, max_new_tokens=NEW, seed=6, stop_ids=tuple(range(0, 259, 16)), min_new_tokens=2
+    )
+    cases = [
+        (greedy, {}),
+        (drawn, {}),
+        (drawn, {"prefill": 3, "decode": 2, "lookahead": 1}),
+        (drawn, {"prefill": 1, "decode": 3}),
+        (drawn, {"decode": 8, "lookahead": 1}),
+    ]
+    first, *others = in_layout(folder, layout, cases)
+    check(Oracle(folder, greedy).agreement(first))
+    oracle = Oracle(folder, drawn)
+    for found in others:
+        check(oracle.agreement(found))
+    assert len({len(response.tokens) for response in others[0]}) > 2
+
+
+def test_a_replica_without_requests_stands_by(tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    params = SamplingParams(max_new_tokens=5)
+    layout = Layout.even(1, 2, 2, 4)
+    (found,) = in_layout(folder, layout, [(params, {})], few=1)
+    assert [r.tokens for r in found] == [generate(stage(folder), requests()[:1], params)[0].tokens]
 
 
 def test_impossible_requests(tmp_path):
