@@ -3,34 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from puzzle.bench import device
 from puzzle.cli import Parser
 from puzzle.cli.plan_switch import model_spec, triple
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.switcher import Switcher
+from puzzle.engine.transports import Pulling, Unreachable, open_peers
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.model.weights import initialise
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import MIB, SwitchPlan, plan_switch
+from puzzle.plan.switch import MIB, SwitchPlan, Transport, plan_switch
 from puzzle.plan.switch_route import STRATEGIES, Strategy
 
 Pair = tuple[tuple[int, int, int], tuple[int, int, int]]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SECONDS = 60.0  # no rank waits longer for another
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to switch; `full`: memory and fresh allocations are measured, too."""
+
+    name: str
+    strategy: Strategy
+    transport: Transport
+    full: bool = True
+    lanes: int = 1
+    pulling: Pulling | None = None
+
+
+VARIANTS = (
+    Way("2 communicators", "planned", "messages", False, lanes=2),
+    Way("4 communicators", "planned", "messages", False, lanes=4),
+    Way("peer, 1 stream", "planned", "peer", False, pulling=Pulling(streams=1)),
+    Way("peer, 2 streams", "planned", "peer", False, pulling=Pulling(streams=2)),
+    Way("peer, no kernel", "planned", "peer", False, pulling=Pulling(kernel_bytes=0)),
+    Way("peer, kernel only", "planned", "peer", False, pulling=Pulling(kernel_bytes=1 << 60)),
+    Way("peer, 1s, kernel", "planned", "peer", False, pulling=Pulling(streams=1, kernel_bytes=1 << 60)),
+    Way("peer, 32 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=32 * MIB)),
+    Way("peer, 8 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=8 * MIB)),
+    Way("peer, 1s, 8 MiB", "planned", "peer", False, pulling=Pulling(streams=1, chunk_bytes=8 * MIB)),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,8 @@ class SwitchBench:
     model: str
     layers: int
     strategies: tuple[Strategy, ...]
+    transports: tuple[Transport, ...]
+    variants: bool
     repeats: int
     staging_bytes: int
     rate_bytes: int
@@ -48,6 +80,15 @@ class SwitchBench:
     dtype: str
     device: str
     out: Path | None
+
+    def sweeps(self) -> list[tuple[Way, ...]]:
+        """Ways in the order of measurement: every sweep goes through all pairs."""
+        messages = [Way(name, name, "messages") for name in self.strategies] * ("messages" in self.transports)
+        peer = [Way("planned, peer", "planned", "peer")] * (
+            "peer" in self.transports and "planned" in self.strategies
+        )
+        variants = [way for way in VARIANTS if self.variants and way.transport in self.transports]
+        return [tuple(sweep) for sweep in (messages, peer, variants) if sweep]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -57,6 +98,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", default="7b", help="published size or Hugging Face folder")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--transports", nargs="+", choices=("messages", "peer"), default=["messages", "peer"])
+    parser.add_argument("--variants", action="store_true", help="compare ways to run the planned switch")
     parser.add_argument("--repeats", type=int, default=7, metavar="K", help="the median of K is reported")
     parser.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
     parser.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
@@ -65,7 +108,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
     given = vars(parser.parse_args(arguments))
-    given["pairs"], given["strategies"] = tuple(given["pairs"]), tuple(given["strategies"])
+    for name in ("pairs", "strategies", "transports"):
+        given[name] = tuple(given[name])
     bench = SwitchBench(**given)
     worlds = {tp * pp * dp for pair in bench.pairs for tp, pp, dp in pair}
     if len(worlds) > 1:
@@ -85,17 +129,33 @@ def _pair(text: str) -> Pair:
 
 def work(bench: SwitchBench) -> None:
     """What every process does; rank 0 prints a line per switch as soon as it is measured."""
-    with World.start(bench.device) as world:
-        rate = link_rate(world, bench.rate_bytes)
+    with World.start(bench.device, timeout=SECONDS) as world:
+        rates = {"link_bytes_per_second": link_rate(world, bench.rate_bytes)}
+        said = ""
+        if "peer" in bench.transports:
+            try:
+                rates["copy_bytes_per_second"] = copy_rate(world, bench.rate_bytes)
+                said = f", copies from a peer {rates['copy_bytes_per_second'] / GB:.1f} GB/s"
+            except Unreachable as error:
+                said = f", no copies from peers: {error}"
+            _tidy(world)
         if world.rank == 0:
             disabled = os.environ.get("NCCL_P2P_DISABLE", "0")
             print(f"{bench.model} {bench.dtype}, {world.size} ranks on {device.facts(world)['device']},")
-            print(f"links {rate / GB:.1f} GB/s per rank and direction, NCCL_P2P_DISABLE={disabled}")
-            print(f"{'switch':>15} {'strategy':>11}  kept ms fresh ms floor ms  ratio     GB local  extra GB")
-        for pair in bench.pairs:
-            for row in _rows(bench, pair, world, rate):
-                if world.rank == 0:
-                    _report(bench, row)
+            print(f"links {rates['link_bytes_per_second'] / GB:.1f} GB/s per rank and direction{said},")
+            print(f"NCCL_P2P_DISABLE={disabled}")
+            print(
+                f"{'switch':>15} {'way':>17}  kept ms fresh ms floor ms  ratio     GB local  extra GB equal"
+            )
+        for ways in bench.sweeps():
+            for pair in bench.pairs:
+                subject = _Subject(bench, pair, world)
+                for way in ways:
+                    row = subject.row(way, rates)
+                    if world.rank == 0:
+                        _report(bench, row)
+                del subject
+                _tidy(world)
 
 
 def link_rate(world: World, size: int) -> float:
@@ -115,61 +175,154 @@ def link_rate(world: World, size: int) -> float:
     return size / statistics.median(device.measure(world, ring, 9))
 
 
-def _rows(bench: SwitchBench, pair: Pair, world: World, rate: float) -> list[dict[str, Any]]:
-    spec = model_spec(bench.model)
-    spec = replace(spec, num_layers=bench.layers or spec.num_layers)
-    source, destination = (Placement.default(Layout.even(*side, spec.num_layers)) for side in pair)
-    dtype = DTYPES[bench.dtype]
-    runtime = ModelRuntime("source", spec, source, world, dtype)
-    runtime.freeze()
-    initialise(runtime.decoder, 0)
-    cluster = Cluster(bench.gpus_per_node or world.per_node)
-    found = []
-    for strategy in bench.strategies:
-        start = time.perf_counter()
-        plan = plan_switch(
-            spec,
-            source,
-            destination,
-            cluster,
+def copy_rate(world: World, size: int) -> float:
+    """Bytes per second that every rank copies out of the memory of the one before. Unreachable: it cannot."""
+    left = (world.rank - 1) % world.size
+    ring = [((rank - 1) % world.size, rank) for rank in range(world.size)]
+    have, target = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
+    value = open_peers(ring, world, {"": have})[left][""]
+    device.measure(world, lambda: target.copy_(value), 3)
+    return size / statistics.median(device.measure(world, lambda: target.copy_(value), 9))
+
+
+def _tidy(world: World) -> None:
+    """Once no rank reads it any more, memory that peers had opened can go."""
+    gc.collect()
+    device.meet(world)
+    if world.device.type == "cuda":
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+
+class _Subject:
+    """A model under the first layout of a pair, switched to the second one in several ways."""
+
+    def __init__(self, bench: SwitchBench, pair: Pair, world: World) -> None:
+        self.bench, self.pair, self.world = bench, pair, world
+        spec = model_spec(bench.model)
+        self.spec = replace(spec, num_layers=bench.layers or spec.num_layers)
+        self.sides = [Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair]
+        self.runtime = ModelRuntime("source", self.spec, self.sides[0], world, DTYPES[bench.dtype])
+        self.runtime.freeze()
+        initialise(self.runtime.decoder, 0)
+        best = self.plan("planned")
+        self.least = max(max(best.traffic(rank)) for rank in best.ranks)
+        self._truth: tuple[Placement, list[Tensor]] | None = None
+
+    def plan(self, strategy: Strategy, destination: Placement | None = None) -> SwitchPlan:
+        """How this switch goes; `destination` by default in rank order."""
+        return plan_switch(
+            self.spec,
+            self.sides[0],
+            destination or self.sides[1],
+            Cluster(self.bench.gpus_per_node or self.world.per_node),
             strategy=strategy,
-            itemsize=dtype.itemsize,
-            staging_bytes=bench.staging_bytes,
+            itemsize=DTYPES[self.bench.dtype].itemsize,
+            staging_bytes=self.bench.staging_bytes,
         )
-        planning = time.perf_counter() - start
-        measured = _measured(bench, plan, runtime, world)
-        floor = max(max(plan.traffic(rank)) for rank in plan.ranks) / rate
-        found.append(_row(bench, pair, plan, rate, floor) | measured | {"planning_seconds": planning})
-    least = min(row["floor_seconds"] for row in found)
-    return [row | {"least_floor_seconds": least} | device.facts(world) for row in found]
 
-
-def _measured(bench: SwitchBench, plan: SwitchPlan, runtime: ModelRuntime, world: World) -> dict[str, Any]:
-    """Seconds with memory kept between switches and with memory given back, and what memory they took."""
-    numbers: dict[str, Any] = {}
-    for name, keep in (("kept", True), ("fresh", False)):
+    def switcher(self, plan: SwitchPlan, way: Way) -> Switcher:
+        """Makes the destination's parameters by that plan in that way."""
         made = ModelRuntime(
-            "destination", plan.spec, plan.destination, world, runtime.decoder.dtype, allocate=False
+            "destination", plan.spec, plan.destination, self.world, DTYPES[self.bench.dtype], allocate=False
         )
-        switcher = Switcher(plan, world, runtime.decoder, made.decoder, keep=keep)
+        return Switcher(
+            plan,
+            self.world,
+            self.runtime.decoder,
+            made.decoder,
+            transport=way.transport,
+            lanes=way.lanes,
+            pulling=way.pulling,
+        )
+
+    def row(self, way: Way, rates: dict[str, float]) -> dict[str, Any]:
+        """The measurement, or why there is none: peers that cannot be read are no end of the rest."""
+        start = time.perf_counter()
+        plan = self.plan(way.strategy)
+        planning = time.perf_counter() - start
+        rate = rates["link_bytes_per_second"]
+        shown = plan.by_peer_copies() if way.transport == "peer" else plan
+        row = {
+            "bench": "switch",
+            "way": way.name,
+            "from": self.pair[0],
+            "to": self.pair[1],
+            "model": self.bench.model,
+            "layers": plan.spec.num_layers,
+            "dtype": self.bench.dtype,
+            "strategy": plan.strategy,
+            "transport": shown.transport,
+            "lanes": way.lanes,
+            "pulling": asdict(way.pulling) if way.pulling else None,
+            "bytes": plan.bytes_received,
+            "lower_bound_bytes": plan.lower_bound_bytes,
+            "local_share": plan.local_share,
+            "buckets": plan.num_buckets,
+            **rates,
+            "floor_seconds": max(max(plan.traffic(rank)) for rank in plan.ranks) / rate,
+            "least_floor_seconds": self.least / rate,
+            "peak_extra_bytes": max(shown.for_rank(rank).peak_extra for rank in plan.ranks),
+            "planning_seconds": planning,
+            "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE"),
+            "repeats": self.bench.repeats,
+            "staging_bytes": self.bench.staging_bytes,
+            "hash": plan.hash,
+        }
+        try:
+            row |= self._measured(plan, way)
+        except UserError as error:
+            row["error"] = str(error)
+        _tidy(self.world)
+        return row | device.facts(self.world)
+
+    def _measured(self, plan: SwitchPlan, way: Way) -> dict[str, Any]:
+        """Seconds with memory given back between switches and with memory kept, and what memory they took."""
+        world, repeats = self.world, self.bench.repeats
+        truth = self._reference(plan.destination)
+        switcher = self.switcher(plan, way)
         switcher.fill()
-        switcher.verify()
+        wrong = sum(not torch.equal(a, b) for a, b in zip(truth, _weights(switcher), strict=True))
+        numbers: dict[str, Any] = {"equal": not int(world.max(torch.tensor(wrong, device=world.device)))}
         switcher.drop()
-        device.reset_peak(world.device)
-        free, used = _free(world), _allocated(world)
-        times, drops = [], []
-        for _ in range(bench.repeats):
-            times += device.measure(world, switcher.fill, 1)
-            drops += device.measure(world, switcher.drop, 1)
-        numbers |= {f"{name}_seconds": statistics.median(times), f"{name}_all_seconds": times}
-        if not keep:
+        if way.full:
+            device.reset_peak(world.device)
+            free, used = _free(world), _allocated(world)
+            seconds, drops = self._times(switcher, repeats)
+            numbers |= {"fresh_seconds": statistics.median(seconds), "fresh_all_seconds": seconds}
             numbers["drop_seconds"] = statistics.median(drops)
             if world.device.type == "cuda":
                 extra = torch.tensor(torch.cuda.max_memory_allocated(world.device) - used)
                 lost = torch.tensor(free - _free(world))
                 numbers["measured_extra_bytes"] = int(world.max(extra.to(world.device)))
                 numbers["not_given_back_bytes"] = int(world.max(lost.to(world.device)))
-    return numbers
+        switcher.keep = True
+        self._times(switcher, 1)
+        seconds, _ = self._times(switcher, repeats)
+        return numbers | {"kept_seconds": statistics.median(seconds), "kept_all_seconds": seconds}
+
+    def _times(self, switcher: Switcher, repeats: int) -> tuple[list[float], list[float]]:
+        fills, drops = [], []
+        for _ in range(repeats):
+            fills += device.measure(self.world, switcher.fill, 1)
+            drops += device.measure(self.world, switcher.drop, 1)
+        return fills, drops
+
+    def _reference(self, destination: Placement) -> list[Tensor]:
+        """This rank's weights under `destination` by gather-all, whose checksums are those of the source."""
+        if self._truth is None or self._truth[0] != destination:
+            self._truth = None
+            plan = self.plan("gather-all", destination)
+            switcher = self.switcher(plan, Way("", "gather-all", "messages"))
+            switcher.fill()
+            switcher.verify()
+            self._truth = (destination, list(_weights(switcher)))
+        return self._truth[1]
+
+
+def _weights(switcher: Switcher) -> Iterator[Tensor]:
+    assert switcher.destination is not None
+    return (p.detach() for p in switcher.destination.parameters())
 
 
 def _free(world: World) -> int:
@@ -181,37 +334,18 @@ def _allocated(world: World) -> int:
     return torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
 
 
-def _row(bench: SwitchBench, pair: Pair, plan: SwitchPlan, rate: float, floor: float) -> dict[str, Any]:
-    return {
-        "bench": "switch",
-        "from": pair[0],
-        "to": pair[1],
-        "model": bench.model,
-        "layers": plan.spec.num_layers,
-        "dtype": bench.dtype,
-        "strategy": plan.strategy,
-        "bytes": plan.bytes_received,
-        "lower_bound_bytes": plan.lower_bound_bytes,
-        "local_share": plan.local_share,
-        "buckets": plan.num_buckets,
-        "link_bytes_per_second": rate,
-        "floor_seconds": floor,
-        "peak_extra_bytes": max(plan.for_rank(rank).peak_extra for rank in plan.ranks),
-        "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE"),
-        "options": {
-            k: v for k, v in asdict(bench).items() if k in ("repeats", "staging_bytes", "rate_bytes")
-        },
-        "hash": plan.hash,
-    }
-
-
 def _report(bench: SwitchBench, row: dict[str, Any]) -> None:
     layouts = "->".join(",".join(map(str, row[side])) for side in ("from", "to"))
-    floor = row["least_floor_seconds"]
-    ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
-    times = " ".join(f"{row[name] * 1e3:8.2f}" for name in ("kept_seconds", "fresh_seconds"))
-    sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
-    print(f"{layouts:>15} {row['strategy']:>11} {times} {floor * 1e3:8.2f} {ratio} {sizes}", flush=True)
+    line, floor = f"{layouts:>15} {row['way']:>17}", row["least_floor_seconds"]
+    if "error" in row:
+        print(f"{line} {row['error']}", flush=True)
+    else:
+        ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
+        fresh = f"{row['fresh_seconds'] * 1e3:8.2f}" if "fresh_seconds" in row else "       -"
+        sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
+        equal = "yes" if row["equal"] else "NO"
+        times = f"{row['kept_seconds'] * 1e3:8.2f} {fresh} {floor * 1e3:8.2f}"
+        print(f"{line} {times} {ratio} {sizes} {equal:>5}", flush=True)
     if bench.out is not None:
         with bench.out.open("a") as file:
             file.write(json.dumps(row) + "\n")

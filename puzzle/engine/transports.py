@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -118,7 +118,9 @@ class _Flight:
                 except RuntimeError as error:
                     raise _failed(labels[0], error) from error
                 # NCCL ends a batch as one.
-                self.works += zip(works, [[one] for one in labels] if len(works) > 1 else [labels], strict=True)
+                self.works += zip(
+                    works, [[one] for one in labels] if len(works) > 1 else [labels], strict=True
+                )
         _copy(self.have, self.into, self.bucket.gathers)
 
     def land(self) -> None:
@@ -180,7 +182,7 @@ class PeerCopies:
         self.ranks = ", ".join(map(str, plan.ranks))
         self.group = world.groups([plan.ranks], "switch 0") if plan.pairs else None
         self.token = torch.zeros(1, device=world.device)
-        peers = _open(plan, world, have)
+        peers = open_peers(plan.pairs, world, have)
         self.addresses = {name: tensor.data_ptr() for name, tensor in have.items()}
         self.sources = list(dict.fromkeys(pull.peer for pull in self.part.pulls))
         self.small: dict[int, list[tuple[Tensor, RowRange]]] = {peer: [] for peer in self.sources}
@@ -250,20 +252,25 @@ class PeerCopies:
                 self.marks.append((label, _event()))
 
 
-def _open(plan: SwitchPlan, world: World, have: Storages) -> dict[int, dict[str, Tensor]]:
-    """By rank and name the storages that this rank copies from; Unreachable is raised on all ranks alike."""
+def open_peers(
+    pairs: Collection[tuple[int, int]], world: World, have: Storages
+) -> dict[int, dict[str, Tensor]]:
+    """By rank and name, tensors that ranks have and this rank may read; `pairs` are (owner, reader).
+
+    All ranks of the run together. Unreachable where some pair cannot.
+    """
     device, offers, peers, problem = world.device, {}, {}, None
     if device.type == "cuda" and os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         problem = "NCCL_P2P_DISABLE is set"
     try:
-        for source, destination in plan.pairs if problem is None else ():
+        for source, destination in pairs if problem is None else ():
             if source == world.rank:
                 offers[destination] = ipc.offer(have, device)
     except RuntimeError as error:
         problem = f"rank {world.rank} cannot share its weights: {_first_line(error)}"
     everyone = world.gather((problem, offers))
     _agree([said for said, _ in everyone])
-    for source in [source for source, destination in plan.pairs if destination == world.rank]:
+    for source in [source for source, destination in pairs if destination == world.rank]:
         offered = everyone[source][1][world.rank]
         why = ipc.unreachable(offered, device)
         try:
@@ -296,10 +303,11 @@ def _event() -> torch.cuda.Event:
 def _wait(work: dist.Work, label: str, owner: Messages | PeerCopies) -> None:
     """NCCL: have the device wait. gloo: wait, not longer than the time-out."""
     try:
-        if owner.world.device.type == "cuda":
-            work.wait()
-        else:
-            work.wait(timedelta(seconds=owner.timeout))
+        with owner.world.pulse.waiting(label):
+            if owner.world.device.type == "cuda":
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=owner.timeout))
     except RuntimeError as error:
         raise _failed(label, error) from error
 
