@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,13 @@ def _relative(part: Box, whole: Box) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part.intervals, whole.intervals, strict=True))
 
 
-def write_boxes(path: Path, boxes: Sequence[tuple[str, Tensor]]) -> SavedFile:
-    """A safetensors file of float32 tensors on the host, one in memory at a time; its size and checksum."""
+def write_boxes(
+    path: Path, boxes: Sequence[tuple[str, Tensor]], tick: Callable[[], None] = lambda: None
+) -> SavedFile:
+    """A safetensors file of float32 tensors on the host, one in memory at a time; its size and checksum.
+
+    `tick` is called after every tensor.
+    """
     header, end = {}, 0
     for key, values in boxes:
         start, end = end, end + values.nbytes
@@ -88,6 +93,7 @@ def write_boxes(path: Path, boxes: Sequence[tuple[str, Tensor]]) -> SavedFile:
             data = memoryview(values.contiguous().numpy()).cast("B")
             file.write(data)
             crc = zlib.crc32(data, crc)
+            tick()
         file.flush()
         os.fsync(file.fileno())
     return SavedFile(len(head) + end, crc)

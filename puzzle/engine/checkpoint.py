@@ -162,7 +162,8 @@ class Checkpoints:
             if self._copied is not None:
                 self._copied.synchronize()
             partial.mkdir(parents=True, exist_ok=True)
-            file = write_boxes(partial / manifest.rank_file(self.world.rank), list(self._boxes()))
+            path = partial / manifest.rank_file(self.world.rank)
+            file = write_boxes(path, list(self._boxes()), self.world.pulse.tick)
             write_text(note, json.dumps(asdict(file)))
             if self.world.rank == 0:
                 self._complete(partial, number, state, steps, began)

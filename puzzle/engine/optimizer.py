@@ -311,7 +311,8 @@ class ZeroAdamW:
         for bucket in reversed(needed):
             if bucket.gathered is None or bucket.work is None:
                 continue
-            bucket.work.wait()
+            with self.world.pulse.waiting(f"all-gather of {self.name}'s weights"):
+                bucket.work.wait()
             self._note(bucket, "all-gather")
             chunks = bucket.gathered.view(self.dp, bucket.chunk)
             with torch.no_grad():

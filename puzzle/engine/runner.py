@@ -14,6 +14,8 @@ from puzzle.engine.tracing import stage_name
 from puzzle.engine.world import World
 from puzzle.plan.schedule import COLLECTIVES, TRANSFERS, Action, Channel, Message, Op, Schedule
 
+WAITS = frozenset({Op.WAIT_SEND, Op.WAIT_RECV, *COLLECTIVES.values()})
+"""Actions in which a rank may have to wait for others."""
 ACK = 1
 """Tag of the one-byte note by which a gloo receiver says that its receive is posted."""
 
@@ -43,7 +45,6 @@ class Runner:
         self.ranks = ranks
         self.stage = ranks.index(world.rank)
         self.pipelines = pipelines
-        self.doing = "idle"
 
     def run(self, schedule: Schedule, models: Mapping[str, StageWork]) -> None:
         """Execute this stage's actions in order, timed if the world has a clock.
@@ -77,17 +78,18 @@ class Execution:
 
     def run(self, part: Schedule, models: Mapping[str, StageWork]) -> None:
         """This stage's actions of the part, in order."""
-        runner, clock = self.runner, self.world.clock
+        clock, pulse = self.world.clock, self.world.pulse
         self.models = models
+        before = pulse.doing
         for action in part.actions[self.stage]:
-            runner.doing = action.label
+            pulse.mark(f"{before}: {self._name(action)}", action.op in WAITS)
             if clock is None or action.op in (Op.SEND, Op.RECV):
                 self._do(action)
                 continue
             start = clock.now()
             self._do(action)
             clock.mark(action, start)
-        runner.doing = "idle"
+        pulse.mark(before)
 
     def finish(self, schedule: Schedule | None = None) -> None:
         """All parts together were `schedule`, for the log; None if nothing ran."""
@@ -102,13 +104,17 @@ class Execution:
             try:
                 self._transfer(action)
             except RuntimeError as error:
-                peer = self.runner.ranks[action.peer or 0]
-                raise RuntimeError(f"{action.label} (rank {peer}) failed: {error}") from error
+                raise RuntimeError(f"{self._name(action)} failed: {error}") from error
         elif action.op in COLLECTIVES or action.op in COLLECTIVES.values() or action.op is Op.STEP:
             self.models[action.model].optimize(action.op)
         else:
             received = self.arrived.pop() if self.arrived else None
             self.leaving.extend(self.models[action.model].compute(action, received))
+
+    def _name(self, action: Action) -> str:
+        """The action's label, with the peer's rank."""
+        peer = action.peer
+        return action.label if peer is None else f"{action.label} (rank {self.runner.ranks[peer]})"
 
     def _transfer(self, action: Action) -> None:
         message = action.message(self.stage)

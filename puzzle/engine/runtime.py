@@ -58,6 +58,7 @@ class ModelRuntime:
         self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"), tensor_ranks)
         device = world.device if allocate else torch.device("meta")
         self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
+        self.stage.register_forward_hook(lambda *_: world.pulse.tick())
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self._schedules: dict[tuple[bool, int], Schedule] = {}

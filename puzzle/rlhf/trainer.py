@@ -21,8 +21,10 @@ from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.timing import StageClock
 from puzzle.engine.tracing import Clock, gathered, stage_records
+from puzzle.engine.watchdog import Watch
 from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.launch import local
 from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
 from puzzle.rlhf import ppo
@@ -53,9 +55,11 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     """
     check(config)
     data = prepare(config, specs_of(config)["actor"].vocab_size)
-    with World.start(config.device) as world:
+    watch = Watch(config.launch.watchdog, local.tell, out / "ranks")
+    with World.start(config.device, watch=watch) as world:
         try:
             _check_memory(config, world)
+            world.pulse.mark("loading models")
             trainer = Trainer(config, data, build_models(config, world), world)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
@@ -157,6 +161,7 @@ class Trainer:
             if stop is not None and metrics["kl"] > stop:
                 recorder.note = f"KL {metrics['kl']:.4g} exceeded ppo.kl_stop {stop:g}"
                 break
+        self.world.pulse.mark("saving the models")
         recorder.save(self.models.actor, "last", self.done)
         recorder.save(self.models.critic, "last-critic", self.done)
         checkpoints.wait()
@@ -165,6 +170,7 @@ class Trainer:
 
     def _save(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """Begin a checkpoint where one is due, log those that became complete."""
+        self.world.pulse.mark("saving")
         recorder.states(checkpoints.finished())
         options = self.config.checkpoint
         if options.save and options.every and self.done % options.every == 0:
@@ -175,13 +181,22 @@ class Trainer:
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One PPO iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
+        doing = self.world.pulse.mark
+        doing(f"iteration {iteration}, generation")
         clock = StageClock(self.world)
         self._start_clock(iteration)
         generation = self.config.generation
         with self.models.generator.weights(clock) as actor:
-            experience = respond(actor, prompts, generation.samples, self.params, iteration, generation)
+            self.models.room.for_generation()
+            experience = respond(
+                actor, prompts, generation.samples, self.params, iteration, generation, self.data.stop_rule
+            )
+        self.models.room.for_inference()
+        doing(f"iteration {iteration}, inference")
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
+        self.models.room.for_training()
+        doing(f"iteration {iteration}, training")
         update = Update(self.models, self.config, experience, self.kl_coef, self.training)
         update.run(iteration)
         clock.end("training")

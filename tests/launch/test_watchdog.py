@@ -15,7 +15,8 @@ HANGS = {
     "stop": (
         3.0,
         r"rank 1 on \S+ is stopped \(SIGSTOP, or a debugger\): no sign of life for \d+ s, last in "
-        r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
+        r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: "
+        r"all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
     ),
     "recv": (
         2.0,
