@@ -12,8 +12,11 @@ BASELINE_SCRIPT = "DeepSpeedExamples/applications/DeepSpeed-Chat/main.py"
 def missing(config: TrainConfig) -> list[str]:
     """What `config` asks for that does not exist, or is not installed; empty when it can run."""
     lacks: list[str] = []
-    if config.log.variant == BASELINE and find_spec("deepspeed") is None:
-        lacks.append("the package deepspeed for the DeepSpeed-Chat baseline (PUZZLE_ENV=baseline of env.sh)")
-    if config.generation.stop:
-        lacks.append("stop texts (generation.stop)")
+    if config.log.variant == BASELINE:
+        if find_spec("deepspeed") is None:
+            lacks.append(
+                "the package deepspeed for the DeepSpeed-Chat baseline (PUZZLE_ENV=baseline of env.sh)"
+            )
+        if config.generation.stop:
+            lacks.append("stop texts (generation.stop) in the baseline")
     return lacks

@@ -128,6 +128,8 @@ class TrainConfig(Section):
             raise ValueError("data.system needs data.chat_template")
         if data.random_tokens is not None and self.reward.function is not None:
             raise ValueError("data.random_tokens has no text for reward.function; use reward.model or init")
+        if data.random_tokens is not None and self.generation.stop:
+            raise ValueError("data.random_tokens has no text in which generation.stop could be found")
         if data.prompts is not None and data.tokenizer is None and self.actor.model is None:
             raise ValueError("data.tokenizer: a randomly initialised actor has none; give a folder, or bytes")
         if self.eval.every and data.eval_prompts is None:

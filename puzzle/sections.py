@@ -164,7 +164,7 @@ class GenerationConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     greedy: bool = False
     samples: Count = Field(1, description="responses per prompt")
-    stop: tuple[str, ...] = Field((), description="texts that end a response")
+    stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
     decode_microbatch: Count | None = Field(None, description="sequences per decode micro-batch")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
@@ -175,6 +175,8 @@ class GenerationConfig(Section):
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
             )
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every response; leave it out")
         return self
 
 

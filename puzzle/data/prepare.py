@@ -5,18 +5,19 @@ from pathlib import Path
 
 from puzzle.config import TrainConfig
 from puzzle.data.prompts import PromptSet, PromptStream, load_prompts, random_prompts
-from puzzle.data.tokenizers import Tokenizer, load_tokenizer, stop_ids
+from puzzle.data.tokenizers import StopRule, Tokenizer, load_tokenizer, stop_ids, stop_rule
 from puzzle.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunData:
-    """`tokenizer` is None for random tokens, which have no text; `stop_ids` end a response."""
+    """`tokenizer` is None for random tokens, which have no text; `stop_ids`, `stop_rule` end responses."""
 
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     train: PromptStream
     held_out: PromptSet | None
+    stop_rule: StopRule | None = None
 
 
 def prepare(config: TrainConfig, vocab_size: int) -> RunData:
@@ -39,4 +40,5 @@ def prepare(config: TrainConfig, vocab_size: int) -> RunData:
             raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
     folder = None if config.actor.model is None else Path(config.actor.model)
     stream = PromptStream(train, config.batch, config.seed, data.shuffle)
-    return RunData(tokenizer, stop_ids(tokenizer, folder), stream, held_out)
+    rule = stop_rule(tokenizer, config.generation.stop)
+    return RunData(tokenizer, stop_ids(tokenizer, folder), stream, held_out, rule)

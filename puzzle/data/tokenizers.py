@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,9 @@ else:
     Tokenizer = object
 
 BYTES = "bytes"
+
+StopRule = Callable[[], Callable[[int], bool]]
+"""Makes a watcher for one response: given each of its tokens in turn, it says whether it is over."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -98,6 +101,72 @@ def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
             raise UserError(f"{file}: not valid JSON: {error}") from None
         ids.update(given if isinstance(given, list) else [] if given is None else [given])
     return tuple(sorted(ids))
+
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for bytes that are no character, or not yet."""
+
+
+def response_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+    """The text of a response without special tokens; cut before a stop text that its last token completed."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    if not stops or not ids:
+        return text
+    before = len(str(tokenizer.decode(list(ids[:-1]), skip_special_tokens=True)).rstrip(UNFINISHED))
+    # A stop text that lies before the last token's was passed over (min_new_tokens).
+    found = [text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
+    return text[: min((start for start in found if start >= 0), default=len(text))]
+
+
+class TextStream:
+    """Text of a response while its tokens come, a character of several tokens when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Tokens before `_start` change no later text; text up to `_read` has been given out.
+        self._ids: list[int] = []
+        self._start = self._read = 0
+        self._known = ""
+
+    def add(self, token: int) -> tuple[str, str]:
+        """The text that `token` makes certain, and what else there would be if no token followed."""
+        self._ids.append(token)
+        text = self._decoded(self._start)
+        new = text[len(self._known) :]
+        if text.endswith(UNFINISHED):
+            return "", new.rstrip(UNFINISHED)
+        if new:
+            self._start, self._read = self._read, len(self._ids)
+            self._known = self._decoded(self._start)
+        return new, ""
+
+    def _decoded(self, start: int) -> str:
+        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))
+
+
+def stop_rule(tokenizer: Tokenizer, stops: Sequence[str]) -> StopRule | None:
+    """Makes watchers for single responses: given token after token, they say when one completes a stop text.
+
+    None where there are no stop texts.
+    """
+    if not stops:
+        return None
+    reach = max(map(len, stops)) - 1
+
+    def watcher() -> Callable[[int], bool]:
+        stream, tail, seen = TextStream(tokenizer), "", 0
+
+        def completes(token: int) -> bool:
+            nonlocal tail, seen
+            certain, uncertain = stream.add(token)
+            text, before = tail + certain + uncertain, len(tail) + seen
+            ends = any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stops)
+            tail, seen = (tail + certain)[-reach:] if reach else "", len(uncertain)
+            return ends
+
+        return completes
+
+    return watcher
 
 
 def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:

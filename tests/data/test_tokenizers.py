@@ -6,13 +6,16 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from puzzle.data.tokenizers import (
+    TextStream,
     byte_tokenizer,
     dialogue_ids,
     encode,
     load_tokenizer,
     render,
+    response_text,
     same_tokenizer,
     stop_ids,
+    stop_rule,
     tokenizer_folder,
 )
 from puzzle.errors import UserError
@@ -110,3 +113,43 @@ def test_what_has_no_tokenizer_or_template_is_refused(tmp_path):
     raising.chat_template = "{{ raise_exception('system turns are not supported') }}"
     with pytest.raises(UserError, match="system turns are not supported"):
         render(raising, [{"role": "user", "content": "hi"}])
+
+
+TEXTS = st.text(st.sampled_from("aab \néß語🙂"), max_size=25)
+STOPS = st.lists(st.text(st.sampled_from("ab \né語🙂"), min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+def whole(ids):
+    return byte_tokenizer().decode(ids)
+
+
+@given(TEXTS, STOPS)
+def test_a_stop_text_ends_with_the_token_that_completes_it(text, stops):
+    """Against the whole text after every token; a byte is a token, so characters take up to four."""
+    ids = encode(byte_tokenizer(), text)
+    watcher = stop_rule(byte_tokenizer(), stops)()
+    ends = [k for k, token in enumerate(ids, 1) if watcher(token)]
+    truth = [k for k in range(1, len(ids) + 1) if any(whole(ids[:k]).endswith(stop) for stop in stops)]
+    assert ends == truth
+    if ends:
+        kept = ids[: ends[0]]
+        cut = response_text(byte_tokenizer(), kept, stops)
+        assert cut == min(
+            (whole(kept)[: whole(kept).find(stop)] for stop in stops if stop in whole(kept)), key=len
+        )
+    assert response_text(byte_tokenizer(), ids) == text
+
+
+@given(TEXTS)
+def test_streamed_pieces_are_the_text(text):
+    stream = TextStream(byte_tokenizer())
+    pieces = [stream.add(token)[0] for token in encode(byte_tokenizer(), text)]
+    assert "".join(pieces) == text
+    assert all(piece == "" or piece in text for piece in pieces)
+
+
+def test_a_passed_over_stop_text_stays():
+    """With min_new_tokens a response may go on behind a stop text: the one that ended it is cut."""
+    assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b END"), ("END",)) == "a END b "
+    assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b"), ("END",)) == "a END b"
+    assert stop_rule(byte_tokenizer(), ()) is None
