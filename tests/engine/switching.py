@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch.profiler import profile
 
+from puzzle.engine import ipc
 from puzzle.engine.switcher import ALIGN, Switcher
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -236,21 +238,44 @@ def mismatched(rank: int) -> str:
 LM_DTYPE = torch.float32
 
 
-def deserted(rank: int) -> str:
+def deserted(rank: int, transport: Literal["messages", "peer"]) -> str:
     """The error of a rank whose peer never comes."""
-    world = World(rank, 2, torch.device("cpu"))
+    world = World(rank, 2, torch.device("cpu"), timeout=2.0)
     plan = Case("lm", (1, 2, 1), (2, 1, 1)).plan()
     source = stage(plan, plan.source, rank, "cpu", LM_DTYPE)
-    switcher = Switcher(
-        plan, world, source, stage(plan, plan.destination, rank, "meta", LM_DTYPE), timeout=1.0
-    )
+    made = stage(plan, plan.destination, rank, "meta", LM_DTYPE)
+    switcher = Switcher(plan, world, source, made, transport=transport)
     if rank == 1:
-        import time
-
-        time.sleep(4.0)
+        time.sleep(5.0)
         return ""
     try:
         switcher.fill()
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was missed"
+
+
+def unreadable(rank: int) -> list[str]:
+    """What is said of peers on other hosts, of a strategy without peer copies, of weights that have moved."""
+    world = World(rank, 2, torch.device("cpu"))
+    plan = Case("lm", (1, 2, 1), (2, 1, 1)).plan()
+    source = stage(plan, plan.source, rank, "cpu", LM_DTYPE)
+    made = stage(plan, plan.destination, rank, "meta", LM_DTYPE)
+    whole = Case("lm", (1, 2, 1), (2, 1, 1), "gather-all").plan()
+    said, here = [], ipc._host
+    ipc._host = lambda: f"host {rank}"
+    for asked in (plan, whole):
+        try:
+            Switcher(asked, world, source, made, transport="peer")
+        except UserError as error:
+            said.append(str(error))
+    ipc._host = here
+    assert source is not None
+    switcher = Switcher(plan, world, source, made, transport="peer")
+    name, weight = next(iter(source.named_parameters()))
+    source.register_parameter(name, torch.nn.Parameter(weight.detach().clone()))
+    try:
+        switcher.fill()
+    except RuntimeError as error:
+        said.append(str(error))
+    return said

@@ -6,7 +6,7 @@ from itertools import cycle, permutations
 import pytest
 import torch
 
-from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched
+from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched, unreadable
 from tests.helpers import run_ranks
 
 LAYOUTS = [
@@ -24,7 +24,7 @@ WAYS = [("planned", "messages"), ("planned", "peer"), ("fixed-order", "messages"
 
 
 def covering() -> list[Case]:
-    """Every pair planned; models, strategies, transports, dtypes, disjoint ranks, small buckets take turns."""
+    """Every pair planned; models, transports, dtypes, disjoint ranks, small buckets take turns."""
     turns = zip(CI_PAIRS, cycle(SPECS), cycle([False, True, True]), cycle([True, False]), strict=False)
     cases = [
         Case(spec, *pair, last=last, small=small, dtype=torch.bfloat16 if number % 5 == 4 else torch.float32)
@@ -82,8 +82,25 @@ def test_ranks_with_other_plans_refuse():
         assert "\n" not in said
 
 
-def test_a_missing_peer_is_named():
-    said = run_ranks(deserted, 2)[0]
-    assert said.startswith("RuntimeError: switch, bucket 0: ")
-    assert "peer rank 1" in said
+@pytest.mark.parametrize(
+    ("transport", "what"),
+    [
+        ("messages", ["switch, bucket 0: ", "peer rank 1"]),
+        ("peer", ["switch: wait until the weights of ranks 0, 1 are ready"]),
+    ],
+)
+def test_a_missing_peer_is_named(transport, what):
+    said = run_ranks(deserted, 2, transport)[0]
+    assert said.startswith(f"RuntimeError: {what[0]}")
+    assert all(words in said for words in what)
     assert "\n" not in said
+
+
+def test_peer_copies_are_refused_where_they_cannot_be():
+    for rank, (other_host, gather_all, moved) in enumerate(run_ranks(unreadable, 2)):
+        assert other_host == (
+            "switch.transport peer: rank 0 cannot read rank 1's weights: it is on another host;"
+            " use auto or messages"
+        ), rank
+        assert gather_all == "switch.transport peer: the strategy gather-all needs messages; use auto"
+        assert moved == "switch: training weights have moved since peers opened them"
