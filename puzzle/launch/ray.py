@@ -1,0 +1,222 @@
+"""Ray places the agents of a run (`hosts.py`), by an actor per host in a placement group. No tensors in Ray.
+
+The cluster is the one that RAY_ADDRESS names (`ray job submit` sets it), else one of our own: over the nodes
+of this Slurm job, or on this host alone. Our own asks for a token, which its processes' environment holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from puzzle.errors import UserError
+from puzzle.launch import slurm
+from puzzle.launch.hosts import Watch, filled
+from puzzle.launch.local import terminate_as_exit
+from puzzle.launch.network import LOOPBACK, address_towards
+
+STORE_BYTES = 100_000_000  # for objects, of which there are hardly any
+PLACE_SECONDS = 60.0
+NODE_SECONDS = 60.0
+# What a worker is given of this process's environment, besides what Ray gives it.
+PASSED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "PUZZLE_", "HF_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_")
+
+
+class Agent:
+    """The actor: it starts its host's agent, hands on its output, and takes it along when it dies."""
+
+    def run(self, order: str, index: int, folder: str, values: dict[str, str]) -> Generator[bytes | int]:
+        """Yields the output of the agent as it comes, and its exit code at the end."""
+        agent = subprocess.Popen(
+            [sys.executable, "-u", "-m", "puzzle.launch.agent", str(index)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={**os.environ, **values},
+        )
+        assert agent.stdin is not None
+        assert agent.stdout is not None
+        agent.stdin.write(order.encode())
+        agent.stdin.flush()
+        while some := os.read(agent.stdout.fileno(), 1 << 16):
+            yield some
+        yield agent.wait()
+
+
+def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device: str) -> None:
+    """Run `target(*args)` as `world` processes of a Ray cluster, as local.run does. `args`: JSON values."""
+    with terminate_as_exit(), cluster(world, device), _placed(world, device) as (counts, group):
+        import ray
+        from ray.util import placement_group_table
+
+        placed = placement_group_table(group)["bundles_to_node_id"]
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        chosen = [nodes[placed[index]] for index in range(len(counts))]
+        addresses = [node["NodeManagerAddress"] for node in chosen]
+        watch = Watch([node["NodeManagerHostname"] for node in chosen], counts, addresses)
+        order = watch.order(target, args, logs).text()
+        ends = _Agents(watch, group, counts, order)
+        try:
+            watch.until(ends.ended)
+        finally:
+            ends.kill()
+        watch.settle(ends.code, f"an agent ended with code {ends.code}; its output tells why", logs)
+
+
+class _Agents:
+    """The actors of a run and what comes of them."""
+
+    def __init__(self, watch: Watch, group: Any, counts: Sequence[int], order: str) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._watch = watch
+        self.code = 0
+        values = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+        self._actors = []
+        self._streams: dict[Any, int] = {}
+        for index, count in enumerate(counts):
+            kind = next(kind for kind in ("GPU", "CPU") if kind in group.bundle_specs[index])
+            what = {"num_gpus": count, "num_cpus": 0} if kind == "GPU" else {"num_cpus": count}
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            actor = ray.remote(Agent).options(scheduling_strategy=where, max_restarts=0, **what).remote()
+            self._actors.append(actor)
+            self._streams[actor.run.remote(order, index, os.getcwd(), values)] = index
+
+    def ended(self, seconds: float) -> bool:
+        """Wait at most so long for something to come of the agents; whether all have ended."""
+        import ray
+
+        ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        for stream in ready:
+            try:
+                some = ray.get(next(stream))
+            except StopIteration:
+                del self._streams[stream]
+                continue
+            except ray.exceptions.RayError as error:
+                index = self._streams.pop(stream)
+                self._watch.lose(index, f"its Ray actor is gone: {type(error).__name__}")
+                continue
+            if isinstance(some, int):
+                self.code = self.code or some
+            else:
+                sys.stdout.buffer.write(some)
+                sys.stdout.buffer.flush()
+        return not self._streams
+
+    def kill(self) -> None:
+        """End the actors, and with them what they started."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _placed(world: int, device: str) -> Generator[tuple[list[int], Any]]:
+    """Processes per host, hosts filled in order, and the placement group that holds their devices."""
+    import ray
+    from ray._private.state import available_resources_per_node
+    from ray.util import placement_group, remove_placement_group
+
+    free = available_resources_per_node()
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    rooms = {kind: [int(free.get(node, {}).get(kind, 0)) for node in alive] for kind in ("GPU", "CPU")}
+    kind = "CPU" if device == "cpu" or (device == "auto" and not any(rooms["GPU"])) else "GPU"
+    counts = filled(world, sorted((room for room in rooms[kind] if room), reverse=True))
+    bundles = [{kind: float(count)} for count in counts]
+    group = placement_group(bundles, strategy="STRICT_SPREAD" if len(counts) > 1 else "STRICT_PACK")
+    try:
+        if not group.wait(PLACE_SECONDS):
+            raise UserError(
+                f"Ray did not free {world} {kind}s in {PLACE_SECONDS:g} s; is the cluster in use?"
+            )
+        yield counts, group
+    finally:
+        remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def cluster(world: int, device: str) -> Generator[None]:
+    """Connected to the cluster of RAY_ADDRESS, or to one of our own that lives as long as the block."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        ray.init(**quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    nodes = slurm.job_nodes(device) if slurm.inside() else []
+    address = address_towards([node.address for node in nodes])
+    folder = tempfile.mkdtemp(prefix="ray-")
+    values = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
+    }
+    if address == LOOPBACK:
+        # Else Ray takes another address of this host for 127.0.0.1, and listens on all.
+        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.update(values)
+    import ray
+
+    started: list[subprocess.Popen] = []
+    room = {"num_cpus": 0, "num_gpus": 0} if nodes else {"num_cpus": world} if device == "cpu" else {}
+    try:
+        context = ray.init(
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            _node_ip_address=address,
+            _temp_dir=folder,
+            **room,
+            **quiet,
+        )
+        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+        for node in nodes:  # one after another: together, some are lost
+            _join(node, device, started)
+        yield
+    finally:
+        for step in started:
+            slurm.end_step(step)
+        ray.shutdown()
+        for name in (*values, "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(node: slurm.Node, device: str, started: list[subprocess.Popen]) -> None:
+    """Start Ray on another node of this Slurm job and wait until it has joined."""
+    import ray
+
+    kind = ["--num-gpus=0", f"--num-cpus={node.room}"] if device == "cpu" else []
+    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    options = [f"--address={os.environ['RAY_ADDRESS']}", f"--node-ip-address={node.address}", *kind]
+    options.append(f"--object-store-memory={STORE_BYTES}")
+    before = len(ray.nodes())
+    command = slurm.srun([node], *ray_start, *options)
+    step = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    started.append(step)
+    deadline = time.monotonic() + NODE_SECONDS
+    while len(ray.nodes()) == before:
+        if step.poll() is not None or time.monotonic() > deadline:
+            raise UserError(f"Ray did not start on node {node.name} in {NODE_SECONDS:g} s")
+        time.sleep(0.2)

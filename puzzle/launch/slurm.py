@@ -1,0 +1,206 @@
+"""Slurm places the agents of a run (`hosts.py`) by srun; outside a job the command submits itself by sbatch.
+
+Everything a cluster wants to know is in one file, slurm.yaml (PUZZLE_SLURM names another).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from puzzle.configio import read_yaml
+from puzzle.errors import UserError
+from puzzle.launch.hosts import Watch, filled
+from puzzle.launch.local import terminate_as_exit
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ROOT / "slurm.yaml"
+AGENT = (sys.executable, "-u", "-m", "puzzle.launch.agent")
+END_SECONDS = 20.0
+
+
+class Settings(BaseModel):
+    """slurm.yaml; None leaves it to Slurm. `gres` says how many devices a node has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    gres: str | None = None
+    nodelist: str | None = None
+
+    def options(self, world: int) -> list[str]:
+        """sbatch's options for a job of `world` processes: whole nodes of devices, or a core for each."""
+        named = [f"--{name}={value}" for name, value in self if value is not None]
+        if self.gres is None:
+            return [*named, f"--ntasks={world}"]
+        devices = re.fullmatch(r"\w+:(?:[\w.-]+:)?([1-9][0-9]*)", self.gres)
+        if devices is None:
+            raise UserError(f"{_file()}: gres {self.gres}: expected as gpu:8")
+        return [*named, f"--nodes={-(-world // int(devices[1]))}", "--exclusive", "--mem=0"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of this job: `room` for so many processes."""
+
+    name: str
+    address: str
+    room: int
+
+
+def settings() -> Settings:
+    """slurm.yaml; raises UserError naming the key."""
+    try:
+        return Settings.model_validate(read_yaml(_file()).data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{_file()}: {key}: {problem['msg'].lower()}") from None
+
+
+def inside() -> bool:
+    """Whether this process belongs to a Slurm job."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device: str) -> None:
+    """Run `target(*args)` as `world` processes of this job, as local.run does; `args` are JSON values."""
+    nodes = job_nodes(device)
+    counts = filled(world, [node.room for node in nodes])
+    nodes = nodes[: len(counts)]
+    watch = Watch([node.name for node in nodes], counts, [node.address for node in nodes])
+    order = watch.order(target, args, logs)
+    with terminate_as_exit():
+        # A session of its own: a Ctrl-C is for this process, which ends srun.
+        step = subprocess.Popen(
+            srun(nodes, "--kill-on-bad-exit=1", *AGENT), stdin=subprocess.PIPE, start_new_session=True
+        )
+        assert step.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                step.stdin.write(order.text().encode())
+                step.stdin.flush()
+            watch.until(lambda seconds: _ended(step, seconds))
+        finally:
+            end_step(step)
+    code = step.returncode
+    watch.settle(
+        code if code >= 0 else 128 - code, f"srun ended with code {code}; its output tells why", logs
+    )
+
+
+def srun(nodes: Sequence[Node], *words: str) -> list[str]:
+    """The command that runs `words` once on each of this job's `nodes`, with all that the job has there."""
+    names = ",".join(node.name for node in nodes)
+    tasks = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={names}"]
+    return ["srun", *tasks, "--overlap", "--export=ALL", *words]
+
+
+def end_step(step: subprocess.Popen) -> None:
+    """End what srun started and srun, if they live."""
+    if step.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            step.stdin.close()
+    if step.poll() is None:
+        step.send_signal(signal.SIGTERM)
+        if not _ended(step, END_SECONDS):
+            step.kill()
+            step.wait()
+
+
+def _ended(step: subprocess.Popen, seconds: float) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        step.wait(seconds)
+    return step.returncode is not None
+
+
+def job_nodes(device: str) -> list[Node]:
+    """The nodes of this job in Slurm's order, with their devices: GPUs, or cores for `device` cpu."""
+    names = _answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    cores = [
+        int(cores)
+        for cores, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"])
+        for _ in range(int(times or 1))
+    ]
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    if device == "cuda" and not gpus:
+        raise UserError(f"job {os.environ['SLURM_JOB_ID']} has no GPUs; say gres in {_file()}")
+    rooms = cores if device == "cpu" or not gpus else [gpus] * len(names)
+    found = _answer("scontrol", "show", "node", "--oneliner", ",".join(names))
+    addresses = dict(re.findall(r"^NodeName=(\S+) .*? NodeAddr=(\S+)", found, re.MULTILINE))
+    return [Node(name, addresses[name], room) for name, room in zip(names, rooms, strict=True)]
+
+
+def submit(words: Sequence[str], world: int, out: Path) -> int:
+    """Run the command `words` as a job with room for `world` processes; its output and exit code are ours.
+
+    Whatever ends this process ends the job, and no other.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "slurm.log"
+    options = [f"--job-name={out.name}", f"--output={log.resolve()}", *settings().options(world)]
+    script = [str(ROOT / "scripts/slurm/job.sh"), *words]
+    log.write_bytes(b"")
+    with terminate_as_exit():
+        submitted = subprocess.Popen(
+            ["sbatch", "--parsable", "--wait", "--open-mode=append", *options, *script],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert submitted.stdout is not None
+        job = submitted.stdout.readline().strip().partition(";")[0]
+        try:
+            if job:
+                print(f"Slurm job {job}; its output, also in {log}:", flush=True)
+            with log.open("rb") as output:
+                over = False
+                while not over:
+                    over = _ended(submitted, 0.5)
+                    sys.stdout.buffer.write(output.read())
+                    sys.stdout.buffer.flush()
+        finally:
+            if job and submitted.poll() is None:
+                _cancel(job)
+            end_step(submitted)
+    if not job:
+        raise UserError(f"sbatch refused the job (its words are above); asked for: {shlex.join(options)}")
+    return submitted.returncode
+
+
+def _cancel(job: str) -> None:
+    """Cancel the job that this process submitted, and wait until Slurm has ended its processes."""
+    subprocess.run(["scancel", job], check=False)
+    deadline = time.monotonic() + 2 * END_SECONDS
+    asking = ["squeue", "--noheader", f"--jobs={job}"]  # an error once the job is forgotten
+    while time.monotonic() < deadline and subprocess.run(asking, capture_output=True, check=False).stdout:
+        time.sleep(0.5)
+
+
+def _answer(*words: str) -> str:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except FileNotFoundError:
+        raise UserError(
+            f"--launcher slurm: there is no {words[0]} here; use --launcher local or ray"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{shlex.join(words)}: {error.stderr.strip().splitlines()[-1:]}") from None
+
+
+def _file() -> Path:
+    return Path(os.environ.get("PUZZLE_SLURM", SETTINGS))

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The batch script of every job: runs its arguments on the job's first node.
+exec "$@"
