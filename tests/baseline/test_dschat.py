@@ -204,6 +204,8 @@ def test_shards_are_counted_as_such(runs: dict) -> None:
         (["--checkpoint.every", "2"], "the baseline is run for its log"),
         (["--ppo.microbatch_tokens", "64"], "replicas must run equally many passes"),
         (["--actor.layout.pp", "2"], "layout"),
+        (["--enable_cuda_graph", "--enable_hybrid_engine", "--actor_zero_stage", "3"], "below 3"),
+        (["--enable_cuda_graph", "--enable_hybrid_engine"], "one length"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:

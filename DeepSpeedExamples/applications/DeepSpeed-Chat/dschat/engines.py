@@ -23,7 +23,7 @@ from puzzle.model.packing import PackedBatch
 from puzzle.model.weights import random_tensor
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.rlhf.generator import Generator
-from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, learning_rate, optimizer_steps
+from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate, optimizer_steps
 from puzzle.sources import specs_of
 from puzzle.spec.model import ModelSpec
 
@@ -270,6 +270,7 @@ def build(config: TrainConfig, zero: ZeroOptions, world: World, hybrid: bool) ->
                     "max_out_tokens": (config.data.random_tokens or config.data.max_prompt_tokens)
                     + config.generation.max_new_tokens,
                     "inference_tp_size": zero.inference_tp_size,
+                    "enable_cuda_graph": zero.enable_cuda_graph,
                     "release_inference_cache": zero.release_inference_cache,
                     "pin_parameters": not zero.unpin_actor_parameters,
                     "tp_gather_partition_size": zero.tp_gather_partition_size,
@@ -289,4 +290,4 @@ def build(config: TrainConfig, zero: ZeroOptions, world: World, hybrid: bool) ->
         made[role] = ZeroModel(role, spec, world, engine, rate)
     actor: Any = made["actor"]
     found: list[Any] = [made.get(role) for role in ("actor", "critic", "reference", "reward")]
-    return Models(*found, Generator(actor))
+    return Models(*found, Generator(actor), Room(world))

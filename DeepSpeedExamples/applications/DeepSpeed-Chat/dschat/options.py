@@ -50,6 +50,7 @@ class ZeroOptions:
     actor_gradient_checkpointing: bool = False
     critic_gradient_checkpointing: bool = False
     enable_hybrid_engine: bool = False
+    enable_cuda_graph: bool = False  # of the Hybrid Engine's decoding
     inference_tp_size: int = 1
     tp_gather_partition_size: int = 8
     unpin_actor_parameters: bool = False
@@ -101,7 +102,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, ZeroOptions, Path]:
     config = load_config(given.config, [*others, *words])
     zero = ZeroOptions(**{field.name: getattr(given, field.name) for field in fields(ZeroOptions)})
     check(config)
-    refuse(config, given.output_dir)
+    refuse(config, zero, given.output_dir)
     return config, zero, given.output_dir
 
 
@@ -115,8 +116,17 @@ def _processes(file: Path | None, others: Sequence[str]) -> int:
     return prod(sizes) if all(isinstance(size, int) and size > 0 for size in sizes) else launched
 
 
-def refuse(config: TrainConfig, out: Path) -> None:
+def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
     """Raise UserError for what replicas in lockstep cannot run."""
+    if zero.enable_cuda_graph:
+        fixed = config.generation.min_new_tokens == config.generation.max_new_tokens
+        if not (zero.enable_hybrid_engine and zero.actor_zero_stage < 3):
+            raise UserError("enable_cuda_graph: needs enable_hybrid_engine and an actor_zero_stage below 3")
+        if config.data.random_tokens is None or not fixed:
+            raise UserError(
+                "enable_cuda_graph: graphs know one length of prompts and of answers: needs data.random_tokens,"
+                " and generation.min_new_tokens as max_new_tokens"
+            )
     if any(layout.tp * layout.pp > 1 for layout in config.layouts().values()):
         raise UserError("layout: ZeRO's processes are replicas; set tp and pp of every model to 1")
     if config.ppo.microbatch_tokens is not None:

@@ -190,10 +190,13 @@ class ChatTrainer(Trainer):
             pad_token_id=0,
             **drawn,
         )
+        # The Hybrid Engine's graphs look for a length that is fixed here, not in the generation's configuration.
+        lengths = {"min_new_tokens": p.min_new_tokens, "max_new_tokens": p.max_new_tokens}
         found_RS = module.generate(
             input_ids=ids_RP.to(self.world.device),
             attention_mask=mask_RP.to(self.world.device),
             synced_gpus=self.synced,
+            **(lengths if p.min_new_tokens == p.max_new_tokens else {}),
         )
         # The Hybrid Engine's own count of its last call; other engines have none.
         self._gathered += getattr(self._engine(), "_gather_latency", 0.0)
