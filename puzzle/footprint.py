@@ -10,7 +10,7 @@ from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.fused import why_not_fused
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.memory import RankMemory, Use, Work, rank_memory
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory
 from puzzle.plan.switch import plan_switch
 from puzzle.sources import layout_of, specs_of
 
@@ -20,6 +20,7 @@ UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
 
 # The end of a term's name, and the option that makes it smaller.
 REMEDIES = {
+    "generation weights": "choose a generation.layout nearer to the actor's, or raise its tp or pp",
     "weights": "raise {model}.layout.tp or pp",
     "masters": "raise {model}.layout.dp, tp or pp",
     "moments": "raise {model}.layout.dp, tp or pp",
@@ -30,6 +31,13 @@ REMEDIES = {
     "spreading": "raise {model}.layout.tp or pp instead of dp",
     "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
+}
+# The end of a resident term's name, the option that takes it to the host, and the stage that needs it.
+OFFLOADS = {
+    "masters": ("offload.optimizer", "training"),
+    "moments": ("offload.optimizer", "training"),
+    "reference weights": ("offload.reference", "inference"),
+    "reward weights": ("offload.reward", "inference"),
 }
 
 
@@ -49,12 +57,24 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
         section = getattr(config, role)
         placement = Placement.default(layout_of(role, section.layout, spec))
         trained = role in ("actor", "critic")
-        uses.append(Use(role, spec, placement, item, trained, trained and config.recompute, fused))
+        uses.append(
+            Use(
+                role,
+                spec,
+                placement,
+                item,
+                trained,
+                recompute=trained and config.recompute,
+                fused=fused,
+                compiled=config.compile,
+                offload=config.offload.optimizer if trained else getattr(config.offload, role),
+            )
+        )
     actor, options = uses[0], config.switch
     layout = layout_of("generation", config.generation.layout, actor.spec)
     if options.nest:
         layout = Layout.nested(layout.tp, layout.pp, layout.dp, actor.placement.layout)
-    extra, placement = dict.fromkeys(range(config.world), 0), actor.placement
+    switched, placement = dict.fromkeys(range(config.world), Switched()), actor.placement
     if layout != placement.layout:
         plan = plan_switch(
             actor.spec,
@@ -68,39 +88,47 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
         if options.transport == "peer":
             plan = plan.by_peer_copies()
         placement = plan.destination
-        extra = {rank: plan.for_rank(rank).peak_extra for rank in range(config.world)}
+        for rank in switched:
+            part = plan.for_rank(rank)
+            weights = item * sum(param.size for param in part.allocate)
+            switched[rank] = Switched(weights, part.peak_extra)
     generation = Use("generation", actor.spec, placement, item, fused=fused)
+    prompt = config.data.random_tokens or config.data.max_prompt_tokens
+    microbatch, tokens = config.ppo.microbatch, config.ppo.microbatch_tokens
+    if tokens is not None:
+        microbatch = max(1, tokens // (prompt + config.generation.max_new_tokens))
     work = Work(
         config.batch * config.generation.samples,
         config.minibatch,
-        config.data.random_tokens or config.data.max_prompt_tokens,
+        prompt,
         config.generation.max_new_tokens,
-        config.ppo.microbatch,
+        microbatch,
         config.generation.prefill_microbatch,
         config.generation.decode_microbatch,
     )
     trained = {use.name: use.placement for use in uses if use.trained}
     shared = bool(config.intra.fuse_training) and why_not_fused(trained) is None
-    return [rank_memory(rank, uses, generation, work, extra[rank], shared) for rank in range(config.world)]
+    return [rank_memory(rank, uses, generation, work, switched[rank], shared) for rank in range(config.world)]
 
 
 def table(ranks: Sequence[RankMemory]) -> str:
     """Text: one line per kind of rank, GiB; below it every term of the rank that needs most."""
-    lines = [
-        "device memory in GiB, all sequences at full length",
-        f"{'ranks':>12}{'resident':>10}{'generation':>12}{'inference':>11}{'training':>10}{'peak':>9}",
-    ]
+    names = list(ranks[0].stages)
+    head = "".join(f"{name:>12}" for name in ("ranks", "resident", *names, "peak"))
+    lines = ["device memory in GiB, all sequences at full length", head]
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in ranks:
-        stages = tuple(sum(terms.values()) for terms in rank.stages.values())
+        stages = (sum(rank.stages[name].values()) for name in names)
         groups.setdefault((sum(rank.resident.values()), *stages, rank.peak), []).append(rank.rank)
     for sizes, members in groups.items():
-        cells = [f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (10, 12, 11, 10, 9), strict=True)]
-        lines.append(f"{_ranges(members):>12}" + "".join(cells))
+        lines.append(f"{_ranges(members):>12}" + "".join(f"{size / GIB:12.2f}" for size in sizes))
     most = max(ranks, key=lambda rank: rank.peak)
     lines.append(f"rank {most.rank} in {most.worst}:")
     terms = {**most.resident, **most.stages[most.worst]}
     lines += [f"{size / GIB:>12.2f}  {name}" for name, size in terms.items() if size]
+    host = max(rank.host for rank in ranks)
+    if host:
+        lines.append(f"offloaded to host memory: up to {host / GIB:.2f} per rank")
     return "\n".join(lines)
 
 
@@ -117,9 +145,11 @@ def require(ranks: Sequence[RankMemory], limit: int) -> None:
 def remedy(rank: RankMemory) -> str:
     """The largest term at a rank's peak, and the option that lowers it."""
     name, size = rank.largest
-    model, _, term = name.partition(" ")
-    advice = next(text for end, text in REMEDIES.items() if term.endswith(end))
-    return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=model)}"
+    advice = next(text for end, text in REMEDIES.items() if name.endswith(end))
+    for end, (option, stage) in OFFLOADS.items():
+        if name in rank.resident and name.endswith(end) and rank.worst != stage:
+            advice = f"set {option}"
+    return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=name.partition(' ')[0])}"
 
 
 def _ranges(members: Sequence[int]) -> str:

@@ -22,8 +22,6 @@ from puzzle.sources import check
 
 BAR = 0.1
 """How far a measured peak may be from the formula, as a share of it."""
-STAGES = {"generation": ("switch", "generation"), "inference": ("inference",), "training": ("training",)}
-"""Stages of the formula, and those of the log that each of them covers."""
 DEFAULTS: dict[str, Any] = {
     "iterations": 2,
     "batch": 32,
@@ -104,13 +102,22 @@ def configured(
 
 
 def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:
-    """Every rank's stages beside what the run's log says of them."""
+    """Every rank's stages beside what the run's log says of them.
+
+    Without a change of layout, generation begins with what is there before offloaded states have left.
+    """
     logged: dict[int, Mapping[str, int]] = {r["rank"]: r.get("peak_bytes", {}) for r in run.ranks}
     found = []
     for memory in ranks:
-        for stage, parts in STAGES.items():
-            sizes = [logged[memory.rank][part] for part in parts if part in logged[memory.rank]]
-            found.append(Peak(memory.rank, stage, memory.total(stage), max(sizes, default=None)))
+        measured = logged[memory.rank]
+        for stage in memory.stages:
+            formula = memory.total(stage)
+            if not run.switches:
+                if stage == "switch":
+                    continue
+                if stage == "generation":
+                    formula = max(formula, memory.total("switch"))
+            found.append(Peak(memory.rank, stage, formula, measured.get(stage)))
     return found
 
 

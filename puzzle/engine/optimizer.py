@@ -74,6 +74,7 @@ class ZeroAdamW:
         self._reducing = False
         self._norm: tuple[Tensor, dist.Work | None] | None = None
         self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
+        self.before_use: Callable[[], None] = lambda: None  # masters and moments may lie elsewhere
         self.buckets = fill_buckets(params, self.dp, coord.d, bucket)
         self.slots = [slot for b in self.buckets for slot in b.slots]
         self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
@@ -241,6 +242,7 @@ class ZeroAdamW:
             )
 
     def _step(self) -> None:
+        self.before_use()
         if self.unchanged_until is not None:
             torch.cuda.current_stream(self.world.device).wait_event(self.unchanged_until)
             self.unchanged_until = None
@@ -333,12 +335,19 @@ class ZeroAdamW:
 
     def moments(self, i: int) -> tuple[Tensor, Tensor]:
         """fp32 exp_avg and exp_avg_sq of slot i's own rows; zeros before the first step."""
+        self.before_use()
         master = self.masters[i]
         state = self.adam.state[master]
         if "exp_avg" not in state and master.numel():
             state |= {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         return (state["exp_avg"], state["exp_avg_sq"]) if master.numel() else (master, master)
+
+    def state_tensors(self) -> list[Tensor]:
+        """Masters that are not the weights' own memory, and the moments that exist."""
+        masters = [m for m, slot in zip(self.masters, self.slots, strict=True) if m.dtype != slot.param.dtype]
+        moments = [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        return masters + moments
 
     def set_steps(self, steps: int) -> None:
         """Go on as after `steps` steps; the moments are the caller's to fill."""

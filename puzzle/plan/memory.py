@@ -25,7 +25,9 @@ PREFILL_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Use:
-    """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA)."""
+    """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA);
+    `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
+    is not trained, are on the host where they are not needed."""
 
     name: str
     spec: ModelSpec
@@ -34,6 +36,8 @@ class Use:
     trained: bool = False
     recompute: bool = False
     fused: bool = True
+    compiled: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,12 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank by term: `resident` ones always, a stage's while it runs."""
+    """Bytes of one rank by term: `resident` ones always, a stage's in it. `host`: what is offloaded."""
 
     rank: int
     resident: Mapping[str, int]
     stages: Mapping[str, Mapping[str, int]]
+    host: int = 0
 
     def total(self, stage: str) -> int:
         """Resident bytes and those of a stage."""
@@ -144,14 +149,14 @@ class Activations:
 
     def layer(self) -> int:
         """What one layer saves: two norms and their results, queries, keys, values, attention's result with
-        a factor per head, gate and up, the activated gate, and the product."""
+        a factor per head, gate and up, the activated gate (which compiled code computes again), the product."""
         norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
         # Values are a view of all columns of their product, so that it stays.
         columns = (self.Q + 2 * self.R) + self.Q + self.R + self.Q
         attention = self.T * (columns * self.item + self.heads * FP32)
         if self.use.spec.qk_norm:
             attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
-        return norms + attention + self.T * 4 * self.F * self.item
+        return norms + attention + self.T * (3 if self.use.compiled else 4) * self.F * self.item
 
     def saved(self) -> int:
         """From a forward to its backward pass on this stage."""
@@ -260,20 +265,26 @@ def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class Switched:
+    """What generating in another layout takes beside the training weights: `weights` while it generates,
+    `filling` (those and staging) while they are brought there."""
+
+    weights: int = 0
+    filling: int = 0
+
+
 def rank_memory(
-    rank: int, uses: Sequence[Use], generation: Use, work: Work, extra: int = 0, shared: bool = False
+    rank: int,
+    uses: Sequence[Use],
+    generation: Use,
+    work: Work,
+    switched: Switched = Switched(),
+    shared: bool = False,
 ) -> RankMemory:
-    """What `rank` needs. `generation` is the actor where it generates; `extra`: bytes that moving its weights
-    there takes beyond those of training; `shared`: the trained models share a pipeline."""
-    resident: dict[str, int] = {}
-    training: dict[str, int] = {}
-    for use in uses:
-        coord = use.placement.coord_of(rank)
-        resident[f"{use.name} weights"] = weight_bytes(use.spec, use.placement.layout, coord, use.itemsize)
-        if use.trained:
-            for name, size in state_bytes(use, coord).items():
-                resident[f"{use.name} {name}"] = size
-            training[f"{use.name} gradients"] = gradient_bytes(use, coord)["gradients"]
+    """What `rank` needs. `generation` is the actor where it generates; `shared`: the trained models share a
+    pipeline."""
+    resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
     steps = [_stream(trained, work, rank)] if shared else []
     if not shared:
@@ -281,15 +292,32 @@ def rank_memory(
         for use in trained:
             spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
             steps.append({f"{use.name} spreading": spreading})
-    training |= _worst(steps)
     passes = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
     made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
     stages = {
-        "generation": {"generation weights and staging": extra, **made},
-        "inference": passes,
-        "training": training,
+        # Offloaded states leave when the weights are there.
+        "switch": {"generation weights and staging": switched.filling, **states},
+        "generation": {"generation weights": switched.weights, **made},
+        "inference": {**lent, **passes},
+        "training": {**states, **training, **_worst(steps)},
     }
-    return RankMemory(rank, resident, stages)
+    return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()))
+
+
+def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:
+    """Bytes of all models by term: those always held, gradients, offloaded states, offloaded weights."""
+    resident: dict[str, int] = {}
+    gradients: dict[str, int] = {}
+    states: dict[str, int] = {}
+    lent: dict[str, int] = {}
+    for use in uses:
+        coord = use.placement.coord_of(rank)
+        weights = weight_bytes(use.spec, use.placement.layout, coord, use.itemsize)
+        (lent if use.offload and not use.trained else resident)[f"{use.name} weights"] = weights
+        if use.trained:
+            (states if use.offload else resident).update(_named(use, state_bytes(use, coord)))
+            gradients[f"{use.name} gradients"] = gradient_bytes(use, coord)["gradients"]
+    return resident, gradients, states, lent
 
 
 def _named(use: Use, terms: Mapping[str, int]) -> dict[str, int]:

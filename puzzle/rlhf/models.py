@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from puzzle.config import Role, TrainConfig
+from puzzle.engine.offload import Offload, offload_states, offload_weights
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
@@ -25,6 +27,41 @@ ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward"
 """Added to the run's seed for random weights: the reference starts as the actor does."""
 
 
+class Room:
+    """What a run offloads: optimizer `states`, needed in training, and `weights`, needed in inference."""
+
+    def __init__(self, world: World, states: Sequence[Offload] = (), weights: Sequence[Offload] = ()) -> None:
+        self.world, self.states, self.weights = world, states, weights
+
+    def for_generation(self) -> None:
+        """All leave."""
+        for part in (*self.weights, *self.states):
+            part.leave()
+
+    def for_inference(self) -> None:
+        """The weights come, layer after layer."""
+        for part in self.weights:
+            part.fetch()
+
+    def for_training(self) -> None:
+        """The weights leave; the states come, which are needed at the end of the first step."""
+        for part in self.weights:
+            part.leave()
+        for part in self.states:
+            part.fetch()
+
+    def record(self) -> dict[str, Any] | None:
+        """Fields of an iteration's `offload` record, None where nothing is offloaded; call on every rank."""
+        if not (self.states or self.weights):
+            return None
+        times = [part.take_times() for part in (*self.states, *self.weights)]
+        waited, copied, moved = (float(sum(column)) for column in zip(*times, strict=True))
+        device = self.world.device
+        slowest = self.world.max(torch.tensor([waited, copied], dtype=torch.float64, device=device)).tolist()
+        total = self.world.sum(torch.tensor(moved, dtype=torch.float64, device=device))
+        return {"seconds": slowest[0], "copy_seconds": slowest[1], "bytes": int(total)}
+
+
 @dataclass(frozen=True)
 class Models:
     """`reference` is None when reference-free, `reward` when the reward is a function."""
@@ -34,6 +71,7 @@ class Models:
     reference: ModelRuntime | None
     reward: ModelRuntime | None
     generator: Generator
+    room: Room
 
     def all(self) -> list[ModelRuntime]:
         """Those in use."""
@@ -95,4 +133,24 @@ def build_models(config: TrainConfig, world: World) -> Models:
         if role in made:
             made[role].freeze()
     generator = build_generator(config, world, made["actor"])
-    return Models(made["actor"], made["critic"], made.get("reference"), made.get("reward"), generator)
+    return Models(
+        made["actor"],
+        made["critic"],
+        made.get("reference"),
+        made.get("reward"),
+        generator,
+        _room(config, world, made),
+    )
+
+
+def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime]) -> Room:
+    options, states, weights = config.offload, [], []
+    if options.optimizer:
+        for role in ("actor", "critic"):
+            optimizer = made[role].optimizer
+            assert optimizer is not None
+            states.append(offload_states(world, optimizer))
+    for role in ("reference", "reward"):
+        if getattr(options, role):
+            weights.append(offload_weights(world, made[role].stage))
+    return Room(world, states, weights)

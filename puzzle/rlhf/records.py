@@ -46,6 +46,14 @@ def experience_metrics(
         "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).sum()) / tokens,
         "repetition": repetition(experience.responses),
     }
+    if experience.drawn_tokens is not None:
+        metrics["useful_token_share"] = tokens / experience.drawn_tokens
+    if (
+        experience.drawn_logprobs_BS is not None
+        and experience.drawn_logprobs_BS is not experience.logprobs_BS
+    ):
+        gap = torch.where(mask, experience.drawn_logprobs_BS - experience.logprobs_BS, 0.0).abs()
+        metrics |= {"logprob_gap": float(gap.sum()) / tokens, "logprob_gap_max": float(gap.max())}
     if experience.ref_logprobs_BS is not None:
         kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
         total = float(torch.where(mask, kl, 0.0).sum())
@@ -163,6 +171,11 @@ class Recorder:
         """The switches of an iteration, unless there were none."""
         if self.writer is not None and fields is not None:
             self.writer.switch(iteration, **fields)
+
+    def offload(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
+        """What an iteration offloaded, unless it was nothing."""
+        if self.writer is not None and fields is not None:
+            self.writer.offload(iteration, **fields)
 
     def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Which schedules run."""

@@ -179,6 +179,10 @@ class RunWriter:
         """One change of layout: `bytes`, `lower_bound_bytes`, `local_share`, and what else is known."""
         self._write("switch", iteration=iteration, seconds=float(seconds), **fields)
 
+    def offload(self, iteration: int, seconds: float, **fields: Any) -> None:
+        """What an iteration moved to the host and back: `copy_seconds`, `bytes`."""
+        self._write("offload", iteration=iteration, seconds=float(seconds), **fields)
+
     def checkpoint(self, iteration: int, path: str, **fields: Any) -> None:
         """A complete checkpoint after `iteration`: `seconds`, `bytes`."""
         self._write("checkpoint", iteration=iteration, path=path, **fields)
