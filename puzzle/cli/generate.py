@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from puzzle.cli import Parser
 from puzzle.config import DataConfig
 from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
-from puzzle.data.tokenizers import Tokenizer, load_tokenizer, stop_ids
+from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text, stop_ids, stop_rule
 from puzzle.errors import UserError
+from puzzle.launch import local
+
+if TYPE_CHECKING:
+    from puzzle.engine.generate import Response
+    from puzzle.engine.runtime import ModelRuntime
+
+Answers = list[tuple[int, "list[Response]"]]
+"""Where a replica's share of a batch begins, and its responses."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process is given."""
+
+    model: Path
+    prompts: tuple[Prompt, ...]
+    jsonl: Path | None
+    stop: tuple[str, ...]
+    sampling: dict[str, Any]
+    layout: tuple[int, int, int]
+    batch: int
+    device: str
+    dtype: str
 
 
 def parser() -> Parser:
@@ -32,8 +56,13 @@ def parser() -> Parser:
     made.add_argument("--top-p", type=float, default=1.0)
     made.add_argument("--min-new-tokens", type=int, default=0)
     made.add_argument("--max-new-tokens", type=int, default=128)
+    made.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a response; repeatable"
+    )
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--batch", type=int, default=32, help="prompts at a time")
+    made.add_argument("--batch", type=int, default=32, help="prompts at a time, of all replicas")
+    for name, meaning in (("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"), ("dp", "replicas")):
+        made.add_argument(f"--layout.{name}", type=int, default=1, dest=name, metavar="N", help=meaning)
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda")
     return made
@@ -42,8 +71,12 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
-    if given.batch < 1:
-        raise UserError(f"--batch is {given.batch}; it must be at least 1")
+    for name in ("batch", "tp", "pp", "dp"):
+        if getattr(given, name) < 1:
+            option = name if name == "batch" else f"layout.{name}"
+            raise UserError(f"--{option} is {getattr(given, name)}; it must be at least 1")
+    if "" in given.stop:
+        raise UserError("--stop: an empty text would end every response; leave it out")
     if given.jsonl is not None and not given.jsonl.parent.is_dir():
         raise UserError(f"--jsonl {given.jsonl}: no folder {given.jsonl.parent}")
     tokenizer = load_tokenizer(str(given.model))
@@ -52,16 +85,20 @@ def run(arguments: Sequence[str]) -> int:
         chat_template=bool(tokenizer.chat_template) and not given.plain,
         max_prompt_tokens=1 << 30,  # the model's positions are the limit
     )
-    prompts = _prompts(given.prompts, data, tokenizer)
-    lines = []
-    for prompt, answer in _answers(given, tokenizer, prompts.prompts):
-        text = str(tokenizer.decode(answer["response_ids"], skip_special_tokens=True))
-        lines.append(json.dumps({"prompt": prompt.text, "response": text, **answer}, ensure_ascii=False))
-        print(f"{prompt.text}\n> {text}\n", flush=True)
-    if given.jsonl is not None:
-        partial = given.jsonl.with_name(f".{given.jsonl.name}.partial")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(partial, given.jsonl)
+    names = ("greedy", "temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "seed")
+    sampling = {name: getattr(given, name) for name in names}
+    job = Job(
+        given.model,
+        _prompts(given.prompts, data, tokenizer).prompts,
+        given.jsonl,
+        tuple(given.stop),
+        sampling | {"stop_ids": stop_ids(tokenizer, given.model)},
+        (given.tp, given.pp, given.dp),
+        given.batch,
+        given.device,
+        given.dtype,
+    )
+    local.run("puzzle.cli.generate:work", (job,), given.tp * given.pp * given.dp)
     return 0
 
 
@@ -75,39 +112,103 @@ def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> Promp
     return tokenise(rows, "standard input", data, tokenizer)
 
 
-def _answers(
-    given: argparse.Namespace, tokenizer: Tokenizer, prompts: Sequence[Prompt]
-) -> Iterator[tuple[Prompt, dict[str, list]]]:
-    """Every prompt with `response_ids` and `logprobs`, batch by batch."""
-    import torch
-
-    from puzzle.engine.generate import Request, generate
+def work(job: Job) -> None:
+    """What every process does; rank 0 prints, and writes the file once all is there."""
+    from puzzle.engine.generate import Request, check_room, generate
+    from puzzle.engine.passes import StagePasses
     from puzzle.engine.sampling import SamplingParams
     from puzzle.engine.world import World
-    from puzzle.model import hf
-    from puzzle.model.decoder import Decoder
-    from puzzle.model.parallel import TensorGroup
-    from puzzle.plan.layout import Coord, Layout
 
-    params = SamplingParams(
-        greedy=given.greedy,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        min_new_tokens=given.min_new_tokens,
-        max_new_tokens=given.max_new_tokens,
-        stop_ids=stop_ids(tokenizer, given.model),
-        seed=given.seed,
-    )
-    device = World.start(given.device).device
-    half = given.dtype == "bf16" or (given.dtype == "auto" and device.type == "cuda")
-    spec = hf.read_spec(given.model, "lm")
-    layout = Layout.even(1, 1, 1, spec.num_layers)
+    params = SamplingParams(**job.sampling)
+    tokenizer = load_tokenizer(str(job.model))
+    rule = stop_rule(tokenizer, job.stop)
+    with World.start(job.device) as world:
+        runtime = _load(job, world)
+        requests = [Request(prompt.tokens, prompt.index) for prompt in job.prompts]
+        check_room(requests, params.max_new_tokens, runtime.spec.max_positions)
+        passes = StagePasses(runtime.decoder)
+        terminal = Terminal(tokenizer, job) if world.rank == 0 else None
+        for start in range(0, len(requests), job.batch):
+            part = requests[start : start + job.batch]
+            rows = runtime.rows(len(part))
+            answers = generate(
+                runtime.decoder,
+                [part[row] for row in rows],
+                params,
+                runtime.runner,
+                passes=passes,
+                stop=rule,
+                watch=terminal.watch if terminal is not None and len(requests) == 1 else None,
+            )
+            found = world.gather((rows.start, answers) if runtime.owns_results else None)
+            if terminal is not None:
+                terminal.show(start, [own for own in found if own is not None])
+        if terminal is not None:
+            terminal.write()
+
+
+def _load(job: Job, world: Any) -> ModelRuntime:
+    import torch
+
+    from puzzle.engine.runtime import ModelRuntime
+    from puzzle.model import hf
+    from puzzle.plan.layout import Layout, Placement
+
+    spec = hf.read_spec(job.model, "lm")
+    largest = max(max(prompt.tokens) for prompt in job.prompts)
+    if largest >= spec.vocab_size:
+        raise UserError(
+            f"{job.model}: its tokenizer gives token {largest}, its vocabulary has {spec.vocab_size}"
+        )
+    half = job.dtype == "bf16" or (job.dtype == "auto" and world.device.type == "cuda")
+    placement = Placement.default(Layout.even(*job.layout, spec.num_layers))
     dtype = torch.bfloat16 if half else torch.float32
-    decoder = Decoder(spec, layout, Coord(0, 0, 0), TensorGroup(), dtype, device)
-    hf.load(decoder, given.model)
-    for start in range(0, len(prompts), given.batch):
-        part = prompts[start : start + given.batch]
-        requests = [Request(prompt.tokens, prompt.index) for prompt in part]
-        for prompt, answer in zip(part, generate(decoder, requests, params), strict=True):
-            yield prompt, {"response_ids": answer.tokens, "logprobs": answer.logprobs}
+    runtime = ModelRuntime("model", spec, placement, world, dtype)
+    hf.load(runtime.decoder, job.model)
+    runtime.freeze()
+    return runtime
+
+
+class Terminal:
+    """Prints responses, a single one while it comes, and keeps the lines of the file."""
+
+    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
+        self.tokenizer, self.job = tokenizer, job
+        self._lines: list[str] = []
+        self._stream = TextStream(tokenizer)
+        self._text, self._shown, self._started = "", 0, False
+        # What may yet turn out to begin a stop text is held back.
+        self._held = max(map(len, job.stop), default=1) - 1
+
+    def watch(self, _request: int, token: int) -> None:
+        """One more token of the only response."""
+        if not self._started:
+            self._say(self.job.prompts[0].text + "\n> ")
+            self._started = True
+        self._text += self._stream.add(token)[0]
+        stops = [at for at in (self._text.find(stop) for stop in self.job.stop) if at >= 0]
+        certain = max(self._shown, min([len(self._text) - self._held, *stops]))
+        self._say(self._text[self._shown : certain])
+        self._shown = certain
+
+    def show(self, start: int, answers: Answers) -> None:
+        """The responses to a batch whose first prompt is `start`."""
+        rows = [answer for _, part in sorted(answers, key=lambda own: own[0]) for answer in part]
+        for prompt, answer in zip(self.job.prompts[start:], rows, strict=False):
+            text = response_text(self.tokenizer, answer.tokens, self.job.stop)
+            line = {"prompt": prompt.text, "response": text, "response_ids": answer.tokens}
+            self._lines.append(json.dumps(line | {"logprobs": answer.logprobs}, ensure_ascii=False))
+            said = text[self._shown :] if self._started else f"{prompt.text}\n> {text}"
+            self._say(f"{said}\n\n")
+
+    def write(self) -> None:
+        """The file, whole or not at all."""
+        if self.job.jsonl is None:
+            return
+        partial = self.job.jsonl.with_name(f".{self.job.jsonl.name}.partial")
+        partial.write_text("\n".join(self._lines) + "\n", encoding="utf-8")
+        os.replace(partial, self.job.jsonl)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, end="", flush=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from puzzle.config import GenerationConfig, PPOConfig, TrainConfig
 from puzzle.data.prompts import Prompt
-from puzzle.data.tokenizers import Tokenizer, dialogue_ids
+from puzzle.data.tokenizers import StopRule, Tokenizer, dialogue_ids, response_text
 from puzzle.engine.fusion import Pass
-from puzzle.engine.generate import Request, generate
+from puzzle.engine.generate import Request, Tally, generate
 from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.errors import UserError
@@ -43,10 +43,11 @@ def respond(
     params: SamplingParams,
     iteration: int,
     generation: GenerationConfig,
+    stop: StopRule | None = None,
 ) -> Experience:
     """Responses and their log-probs for every prompt, the same experience on every rank.
 
-    `generation` says how large micro-batches are.
+    `generation` says how large micro-batches are; `stop` ends responses beside the stop tokens.
     """
     count = len(prompts) * samples
     rows = actor.rows(count)
@@ -54,6 +55,7 @@ def respond(
         Request(prompts[row // samples].tokens, prompts[row // samples].index, row % samples, iteration)
         for row in rows
     ]
+    tally = Tally()
     answers = generate(
         actor.decoder,
         requests,
@@ -61,6 +63,8 @@ def respond(
         actor.runner,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
+        stop=stop,
+        tally=tally,
     )
     width = params.max_new_tokens
     # A token t is sent as t + 1: what nobody wrote stays 0.
@@ -78,17 +82,22 @@ def respond(
     )
     longest = experience.mask_BS.shape[1]
     logprobs = actor.collect(logprobs_RS, rows, (count, width))[:, :longest]
-    return replace(experience, logprobs_BS=logprobs)
+    drawn = torch.tensor(tally.rows if actor.owns_results else 0, device=actor.world.device)
+    drawn = int(actor.world.sum(drawn))
+    return replace(experience, logprobs_BS=logprobs, drawn_logprobs_BS=logprobs, drawn_tokens=drawn)
 
 
 def texts(
-    experience: Experience, prompts: Sequence[Prompt], tokenizer: Tokenizer | None
+    experience: Experience,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    stops: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """Prompt and response texts of every row; without a tokenizer, the ids."""
+    """Prompt and response texts of every row, cut before stop texts; without a tokenizer, the ids."""
     asked = [prompts[row // experience.samples].text for row in range(len(experience))]
     if tokenizer is None:
         return asked, [" ".join(map(str, response)) for response in experience.responses]
-    return asked, [str(tokenizer.decode(list(r), skip_special_tokens=True)) for r in experience.responses]
+    return asked, [response_text(tokenizer, r, stops) for r in experience.responses]
 
 
 def reward_sequences(
@@ -96,12 +105,13 @@ def reward_sequences(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer | None,
     reward_tokenizer: Tokenizer | None,
+    stops: Sequence[str] = (),
 ) -> list[Sequence[int]]:
     """What the reward model reads: the same ids, or the text in its own tokenizer's."""
     rows = range(len(experience))
     if tokenizer is None or reward_tokenizer is None:
         return [experience.sequence(row) for row in rows]
-    asked, answered = texts(experience, prompts, tokenizer)
+    asked, answered = texts(experience, prompts, tokenizer, stops)
     turns = [prompts[row // experience.samples].messages for row in rows]
     return [dialogue_ids(reward_tokenizer, asked[r], turns[r], answered[r]) for r in rows]
 

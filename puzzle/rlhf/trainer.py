@@ -207,7 +207,7 @@ class Trainer:
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
-        recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)
+        recorder.samples(iteration, experience, self._texts(experience, prompts), scores)
         self._read_clock(iteration, clock, recorder)
         for model in (self.models.actor, self.models.critic):
             assert model.optimizer is not None
@@ -276,7 +276,8 @@ class Trainer:
     def _about_rewards(
         self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
     ) -> Question:
-        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer)
+        stops = self.config.generation.stop
+        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer, stops)
         return about_sequences(reward, sequences, self.config.ppo)
 
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
@@ -290,13 +291,16 @@ class Trainer:
         found: list[float] | UserError = []
         if self.world.rank == 0:
             try:
-                found = self.function(*texts(experience, prompts, self.data.tokenizer))
+                found = self.function(*self._texts(experience, prompts))
             except UserError as error:
                 found = error
         found = self.world.share(found)
         if isinstance(found, UserError):
             raise found
         return torch.tensor(found, dtype=torch.float32, device=self.world.device)
+
+    def _texts(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+        return texts(experience, prompts, self.data.tokenizer, self.config.generation.stop)
 
     def _adapt(self, metrics: dict[str, float], responses: int) -> None:
         kl = self.config.ppo.kl
@@ -313,16 +317,14 @@ class Trainer:
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
         with self.models.generator.weights() as actor:
-            experience = respond(actor, prompts, 1, params, 0, self.config.generation)
+            experience = respond(actor, prompts, 1, params, 0, self.config.generation, self.data.stop_rule)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
         metrics = {"reward": reward}
         if len(scores) > 1:
             metrics["reward_ci95"] = 1.96 * float(scores.std()) / len(scores) ** 0.5
         recorder.evaluation(done, metrics)
-        recorder.samples(
-            done, experience, texts(experience, prompts, self.data.tokenizer), scores, held_out=True
-        )
+        recorder.samples(done, experience, self._texts(experience, prompts), scores, held_out=True)
         if self.config.checkpoint.best and reward > self.best:
             recorder.save(self.models.actor, "best", done)
         self.best = max(self.best, reward)

@@ -29,6 +29,8 @@ class Update:
         self._sums: dict[str, Tensor] = {}
         self._norms: dict[str, list[float]] = {"actor": [], "critic": []}
         self._steps = 0
+        # Of the first step: ratios' sum, how many they are, and the furthest from 1.
+        self._first = [0.0, 0.0, 0.0]
 
     def run(self, iteration: int) -> None:
         """All epochs and minibatches."""
@@ -61,7 +63,15 @@ class Update:
         }
         for role, norms in self._norms.items():
             out[f"{role}_grad_norm"] = sum(norms) / len(norms)
-        return out
+        return out | self._first_ratio()
+
+    def _first_ratio(self) -> dict[str, float]:
+        """Of the policy before any step to the one that PPO starts from: 1, but for rounding."""
+        world = self.models.actor.world
+        first = torch.tensor(self._first, dtype=torch.float64, device=world.device)
+        furthest = float(world.max(first[2:].clone()))
+        total, count = world.sum(first[:2].clone()).tolist()
+        return {"first_ratio": total / count, "first_ratio_gap": furthest}
 
     @staticmethod
     def _names() -> list[str]:
@@ -104,9 +114,15 @@ class Update:
             entropy=c.entropy > 0,
         )
         in_loss = c.kl.place == "loss" and e.ref_logprobs_BS is not None
+        old = self._taken(e.logprobs_BS, part)
+        if self._steps == 0 and self.models.actor.owns_results:
+            ratio = (stats.logprobs.detach() - old).exp()
+            total, count, furthest = self._first
+            gap = float((ratio - 1).abs().max())
+            self._first = [total + float(ratio.sum()), count + len(ratio), max(furthest, gap)]
         return ppo.actor_loss(
             stats.logprobs,
-            self._taken(e.logprobs_BS, part),
+            old,
             self._taken(e.advantages_BS, part),
             torch.ones_like(stats.logprobs, dtype=torch.bool),
             clip=c.clip,
