@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from puzzle import footprint
 from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
@@ -13,7 +14,7 @@ from puzzle.cli import Parser
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
 from puzzle.errors import UserError
-from puzzle.launch import local
+from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.runlog import load_runs
 from puzzle.sources import check
 
@@ -31,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     options, overrides = parser.parse_known_args(arguments)
@@ -55,7 +57,10 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
-    return start(config, options.out, options.resume)
+    if options.launcher == "slurm" and not slurm.inside():
+        command = [sys.executable, "-m", "puzzle.cli", "train", *arguments]
+        return slurm.submit(command, config.world, options.out)
+    return start(config, options.out, options.resume, options.launcher)
 
 
 def _configured(out: Path | None, overrides: Sequence[str]) -> TrainConfig:
@@ -74,22 +79,46 @@ def _configured(out: Path | None, overrides: Sequence[str]) -> TrainConfig:
     return build(merge(config, parse_overrides(overrides)), place)
 
 
-def start(config: TrainConfig, out: Path, resume: bool = False) -> int:
-    """Run `config` into `out`; a folder of our making does not outlive a refusal before the log began."""
+def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launcher = "local") -> int:
+    """Run `config` into `out`; if it dies, resume it, `launch.max_restarts` times at most.
+
+    A folder of our making does not outlive a refusal before the log began.
+    """
     rank, _ = local.identity()
     made = rank == 0 and not out.exists()
     if rank == 0:
         _prepare(out, resume)
-    try:
-        local.run("puzzle.rlhf.trainer:train", (config, out, resume), config.world, out / "ranks")
-    except local.WorkerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except UserError:
-        if made and not (out / "run.jsonl").exists():
-            shutil.rmtree(out)
-        raise
+    most = config.launch.max_restarts
+    if most and "RANK" in os.environ:
+        raise UserError("launch.max_restarts: another launcher started this process and restarts it: use 0")
+    target, logs, note = "puzzle.cli.train:process", out / "ranks", ""
+    for restarts in range(most + 1):
+        args = (config.resolved(), str(out.resolve()), resume, note)
+        try:
+            if launcher == "local":
+                local.run(target, args, config.world, logs, apart=most > 0)
+            else:
+                launch(launcher, target, args, config.world, logs, config.device)
+        except local.WorkerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            if restarts == most:
+                return error.code
+            note = f"restart {restarts + 1} of {most} after: {error}"
+            resume = (out / "run.jsonl").exists()
+        except UserError:
+            if made and not (out / "run.jsonl").exists():
+                shutil.rmtree(out)
+            raise
+        else:
+            break
     return 0
+
+
+def process(resolved: dict[str, Any], out: str, resume: bool, note: str) -> None:
+    """One process of the run; its arguments are JSON values, which any launcher can bring to any host."""
+    from puzzle.rlhf.trainer import train
+
+    train(TrainConfig.model_validate(resolved), Path(out), resume, note)
 
 
 def _prepare(out: Path, resume: bool) -> None:

@@ -74,11 +74,14 @@ def threads_per_worker(world: int) -> int:
     return int(given) if given.isdigit() and int(given) > 0 else max(1, len(os.sched_getaffinity(0)) // world)
 
 
-def run(target: str, args: Sequence[Any], world: int, logs: Path | None = None) -> None:
+def run(
+    target: str, args: Sequence[Any], world: int, logs: Path | None = None, *, apart: bool = False
+) -> None:
     """Run `target` ("module:function") as `world` processes; returns when all have ended well.
 
-    In one process, or in a process of torchrun, it is a plain call. Otherwise `logs` receives the output of
-    every rank but the first. Raises UserError or WorkerError with the first failure's line, all others gone.
+    In one process, or in a process of torchrun, it is a plain call; one process is started, too, if it shall
+    live `apart` from this one. Otherwise `logs` receives the output of every rank but the first. Raises
+    UserError or WorkerError with the first failure's line, all others gone.
     """
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         started = int(os.environ["WORLD_SIZE"])
@@ -86,7 +89,7 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None = None) 
             raise UserError(f"{started} processes were started but tp x pp x dp is {world}; change layout.dp")
         with terminate_as_exit():
             _resolve(target)(*args)
-    elif world == 1:
+    elif world == 1 and not apart:
         with terminate_as_exit():
             _resolve(target)(*args)
     else:

@@ -48,8 +48,8 @@ from puzzle.runlog import STAGES
 from puzzle.sources import check, sharing_roles, specs_of
 
 
-def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
-    """One process of a run; all of them call this. With `resume`, the run in `out` goes on.
+def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") -> None:
+    """One process of a run; all of them call this. With `resume`, the run in `out` goes on; `note`: why.
 
     Raises UserError for what the user can mend.
     """
@@ -63,6 +63,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
             trainer = Trainer(config, data, build_models(config, world), world)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
+            if resumed is not None and note:
+                resumed = dataclasses.replace(resumed, notes=(note, *resumed.notes))
             header = run_header(config, {"device": _device_name(world), "processes": world.size})
             with Recorder(out, config, world, header, resumed) as recorder:
                 trainer.run(recorder, checkpoints)
