@@ -15,6 +15,7 @@ from torch import Tensor
 from puzzle.errors import UserError
 from puzzle.model.noise import gumbel, place_keys
 from puzzle.model.parallel import TensorGroup
+from puzzle.model.pointwise import has_kernels
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,25 @@ def draw(
     `stem_B` are the rows' `noise.row_stems`, `count_B` the tokens drawn so far, both int64; nothing waits
     for the device. Otherwise as `choose`.
     """
+    if has_kernels(logits_BV.device) and not params.filtered:
+        return draw_by_kernel(logits_BV, stem_B, count_B, params, shard)
     keys_B2 = None if params.greedy else place_keys(stem_B, count_B)
     young_B = count_B < params.min_new_tokens if params.stop_ids and params.min_new_tokens else None
     tokens_B, logprobs_B = choose(logits_BV, keys_B2, young_B, params, shard)
     return torch.stack((tokens_B.int(), logprobs_B.view(torch.int32)))
+
+
+def draw_by_kernel(
+    logits_BV: Tensor, stem_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
+) -> Tensor:
+    """`draw` without filters, in two passes over memory."""
+    from puzzle.model import gumbel_max
+
+    noise = None if params.greedy else stem_B
+    offers = gumbel_max.offers(
+        logits_BV, noise, count_B, shard.offset, params.temperature, params.stop_ids, params.min_new_tokens
+    )
+    return gumbel_max.settle(shard.group.all_gather(offers))
 
 
 def choose(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,21 @@ try:
     _VARLEN_KEYS = frozenset(inspect.signature(varlen_attn).parameters)
 except ImportError:
     _VARLEN, _VARLEN_KEYS = None, frozenset()
+
+
+class Slots(NamedTuple):
+    """Where the first n keys and values of a pass go: a layer's (B, K, S, h), int64 rows and places (n,)."""
+
+    k_BKSh: Tensor
+    v_BKSh: Tensor
+    rows: Tensor
+    places: Tensor
+
+    def write(self, k_TKh: Tensor, v_TKh: Tensor) -> None:
+        """Store them."""
+        count = len(self.rows)
+        self.k_BKSh[self.rows, :, self.places[:count]] = k_TKh[:count]
+        self.v_BKSh[self.rows, :, self.places[:count]] = v_TKh[:count]
 
 
 @dataclass(frozen=True)
@@ -49,14 +64,13 @@ class KVCache:
             return self.rows(start, start + len(rows))
         return KVCache(self.k, self.v, torch.tensor(rows).to(self.k.device, non_blocking=True))
 
-    def write(self, layer: int, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch | DecodeBatch) -> None:
-        """Store the keys and values of a batch; a dummy segment is left out."""
-        rows, places = batch.rows_T, batch.positions_T
-        if self.order is not None:
-            rows = self.order[rows]
-        count = len(rows)
-        self.k[layer][rows, :, places[:count]] = k_TKh[:count]
-        self.v[layer][rows, :, places[:count]] = v_TKh[:count]
+    def slots(self, layer: int, rows_T: Tensor, batch: PackedBatch | DecodeBatch) -> Slots:
+        """Where a layer's keys and values of a batch go; a dummy segment is left out."""
+        return Slots(self.k[layer], self.v[layer], rows_T, batch.positions_T)
+
+    def rows_of(self, batch: PackedBatch | DecodeBatch) -> Tensor:
+        """int64: the row of each token of the batch."""
+        return batch.rows_T if self.order is None else self.order[batch.rows_T]
 
     def read(self, layer: int, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, reach, h) of the rows of `batch`."""

@@ -19,7 +19,7 @@ from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
-from puzzle.model.pointwise import Pointwise, rms_norm
+from puzzle.model.pointwise import Pointwise, has_kernels
 from puzzle.model.products import Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
@@ -45,18 +45,30 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
-        window = self.spec.sliding_window
-        self.mask = self.batch.mask(window) if isinstance(self.batch, DecodeBatch) else None
+        self.rows = None if self.cache is None else self.cache.rows_of(self.batch)
+        self.mask = None
+        if isinstance(self.batch, DecodeBatch) and self.pointwise.decode is None:
+            self.mask = self.batch.mask(self.spec.sliding_window)
 
-    def attend(self, index: int, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        """Attention of the stage's layer `index`; keys and values go into the cache if there is one."""
-        if self.cache is not None:
-            self.cache.write(index, k_TKh, v_TKh, self.batch)
-        if isinstance(self.batch, PackedBatch):
-            return packed_attention(q_THh, k_TKh, v_TKh, self.batch, self.spec.sliding_window)
+    def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
+        """Attention (T, H h) of a layer of the stage; keys and values go into the cache if there is one."""
+        rotation, norms = (self.cos, self.sin), (layer.q_norm, layer.k_norm, layer.eps)
+        slots, batch, window = None, self.batch, self.spec.sliding_window
+        if self.cache is not None and self.rows is not None:
+            slots = self.cache.slots(layer.index, self.rows, batch)
+        if self.pointwise.decode is None:
+            q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms)
+            if slots is not None:
+                slots.write(k, v)
+        elif isinstance(batch, PackedBatch):
+            q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms, slots)
+        else:
+            return self.pointwise.decode(qkv, *rotation, *norms, slots, window)
+        if isinstance(batch, PackedBatch):
+            return packed_attention(q, k, v, batch, window).flatten(1)
         assert self.cache is not None
         assert self.mask is not None
-        return decode_attention(q_THh, *self.cache.read(index, self.batch), self.mask)
+        return decode_attention(q, *self.cache.read(layer.index, batch), self.mask).flatten(1)
 
 
 class Layer(nn.Module):
@@ -84,19 +96,18 @@ class Layer(nn.Module):
         for name in ("qkv_bias", "q_norm", "k_norm", "attention_out_bias", "gate_up_bias", "down_bias"):
             self.register_parameter(name, None)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        """Hidden states in, hidden states out: (T/tp, D), or (B, D) in a decode pass."""
-        attended = self._attention(rms_norm(x, self.attention_norm, self.eps), run)
-        x, normed = run.pointwise.add_norm(x, attended, self.mlp_norm, self.eps)
-        return x + self._ffn(normed, run)
+    def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
+        """Hidden states in and out, (T/tp, D), or (B, D) in a decode pass: the sum of both tensors.
+
+        They are added where they are next normed, which is one pass over memory.
+        """
+        x, normed = run.pointwise.add_norm(x, y, self.attention_norm, self.eps)
+        x, normed = run.pointwise.add_norm(x, self._attention(normed, run), self.mlp_norm, self.eps)
+        return x, self._ffn(normed, run)
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         qkv = column_linear(x, self.qkv, self.qkv_bias, run.group, run.sharded)
-        q, k, v = run.pointwise.heads(
-            qkv, self.kv_groups, run.cos, run.sin, self.q_norm, self.k_norm, self.eps
-        )
-        out = run.attend(self.index, q, k, v)
-        return self._row_linear(out.flatten(1), self.attention_out, self.attention_out_bias, run)
+        return self._row_linear(run.attend(self, qkv), self.attention_out, self.attention_out_bias, run)
 
     def _ffn(self, x: Tensor, run: Pass) -> Tensor:
         both = column_linear(x, self.gate_up, self.gate_up_bias, run.group, run.sharded)
@@ -141,6 +152,7 @@ class Decoder(nn.Module):
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
         self.recompute, self.pointwise = recompute, Pointwise.eager()
+        self.kernels = Pointwise.kernels() if has_kernels(torch.device(device)) else None
         self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
@@ -186,14 +198,18 @@ class Decoder(nn.Module):
         cache, sequence i of the batch is its row i.
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
-        run = Pass(self.spec, self.group, batch, cache, cos, sin, self.pointwise)
-        h = self._embedded(x, run.sharded) if self.first else x
+        pointwise = self.pointwise if self.kernels is None or torch.is_grad_enabled() else self.kernels
+        run = Pass(self.spec, self.group, batch, cache, cos, sin, pointwise)
+        h, more = self._embedded(x, run.sharded) if self.first else x, None
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, run, use_reentrant=False, preserve_rng_state=False)
+                h = h if more is None else h + more  # one tensor to keep
+                h, more = checkpoint(layer, h, None, run, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = layer(h, run)
-        return rms_norm(h, self.final_norm, self.spec.norm_eps) if self.last else h
+                h, more = layer(h, more, run)
+        if self.last:
+            return pointwise.add_norm(h, more, self.final_norm, self.spec.norm_eps)[1]
+        return h if more is None else h + more
 
     def token_stats(
         self,

@@ -14,11 +14,11 @@ of low bias (Wellons 2018, "lowbias32"). Products wrap modulo 2^32 or 2^64.
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_MIX_32 = (0x7FEB352D, 0x846CA68B)
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+MIX_32 = (0x7FEB352D, 0x846CA68B)
 # The largest fp32 below 2^-31: with it (2^31 - 1, rounded to 2^31) still maps below 1.
-_UNIT = 2.0**-31 * (1.0 - 2.0**-24)
+UNIT = 2.0**-31 * (1.0 - 2.0**-24)
 # Elements of one block on a CPU: 0.5 MiB per buffer stays in the second-level cache, which halves the time.
 _BLOCK = 1 << 17
 
@@ -31,14 +31,14 @@ def _signed(value: int, bits: int) -> int:
 
 def _mix64(state: int) -> int:
     state &= 2**64 - 1
-    state = ((state ^ (state >> 30)) * _MIX_64[0]) & (2**64 - 1)
-    state = ((state ^ (state >> 27)) * _MIX_64[1]) & (2**64 - 1)
+    state = ((state ^ (state >> 30)) * MIX_64[0]) & (2**64 - 1)
+    state = ((state ^ (state >> 27)) * MIX_64[1]) & (2**64 - 1)
     return state ^ (state >> 31)
 
 
 def _mix64_tensor(state: Tensor) -> Tensor:
     """`_mix64` on int64 tensors; shifts of signed integers copy the sign, so it is masked away."""
-    for shift, factor in ((30, _MIX_64[0]), (27, _MIX_64[1])):
+    for shift, factor in ((30, MIX_64[0]), (27, MIX_64[1])):
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor, 64)
     return state ^ ((state >> 31) & ((1 << 33) - 1))
 
@@ -55,14 +55,14 @@ def row_keys(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor, p
 
 def row_stems(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor) -> Tensor:
     """What of `row_keys` stays the same while a response is drawn: int64 (B,)."""
-    state = _mix64(_mix64(seed + _GOLDEN) + iteration + _GOLDEN)
-    state_B = _mix64_tensor(prompt_id_B.long() + _signed(state + _GOLDEN, 64))
-    return _mix64_tensor(state_B + (sample_B + _signed(_GOLDEN, 64)))
+    state = _mix64(_mix64(seed + GOLDEN) + iteration + GOLDEN)
+    state_B = _mix64_tensor(prompt_id_B.long() + _signed(state + GOLDEN, 64))
+    return _mix64_tensor(state_B + (sample_B + _signed(GOLDEN, 64)))
 
 
 def place_keys(stem_B: Tensor, position_B: Tensor) -> Tensor:
     """`row_keys` of rows with these stems, at these positions: (B, 2) int32."""
-    state_B = _mix64_tensor(stem_B + (position_B + _signed(_GOLDEN, 64)))
+    state_B = _mix64_tensor(stem_B + (position_B + _signed(GOLDEN, 64)))
     return state_B.contiguous().unsqueeze(-1).view(torch.int32)
 
 
@@ -77,9 +77,9 @@ def _mix32(x: Tensor, scratch: Tensor) -> None:
     1/2.
     """
     _xor_shifted(x, 16, scratch)
-    x.mul_(_signed(_MIX_32[0], 32))
+    x.mul_(_signed(MIX_32[0], 32))
     _xor_shifted(x, 15, scratch)
-    x.mul_(_signed(_MIX_32[1], 32))
+    x.mul_(_signed(MIX_32[1], 32))
     _xor_shifted(x, 16, scratch)
 
 
@@ -119,5 +119,5 @@ def gumbel(keys_B2: Tensor, vocab_offset: int, vocab_count: int) -> Tensor:
         bits = bits_BV[: out_BV.shape[0]]
         _row_bits(vocabulary_V, keys_B2[start : start + block], bits, scratch_BV[: out_BV.shape[0]])
         out_BV.copy_(bits.bitwise_and_(0x7FFFFFFF))
-        out_BV.add_(0.5).mul_(-_UNIT).log1p_().neg_().log_().neg_()
+        out_BV.add_(0.5).mul_(-UNIT).log1p_().neg_().log_().neg_()
     return noise_BV

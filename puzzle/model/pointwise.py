@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y and its `rms_norm`."""
-    total = x + y
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y (or x) and its `rms_norm`."""
+    total = x if y is None else x + y
     return total, rms_norm(total, weight, eps)
 
 
@@ -57,11 +58,16 @@ def gated(gate_up: Tensor, blocks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """The functions above as a layer calls them."""
+    """The functions above as a layer calls them.
+
+    Where there is a `decode`, `heads` also takes the slots of the cache that keys and values go to, and
+    `decode` makes attention of `qkv` for a decode pass (`flash_decode.attend`).
+    """
 
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gated: Callable[..., Tensor]
+    decode: Callable[..., Tensor] | None = None
 
     @classmethod
     def eager(cls) -> Pointwise:
@@ -72,3 +78,15 @@ class Pointwise:
     def compiled(cls) -> Pointwise:
         """Fused by torch.compile, at the first call for a shape, a dtype and a gradient mode."""
         return cls(torch.compile(add_norm), torch.compile(heads), torch.compile(gated))
+
+    @classmethod
+    def kernels(cls) -> Pointwise:
+        """One kernel each, for passes without gradients. ImportError without Triton."""
+        from puzzle.model import flash_decode, fused
+
+        return cls(fused.add_norm, fused.heads, fused.gated, flash_decode.attend)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether `Pointwise.kernels` run there. Triton comes with torch's builds for CUDA."""
+    return device.type == "cuda" and find_spec("triton") is not None

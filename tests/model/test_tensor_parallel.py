@@ -111,7 +111,9 @@ def region_rank(rank, folder, tp):
     batch = pack(sequences(), multiple=8)
     seen, kept = set(), []
     for layer in decoder.layers.values():
-        layer.register_forward_hook(lambda _m, inputs, output: seen.update({inputs[0].shape, output.shape}))
+        layer.register_forward_hook(
+            lambda _m, inputs, outs: seen.update({inputs[0].shape, *(x.shape for x in outs)})
+        )
 
     def keep(tensor):
         if tensor.dim() == 2 and tensor.shape[1] == decoder.spec.hidden_size and not tensor.is_leaf:

@@ -1,0 +1,245 @@
+# ruff: noqa: ANN001, ANN202, SIM102 (Triton reads the types of a kernel's arguments off its call)
+"""Attention of a decode pass as one Triton kernel: norm and rotation of the new heads, their way into the
+cache, and one query per head against what its row has cached, and no more.
+
+Lengths are read on the device: the launch is the same whatever they are, as a CUDA graph asks. Where rows
+and kv heads are too few to fill the device, a row's places are cut into parts that a second kernel joins
+(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, S places, h head_dim.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puzzle.model.attention import Slots
+
+MOST_PARTS = 16
+
+
+def attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    slots: Slots,
+    window: int | None,
+) -> Tensor:
+    """(B, H h) for the columns of `qkv` (B, (H + 2 K) h), interleaved by kv group as in `pointwise.heads`.
+
+    Line b is row b of the cache. Its new key and value go to place `slots.places[b]`; the query sees the
+    `window` last places up to there (all if None).
+    """
+    k_BKSh, v_BKSh, _, place_B = slots
+    rows, groups, capacity, dim = k_BKSh.shape
+    queries = qkv.shape[1] // (groups * dim) - 2
+    out = qkv.new_empty((rows, groups * queries * dim))
+    parts = _parts(rows * groups, capacity, qkv.device)
+    scratch = out
+    if parts > 1:
+        scratch = qkv.new_empty((parts, rows * groups * queries, dim + 2), dtype=torch.float32)
+    padded = triton.next_power_of_2(dim)
+    dots, block, warps, stages = settings(queries, padded, qkv.dtype.itemsize)
+    q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
+    _attend[(rows * groups, parts)](
+        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, place_B, out, scratch),
+        *(rows, k_BKSh.stride(0), k_BKSh.stride(1), eps, 1.4426950408889634 / dim**0.5),
+        *(groups, queries, max(16, triton.next_power_of_2(queries)) if dots else 1, dim, padded, block),
+        *(window or 0, parts, q_norm is not None, stages),
+        num_warps=warps,
+    )
+    if parts > 1:
+        lines = rows * groups * queries
+        _join[(lines,)](scratch, out, lines, dim, padded, parts, num_warps=1)
+    return out
+
+
+def settings(queries: int, dim: int, itemsize: int) -> tuple[bool, int, int, int]:
+    """Whether to use the matrix units, places of a block, warps of a program, blocks under way at a time."""
+    block = max(16, min(64, (64 * 128 * 2) // (dim * itemsize)))
+    return (True, block, 4, 3) if queries > 1 else (False, block, 4, 1)
+
+
+def _parts(programs: int, capacity: int, device: torch.device) -> int:
+    """Parts that every row is cut into: so many that the device has four programs per multiprocessor."""
+    wanted = -(-4 * _multiprocessors(device) // programs)
+    return max(1, min(MOST_PARTS, triton.next_power_of_2(wanted), capacity // 128))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _attend(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    k_ptr,
+    v_ptr,
+    place_ptr,
+    out_ptr,
+    scratch_ptr,
+    rows,
+    row_stride,
+    group_stride,
+    eps,
+    scale,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One kv head of a row, one part of its places. Softmax in base 2, in float32.
+
+    A single query has a running maximum for every place of a block: nothing is summed across threads before
+    the end. Several queries go through the matrix units together.
+    """
+    row = (tl.program_id(0) // GROUPS).to(tl.int64)
+    group = tl.program_id(0) % GROUPS
+    part = tl.program_id(1)
+    d = tl.arange(0, WIDTH)
+    place = tl.load(place_ptr + row).to(tl.int32)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(place + 1 - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(place - first, PARTS), BLOCK) * BLOCK
+    start = first + part * share
+    stop = tl.minimum(start + share, place)
+    owner = part == 0  # has the new token
+
+    heads_ptr = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM)
+    cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    element = k_ptr.dtype.element_ty
+    key = _turned(heads_ptr + QUERIES * DIM, 1, k_norm_ptr, cos, sin, eps, 1, DIM, WIDTH, NORM, element)
+    new_v = tl.load(heads_ptr + (QUERIES + 1) * DIM + d, mask=d < DIM, other=0.0)
+    base = row * row_stride + group * group_stride
+    if owner:
+        into = base + place * DIM + d
+        tl.store(k_ptr + into, tl.sum(key, 0), mask=d < DIM)
+        tl.store(v_ptr + into, new_v, mask=d < DIM)
+    k_ptr += base
+    v_ptr += base
+    q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
+    new_s = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
+    value = new_v.to(tl.float32)[None, :]
+    line = (row * GROUPS + group) * QUERIES
+    n = tl.arange(0, BLOCK)
+    if PADDED == 1:
+        mine = owner & (n == 0)
+        top = tl.where(mine, tl.sum(new_s, 0), -1e30)
+        total = tl.where(mine, 1.0, 0.0)
+        sums = total[:, None] * value
+        query = q.to(tl.float32) * scale
+        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            seen = at + n < stop
+            here = (at + n)[:, None] * DIM + d[None, :]
+            inside = seen[:, None] & (d < DIM)[None, :]
+            keys = tl.load(k_ptr + here, mask=inside, other=0.0)
+            values = tl.load(v_ptr + here, mask=inside, other=0.0)
+            s = tl.where(seen, tl.sum(keys.to(tl.float32) * query, 1), -1e30)
+            higher = tl.maximum(top, s)
+            weight = tl.where(seen, tl.exp2(s - higher), 0.0)
+            fade = tl.exp2(top - higher)
+            total = total * fade + weight
+            sums = sums * fade[:, None] + weight[:, None] * values.to(tl.float32)
+            top = higher
+        best = tl.max(top, 0)
+        fade = tl.exp2(top - best)
+        all_sums = tl.sum(sums * fade[:, None], 0)
+        all_total = tl.sum(total * fade, 0)
+        if PARTS == 1:
+            tl.store(out_ptr + line * DIM + d, all_sums / all_total, mask=d < DIM)
+        else:
+            to = scratch_ptr + (part * rows * GROUPS + line) * (DIM + 2)
+            tl.store(to + d, all_sums, mask=d < DIM)
+            tl.store(to + DIM, best)
+            tl.store(to + DIM + 1, all_total)
+    else:
+        tops = tl.where(owner, new_s, -1e30)
+        totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
+        outs = totals[:, None] * value
+        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            seen = at + n < stop
+            here = (at + n)[:, None] * DIM + d[None, :]
+            inside = seen[:, None] & (d < DIM)[None, :]
+            keys = tl.load(k_ptr + here, mask=inside, other=0.0)
+            values = tl.load(v_ptr + here, mask=inside, other=0.0)
+            s2 = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+            s2 = tl.where(seen[None, :], s2, -1e30)
+            highers = tl.maximum(tops, tl.max(s2, 1))
+            weights = tl.where(seen[None, :], tl.exp2(s2 - highers[:, None]), 0.0)
+            fades = tl.exp2(tops - highers)
+            totals = totals * fades + tl.sum(weights, 1)
+            outs = outs * fades[:, None]
+            outs = tl.dot(weights.to(element), values, outs, input_precision="ieee")
+            tops = highers
+        g = tl.arange(0, PADDED)
+        inside_q = (g < QUERIES)[:, None] & (d < DIM)[None, :]
+        if PARTS == 1:
+            to_q = out_ptr + (line + g)[:, None] * DIM + d[None, :]
+            tl.store(to_q, outs / totals[:, None], mask=inside_q)
+        else:
+            to_g = scratch_ptr + (part * rows * GROUPS * QUERIES + line + g) * (DIM + 2)
+            tl.store(to_g[:, None] + d[None, :], outs, mask=inside_q)
+            tl.store(to_g + DIM, tops, mask=g < QUERIES)
+            tl.store(to_g + DIM + 1, totals, mask=g < QUERIES)
+
+
+@triton.jit
+def _turned(
+    ptr,
+    heads,
+    norm_ptr,
+    cos,
+    sin,
+    eps,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    element: tl.constexpr,
+):
+    """Normed and rotated heads (PADDED, WIDTH), rounded as the cache is; zeros beyond the `heads` first."""
+    g = tl.arange(0, PADDED)
+    d = tl.arange(0, WIDTH)
+    other = (d + DIM // 2) % DIM
+    inside = (g < heads)[:, None] & (d < DIM)[None, :]
+    x = tl.load(ptr + g[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    turned = tl.load(ptr + g[:, None] * DIM + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = (1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps))[:, None]
+        x = x * scale * tl.load(norm_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+        turned = turned * scale * tl.load(norm_ptr + other, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+        x, turned = x.to(element).to(tl.float32), turned.to(element).to(tl.float32)
+    return (x * cos[None, :] + turned * sin[None, :]).to(element)
+
+
+@triton.jit
+def _join(scratch_ptr, out_ptr, lines, DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """One query's attention from those of its parts: sums (DIM), maximum, weight."""
+    line = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    p = tl.arange(0, PARTS)
+    here = scratch_ptr + (p * lines + line) * (DIM + 2)
+    tops = tl.load(here + DIM)
+    fades = tl.exp2(tops - tl.max(tops, 0))
+    total = tl.sum(tl.load(here + DIM + 1) * fades, 0)
+    sums = tl.load(here[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    tl.store(out_ptr + line * DIM + d, tl.sum(sums * fades[:, None], 0) / total, mask=d < DIM)

@@ -1,0 +1,164 @@
+"""Triton kernels against the plain functions of the same name, in Triton's interpreter: no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from puzzle.engine.passes import Drawn, StagePasses
+from puzzle.engine.sampling import SamplingParams, VocabShard, choose
+from puzzle.model import flash_decode, fused, gumbel_max, pointwise
+from puzzle.model.attention import KVCache, decode_attention
+from puzzle.model.noise import place_keys, row_stems
+from puzzle.model.packing import DecodeBatch, pack
+from puzzle.model.parallel import TensorGroup
+from puzzle.model.pointwise import Pointwise
+from puzzle.model.rope import rotation
+from tests.model.tiny import save_variant, stage
+
+EPS = 1e-5
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == expected.dtype == dtype
+    assert not got.isnan().any()
+    limit = 2e-6 if dtype == torch.float32 else 2e-2
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= limit, float(error)
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_and_norm(dtype):
+    x, y, weight = random((5, 72), dtype, 0), random((5, 72), dtype, 1), random((72,), dtype, 2)
+    for other in (y, None):
+        got = fused.add_norm(x.clone(), other, weight, EPS)
+        for a, b in zip(got, pointwise.add_norm(x, other, weight, EPS), strict=True):
+            close(a, b, dtype)
+
+
+@pytest.mark.parametrize("tokens", [3, 1030])
+@pytest.mark.parametrize(("blocks", "size"), [(1, 40), (3, 344 // 8)])
+def test_gate(tokens, blocks, size):
+    both = random((tokens, 2 * blocks * size), torch.bfloat16, 3)
+    close(fused.gated(both, blocks), pointwise.gated(both, blocks), torch.bfloat16)
+
+
+def qkv_of(tokens: int, groups: int, queries: int, dim: int, dtype: torch.dtype, norms: bool):
+    qkv = random((tokens, groups * (queries + 2) * dim), dtype, 4)
+    weights = (random((dim,), dtype, 5), random((dim,), dtype, 6)) if norms else (None, None)
+    return qkv, weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (3, 8, 20, False)]
+)
+def test_heads_and_their_way_into_the_cache(dtype, groups, queries, dim, norms):
+    """Rows of the cache in any order; a dummy segment is stored nowhere."""
+    batch = pack([[1] * n for n in (4, 1, 6)], 4)
+    qkv, weights = qkv_of(batch.total, groups, queries, dim, dtype, norms)
+    turn = rotation(batch.positions_T, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
+    plain, ours = (KVCache(*torch.full((2, 1, 5, groups, 9, dim), 7.0, dtype=dtype)) for _ in "ab")
+    expected = pointwise.heads(qkv, groups, *turn, *weights, EPS)
+    order = [3, 0, 2]
+    held = plain.pick(order)
+    held.slots(0, held.rows_of(batch), batch).write(*expected[1:])
+    held = ours.pick(order)
+    got = fused.heads(qkv, groups, *turn, *weights, EPS, held.slots(0, held.rows_of(batch), batch))
+    for a, b in zip((*got, ours.k, ours.v), (*expected, plain.k, plain.v), strict=True):
+        close(a, b, dtype)
+    close(fused.heads(qkv, groups, *turn, *weights, EPS)[0], expected[0], dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no bf16 products
+@pytest.mark.parametrize(
+    ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (1, 8, 20, False)]
+)
+def test_decode_attention_reads_live_places(monkeypatch, parts, window, dtype, groups, queries, dim, norms):
+    """What lies behind a row's end is NaN: read, it would show."""
+    monkeypatch.setattr(flash_decode, "_parts", lambda *_: parts)
+    places = torch.tensor([0, 150, 63, 64, 17])
+    qkv, weights = qkv_of(len(places), groups, queries, dim, dtype, norms)
+    turn = rotation(places, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
+    shape = (2, 1, len(places), groups, 160, dim)
+    plain = KVCache(*random(shape, dtype, 8))
+    ours = KVCache(plain.k.clone(), plain.v.clone())
+    for row, place in enumerate(places):
+        ours.k[:, row, :, place:], ours.v[:, row, :, place:] = torch.nan, torch.nan
+    batch = DecodeBatch(places, places, 160)
+    q, k, v = pointwise.heads(qkv, groups, *turn, *weights, EPS)
+    plain.slots(0, batch.rows_T, batch).write(k, v)
+    expected = decode_attention(q, *plain.read(0, batch), batch.mask(window)).flatten(1)
+    got = flash_decode.attend(qkv, *turn, *weights, EPS, ours.slots(0, batch.rows_T, batch), window)
+    close(got, expected, dtype)
+    for mine, theirs in ((ours.k, plain.k), (ours.v, plain.v)):
+        stored = torch.stack([cache[0, b, :, p] for b, p in enumerate(places) for cache in (mine, theirs)])
+        close(stored[::2], stored[1::2], dtype)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws(greedy, temperature):
+    """Several blocks, a last one that is not full, stop tokens that some rows may not draw yet."""
+    rows, vocabulary = 6, gumbel_max.BLOCK + 300
+    stops = (5, 17, 4100)
+    params = SamplingParams(greedy, temperature, min_new_tokens=3, stop_ids=stops)
+    logits = 3 * random((rows, vocabulary), torch.float32, 9)
+    logits[:, [5, 4100]] = 40.0
+    names = torch.arange(rows)
+    stems, counts = row_stems(3, 2, names, names % 2), names.clone()
+    keys = None if greedy else place_keys(stems, counts)
+    shard = VocabShard(TensorGroup(), 0, vocabulary)
+    tokens, logprobs = choose(logits.clone(), keys, counts < 3, params, shard)
+    offers = gumbel_max.offers(logits, None if greedy else stems, counts, 0, temperature, stops, 3)
+    packed = gumbel_max.settle(offers)
+    assert packed[0].tolist() == tokens.tolist()
+    assert set(tokens[:3].tolist()).isdisjoint(stops)
+    assert set(tokens[3:].tolist()) <= set(stops)
+    torch.testing.assert_close(packed[1].view(torch.float32), logprobs, rtol=1e-6, atol=2e-5)
+
+
+def test_noise_is_that_of_the_plain_path():
+    """Flat logits: the noise alone decides among all entries, for many rows and a shard that begins later."""
+    rows, width, offset = 64, 700, 10_000
+    names = torch.arange(rows)
+    stems, counts = row_stems(11, 4, names, names * 0), names % 5
+    shard = VocabShard(TensorGroup(), offset, width)
+    flat = torch.zeros(rows, width)
+    tokens, _ = choose(flat.clone(), place_keys(stems, counts), None, SamplingParams(), shard)
+    packed = gumbel_max.settle(gumbel_max.offers(flat, stems, counts, offset, 1.0, (), 0))
+    assert packed[0].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-window"])
+def test_a_whole_stage(tmp_path: Path, variant: str):
+    """Prefill and decode passes through the kernels draw what the plain path draws."""
+    folder = save_variant(tmp_path / "model", variant)
+    params = SamplingParams(max_new_tokens=6, seed=5)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (3, 11, 7)]
+    stems = row_stems(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
+    found = []
+    for kernels in (None, Pointwise.kernels()):
+        decoder = stage(folder)
+        decoder.kernels = kernels
+        passes = StagePasses(decoder)
+        passes.start((4,), 20, params)
+        outs = [passes.prefill([2, 0, 1], prompts, stems), *(passes.decode(0, 3) for _ in range(5))]
+        found.append([out.fetch().lists() for out in outs if isinstance(out, Drawn)])
+    for plain, ours in zip(*found, strict=True):
+        assert ours[0] == plain[0]
+        torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(plain[1]), rtol=0, atol=2e-5)
