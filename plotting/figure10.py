@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from plotting import bars, irregularities, selection, stats
 from plotting.irregularities import CORRECTED
 from plotting.rows import RATIO, Row, drawn
-from plotting.selection import Grid, Pool
-from plotting.stats import Mean, is_time, row_of
+from plotting.selection import Grid, Pool, is_time
+from plotting.stats import Mean, row_of
 from plotting.style import OURS, Look
 from puzzle.runlog.run import Run
 
@@ -89,7 +89,7 @@ def _spread(base: Pool, own: Pool, over_repeats: float | None) -> float | None:
 
 def ratio_range(without: Sequence[float], with_sharing: Sequence[float]) -> float | None:
     """max over iterations of |last iteration's ratio - that iteration's ratio|, the warm-up left out."""
-    pairs = list(zip(without, with_sharing, strict=False))[stats.WARM_UP :]
+    pairs = list(zip(without, with_sharing, strict=False))[selection.WARM_UP :]
     ratios = [one / other for one, other in pairs if is_time(one) and is_time(other) and other]
     return max((abs(ratios[-1] - ratio) for ratio in ratios), default=None)
 

@@ -6,11 +6,9 @@ Each function looks at one kind of irregularity and returns the grid with remark
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean
 
 from plotting.rows import Row
-from plotting.selection import Grid, Panel, Pool, difference, log_name, pair, series
-from plotting.stats import WARM_UP, is_time
+from plotting.selection import Grid, Panel, Pool, difference, is_time, late_mean, log_name, pair, series
 from puzzle.runlog.run import Run
 
 PUBLISHED = "published"
@@ -131,12 +129,6 @@ def alike(run: Run, panel: Panel, runs: Sequence[Run]) -> list[Run]:
     ]
     found.sort(key=lambda other: other.source)
     return sorted(found, key=lambda other: other.started or "", reverse=True)
-
-
-def late_mean(run: Run, quantity: str) -> float | None:
-    """Mean seconds after the warm-up, or None."""
-    good = [value for value in series(run, quantity)[WARM_UP:] if is_time(value)]
-    return fmean(good) if good else None
 
 
 def _answer(pool: Pool, better: Sequence[Run], mend: bool, said: str, which: str, quantity: str) -> Pool:

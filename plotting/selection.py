@@ -1,16 +1,20 @@
 """Which runs a figure draws, and how they fall into panels, configurations and repeats."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from puzzle.errors import UserError
 from puzzle.runlog.run import Run
 
 REAL = ("measured", "published")
+WARM_UP = 1
+"""Iterations left out of every mean."""
 COPY = "copy"
 """The kind of a log's note that it is the copy of another run's log."""
 
@@ -86,6 +90,7 @@ def grid(
 
 
 def _pool(runs: Sequence[Run], figure: str) -> Pool:
+    runs, tried = _fastest(runs)
     repeats: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.repeat, run.source)):
         first = repeats.setdefault(run.repeat, run)
@@ -103,7 +108,51 @@ def _pool(runs: Sequence[Run], figure: str) -> Pool:
                 f"{different or 'their layouts differ'}; draw them from two folders, one after the other"
             )
     copied = (note for run in kept for note in run.notes if note.get("kind") == COPY)
-    return Pool(kept, tuple(str(note.get("text", COPY)) for note in copied))
+    return Pool(kept, (*tried, *(str(note.get("text", COPY)) for note in copied)))
+
+
+def _fastest(runs: Sequence[Run]) -> tuple[Sequence[Run], tuple[str, ...]]:
+    """Of a DeepSpeed-Chat baseline that was run in several settings, the runs in the fastest; remarks."""
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        settings.setdefault(json.dumps(_setting(run), sort_keys=True), []).append(run)
+    seconds = {
+        key: fmean(known)
+        for key, members in settings.items()
+        if (known := [mean for run in members if (mean := late_mean(run, "e2e")) is not None])
+    }
+    best = min(seconds, key=lambda key: (seconds[key], key)) if seconds else next(iter(settings))
+    chosen = settings[best]
+    engine = _setting(chosen[0])
+    said = []
+    if engine.get("enable_hybrid_engine") and not engine.get("hybrid_engine_engaged"):
+        said.append(f"the Hybrid Engine could not engage: {engine.get('hybrid_engine_obstacle')}")
+    if len(settings) > 1:
+        differing = [k for k in engine if len({json.dumps(json.loads(s).get(k)) for s in settings}) > 1]
+        others = "; ".join(
+            f"{seconds[key]:.4g} s with {_words(json.loads(key), differing)}"
+            if key in seconds
+            else f"no time with {_words(json.loads(key), differing)}"
+            for key in settings
+            if key != best
+        )
+        mine = f"{seconds[best]:.4g} s with " if best in seconds else ""
+        said.append(
+            f"the fastest of {len(settings)} settings: {mine}{_words(engine, differing)}; others: {others}"
+        )
+    return chosen, tuple(said)
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """How a baseline's log says that DeepSpeed ran; empty for other runs."""
+    told, ppo = run.config.get("deepspeed"), run.config.get("ppo")
+    if not isinstance(told, Mapping):
+        return {}
+    return {**told, "microbatch": ppo.get("microbatch") if isinstance(ppo, Mapping) else None}
+
+
+def _words(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {setting.get(key)}" for key in keys)
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
@@ -140,6 +189,17 @@ def agree(one: Run, other: Run) -> bool:
 def series(run: Run, quantity: str) -> tuple[float, ...]:
     """Seconds per iteration of `quantity`, the warm-up first, as the log prints them."""
     return run.printed.get(quantity, ())
+
+
+def is_time(value: float) -> bool:
+    """Whether `value` can be a duration."""
+    return math.isfinite(value) and value >= 0
+
+
+def late_mean(run: Run, quantity: str) -> float | None:
+    """Mean seconds after the warm-up, or None."""
+    good = [value for value in series(run, quantity)[WARM_UP:] if is_time(value)]
+    return fmean(good) if good else None
 
 
 def job(run: Run) -> dict[str, float]:

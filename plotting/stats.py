@@ -1,15 +1,12 @@
 """From iterations to means and ratios of means, with their spread."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from plotting.rows import RATIO, SECONDS, Row
-from plotting.selection import Grid, Pool, cells, series, titles
+from plotting.selection import WARM_UP, Grid, Pool, cells, is_time, series, titles
 from puzzle.runlog.run import Run
-
-WARM_UP = 1
 
 Values = Callable[[Run], Sequence[float]]
 """Gives a run's series of seconds, warm-up included."""
@@ -83,11 +80,6 @@ def whiskers(rows: Sequence[Row]) -> str:
         f"Whiskers: one standard deviation {over(rows)} of the bar's own time. n: values averaged, in the "
         "order of the bars."
     )
-
-
-def is_time(value: float) -> bool:
-    """Whether `value` can be a duration."""
-    return math.isfinite(value) and value >= 0
 
 
 def speedups(pools: Grid, labels: Mapping[str, str], baseline: str, values: Values) -> list[Row]:

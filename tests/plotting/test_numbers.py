@@ -210,3 +210,26 @@ def test_figure11_is_relative_to_train_opt():
     ]
     values = [row.value for row in figure11.numbers(runs, PUBLISHED) if row.unit == "1"]
     assert values == [1.0, 1.2, 1.5]
+
+
+def chat(seconds, **told):
+    engine = {"actor_zero_stage": 3, "enable_hybrid_engine": True, "hybrid_engine_engaged": True, **told}
+    config = {"global_batch_size": 128, "deepspeed": engine, "ppo": {"microbatch": 4}}
+    return run("dschat", config=config, printed={"e2e": (1.0, seconds, seconds)}, source=f"{seconds}.jsonl")
+
+
+def test_the_fastest_setting_of_a_baseline_is_drawn_and_the_others_are_said():
+    runs = [chat(9.0), chat(6.0, actor_zero_stage=2), chat(8.0, offload=True), run("opt")]
+    rows = rows_of(figure8, runs)
+    base, ours = (rows["orion", "7B/350M", name, "1"] for name in ("DS-Chat", "PUZZLE"))
+    assert (base.logs, ours.value) == (("6.0.jsonl",), 6.0 / 3.0)
+    (note,) = base.notes
+    assert note.startswith("the fastest of 3 settings: 6 s with actor_zero_stage 2")
+    assert "9 s with actor_zero_stage 3" in note
+    assert "microbatch" not in note  # all have the same
+
+
+def test_a_hybrid_engine_that_could_not_engage_is_named():
+    runs = [chat(7.0, hybrid_engine_engaged=False, hybrid_engine_obstacle="no GPU")]
+    row = rows_of(figure8, runs)["orion", "7B/350M", "DS-Chat", "1"]
+    assert row.notes == ("the Hybrid Engine could not engage: no GPU",)
