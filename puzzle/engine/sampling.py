@@ -177,5 +177,6 @@ def without_stops(
     if young_B is None or not here:
         return logits_BV
     out = logits_BV.clone()
-    out[:, here] = out[:, here].masked_fill(young_B[:, None], -torch.inf)
+    for i in here:  # a list of them as an index would wait for the device
+        out[:, i].masked_fill_(young_B, -torch.inf)
     return out

@@ -19,7 +19,7 @@ from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
-from puzzle.model.pointwise import Pointwise, has_kernels
+from puzzle.model.pointwise import Pointwise, has_kernels, kernels
 from puzzle.model.products import Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
@@ -152,7 +152,6 @@ class Decoder(nn.Module):
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
         self.recompute, self.pointwise = recompute, Pointwise.eager()
-        self.kernels = Pointwise.kernels() if has_kernels(torch.device(device)) else None
         self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
@@ -198,7 +197,9 @@ class Decoder(nn.Module):
         cache, sequence i of the batch is its row i.
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
-        pointwise = self.pointwise if self.kernels is None or torch.is_grad_enabled() else self.kernels
+        pointwise = self.pointwise
+        if not torch.is_grad_enabled() and has_kernels(x.device):
+            pointwise = kernels()
         run = Pass(self.spec, self.group, batch, cache, cos, sin, pointwise)
         h, more = self._embedded(x, run.sharded) if self.first else x, None
         for layer in self.layers.values():

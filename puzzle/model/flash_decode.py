@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, SIM102 (Triton reads the types of a kernel's arguments off its call)
+# ruff: noqa: ANN001, ANN202 (Triton reads the types of a kernel's arguments off its call)
 """Attention of a decode pass as one Triton kernel: norm and rotation of the new heads, their way into the
 cache, and one query per head against what its row has cached, and no more.
 

@@ -41,7 +41,7 @@ def heads(
     eps: float,
     slots: Slots | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries (T, H, h), rotated keys (T, K, h), values (T, K, h); the latter two go to `slots`, too."""
+    """Rotated queries (T, H, h), rotated keys and values (T, K, h); the latter two also go to `slots`."""
     tokens, head_dim = qkv.shape[0], cos.shape[-1]
     grouped = qkv.view(tokens, kv_groups, -1, head_dim)
     queries = grouped.shape[2] - 2

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, SIM102 (Triton reads the types of a kernel's arguments off its call)
+# ruff: noqa: ANN001, ANN202 (Triton reads the types of a kernel's arguments off its call)
 """A draw from every row of logits as one Triton kernel, with the noise of `noise.gumbel`.
 
 The vocabulary is walked in blocks; each offers its best entry, as ranks of a tensor group do

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -79,14 +80,20 @@ class Pointwise:
         """Fused by torch.compile, at the first call for a shape, a dtype and a gradient mode."""
         return cls(torch.compile(add_norm), torch.compile(heads), torch.compile(gated))
 
-    @classmethod
-    def kernels(cls) -> Pointwise:
-        """One kernel each, for passes without gradients. ImportError without Triton."""
-        from puzzle.model import flash_decode, fused
-
-        return cls(fused.add_norm, fused.heads, fused.gated, flash_decode.attend)
-
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether `Pointwise.kernels` run there. Triton comes with torch's builds for CUDA."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether Triton kernels run there. Triton comes with torch's builds for CUDA."""
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def kernels() -> Pointwise:
+    """One kernel each, for passes without gradients. ImportError without Triton."""
+    from puzzle.model import flash_decode, fused
+
+    return Pointwise(fused.add_norm, fused.heads, fused.gated, flash_decode.attend)

@@ -19,7 +19,6 @@ from puzzle.model.attention import KVCache, decode_attention
 from puzzle.model.noise import place_keys, row_stems
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup
-from puzzle.model.pointwise import Pointwise
 from puzzle.model.rope import rotation
 from tests.model.tiny import save_variant, stage
 
@@ -144,7 +143,7 @@ def test_noise_is_that_of_the_plain_path():
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral-window"])
-def test_a_whole_stage(tmp_path: Path, variant: str):
+def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     """Prefill and decode passes through the kernels draw what the plain path draws."""
     folder = save_variant(tmp_path / "model", variant)
     params = SamplingParams(max_new_tokens=6, seed=5)
@@ -152,9 +151,9 @@ def test_a_whole_stage(tmp_path: Path, variant: str):
     prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (3, 11, 7)]
     stems = row_stems(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
     found = []
-    for kernels in (None, Pointwise.kernels()):
+    for with_kernels in (False, True):
+        monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
-        decoder.kernels = kernels
         passes = StagePasses(decoder)
         passes.start((4,), 20, params)
         outs = [passes.prefill([2, 0, 1], prompts, stems), *(passes.decode(0, 3) for _ in range(5))]
