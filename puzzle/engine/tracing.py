@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puzzle.plan.measured import action_spans
-from puzzle.plan.schedule import COMPUTE, Action, Schedule, Work
+from puzzle.plan.schedule import COMPUTE, Action, Generation, Schedule, Work
 from puzzle.plan.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -135,9 +135,26 @@ def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:
                 "actions": schedule.counts(),
                 "flushes": schedule.flushes,
                 "bubble_share": max(0.0, 1.0 - busy / spent) if spent else 0.0,
+                **_rings(schedule),
             }
         )
     return records
+
+
+def _rings(schedule: Schedule) -> dict[str, Any]:
+    """How many micro-batches a decode ring has, of how many sequences, and its rounds."""
+    for work in schedule.work:
+        if isinstance(work, Generation):
+            return {
+                "microbatches": {
+                    "prefill": len(work.prefill),
+                    "prefill_sequences": work.prefill[0][1],
+                    "decode": len(work.decode),
+                    "decode_sequences": work.decode[0][1],
+                    "rounds": work.rounds,
+                }
+            }
+    return {}
 
 
 def gathered(world: World, spans: list[Span]) -> Timeline:
