@@ -101,8 +101,11 @@ def generate(
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
     books = Books(requests, params, stop, watch)
-    session = Session(passes or StagePasses(decoder), ring, books, lookahead)
+    used = passes or StagePasses(decoder)
+    session = Session(used, ring, books, lookahead)
     rounds = session.run(execution)
+    if passes is None:
+        used.release()  # its recordings know it: the cache would stay until the next collection of cycles
     execution.finish(ring.unrolled(rounds) if runner.world.clock is not None else None)
     if tally is not None:
         tally.rows += session.rows
