@@ -60,11 +60,13 @@ def unreachable(offered: Offer, device: torch.device) -> str | None:
 
 
 def opened(offered: Offer, device: torch.device) -> dict[str, Tensor]:
-    """The offered tensors; RuntimeError where the device refuses."""
+    """The offered tensors; RuntimeError where the device refuses. The caller waits until they are written."""
     if device.type == "cuda":
         # The own device's number, not that of the memory: a copy out of it is then one of this device alone.
+        # Without torch's event (the last item), which is for consumers on the memory's device.
         storages = [
-            torch.UntypedStorage._new_shared_cuda(device.index, *handle[1:]) for handle in offered.storages
+            torch.UntypedStorage._new_shared_cuda(device.index, *handle[1:-1], False)
+            for handle in offered.storages
         ]
     else:
         storages = [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in offered.storages]
