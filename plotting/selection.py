@@ -152,7 +152,9 @@ def _setting(run: Run) -> dict[str, Any]:
 
 
 def _words(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {setting.get(key)}" for key in keys)
+    """Values of the keys; of switches, the names of those that are on."""
+    values = {key: setting.get(key) for key in keys}
+    return ", ".join(k if v is True else f"{k} {v}" for k, v in values.items() if v is not False)
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
