@@ -62,13 +62,15 @@ part_switch() {
     NCCL_P2P_DISABLE=1 bench switch.log 60 "switch without peer access" switch --pairs "${pairs[0]}" --repeats 3 --out "$rows"
 }
 
-part_fuse() {
-    bench fuse.log 150 "fused pipelines" fuse --layout "1,$gpus,1" --compile --out "$rows" --traces "$out/traces"
+part_fuse() { # two GPUs cannot hold two 7B models in training
+    local layers=0
+    [ "$gpus" -lt 4 ] && layers=14
+    bench fuse.log 150 "fused pipelines" fuse --layout "1,$gpus,1" --layers $layers --compile --out "$rows" --traces "$out/traces"
 }
 
 part_memory() {
     bench memory.log 100 "peaks of 7B/350M" memory --layouts "1,$gpus,1" "2,$((gpus / 2)),1" --out "$out/ppo"
-    bench memory.log 100 "peaks of 7B/7B" memory --models 7b 7b --layouts "2,$((gpus / 2)),1" --out "$out/ppo"
+    bench memory.log 100 "peaks of 7B/7B" memory --models 7b 7b --layouts "2,$((gpus / 2)),1" --offload.optimizer true --out "$out/ppo"
 }
 
 part_save() {
