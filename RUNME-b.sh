@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the experiments of figures 8-12 and table 3 on this machine, then draws them. Installs what it needs
+# Runs the experiments of figures 8-12 and table 3 on this machine or cluster, then draws them. Installs what it needs
 # (tier engine) on first use.
-#   ./RUNME-b.sh [--scale cpu|node|paper] [--only figure9 ...] [--dry-run] [--out DIR] [--repeats N] [--cluster NAME]
+#   ./RUNME-b.sh [--scale cpu|node|paper] [--launcher local|ray|slurm] [--only figure9 ...] [--dry-run]
+#                [--iterations N] [--repeats N] [--out DIR] [--cluster NAME]
 # Started again it goes on: finished runs are kept. Default output: outputs_from_exec_<time>/ here.
 set -euo pipefail
 root=$(dirname "$(readlink -f "$0")")

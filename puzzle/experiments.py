@@ -13,6 +13,7 @@ from puzzle.capabilities import missing
 from puzzle.config import Count, TrainConfig
 from puzzle.configio import Key, build, merge, read_yaml
 from puzzle.errors import UserError
+from puzzle.spec.published import published
 
 TABLE = Path(__file__).resolve().parent.parent / "experiments.yaml"
 Axes = tuple[Count, Count, Count]  # tp, pp, dp
@@ -65,9 +66,13 @@ class Grid(_Section):
 
 
 class Scale(_Section):
-    """One size of the whole table; `devices` is how many processes its largest layouts want."""
+    """One size of the whole table; `devices` is how many processes its largest layouts want.
+
+    With `layers_per_device` no model has more layers than that times the devices there are.
+    """
 
     devices: Count
+    layers_per_device: Count | None = None
     config: dict[str, Any]
     models: dict[str, dict[str, Any]]
     jobs: dict[str, Job]
@@ -82,6 +87,13 @@ class Table(_Section):
     variants: dict[str, Variant]
     figures: dict[str, Figure]
     scales: dict[str, Scale]
+
+    def most_layers(self, scale: str, devices: int | None) -> int | None:
+        """How deep models are at most on so many devices; None for the published depth."""
+        found = self.scales.get(scale)
+        if found is None or found.layers_per_device is None:
+            return None
+        return found.layers_per_device * (devices or found.devices)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ class Request:
     cluster: str = "local"
     devices: int | None = None
     repeats: int = 1
+    iterations: int | None = None  # instead of the scale's
 
 
 def read_table(path: Path = TABLE) -> Table:
@@ -185,6 +198,8 @@ def _experiment(
     layouts = {"train": job.train, "generate": job.generate, "data": (1, 1, prod(job.train))}
     actor, critic = pair.split("/")
     log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": request.cluster}
+    most = table.most_layers(request.scale, request.devices)
+    models = {role: _model(scale, name, most) for role, name in (("actor", actor), ("critic", critic))}
     data = merge(
         table.config,
         scale.config,
@@ -192,9 +207,9 @@ def _experiment(
             "seed": repeat,
             "batch": job.batch,
             "layout": _axes(layouts[variant.training]),
-            "actor": {"init": scale.models[_known("model", actor, scale.models)]},
-            "critic": {"init": scale.models[_known("model", critic, scale.models)]},
-            "reward": {"init": scale.models[critic]},
+            "actor": {"init": models["actor"]},
+            "critic": {"init": models["critic"]},
+            "reward": {"init": models["critic"]},
             "ppo": {"microbatch": job.microbatch},
             "generation": {
                 "layout": _axes(layouts[variant.generation]),
@@ -204,6 +219,7 @@ def _experiment(
             "log": {**log, "figures": list(figures), "repeat": repeat},
         },
         variant.config,
+        {} if request.iterations is None else {"iterations": request.iterations},
     )
     tp, pp, dp = job.train
     name = f"{actor}_{critic}_{variant_name}_{job.batch}_{tp}-{pp}-{dp}".lower()
@@ -213,6 +229,14 @@ def _experiment(
 
     config = build(data, place)
     return Experiment(f"{name}_r{repeat}" if request.repeats > 1 else name, config, tuple(missing(config)))
+
+
+def _model(scale: Scale, name: str, most: int | None) -> dict[str, Any]:
+    """The shape of the model of that name, with `most` layers at most."""
+    model = scale.models[_known("model", name, scale.models)]
+    if most is None:
+        return model
+    return {**model, "num_hidden_layers": min(most, published(model["preset"]).num_layers)}
 
 
 def fitted(job: Job, devices: int) -> Job:

@@ -22,10 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
 from puzzle.config import TrainConfig
-from puzzle.errors import UserError
+from puzzle.errors import UserError, describe
 from puzzle.experiments import Experiment
+from puzzle.launch import Launcher
 
 LAST_LINES = 5
+END_SECONDS = 45.0  # which a launcher needs at most to end what it started
 Command = Callable[[Path, Path], list[str]]  # from configuration file and folder of a run
 ROOT = Path(__file__).resolve().parents[2]
 # As the published runs: everything sharded; the Hybrid Engine where it engages (the log says if it does not).
@@ -42,20 +44,17 @@ class Outcome:
     why: str = ""
 
 
-def train_command(config: Path, folder: Path) -> list[str]:
-    """The command that runs one experiment on this host."""
-    return [sys.executable, "-m", "puzzle.cli", "train", "--config", str(config), "--out", str(folder)]
+def command_of(experiment: Experiment, launcher: Launcher) -> Command:
+    """What runs an experiment's variant: `puzzle train`, or the baseline's program."""
+    program, options = ["-m", "puzzle.cli", "train"], ()
+    if experiment.config.log.variant == BASELINE:
+        program, options = [str(ROOT / BASELINE_SCRIPT)], BASELINE_OPTIONS
 
+    def command(config: Path, folder: Path) -> list[str]:
+        files = ["--config", str(config), "--out", str(folder)]
+        return [sys.executable, *program, *files, "--launcher", launcher, *options]
 
-def baseline_command(config: Path, folder: Path) -> list[str]:
-    """The command that runs one experiment as DeepSpeed-Chat."""
-    files = ["--config", str(config), "--out", str(folder)]
-    return [sys.executable, str(ROOT / BASELINE_SCRIPT), *files, *BASELINE_OPTIONS]
-
-
-def command_of(experiment: Experiment) -> Command:
-    """What runs an experiment's variant."""
-    return baseline_command if experiment.config.log.variant == BASELINE else train_command
+    return command
 
 
 def digest(config: TrainConfig) -> str:
@@ -75,12 +74,9 @@ def finished(folder: Path, config: TrainConfig) -> bool:
 
 
 def run_all(
-    experiments: Sequence[Experiment], out: Path, console: Console, command: Command | None = None
+    experiments: Sequence[Experiment], out: Path, console: Console, command: Callable[[Experiment], Command]
 ) -> list[Outcome]:
-    """Run what is not finished in `out`; a failure is recorded and the next one goes on.
-
-    `command` stands in for the variants' own.
-    """
+    """Run what is not finished in `out`, by the `command` for each; after a failure the next one goes on."""
     outcomes = [Outcome(e, "absent", why="; ".join(e.lacks)) for e in experiments if e.lacks]
     possible = [e for e in experiments if not e.lacks]
     kept = [e for e in possible if finished(out / "logs" / e.name, e.config)]
@@ -97,7 +93,10 @@ def run_all(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(waiting))
         for number, experiment in enumerate(waiting, 1):
-            outcome = _run_one(experiment, out / "logs" / experiment.name, command or command_of(experiment))
+            try:
+                outcome = _run_one(experiment, out / "logs" / experiment.name, command(experiment))
+            except OSError as error:  # a full disk, say
+                outcome = Outcome(experiment, "failed", why=describe(error))
             outcomes.append(outcome)
             bar.update(task, completed=number)
             rest = (time.monotonic() - began) / number * (len(waiting) - number)
@@ -136,7 +135,7 @@ def _wait(process: subprocess.Popen) -> int:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=15)
+                process.wait(timeout=END_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -145,13 +144,16 @@ def _wait(process: subprocess.Popen) -> int:
 def last_lines(outcome: Outcome, out: Path) -> list[str]:
     """The end of a failed run's output."""
     log = out / "logs" / outcome.experiment.name / "console.log"
-    return log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    return log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
 
 
 def record(out: Path, asked: dict[str, object], outcomes: Sequence[Outcome]) -> None:
     """Write campaign.json: what was asked for and how each run ended."""
     complete = bool(outcomes) and all(outcome.status != "failed" for outcome in outcomes)
     runs = {o.experiment.name: {"status": o.status, "why": o.why} for o in outcomes}
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            runs[outcome.experiment.name]["log"] = "\n".join(last_lines(outcome, out))
     temporary = out / "campaign.json.tmp"
     temporary.write_text(json.dumps({"asked": asked, "complete": complete, "runs": runs}, indent=1) + "\n")
     os.replace(temporary, out / "campaign.json")

@@ -162,6 +162,7 @@ def cluster(world: int, device: str) -> Generator[None]:
         return
     nodes = slurm.job_nodes(device) if slurm.inside() else []
     address = address_towards([node.address for node in nodes])
+    joining = nodes if len(nodes) > 1 or address != LOOPBACK else []
     folder = tempfile.mkdtemp(prefix="ray-")
     values = {
         "RAY_AUTH_MODE": "token",
@@ -171,14 +172,14 @@ def cluster(world: int, device: str) -> Generator[None]:
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
     }
-    if address == LOOPBACK:
-        # Else Ray takes another address of this host for 127.0.0.1, and listens on all.
+    if not joining:
+        # Else Ray takes another address of this host for 127.0.0.1, and listens on all. No node can join it.
         values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.update(values)
     import ray
 
     started: list[subprocess.Popen] = []
-    room = {"num_cpus": 0, "num_gpus": 0} if nodes else {"num_cpus": world} if device == "cpu" else {}
+    room = {"num_cpus": 0, "num_gpus": 0} if joining else {"num_cpus": world} if device == "cpu" else {}
     try:
         context = ray.init(
             include_dashboard=False,
@@ -189,7 +190,7 @@ def cluster(world: int, device: str) -> Generator[None]:
             **quiet,
         )
         os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-        for node in nodes:  # one after another: together, some are lost
+        for node in joining:  # one after another: together, some are lost
             _join(node, device, started)
         yield
     finally:

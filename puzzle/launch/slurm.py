@@ -42,15 +42,22 @@ class Settings(BaseModel):
     gres: str | None = None
     nodelist: str | None = None
 
+    @property
+    def devices(self) -> int:
+        """GPUs of a node; 0 without `gres`."""
+        if self.gres is None:
+            return 0
+        found = re.fullmatch(r"gpu:(?:[\w.-]+:)?([1-9][0-9]*)", self.gres)
+        if found is None:
+            raise UserError(f"{_file()}: gres {self.gres}: expected as gpu:8")
+        return int(found[1])
+
     def options(self, world: int) -> list[str]:
         """sbatch's options for a job of `world` processes: whole nodes of devices, or a core for each."""
         named = [f"--{name}={value}" for name, value in self if value is not None]
-        if self.gres is None:
+        if not self.devices:
             return [*named, f"--ntasks={world}"]
-        devices = re.fullmatch(r"\w+:(?:[\w.-]+:)?([1-9][0-9]*)", self.gres)
-        if devices is None:
-            raise UserError(f"{_file()}: gres {self.gres}: expected as gpu:8")
-        return [*named, f"--nodes={-(-world // int(devices[1]))}", "--exclusive", "--mem=0"]
+        return [*named, f"--nodes={-(-world // self.devices)}", "--exclusive", "--mem=0"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ set -euo pipefail
 die() { echo "error: $*" >&2; exit 2; }
 
 start() {
-  local dir=$1 nodes=$2 cores=$3 node port host ports=()
+  local dir=$1 nodes=$2 cores=$3 node host ports=()
   [ "$(id -u)" = 0 ] || die "a private Slurm needs root"
   if [ -e /etc/slurm/slurm.conf ] || [ -n "${SLURM_CONF:-}" ] || pgrep -x slurmctld >/dev/null || pgrep -x slurmd >/dev/null; then
     die "there is a Slurm on this host already; its daemons and settings are left alone"

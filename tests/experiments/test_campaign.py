@@ -16,6 +16,7 @@ from puzzle.cli import main
 from puzzle.errors import UserError
 from puzzle.experiments import Request, expand, read_table
 from puzzle.launch import campaign
+from puzzle.launch.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 # Stands in for `puzzle train`: writes the log of a run with times that depend on the variant; some fail.
@@ -44,10 +45,10 @@ def experiments():
     return [replace(experiment, lacks=()) for experiment in found[:4]]
 
 
-def worker(tmp_path, failing: str) -> campaign.Command:
+def worker(tmp_path, failing: str):
     script = tmp_path / f"worker-{failing}.py"
     script.write_text(WORKER.format(root=str(ROOT), failing=failing))
-    return lambda config, folder: [sys.executable, str(script), str(config), str(folder)]
+    return lambda experiment: lambda config, folder: [sys.executable, str(script), str(config), str(folder)]
 
 
 def test_failures_are_recorded_and_finished_runs_are_kept(tmp_path, experiments):
@@ -115,7 +116,7 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
         "sleeper = 'import os,time; print(os.getpid(), flush=True); time.sleep(99)'\n"
         "with local.terminate_as_exit():\n"
         "    campaign.run_all([replace(e[0], lacks=())], Path(sys.argv[1]), Console(),\n"
-        "                     lambda c, f: [sys.executable, '-c', sleeper])"
+        "                     lambda e: lambda c, f: [sys.executable, '-c', sleeper])"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL
@@ -134,10 +135,54 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
 
 def test_the_baseline_is_run_by_its_own_program():
     figure8 = expand(read_table(), Request("cpu", only=("figure8",)))
-    words = {e.config.log.variant: campaign.command_of(e)(Path("c.json"), Path("out")) for e in figure8}
+    words = {
+        e.config.log.variant: campaign.command_of(e, "ray")(Path("c.json"), Path("out")) for e in figure8
+    }
+    files = ["--config", "c.json", "--out", "out", "--launcher", "ray"]
     assert Path(words["dschat"][1]).is_file()
-    assert words["dschat"][2:6] == ["--config", "c.json", "--out", "out"]
-    assert words["opt"] == words["base"] == campaign.train_command(Path("c.json"), Path("out"))
+    assert words["dschat"][2:8] == files
+    assert words["opt"] == words["base"] == [sys.executable, "-m", "puzzle.cli", "train", *files]
+
+
+def test_a_node_runs_what_its_gpus_can_hold(monkeypatch, capsys):
+    def gpus(count: int, gib: int) -> Machine:
+        return Machine(count, count, gib << 30, f"{count} GPUs")
+
+    def listed(machine: Machine, *options: str) -> str:
+        monkeypatch.setattr(command, "find_machine", lambda launcher: machine)
+        assert main(["campaign", "--dry-run", *options]) == 0
+        return capsys.readouterr().out
+
+    four = listed(gpus(4, 80), "--only", "figure9")
+    assert "4 GPUs; scale node, launcher local" in four
+    assert "7B/7B w_bulk (1,4,1) batch 64, 4 processes [figure9]: can run" in four
+    assert "6 runs, 6 can run" in four
+    assert "rank 0 needs" in listed(gpus(1, 16), "--only", "figure9")
+    paper = listed(gpus(8, 80), "--scale", "paper", "--only", "table3")
+    assert (
+        "33B/7B opt (1,32,1 -> 2,16,1) batch 128, 32 processes [table3]: lacks 32 GPUs where there are 8"
+        in paper
+    )
+
+
+def test_a_full_disk_is_a_failed_run(tmp_path, monkeypatch, experiments):
+    full = OSError(28, "No space left on device", "some/config.json")
+    ends = iter([full, campaign.Outcome(experiments[1], "done")])
+
+    def run_one(*_arguments: object) -> campaign.Outcome:
+        end = next(ends)
+        if isinstance(end, OSError):
+            raise end
+        return end
+
+    monkeypatch.setattr(campaign, "_run_one", run_one)
+    found = campaign.run_all(
+        experiments[:2], tmp_path, Console(file=io.StringIO()), worker(tmp_path, "nothing")
+    )
+    assert [o.status for o in found] == ["failed", "done"]
+    assert found[0].why == "some/config.json: No space left on device"
+    campaign.record(tmp_path, {}, found)
+    assert json.loads((tmp_path / "campaign.json").read_text())["complete"] is False
 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -157,12 +202,14 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--scale", "huge"], "huge is unknown; there are cpu, node, paper"),
         (["--repeats", "0"], "--repeats 0: at least 1"),
         (["--table", "absent.yaml"], "absent.yaml: no such file"),
-        (["--scale", "paper"], "needs GPUs and this machine has none"),
+        (["--iterations", "1"], "--iterations 1: at least 2"),
+        (["--launcher", "mpi"], "invalid choice: 'mpi'"),
+        (["--scale", "paper"], "--scale paper needs GPUs, and there are no GPUs; use --scale cpu"),
     ],
 )
 def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "gpu_count", lambda: 0)
+    monkeypatch.setattr(command, "find_machine", lambda launcher: Machine(0, 0, None, "there are no GPUs"))
     assert main(["campaign", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err

@@ -88,6 +88,25 @@ def test_every_run_is_possible_and_named_once(table, scale, devices):
         assert config.log.provenance == ("rehearsal" if scale == "cpu" else "measured")
 
 
+def test_a_node_has_as_deep_models_as_its_devices_hold(table):
+    for devices, layers in (
+        (8, {"7B": 16, "13B": 16, "33B": 16, "350M": 16}),
+        (2, dict.fromkeys(("7B", "350M"), 4)),
+    ):
+        for experiment in expand(table, Request("node", devices=devices)):
+            specs = specs_of(experiment.config)
+            for role, name in (
+                ("actor", experiment.config.log.actor),
+                ("critic", experiment.config.log.critic),
+            ):
+                assert specs[role].num_layers == layers.get(name, 4)
+    assert specs_of(expand(table, Request("paper"))[0].config)["actor"].num_layers == 32
+
+
+def test_iterations_of_the_request_win(table):
+    assert {e.config.iterations for e in expand(table, Request("cpu", iterations=2))} == {2}
+
+
 def test_repeats_differ_in_seed_and_number_alone(table):
     twice = expand(table, Request("cpu", only=("figure9",), repeats=2))
     assert len(twice) == 2 * len(expand(table, Request("cpu", only=("figure9",))))

@@ -26,19 +26,19 @@ def test_one_host_is_loopback():
 
 
 def test_another_host_is_reached_from_the_address_of_an_interface_of_ours():
-    # 192.0.2.0/24 is for documentation (RFC 5737): nobody's, but routed like any other.
+    # 198.51.100.0/24 is for documentation (RFC 5737): nobody's, but routed like any other.
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))
+            probe.connect(("198.51.100.1", 9))
             ours = probe.getsockname()[0]
     except OSError:
         pytest.skip("this host has no route to others")
-    assert network.address_towards(["127.0.0.1", "192.0.2.1"]) == ours
-    name = network.interface_towards("192.0.2.1")
+    assert network.address_towards(["127.0.0.1", "198.51.100.1"]) == ours
+    name = network.interface_towards("198.51.100.1")
     assert name in {name for _, name in socket.if_nameindex()} - {"lo"}
     assert network.interface_towards(ours) == name
 
 
 def test_an_unknown_host_is_named():
-    with pytest.raises(UserError, match="host nowhere.invalid is unknown here"):
+    with pytest.raises(UserError, match=r"host nowhere\.invalid is unknown here"):
         network.address_towards(["nowhere.invalid"])

@@ -3,7 +3,10 @@
 Algorithm, data, clock and log are those of `puzzle`; models, passes and steps are DeepSpeed's.
 """
 
+import argparse
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 # A script's own folder is on the path; the project's root is two folders above `applications`.
@@ -12,16 +15,25 @@ sys.path.append(str(Path(__file__).resolve().parents[3]))
 from dschat.options import parse
 
 from puzzle.errors import UserError
-from puzzle.launch import local
+from puzzle.launch import LAUNCHERS, launch, local, slurm
 
 
 def main() -> int:
     """Run; 0 when it ended well, 2 after a user error, a worker's code when that died."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
+    given, words = parser.parse_known_args()
     try:
-        config, zero, out = parse(sys.argv[1:])
+        config, zero, out = parse(words)
+        if given.launcher == "slurm" and not slurm.inside():
+            return slurm.submit([sys.executable, __file__, *sys.argv[1:]], config.world, out)
         if local.identity()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)
-        local.run("dschat.ppo_step:train", (config, zero, out), config.world, out / "ranks")
+        # Processes on other hosts find `dschat` and `puzzle` by it.
+        paths = (str(Path(__file__).resolve().parent), sys.path[-1], os.environ.get("PYTHONPATH", ""))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        args = (config.resolved(), asdict(zero), str(out.resolve()))
+        launch(given.launcher, "dschat.ppo_step:process", args, config.world, out / "ranks", config.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

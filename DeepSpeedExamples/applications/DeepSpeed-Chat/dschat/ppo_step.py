@@ -40,6 +40,11 @@ def train(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
         run(config, zero, out, data, world)
 
 
+def process(resolved: dict[str, Any], zero: dict[str, Any], out: str) -> None:
+    """One process of a run, from JSON values, which any launcher can bring to any host."""
+    train(TrainConfig.model_validate(resolved), ZeroOptions(**zero), Path(out))
+
+
 @contextmanager
 def group_of_one(world: World) -> Generator[None]:
     """DeepSpeed wants a process group for one process, too, which `World` does without."""

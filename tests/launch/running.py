@@ -1,0 +1,124 @@
+"""Runs of the command line as other processes, for tests that end them in all ways."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A run of four processes, as small as can be; `changes` replace sections."""
+    return {
+        "iterations": 3,
+        "batch": 4,
+        "device": "cpu",
+        "layout": {"tp": 1, "pp": 4, "dp": 1},
+        **{role: {"init": SHAPE} for role in ("actor", "critic", "reward")},
+        "data": {"random_tokens": 8},
+        "generation": {"min_new_tokens": 4, "max_new_tokens": 4},
+        "ppo": {"microbatch": 2},
+        "checkpoint": {"every": 1},
+        "log": {
+            "provenance": "rehearsal",
+            "variant": "tiny",
+            "tensorboard": False,
+            "plots": False,
+            "samples": 0,
+        },
+        **changes,
+    }
+
+
+def environment(**values: str) -> dict[str, str]:
+    """Of the processes that tests start; marked, so that all of them can be found again."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONDONTWRITEBYTECODE")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **values}
+
+
+def puzzle(folder: Path, *words: str, **values: str) -> subprocess.Popen[str]:
+    """`puzzle WORDS` in `folder`, its output in folder/console.txt; in a session of its own."""
+    with (folder / "console.txt").open("w") as console:
+        return subprocess.Popen(
+            [sys.executable, "-m", "puzzle.cli", *words],
+            cwd=folder,
+            env=environment(PUZZLE_TEST=str(folder), **values),
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def console(folder: Path) -> str:
+    """What the command has said."""
+    return (folder / "console.txt").read_text(errors="replace")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Metrics of every iteration in a run's log."""
+    records = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return [record["metrics"] for record in records if record["record"] == "iteration"]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90.0, run: subprocess.Popen | None = None) -> Any:
+    """The condition's first true value; an error if `run` ends before or it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert run is None or run.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+    return found
+
+
+def of_test(folder: Path) -> dict[int, str]:
+    """Command lines, by id, of living processes that carry the mark of a test in `folder`."""
+    found = {}
+    mark = f"PUZZLE_TEST={folder}".encode()
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            marked = process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0")
+            if marked and (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found[int(process.name)] = (process / "cmdline").read_bytes().decode().replace("\0", " ")
+    found.pop(os.getpid(), None)
+    return found
+
+
+def ranks(folder: Path) -> list[int]:
+    """Process ids of the ranks of a test's run on this host, in the order of their start."""
+    servers = {pid for pid, line in of_test(folder).items() if "multiprocessing.forkserver" in line}
+    return sorted(pid for pid in servers if _parent(pid) in servers)
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+@contextlib.contextmanager
+def cleared(folder: Path) -> Iterator[None]:
+    """Whatever happens, no process of the test stays; what was left is an error."""
+    try:
+        yield
+        wait_for(lambda: not of_test(folder), 20)
+    finally:
+        for pid in of_test(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
