@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import __version__  # ty: ignore[unresolved-import]
-from megatron.core.resharding import (  # ty: ignore[unresolved-import]
+from megatron.core import __version__  # ty: ignore[import-not-found]
+from megatron.core.resharding import (  # ty: ignore[import-not-found]
     build_centralized_reshard_plan,
     execute_reshard_plan,
 )
-from megatron.core.resharding.copy_services.nccl_copy_service import (  # ty: ignore[unresolved-import]
+from megatron.core.resharding.copy_services.nccl_copy_service import (  # ty: ignore[import-not-found]
     NCCLCopyService,
 )
 from torch import Tensor, nn
@@ -70,29 +70,30 @@ def stage(spec: ModelSpec, placement: Placement, world: World, filled: bool) -> 
     """This rank's parameters, with what Megatron's planner reads of modules and parameters."""
     layout, coord = placement.layout, placement.coord_of(world.rank)
     module, mine = nn.Module(), {str(n): i for i, n in enumerate(layout.layers(coord.p))}
-    module.layers = nn.ModuleList(nn.Module() for _ in mine)
+    layers = [nn.Module() for _ in mine]
+    module.layers = nn.ModuleList(layers)
     for number, i in mine.items():
-        module.layers[i].layer_number = int(number) + 1
+        vars(layers[i])["layer_number"] = int(number) + 1
     for name, (shape, dim, stride) in tensors(spec).items():
         parts = name.split(".")
         ends = {"embedding": 0, "final_layernorm": layout.pp - 1, "output_layer": layout.pp - 1}
         if (parts[0] == "layers" and parts[1] not in mine) or ends.get(parts[0], coord.p) != coord.p:
             continue
-        home = module.layers[mine[parts[1]]] if parts[0] == "layers" else module
+        home = layers[mine[parts[1]]] if parts[0] == "layers" else module
         value = shard(whole(name, shape, world.device), dim, stride, coord.t, layout.tp)
         holder = nn.Module()
-        holder.weight = nn.Parameter(
-            value.clone() if filled else torch.zeros_like(value), requires_grad=False
+        weight = nn.Parameter(value.clone() if filled else torch.zeros_like(value), requires_grad=False)
+        vars(weight).update(
+            tensor_model_parallel=dim is not None, partition_dim=dim or 0, partition_stride=stride
         )
-        holder.weight.tensor_model_parallel = dim is not None
-        holder.weight.partition_dim, holder.weight.partition_stride = dim or 0, stride
+        holder.weight = weight
         home.add_module(parts[-2], holder)
     groups = {}
     for kind in ("tp", "pp", "dp"):
         for ranks in placement.groups(kind):
             group = dist.new_group(list(ranks))
             groups |= {kind: group} if world.rank in ranks else {}
-    module.pg_collection = SimpleNamespace(**groups)
+    vars(module)["pg_collection"] = SimpleNamespace(**groups)
     return module
 
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with World.start("cuda", timeout=60.0) as world:
-        row = {"bench": "switch", "way": f"megatron-core {__version__}", "model": given.model}
+        row: dict[str, Any] = {"bench": "switch", "way": f"megatron-core {__version__}", "model": given.model}
         row |= {"link_bytes_per_second": link_rate(world, 1 << 30)} | device.facts(world)
         for pair in given.pairs:
             row |= measured(model_spec(given.model), pair, world)
