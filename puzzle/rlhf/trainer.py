@@ -209,6 +209,7 @@ class Trainer:
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
+        recorder.offload(iteration, self.models.room.record())
         recorder.samples(iteration, experience, self._texts(experience, prompts), scores)
         self._read_clock(iteration, clock, recorder)
         for model in (self.models.actor, self.models.critic):
@@ -319,6 +320,7 @@ class Trainer:
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
         with self.models.generator.weights() as actor:
+            self.models.room.for_generation()
             experience = respond(actor, prompts, 1, params, 0, self.config.generation, self.data.stop_rule)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
