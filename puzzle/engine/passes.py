@@ -106,7 +106,9 @@ class StagePasses:
             # token, place, tokens drawn, stem of the noise's keys
             self.state = torch.zeros((4, rows), dtype=torch.int64, device=decoder.device)
         addresses = tuple(weight.data_ptr() for weight in decoder.parameters())
-        key = (tuple(groups), replace(params, max_new_tokens=1 << 30, seed=0), addresses)
+        least = params.min_new_tokens if params.stop_ids else 0
+        drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
+        key = (tuple(groups), drawing, addresses)
         if key != self._key:
             self._recorded.clear()
             self._key = key
