@@ -86,8 +86,9 @@ part_layouts() {
 
 part_single() {
     on 0 bench train.log 200 "7B, gradients summed" train --out "$rows" &
-    on 1 bench generate.log 240 "generate 7B" generate --batches 32,64,128,256 --out "$rows" &
     [ "$gpus" -lt 2 ] && wait
+    on 1 bench generate.log 240 "generate 7B" generate --batches 32,64,128,256 --out "$rows" &
+    [ "$gpus" -lt 3 ] && wait
     on 2 bench adamw.log 200 "7B with AdamW" train --optimizer --modes compile --repeats 3 --out "$rows" &
     wait
 }
