@@ -85,8 +85,7 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
             itemsize=item,
             staging_bytes=options.staging_bytes,
         )
-        if options.transport == "peer":
-            plan = plan.by_peer_copies()
+        plan = plan.by_peer_copies() if options.transport == "peer" else plan
         placement = plan.destination
         for rank in switched:
             part = plan.for_rank(rank)
