@@ -34,11 +34,14 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
+    parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     options, overrides = parser.parse_known_args(arguments)
     if options.help:
         print(parser.format_help() + "\n" + option_help())
         return 0
+    if options.profile is not None:
+        overrides += ["--log.profile", options.profile]
     if options.resume and options.config is None:
         config = _configured(options.out, overrides)
     else:

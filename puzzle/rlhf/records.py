@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from puzzle.config import TrainConfig
 from puzzle.data.tokenizers import tokenizer_folder
@@ -196,6 +198,28 @@ class Recorder:
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
         self.writer.trace(str(file.relative_to(self.out)), iteration)
+
+    @contextmanager
+    def profiled(self, iteration: int) -> Generator[None]:
+        """Record what happens inside by torch's profiler, in an iteration of `log.profile`: one file per rank."""
+        if iteration not in self.config.log.profile:
+            yield
+            return
+        kinds = [ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        with profile(activities=kinds) as profiler:
+            yield
+        file = self.out / "profiles" / f"iteration-{iteration}-rank-{self.world.rank:03d}.json.gz"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            part = file.with_suffix(".part.gz")  # the profiler goes by the last suffix
+            profiler.export_chrome_trace(str(part))
+            part.replace(file)
+        except OSError as error:
+            raise UserError(f"{file}: {describe(error)}") from None
+        if self.writer is not None:
+            self.writer.trace(str(file.relative_to(self.out)), iteration)
 
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after `done` iterations."""

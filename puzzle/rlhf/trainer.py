@@ -153,7 +153,8 @@ class Trainer:
         if not self.done:
             self._evaluate(0, recorder)
         for iteration in range(self.done, self.config.iterations):
-            metrics = self.iteration(iteration, recorder)
+            with recorder.profiled(iteration):
+                metrics = self.iteration(iteration, recorder)
             self.done = done = iteration + 1
             every = self.config.eval.every
             if every and done % every == 0:
