@@ -167,6 +167,7 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
     decode_microbatch: Count | None = Field(None, description="sequences per decode micro-batch")
+    early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
 
     @model_validator(mode="after")
@@ -199,6 +200,7 @@ class PPOConfig(Section):
     minibatch: Count | None = Field(None, description="sequences per optimizer step; default: all")
     microbatch: Count | None = Field(None, description="sequences per forward and backward pass")
     microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
+    packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
     clip: Positive = 0.2
     value_clip: Positive | None = 0.2
     gamma: Fraction = 1.0
@@ -217,6 +219,8 @@ class PPOConfig(Section):
     def _one_unit(self) -> PPOConfig:
         if self.microbatch is not None and self.microbatch_tokens is not None:
             raise ValueError("give microbatch or microbatch_tokens, not both")
+        if self.microbatch_tokens is not None and not self.packing:
+            raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
         return self
 
 
@@ -292,3 +296,4 @@ class LogConfig(Section):
     tensorboard: bool = True
     plots: bool = True
     trace: tuple[Natural, ...] = Field((), description="iterations of which a timeline is written")
+    profile: tuple[Natural, ...] = Field((), description="iterations that torch's profiler records, per rank")

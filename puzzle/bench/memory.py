@@ -104,20 +104,19 @@ def configured(
 def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:
     """Every rank's stages beside what the run's log says of them.
 
-    Without a change of layout, generation begins with what is there before offloaded states have left.
+    Generation begins with what is there before offloaded states have left.
     """
     logged: dict[int, Mapping[str, int]] = {r["rank"]: r.get("peak_bytes", {}) for r in run.ranks}
     found = []
     for memory in ranks:
+        sizes = {stage: memory.total(stage) for stage in memory.stages}
+        switch, made = memory.stages["switch"], memory.stages["generation"]
+        staging = switch["generation weights and staging"] - made["generation weights"]
+        sizes["generation"] = max(sizes["generation"], sizes["switch"] - staging)
+        if not run.switches:
+            del sizes["switch"]
         measured = logged[memory.rank]
-        for stage in memory.stages:
-            formula = memory.total(stage)
-            if not run.switches:
-                if stage == "switch":
-                    continue
-                if stage == "generation":
-                    formula = max(formula, memory.total("switch"))
-            found.append(Peak(memory.rank, stage, formula, measured.get(stage)))
+        found += [Peak(memory.rank, stage, size, measured.get(stage)) for stage, size in sizes.items()]
     return found
 
 
