@@ -201,7 +201,7 @@ class Recorder:
 
     @contextmanager
     def profiled(self, iteration: int) -> Generator[None]:
-        """Record what happens inside by torch's profiler, in an iteration of `log.profile`: one file per rank."""
+        """Record an iteration of `log.profile` by torch's profiler, in a file per rank."""
         if iteration not in self.config.log.profile:
             yield
             return
