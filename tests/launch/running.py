@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,22 @@ def cleared(folder: Path) -> Iterator[None]:
         for pid in of_test(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses (IPv4, or IPv6 in full) on which these processes listen."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                # Words of 32 bits in the host's order, little-endian on all hosts that torch knows.
+                address = bytes.fromhex(words[1].partition(":")[0])
+                parts = [address[at : at + 4][::-1] for at in range(0, len(address), 4)]
+                found.add(socket.inet_ntop(family, b"".join(parts)))
+    return found

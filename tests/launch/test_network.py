@@ -1,20 +1,22 @@
+import os
 import socket
-import subprocess
 
 import pytest
 from torch.distributed import TCPStore
 
 from puzzle.errors import UserError
 from puzzle.launch import network
+from tests.launch.running import listening
 
 
 def test_the_store_listens_on_its_address_alone():
+    with socket.socket() as elsewhere:
+        elsewhere.bind(("0.0.0.0", 0))
+        elsewhere.listen()
+        assert "0.0.0.0" in listening([os.getpid()])
+    before = listening([os.getpid()])
     store = network.listen("127.0.0.1")
-    listening = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout
-    addresses = [
-        line.split()[3] for line in listening.splitlines() if line.split()[3].endswith(f":{store.port}")
-    ]
-    assert addresses == [f"127.0.0.1:{store.port}"]
+    assert listening([os.getpid()]) == before | {"127.0.0.1"}
     TCPStore("127.0.0.1", store.port, is_master=False).set("key", "value")
     assert store.get("key") == b"value"
 
