@@ -16,7 +16,7 @@ from puzzle.bench import device
 from puzzle.bench.train import DTYPES, read_layout
 from puzzle.cli import Parser
 from puzzle.engine.generate import Request, generate
-from puzzle.engine.passes import StagePasses
+from puzzle.engine.passes import StagePasses, cache_bytes, fitting_rows
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
@@ -26,9 +26,6 @@ from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.published import PUBLISHED, published
-
-ROOM = 0.9
-"""Share of the free device memory that a wave's key/value cache may take."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,9 @@ def work(bench: GenerateBench) -> None:
         initialise(runtime.decoder, 0)
         runtime.freeze()
         bandwidth = device.copy_bandwidth(world)
-        _generate(bench, runtime, StagePasses(runtime.decoder), min(bench.batches), 2)  # warm-up
+        warm = StagePasses(runtime.decoder)
+        _generate(bench, runtime, warm, min(bench.batches), 2)
+        warm.release()
         for batch in bench.batches:
             for mode in bench.modes:
                 row = {"mode": mode} | _row(bench, runtime, mode, batch, bandwidth)
@@ -110,9 +109,10 @@ def _row(
     captured: dict[str, Any] = {}
     if passes.graphs:
         first = _generate(bench, runtime, passes, sizes[0], bench.new)
-        captured = {"captures": passes.captures, "first_wave_with_captures_s": first}
+        captured = {"captures": passes.captures, "capture_s": passes.capture_seconds, "first_wave_s": first}
     prefill = sum(_generate(bench, runtime, passes, size, 1) for size in sizes)
     total = sum(_generate(bench, runtime, passes, size, bench.new) for size in sizes)
+    passes.release()
     floor = sum(_floor(bench, runtime, size, bandwidth) for size in sizes)
     return captured | {
         "batch": batch,
@@ -149,24 +149,14 @@ def _generate(
 
 def _wave(bench: GenerateBench, runtime: ModelRuntime, batch: int) -> int:
     """How many prompts of the batch run at once: as many as the cache has room for on every rank."""
-    if runtime.world.device.type != "cuda":
+    fits = fitting_rows(runtime.decoder, bench.prompt + bench.new)
+    if fits is None:
         return batch
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(runtime.world.device)
-    row = _cache_bytes(runtime) * (bench.prompt + bench.new)
     replicas = runtime.placement.layout.dp
-    fits = torch.tensor(-int(free * ROOM // row) * replicas, device=runtime.world.device)
-    largest = -int(runtime.world.max(fits))
+    largest = -int(runtime.world.max(torch.tensor(-fits * replicas, device=runtime.world.device)))
     if largest < replicas:
         raise UserError(f"no sequence of {bench.prompt + bench.new} tokens fits beside the weights")
     return min(batch, largest)
-
-
-def _cache_bytes(runtime: ModelRuntime) -> int:
-    """Bytes of the keys and values of one token on this rank."""
-    spec, decoder = runtime.spec, runtime.decoder
-    kv_heads = max(1, spec.num_kv_heads // decoder.layout.tp)
-    return 2 * len(decoder.layers) * kv_heads * spec.head_dim * decoder.dtype.itemsize
 
 
 def _floor(bench: GenerateBench, runtime: ModelRuntime, batch: int, bandwidth: float) -> float:
@@ -180,7 +170,7 @@ def _floor(bench: GenerateBench, runtime: ModelRuntime, batch: int, bandwidth: f
         weights -= runtime.decoder.embed.nbytes
     rows = len(runtime.rows(batch))
     places = sum(bench.prompt + step for step in range(1, bench.new))
-    read = (bench.new - 1) * weights + rows * places * _cache_bytes(runtime)
+    read = (bench.new - 1) * weights + rows * places * cache_bytes(runtime.decoder)
     seconds = runtime.world.gather((runtime.coord.p, read / bandwidth))
     stages = {p: max(s for q, s in seconds if q == p) for p, _ in seconds}
     return sum(stages.values())
