@@ -156,6 +156,7 @@ def _others(here: Sequence[Seen], first: Seen, now: float, most: int = 3) -> str
 
 
 BUSY = "holds its interpreter"
+STOPPED = "is stopped (SIGSTOP, or a debugger)"
 
 
 def process_state(sign: Sign) -> str:
@@ -168,7 +169,7 @@ def process_state(sign: Sign) -> str:
         return "is gone"
     letter = stat.rpartition(")")[2].split()[0]
     if letter in "Tt":
-        return "is stopped (SIGSTOP, or a debugger)"
+        return STOPPED
     return "is gone" if letter in "ZX" else BUSY
 
 
@@ -208,21 +209,29 @@ class Watchdog:
         self.interval = min(2.0, watch.seconds / 20)
         self.sign = Sign(rank, socket.gethostname(), os.getpid())
         self._main = threading.main_thread().ident
-        self._store = _own_store()
+        self._store = _own_store(watch.seconds)
         self._stacks, self._new = _stack_file(watch.folder, rank)
         faulthandler.register(DUMP, file=self._stacks, all_threads=True)
         self._key: Any = None
         self._seen: dict[int, Seen] = {}
         self._known: set[str] = set()
         self._done = threading.Event()
+        self._leaving = False
+        self._rounds = 0
         self._publish()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
-        self._thread.start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._run, self._guard)]
+        for thread in self._threads:
+            thread.start()
+
+    def leave(self) -> None:
+        """This rank will soon `stop`: from now on the store may end at any time."""
+        self._leaving = True
 
     def stop(self, over: bool) -> None:
         """No more watching. `over` says that this rank ends well: nobody misses it."""
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(self.watch.seconds)
         if over:
             with contextlib.suppress(dist.DistError):  # whoever held the store has ended already
                 self._publish(over=True)
@@ -245,10 +254,18 @@ class Watchdog:
                 if verdict is not None:
                     self._end(verdict)
             except dist.DistError as error:
-                if self._done.is_set():
-                    return
-                print(f"warning: the watchdog lost the run's store and sleeps: {error}", file=sys.stderr)
+                if not self._leaving:
+                    self._end_alone(f": {str(error).splitlines()[0]}")
                 return
+            self._rounds += 1
+
+    def _guard(self) -> None:
+        """Ends the process when the other thread gets no answer from the store, which knows no time-out."""
+        rounds, still = -1, 0
+        while not self._done.wait(self.interval):
+            rounds, still = self._rounds, still + 1 if rounds == self._rounds else 0
+            if still * self.interval >= self.watch.seconds and not self._leaving:
+                self._end_alone(f" for {self.watch.seconds:g} s")
 
     def _publish(self, over: bool = False, dumped: bool = False) -> None:
         doing, waits = self.pulse.doing, self.pulse.waits
@@ -308,16 +325,28 @@ class Watchdog:
             _kill(sign.pid, signal.SIGKILL)
         os._exit(1)
 
+    def _end_alone(self, how: str) -> None:
+        """Whoever holds the store, the launcher or rank 0, cannot tell the others."""
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        line = f"the run's store at {place} does not answer {self.sign.name}{how}; is its process stopped?"
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        self.watch.tell(line, True)
+        for seen in self._seen.values():
+            if seen.sign.host == self.sign.host and process_state(seen.sign) == STOPPED:
+                _kill(seen.sign.pid, signal.SIGKILL)
+        os._exit(1)
+
 
 def _kill(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
-def _own_store() -> dist.Store:
+def _own_store(seconds: float) -> dist.Store:
     """A connection of its own to the store in which the ranks met: the main thread may wait in the other."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    limit = timedelta(seconds=seconds)
+    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=limit)
     # torchrun's agents keep their store when they start the ranks anew.
     return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -101,6 +101,9 @@ class World:
         """Leave the run. Not after an error: others may be waiting for this rank in a collective, and NCCL
         lets nobody leave alone; the error would never be told."""
         if self.watchdog is not None:
+            if kind is None:
+                self.watchdog.leave()
+                self.sum(torch.zeros(1, device=self.device))  # all are here: nobody is missed from now on
             self.watchdog.stop(over=kind is None)
         if self.size > 1 and kind is None:
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -143,6 +144,22 @@ def refused(rank: int, folder: str, layout: Layout) -> str:
     except UserError as error:
         return str(error)
     return "loaded"
+
+
+def without_room(rank: int, folder: str, layout: Layout, number: int, room: int) -> str:
+    """The line with which a save ends where rank 1 may write no more than `room` bytes into a file."""
+    models = build(rank, folder, layout, "float32", seed=1)
+    checkpoints = Checkpoints(Path(folder) / "saved", models)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(number, {"number": number})
+        checkpoints.wait()
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "saved"
 
 
 def killed(rank: int, folder: str, layout: Layout, first: int, delay: float) -> None:

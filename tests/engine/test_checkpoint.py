@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,30 @@ def test_a_folder_that_cannot_be_written_ends_the_run_with_one_line(tmp_path: Pa
     (tmp_path / "saved").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"^checkpoint 1 failed: .*saved.*; free space or permit writing$"):
         saving.save(0, str(tmp_path), Layout.even(1, 1, 1, 4), "float32", 1, [1])
+
+
+def test_a_half_written_checkpoint_is_nothing(saved: Path) -> None:
+    """All stages of writing: a file cut short, all files but no manifest, a manifest under its first name."""
+    last, alone = saved / "saved" / "state-2", Layout.even(1, 1, 1, 4)
+    partial = saved / "saved" / "state-3.partial"
+    for kept in (("rank-00000.safetensors",), tuple(p.name for p in last.glob("rank-*")), ("manifest.json",)):
+        shutil.copytree(last, partial)
+        for path in partial.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        (partial / kept[0]).write_bytes((last / kept[0]).read_bytes()[:1000])
+        _, _, state, notes = saving.load(0, str(saved), alone, "float32")
+        assert (state["number"], notes) == (2, ())
+        assert not partial.exists()
+
+
+@pytest.mark.parametrize("room", [0, 1000, 100_000])
+def test_a_full_disk_ends_the_run_with_one_line_and_harms_no_checkpoint(saved: Path, room: int) -> None:
+    """`room` bytes per file are left to one of two ranks."""
+    for line in run_ranks(saving.without_room, 2, str(saved), Layout.even(2, 1, 1, 4), 3, room):
+        assert re.match(r"checkpoint 3 failed: .*File too large; free space or permit writing$", line), line
+    _, _, state, notes = saving.load(0, str(saved), Layout.even(1, 1, 1, 4), "float32")
+    assert (state["number"], notes) == (2, ())
 
 
 @pytest.mark.parametrize("tries", [3, pytest.param(20, marks=pytest.mark.long)])

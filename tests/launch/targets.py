@@ -45,15 +45,16 @@ def fail(out: Path, kind: str) -> None:
 
 
 def watched(out: Path, kind: str, seconds: float) -> None:
-    """Two sums under a watchdog of N = `seconds`; in between, rank 1 does what `kind` says."""
+    """Two sums under a watchdog of N = `seconds`; in between, a rank does what `kind` says."""
     with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks")) as world:
         (out / f"{world.rank}.pid").write_text(str(os.getpid()))
         world.sum(torch.ones(1))
         world.pulse.mark("the lesson")
+        if kind == f"stop {world.rank}":
+            time.sleep(seconds / 4)
+            os.kill(os.getpid(), signal.SIGSTOP)
         if world.rank == 1:
-            if kind == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            elif kind == "recv":
+            if kind == "recv":
                 dist.recv(torch.zeros(2, 3), 0)
             elif kind == "endless":
                 while True:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ from tests.launch.test_local import TARGETS, gone, no_launcher, pids
 
 __all__ = ["no_launcher"]
 HANGS = {
-    "stop": (
+    "stop 1": (
         3.0,
         r"rank 1 on \S+ is stopped \(SIGSTOP, or a debugger\): no sign of life for \d+ s, last in "
         r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: "
@@ -44,6 +49,43 @@ def test_a_hang_ends_and_names_its_cause(tmp_path: Path, kind: str) -> None:
     stacks = [(tmp_path / f"ranks/rank-00{rank}.txt").read_text() for rank in range(2)]
     assert "in sum" in stacks[0]
     assert "in watched" in stacks[1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_of_another_launcher(tmp_path: Path, victim: int) -> None:
+    """Nobody watches the processes, and rank 0 holds the store in which they meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        "import sys; from pathlib import Path; from tests.launch.targets import watched\n"
+        f"watched(Path(sys.argv[1]), 'stop {victim}', 3.0)"
+    )
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[victim].returncode == -signal.SIGKILL
+    assert ranks[1 - victim].returncode == 1
+    errors = [line for line in said[1 - victim].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    words = (
+        "error: rank 1 on .* is stopped"
+        if victim
+        else r"error: the run's store at \S+ does not answer rank 1"
+    )
+    assert re.match(words, errors[0])
 
 
 @pytest.mark.parametrize("kind", ["slow", "native"])
