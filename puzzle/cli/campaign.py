@@ -28,6 +28,9 @@ def run(arguments: Sequence[str]) -> int:
     options = _parsed(arguments)
     console = Console(highlight=False)
     machine = find_machine(options.launcher)
+    if options.device_memory is not None:
+        total = None if options.dry_run else machine.total  # as if there were as many devices as asked for
+        machine = replace(machine, memory=footprint.parse_bytes(options.device_memory), total=total)
     scale = options.scale or ("node" if machine.per_host else "cpu")
     console.print(f"{machine.words}; scale {scale}, launcher {options.launcher}", soft_wrap=True)
     table = read_table(options.table)
@@ -78,6 +81,7 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--cluster", default="local", metavar="NAME", help="what figures call this machine")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the unfinished one, or a new one")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what cannot run yet")
+    parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help=f"default: {TABLE.name}")
     options = parser.parse_args(arguments)
     for name, least in (("repeats", 1), ("iterations", 2)):
@@ -121,6 +125,10 @@ def _list(experiments: Sequence[Experiment], console: Console) -> int:
     for experiment in experiments:
         figures = ",".join(experiment.config.log.figures)
         state = "lacks " + "; ".join(experiment.lacks) if experiment.lacks else "can run"
+        modelled = experiment.config.device == "cuda" and experiment.config.log.variant != BASELINE
+        if modelled and not experiment.lacks:
+            most = max(footprint.estimate(experiment.config, fused=True), key=lambda rank: rank.peak)
+            state += f", needs {most.peak / footprint.GIB:.1f} GiB in {most.worst}"
         line = f"{experiment.label}, {experiment.config.world} processes [{figures}]: {state}"
         console.print(line, markup=False, soft_wrap=True)
     able = sum(not experiment.lacks for experiment in experiments)

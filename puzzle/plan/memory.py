@@ -43,7 +43,8 @@ class Use:
 @dataclass(frozen=True)
 class Work:
     """What one iteration runs, for full-length sequences. Counts are of sequences over all replicas, but for
-    `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit)."""
+    `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit, or for the latter
+    two an even share per stage)."""
 
     batch: int
     minibatch: int
@@ -149,7 +150,7 @@ class Activations:
 
     def layer(self) -> int:
         """What one layer saves: two norms and their results, queries, keys, values, attention's result with
-        a factor per head, gate and up, the activated gate (which compiled code computes again), the product."""
+        a factor per head, gate and up, the activated gate (compiled code computes it again), the product."""
         norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
         # Values are a view of all columns of their product, so that it stays.
         columns = (self.Q + 2 * self.R) + self.Q + self.R + self.Q
@@ -183,18 +184,25 @@ class Activations:
         return max(2 * block, block + block * self.item // FP32 + gradients)
 
     def transient(self) -> int:
-        """Of one layer in its backward pass: the ffn's gradients, a layer to recompute, and the gradient
-        of the largest weight."""
+        """Of one layer in its backward pass: two widths of the ffn more than what it saved and frees, hidden
+        states, a layer to recompute; the gradient of the largest weight, unless its product adds it up."""
         layout = self.use.placement.layout
-        largest = max(rows * size for rows, size in _storages(self.use.spec, layout, self.p))
-        gradients = self.T * (4 * self.F + (2 if layout.tp > 1 else 1) * self.D) * self.item
-        return gradients + largest * self.item + (self.layer() if self.use.recompute else 0)
+        largest = 0
+        if not self.use.fused and self.item != FP32:
+            largest = max(rows * size for rows, size in _storages(self.use.spec, layout, self.p)) * self.item
+        hidden = self.T * self.D if layout.tp > 1 else 0
+        gradients = (2 * self.T * self.F + 2 * self.S * self.D + hidden) * self.item
+        return gradients + largest + (self.layer() if self.use.recompute else 0)
+
+    def passing(self) -> dict[str, int]:
+        """What comes and goes in a backward pass."""
+        return _worst([{"logits": self.logits()}, {"one layer": self.transient()}])
 
     def forward(self) -> int:
-        """Of a pass without gradients: a layer's input, and the widest it has at a time."""
-        ffn, attention = 4 * self.F, 3 * self.Q + 3 * self.R
+        """Of a pass without gradients: a layer's hidden states, and the widest it has at a time."""
+        ffn, attention = (3 if self.use.fused else 4) * self.F, 3 * self.Q + 3 * self.R
         gathered = self.T * self.D if self.use.placement.layout.tp > 1 else 0
-        return self.item * (3 * self.S * self.D + gathered + self.T * max(ffn, attention))
+        return self.item * (4 * self.S * self.D + gathered + self.T * max(ffn, attention))
 
 
 def _limited(rows: int, limit: int | None) -> int:
@@ -215,10 +223,10 @@ def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
 
 
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
-    """Activations under 1F1B, logits, one layer's gradients."""
+    """Activations under 1F1B; then logits, and after them one layer's gradients."""
     one, count = _microbatches(use, work, p)
     held = _held(use.placement.layout.pp, count)[p]
-    return {"activations": int(held) * one.saved(), "logits": one.logits(), "one layer": one.transient()}
+    return {"activations": int(held) * one.saved(), **one.passing()}
 
 
 def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
@@ -233,7 +241,7 @@ def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
         held = min(left, count)
         left -= held
         terms[f"{use.name} activations"] = held * one.saved()
-        passing.append(_named(use, {"logits": one.logits(), "one layer": one.transient()}))
+        passing.append(_named(use, one.passing()))
     for use, coord in zip(uses, coords, strict=True):
         terms[f"{use.name} spreading"] = gradient_bytes(use, coord)["spreading"]
     return terms | _worst(passing)
@@ -243,25 +251,24 @@ def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
     """A pass without gradients."""
     rows = _limited(-(-work.batch // use.placement.layout.dp), work.microbatch)
     one = Activations(use, p, rows * work.length, rows * work.response)
-    return {"one layer": one.forward(), "logits": one.logits() if use.spec.head == "lm" else 0}
+    return _worst([{"one layer": one.forward()}, {"logits": one.logits()}])
 
 
 def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
-    """The cache of all responses of a replica, one prefill pass, and the logits of a decode pass.
+    """The cache of all responses of a replica; a prefill pass, later the logits of a decode pass.
 
-    A draw holds about four tensors of logits' shape: logits, noise, their sum, probabilities.
+    Without a kernel, a draw holds about four tensors of logits' shape: logits, noise, their sum,
+    probabilities. Passes take an even share per stage where no limit is given.
     """
     layout = use.placement.layout
     rows = -(-work.batch // layout.dp)
-    prefill = work.prompt * _limited(rows, work.prefill)
-    if work.prefill is None:
-        prefill = min(prefill, max(PREFILL_TOKENS, work.prompt))
-    one = Activations(use, p, prefill, 0)
-    drawn = _limited(rows, max(work.decode or rows, work.prefill or 1))
+    even = -(-rows // layout.pp)
+    most = max(1, PREFILL_TOKENS // work.prompt)
+    one = Activations(use, p, work.prompt * min(_limited(rows, work.prefill or even), most), 0)
+    logits = (1 if use.fused else 4) * FP32 * _limited(rows, work.decode or even) * one.rows
     return {
         "kv cache": kv_bytes(use.spec, layout, p, rows, work.length, use.itemsize),
-        "one layer": one.forward(),
-        "logits": 4 * FP32 * drawn * one.rows if one.last else 0,
+        **_worst([{"one layer": one.forward()}, {"logits": logits if one.last else 0}]),
     }
 
 
@@ -292,13 +299,13 @@ def rank_memory(
         for use in trained:
             spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
             steps.append({f"{use.name} spreading": spreading})
-    passes = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
+    inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
     made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
     stages = {
         # Offloaded states leave when the weights are there.
         "switch": {"generation weights and staging": switched.filling, **states},
         "generation": {"generation weights": switched.weights, **made},
-        "inference": {**lent, **passes},
+        "inference": {**lent, **inferred},
         "training": {**states, **training, **_worst(steps)},
     }
     return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()))
