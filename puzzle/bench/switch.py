@@ -50,8 +50,6 @@ class Way:
 
 
 VARIANTS = (
-    Way("2 communicators", "planned", "messages", False, lanes=2),
-    Way("4 communicators", "planned", "messages", False, lanes=4),
     Way("peer, 1 stream", "planned", "peer", False, pulling=Pulling(streams=1)),
     Way("peer, 2 streams", "planned", "peer", False, pulling=Pulling(streams=2)),
     Way("peer, no kernel", "planned", "peer", False, pulling=Pulling(kernel_bytes=0)),
@@ -60,6 +58,8 @@ VARIANTS = (
     Way("peer, 32 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=32 * MIB)),
     Way("peer, 8 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=8 * MIB)),
     Way("peer, 1s, 8 MiB", "planned", "peer", False, pulling=Pulling(streams=1, chunk_bytes=8 * MIB)),
+    Way("2 communicators", "planned", "messages", False, lanes=2),
+    Way("4 communicators", "planned", "messages", False, lanes=4),
 )
 
 
@@ -87,8 +87,9 @@ class SwitchBench:
         peer = [Way("planned, peer", "planned", "peer")] * (
             "peer" in self.transports and "planned" in self.strategies
         )
-        variants = [way for way in VARIANTS if self.variants and way.transport in self.transports]
-        return [tuple(sweep) for sweep in (messages, peer, variants) if sweep]
+        tried = [way for way in VARIANTS if self.variants and way.transport in self.transports]
+        variants = [[way for way in tried if way.transport == kind] for kind in ("peer", "messages")]
+        return [tuple(sweep) for sweep in (messages, peer, *variants) if sweep]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -242,7 +243,6 @@ class _Subject:
         plan = self.plan(way.strategy)
         planning = time.perf_counter() - start
         rate = rates["link_bytes_per_second"]
-        shown = plan.by_peer_copies() if way.transport == "peer" else plan
         row = {
             "bench": "switch",
             "way": way.name,
@@ -252,7 +252,7 @@ class _Subject:
             "layers": plan.spec.num_layers,
             "dtype": self.bench.dtype,
             "strategy": plan.strategy,
-            "transport": shown.transport,
+            "transport": way.transport,
             "lanes": way.lanes,
             "pulling": asdict(way.pulling) if way.pulling else None,
             "bytes": plan.bytes_received,
@@ -262,7 +262,6 @@ class _Subject:
             **rates,
             "floor_seconds": max(max(plan.traffic(rank)) for rank in plan.ranks) / rate,
             "least_floor_seconds": self.least / rate,
-            "peak_extra_bytes": max(shown.for_rank(rank).peak_extra for rank in plan.ranks),
             "planning_seconds": planning,
             "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE"),
             "repeats": self.bench.repeats,
@@ -284,6 +283,8 @@ class _Subject:
         switcher.fill()
         wrong = sum(not torch.equal(a, b) for a, b in zip(truth, _weights(switcher), strict=True))
         numbers: dict[str, Any] = {"equal": not int(world.max(torch.tensor(wrong, device=world.device)))}
+        planned = torch.tensor(switcher.part.peak_extra, device=world.device)
+        numbers["peak_extra_bytes"] = int(world.max(planned))
         switcher.drop()
         if way.full:
             device.reset_peak(world.device)
