@@ -158,6 +158,43 @@ def kill_often(folder: Path, out: Path, kills: int, options: list[str]) -> tuple
     return ranks, groups
 
 
+def test_a_stopped_rank_is_named_and_the_run_goes_on(folder: Path) -> None:
+    """SIGSTOP in the middle of an iteration: one line, stacks, no process left, then a restart."""
+    layout = ["--layout.dp", "1", "--layout.pp", "2", "--iterations", "16"]
+    options = [*layout, "--launch.watchdog", "4", "--launch.max_restarts", "1"]
+    run = start(folder, "out", *options)
+    try:
+        assert reach(run, folder / "out", 1)
+        stopped = time.monotonic()
+        victim = workers(run.pid)[1]
+        os.kill(victim, signal.SIGSTOP)
+        while victim in workers(run.pid):
+            assert time.monotonic() - stopped < 60
+            time.sleep(0.05)
+        said = run.stderr.read().splitlines()
+        assert run.wait(timeout=PATIENCE) == 0, said
+        assert gone(run)
+    finally:
+        end(run)
+    errors = [line for line in said if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    # Ranks start in order, but processes need not have ascending ids.
+    hung = re.match(
+        r"error: rank ([01]) on \S+ is stopped \(SIGSTOP, .*no sign of life for \d+ s, last in ", errors[0]
+    )
+    assert hung, errors
+    other = 1 - int(hung[1])
+    assert re.search(rf"; rank {other} on \S+ waits in .*(from|to|over) .*{hung[1]}", errors[0]), errors
+    assert errors[0].endswith("; stacks: out/ranks")
+    for rank in range(WORLD):
+        assert "most recent call first" in (folder / f"out/ranks/rank-00{rank}.txt").read_text()
+    records = [json.loads(line) for line in (folder / "out/run.jsonl").read_text().splitlines()]
+    (resume,) = (record for record in records if record["record"] == "resume")
+    assert resume["iteration"] >= 1
+    assert any(r["record"] == "warning" and r["text"].startswith("restart 1 of 1 after: ") for r in records)
+    assert records[-1]["status"] == "completed"
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_kills_change_nothing(folder: Path, kills: int) -> None:
     options = ["--iterations", str(8 * kills), "--launch.max_restarts", str(kills)]

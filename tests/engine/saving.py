@@ -146,20 +146,14 @@ def refused(rank: int, folder: str, layout: Layout) -> str:
     return "loaded"
 
 
-def without_room(rank: int, folder: str, layout: Layout, number: int, room: int) -> str:
-    """The line with which a save ends where rank 1 may write no more than `room` bytes into a file."""
+def without_room(rank: int, folder: str, layout: Layout, number: int, room: int) -> None:
+    """Save where rank 1 may write no more than `room` bytes into a file."""
     models = build(rank, folder, layout, "float32", seed=1)
     checkpoints = Checkpoints(Path(folder) / "saved", models)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    try:
-        checkpoints.save(number, {"number": number})
-        checkpoints.wait()
-    except UserError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return "saved"
+    checkpoints.save(number, {"number": number})
+    checkpoints.wait()
 
 
 def killed(rank: int, folder: str, layout: Layout, first: int, delay: float) -> None:
