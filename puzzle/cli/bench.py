@@ -16,6 +16,7 @@ BENCHES = {
     "train": "time training and forward passes",
     "fuse": "time several models in one pipeline beside one after the other",
     "generate": "time prefill and decoding",
+    "transformers": "time generation beside transformers, on the same prompts",
     "checkpoint": "time training steps while a checkpoint is written",
 }
 

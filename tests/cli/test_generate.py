@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle.cli import main
+from puzzle.cli.generate import Terminal
 from puzzle.data.tokenizers import byte_tokenizer
 from tests.reference.tiny import save_lm
 
@@ -39,6 +41,46 @@ def test_jsonl_has_the_greedy_tokens_of_transformers_in_input_order(model: Path,
         assert len(line["logprobs"]) == len(line["response_ids"])
 
 
+def test_layouts_and_stop_texts_give_the_same_lines(model: Path, tmp_path: Path) -> None:
+    """A stop text of several tokens ends the ids with its last one, and is no part of the text."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two words", "y")))
+    plain, rows = ["--greedy", "--max-new-tokens", "24", "--device", "cpu", "--prompts", str(prompts)], []
+
+    def answers(name: str, *options: str) -> list[dict[str, Any]]:
+        out = tmp_path / name
+        assert main(["generate", str(model), *plain, "--jsonl", str(out), *options]) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    rows = answers("alone")
+    layout = ["--layout.tp", "1", "--layout.pp", "2", "--layout.dp", "2"]
+    assert [row["response_ids"] for row in answers("ring", *layout)] == [row["response_ids"] for row in rows]
+    text = rows[1]["response"]
+    stop = re.findall("[ -~]{2}", text)[0]
+    ended = answers("stopped", "--stop", "never said", "--stop", stop)
+    for before, after in zip(rows, ended, strict=True):
+        assert after["response"] == before["response"].partition(stop)[0]
+        kept = after["response_ids"]
+        assert before["response_ids"][: len(kept)] == kept
+        assert stop not in byte_tokenizer().decode(kept[:-1])
+    assert ended[1]["response"] != text
+
+
+def test_streams_a_single_response(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["generate", str(model), "--max-new-tokens", "9", "--device", "cpu", "--greedy"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
+    assert main(options) == 0
+    both = capsys.readouterr().out
+    said: list[str] = []
+    monkeypatch.setattr(Terminal, "_say", lambda _, text: said.append(text))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert main(options) == 0
+    assert both.startswith("".join(said))
+    assert len([piece for piece in said if piece]) >= 4
+
+
 def test_reads_standard_input(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -53,6 +95,9 @@ def test_reads_standard_input(
         (["--prompts", "/nowhere.txt"], "no such file"),
         (["--temperature", "0", "--prompts", "P"], "temperature"),
         (["--batch", "0", "--prompts", "P"], "--batch"),
+        (["--layout.pp", "0", "--prompts", "P"], "--layout.pp"),
+        (["--layout.pp", "5", "--prompts", "P"], "stages"),
+        (["--stop", "", "--prompts", "P"], "--stop"),
         (["--jsonl", "/nowhere/out.jsonl", "--prompts", "P"], "no folder"),
         (["--max-new-tokens", "4000", "--prompts", "P"], "positions"),
         ([], "standard input"),
