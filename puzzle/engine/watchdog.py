@@ -37,6 +37,7 @@ LAST_RESORT = 3 * PATIENCE
 """So many times longer do collectives wait: their own time-outs know less than the watchdog."""
 DUMP = signal.SIGUSR2
 DUMP_SECONDS = 3.0
+JOIN_SECONDS = 5.0
 VERDICT = "verdict"
 
 
@@ -231,7 +232,7 @@ class Watchdog:
         """No more watching. `over` says that this rank ends well: nobody misses it."""
         self._done.set()
         for thread in self._threads:
-            thread.join(self.watch.seconds)
+            thread.join(JOIN_SECONDS)
         if over:
             with contextlib.suppress(dist.DistError):  # whoever held the store has ended already
                 self._publish(over=True)
