@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.distributed import DistError, TCPStore
 
 from puzzle.launch import local
-from puzzle.launch.hosts import BEAT_SECONDS, END, OVER, Order
+from puzzle.launch.hosts import BEAT_SECONDS, END, FAILED, OVER, Order
 
 
 def main() -> int:
@@ -60,7 +60,8 @@ def _beat(store: TCPStore, index: int, over: threading.Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     else:
         if not over.is_set():
-            os.kill(os.getpid(), local.PEER_ENDED)
+            failed = store.get(END) == FAILED.encode()
+            os.kill(os.getpid(), local.PEER_ENDED if failed else signal.SIGTERM)
 
 
 if __name__ == "__main__":

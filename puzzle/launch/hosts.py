@@ -20,7 +20,7 @@ from puzzle.launch.network import address_towards, listen
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0
-END = "end"
+END, FAILED, STOPPED = "end", "failed", "stopped"  # a key and what it says: why agents shall end
 OVER = "over"  # the last beat
 
 
@@ -86,8 +86,12 @@ class Watch:
                 # After a death, a host that is silent for a while is its likely cause.
                 self._find_silent(SILENT_SECONDS if deadline == math.inf else grace / 2)
             if self._deaths and deadline == math.inf:
-                self._store.set(END, "1")
+                self.end(FAILED)
                 deadline = time.monotonic() + grace
+
+    def end(self, why: str) -> None:
+        """Tell all agents to end their processes because the run FAILED, or was STOPPED."""
+        self._store.set(END, why)
 
     def lose(self, index: int, why: str) -> None:
         """Count the host as lost."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from puzzle.errors import UserError
 from puzzle.launch import slurm
-from puzzle.launch.hosts import Watch, filled
+from puzzle.launch.hosts import STOPPED, Watch, filled
 from puzzle.launch.local import terminate_as_exit
 from puzzle.launch.network import LOOPBACK, address_towards
 
@@ -68,6 +68,9 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
         ends = _Agents(watch, group, counts, order)
         try:
             watch.until(ends.ended)
+        except BaseException:
+            watch.end(STOPPED)
+            raise
         finally:
             ends.kill()
         watch.settle(ends.code, f"an agent ended with code {ends.code}; its output tells why", logs)
@@ -83,28 +86,31 @@ class _Agents:
         self._watch = watch
         self.code = 0
         values = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-        self._actors = []
+        self._actors: list[Any] = []
         self._streams: dict[Any, int] = {}
         for index, count in enumerate(counts):
             kind = next(kind for kind in ("GPU", "CPU") if kind in group.bundle_specs[index])
             what = {"num_gpus": count, "num_cpus": 0} if kind == "GPU" else {"num_cpus": count}
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            actor = ray.remote(Agent).options(scheduling_strategy=where, max_restarts=0, **what).remote()
+            actor: Any = ray.remote(Agent).options(scheduling_strategy=where, max_restarts=0, **what).remote()
             self._actors.append(actor)
             self._streams[actor.run.remote(order, index, os.getcwd(), values)] = index
 
     def ended(self, seconds: float) -> bool:
         """Wait at most so long for something to come of the agents; whether all have ended."""
         import ray
+        from ray.exceptions import RayError
 
-        ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
-        for stream in ready:
+        if not self._streams:
+            return True
+        found: Any = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        for stream in found[0]:
             try:
-                some = ray.get(next(stream))
+                some: Any = ray.get(next(stream))
             except StopIteration:
                 del self._streams[stream]
                 continue
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 index = self._streams.pop(stream)
                 self._watch.lose(index, f"its Ray actor is gone: {type(error).__name__}")
                 continue
@@ -116,9 +122,12 @@ class _Agents:
         return not self._streams
 
     def kill(self) -> None:
-        """End the actors, and with them what they started."""
+        """End the actors and with them what they started, which has been told to end."""
         import ray
 
+        deadline = time.monotonic() + slurm.END_SECONDS
+        while not self.ended(0.5) and time.monotonic() < deadline:
+            pass
         for actor in self._actors:
             ray.kill(actor)
 
@@ -130,11 +139,17 @@ def _placed(world: int, device: str) -> Generator[tuple[list[int], Any]]:
     from ray._private.state import available_resources_per_node
     from ray.util import placement_group, remove_placement_group
 
-    free = available_resources_per_node()
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    rooms = {kind: [int(free.get(node, {}).get(kind, 0)) for node in alive] for kind in ("GPU", "CPU")}
-    kind = "CPU" if device == "cpu" or (device == "auto" and not any(rooms["GPU"])) else "GPU"
-    counts = filled(world, sorted((room for room in rooms[kind] if room), reverse=True))
+    there = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    gpus = any("GPU" in resources for resources in there.values())
+    kind = "GPU" if device == "cuda" or (device == "auto" and gpus) else "CPU"
+    filled(world, [int(resources.get(kind, 0)) for resources in there.values()])
+    rooms: list[int] = []
+    deadline = time.monotonic() + PLACE_SECONDS
+    while sum(rooms) < world and time.monotonic() < deadline:
+        free = available_resources_per_node()  # less than there is, while another run ends
+        rooms = sorted((int(free.get(node, {}).get(kind, 0)) for node in there), reverse=True)
+        time.sleep(0.2)
+    counts = filled(world, [room for room in rooms if room])
     bundles = [{kind: float(count)} for count in counts]
     group = placement_group(bundles, strategy="STRICT_SPREAD" if len(counts) > 1 else "STRICT_PACK")
     try:
@@ -150,7 +165,7 @@ def _placed(world: int, device: str) -> Generator[tuple[list[int], Any]]:
 @contextlib.contextmanager
 def cluster(world: int, device: str) -> Generator[None]:
     """Connected to the cluster of RAY_ADDRESS, or to one of our own that lives as long as the block."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
@@ -179,9 +194,11 @@ def cluster(world: int, device: str) -> Generator[None]:
     import ray
 
     started: list[subprocess.Popen] = []
-    room = {"num_cpus": 0, "num_gpus": 0} if joining else {"num_cpus": world} if device == "cpu" else {}
+    room: dict[str, Any] = {"num_cpus": world} if device == "cpu" else {}
+    if joining:
+        room = {"num_cpus": 0, "num_gpus": 0}
     try:
-        context = ray.init(
+        ray.init(
             include_dashboard=False,
             object_store_memory=STORE_BYTES,
             _node_ip_address=address,
@@ -189,7 +206,7 @@ def cluster(world: int, device: str) -> Generator[None]:
             **room,
             **quiet,
         )
-        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         for node in joining:  # one after another: together, some are lost
             _join(node, device, started)
         yield

@@ -155,7 +155,7 @@ def job_nodes(device: str) -> list[Node]:
 def submit(words: Sequence[str], world: int, out: Path) -> int:
     """Run the command `words` as a job with room for `world` processes; its output and exit code are ours.
 
-    Whatever ends this process ends the job, and no other.
+    Ctrl-C and SIGTERM end the job, and no other.
     """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "slurm.log"

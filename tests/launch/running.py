@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _parent(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def cleared(folder: Path) -> Iterator[None]:
+def cleared(folder: Path) -> Generator[None]:
     """Whatever happens, no process of the test stays; what was left is an error."""
     try:
         yield

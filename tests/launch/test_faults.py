@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def fill(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
+def small_disk(folder: Path) -> Generator[None]:
     """`folder` on 8 MiB of its own, where this host lets us mount them."""
     folder.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
