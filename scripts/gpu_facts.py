@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -66,27 +66,23 @@ def decoding() -> None:
     mask = torch.ones(128, 1, 1, 384, dtype=torch.bool, device=DEVICE)
     attempt("decode, masked SDPA", lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     attempt("decode, SDPA without mask", lambda: F.scaled_dot_product_attention(q, k, v))
-    from torch.nn.attention.varlen import varlen_attn
 
-    print(f"varlen_attn{inspect.signature(varlen_attn)}")
-    flat = bf16(128 * 512, 32, 128)
-    packed = bf16(128, 32, 128)
-    starts = torch.arange(129, device=DEVICE, dtype=torch.int32)
-    used = torch.full((128,), 384, device=DEVICE, dtype=torch.int32)
-    attempt(
-        "decode, varlen with seqused_k",
-        lambda: varlen_attn(packed, flat, flat, starts, starts * 512, 1, 512, seqused_k=used),
-    )
-    pages, table = (
-        bf16(128 * 2, 256, 32, 128),
-        torch.arange(256, device=DEVICE, dtype=torch.int32).view(128, 2),
-    )
-    attempt(
-        "decode, varlen with block_table of 256",
-        lambda: varlen_attn(packed, pages, pages, starts, None, 1, 512, seqused_k=used, block_table=table),
-    )
-    dense = torch.arange(128 * 384, device=DEVICE).view(128, 384) % 512
-    attempt("decode, gather of keys alone", lambda: flat[dense])
+
+def host_copies() -> None:
+    """Bytes to and from pinned host memory: in one piece and in pieces, when it is new and again."""
+    here = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    for size in (1 << 30, 1 << 26):
+        start = time.perf_counter()
+        there = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range((1 << 30) // size)]
+        print(f"pinning 1 GiB in pieces of {size >> 20} MiB: {1e3 * (time.perf_counter() - start):.1f} ms")
+        pairs = list(zip(here.split(size), there, strict=True))
+
+        def copy(out: bool, pairs: list[tuple[torch.Tensor, torch.Tensor]] = pairs) -> None:
+            for device, host in pairs:
+                (host if out else device).copy_(device if out else host, non_blocking=True)
+
+        attempt("1 GiB to the host", lambda copy=copy: copy(True))
+        attempt("1 GiB from the host", lambda copy=copy: copy(False))
 
 
 def main() -> None:
@@ -97,6 +93,7 @@ def main() -> None:
     print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     products()
     decoding()
+    host_copies()
 
 
 if __name__ == "__main__":
