@@ -89,8 +89,7 @@ class StagePasses:
         self.cache: KVCache | None = None
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._key: object = None
-        # The memory that all graphs share: they run one after another.
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.pool = None
 
     def start(self, groups: Sequence[int], capacity: int, params: SamplingParams) -> None:
         """Make ready for sequences of up to `capacity` tokens in decode micro-batches of `groups` rows each.
@@ -110,7 +109,7 @@ class StagePasses:
         drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
         key = (tuple(groups), drawing, addresses)
         if key != self._key:
-            self._recorded.clear()
+            self._forget()
             self._key = key
         self.params, self.groups = params, tuple(groups)
         self.state.zero_()[1] = PARKED
@@ -177,8 +176,14 @@ class StagePasses:
 
     def release(self) -> None:
         """Give the cache and the graphs back (training wants the memory)."""
-        self._recorded.clear()
+        self._forget()
         self.cache, self._key = None, None
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        if self.graphs:
+            # The memory that all graphs share: they run one after another. It ends with the last of them.
+            self.pool = torch.cuda.graph_pool_handle()
 
 
 class _Recorded:
