@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     experiments = [_checked(experiment, machine) for experiment in expand(table, request)]
     if options.dry_run:
         return _list(experiments, console)
-    if scale != "cpu" and not machine.per_host:
+    if experiments[0].config.device == "cuda" and not machine.per_host:
         raise UserError(f"--scale {scale} needs GPUs, and {machine.words}; use --scale cpu")
     if all(experiment.lacks for experiment in experiments):
         _list(experiments, console)
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
     parser = Parser("puzzle campaign", description="Run the experiments, then draw them.", allow_abbrev=False)
-    parser.add_argument("--scale", help="cpu, node or paper; default: what this machine can run")
+    parser.add_argument("--scale", help="cpu, node, paper or rehearsal; default: what this machine can run")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="FIGURE", help="e.g. figure9"

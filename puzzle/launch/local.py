@@ -146,7 +146,7 @@ def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> D
 def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, alive: Connection) -> None:
     share, local_rank, threads, log = place
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     signal.signal(PEER_ENDED, peer_ended)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     if log is not None:
@@ -195,7 +195,8 @@ def tell(line: str, first: bool) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def _leave(number: int, _frame: Any) -> None:
+def leave(number: int, _frame: Any) -> None:
+    """Handles SIGTERM: as an exception, so that what was begun is ended."""
     sys.exit(128 + number)
 
 
@@ -297,7 +298,7 @@ def terminate_as_exit() -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 from puzzle.errors import UserError
 from puzzle.launch import slurm
 from puzzle.launch.hosts import STOPPED, Watch, filled
-from puzzle.launch.local import terminate_as_exit
+from puzzle.launch.local import leave, terminate_as_exit
 from puzzle.launch.network import LOOPBACK, address_towards
 
 STORE_BYTES = 100_000_000  # for objects, of which there are hardly any
@@ -170,6 +171,7 @@ def cluster(world: int, device: str) -> Generator[None]:
         import ray
 
         ray.init(**quiet)
+        signal.signal(signal.SIGTERM, leave)  # instead of Ray's handler, which aborts
         try:
             yield
         finally:
@@ -206,6 +208,7 @@ def cluster(world: int, device: str) -> Generator[None]:
             **room,
             **quiet,
         )
+        signal.signal(signal.SIGTERM, leave)
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         for node in joining:  # one after another: together, some are lost
             _join(node, device, started)

@@ -199,7 +199,7 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
     ("arguments", "words"),
     [
         (["--only", "figure1"], "figure1 is unknown; did you mean figure"),
-        (["--scale", "huge"], "huge is unknown; there are cpu, node, paper"),
+        (["--scale", "huge"], "huge is unknown; there are cpu, node, paper, rehearsal"),
         (["--repeats", "0"], "--repeats 0: at least 1"),
         (["--table", "absent.yaml"], "absent.yaml: no such file"),
         (["--iterations", "1"], "--iterations 1: at least 2"),

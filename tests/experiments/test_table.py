@@ -73,7 +73,8 @@ def test_the_paper_scale_is_the_published_runs(table, cluster):
 
 
 @pytest.mark.parametrize(
-    ("scale", "devices"), [("cpu", None), ("node", 8), ("node", 4), ("node", 1), ("paper", None)]
+    ("scale", "devices"),
+    [("cpu", None), ("node", 8), ("node", 4), ("node", 1), ("paper", None), ("rehearsal", None)],
 )
 def test_every_run_is_possible_and_named_once(table, scale, devices):
     experiments = expand(table, Request(scale, devices=devices))
@@ -85,7 +86,16 @@ def test_every_run_is_possible_and_named_once(table, scale, devices):
         specs = specs_of(config)
         for name, layout in config.layouts().items():
             layout_of(name, layout, specs["actor" if name == "generation" else name])
-        assert config.log.provenance == ("rehearsal" if scale == "cpu" else "measured")
+        assert config.log.provenance == ("rehearsal" if config.device == "cpu" else "measured")
+
+
+def test_the_rehearsal_is_the_paper_with_toys(table):
+    paper, toys = (expand(table, Request(scale)) for scale in ("paper", "rehearsal"))
+    for real, toy in zip(paper, toys, strict=True):
+        assert real.name == toy.name
+        assert real.config.layouts() == toy.config.layouts()
+        for key in ("prefill_microbatch", "decode_microbatch"):
+            assert getattr(real.config.generation, key) == getattr(toy.config.generation, key)
 
 
 def test_a_node_has_as_deep_models_as_its_devices_hold(table):
@@ -121,7 +131,7 @@ def test_only_chooses_figures(table):
     assert {figure for e in some for figure in e.config.log.figures} == {"figure12", "table3"}
     for request, words in [
         (Request("cpu", only=("figure99",)), "figure99 is unknown; did you mean figure9"),
-        (Request("big"), "big is unknown; there are cpu, node, paper"),
+        (Request("big"), "big is unknown; there are cpu, node, paper, rehearsal"),
     ]:
         with pytest.raises(UserError, match=words):
             expand(table, request)
