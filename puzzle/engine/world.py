@@ -80,6 +80,8 @@ class World:
             timeout = LAST_RESORT * watch.seconds
         if size > 1:
             backend = "nccl" if kind == "cuda" else "gloo"
+            # Every channel has a communicator of its own, which is what this warning of torch's asks for.
+            os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
             dist.init_process_group(
                 backend,
                 rank=rank,
