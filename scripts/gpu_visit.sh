@@ -115,6 +115,7 @@ done
     cat "$summary"
 } >"$out/table.txt" 2>/dev/null
 rm -rf "$summary" "$out/saves"
-tar -C "$out" -czf "$out/logs.tgz" --exclude logs.tgz --exclude '*.safetensors' . && find "$out" -mindepth 1 -maxdepth 1 \
-    ! -name logs.tgz ! -name table.txt ! -name results.jsonl -exec rm -rf {} +
+packed=$(mktemp)
+tar -C "$out" -czf "$packed" --exclude '*.safetensors' . &&
+    find "$out" -mindepth 1 -maxdepth 1 ! -name table.txt ! -name results.jsonl -exec rm -rf {} + && mv "$packed" "$out/logs.tgz"
 cat "$out/table.txt"
