@@ -148,6 +148,10 @@ class TrainConfig(Section):
             raise ValueError(f"ppo.reference_free: there is no KL for {wanting[0]}")
         if ppo.kl.place == "loss" and ppo.kl.estimator == "k1":
             raise ValueError("ppo.kl.place loss needs estimator k2 or k3: k1's gradient is 0 on average")
+        if ppo.reference_free and self.offload.reference:
+            raise ValueError("offload.reference: ppo.reference_free leaves no reference to offload")
+        if self.reward.function is not None and self.offload.reward:
+            raise ValueError("offload.reward: a reward.function has no weights to offload")
         return self
 
     @model_validator(mode="after")
