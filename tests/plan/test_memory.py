@@ -11,8 +11,10 @@ from torch import Tensor
 
 from puzzle import experiments, footprint
 from puzzle.cli import main
+from puzzle.configio import load_config
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.stage import StageRun
 from puzzle.engine.world import World
 from puzzle.model.packing import pack
 from puzzle.model.weights import initialise
@@ -246,3 +248,58 @@ def test_dry_run_refuses_what_cannot_fit(tmp_path, capsys, options: list[str], w
     assert "device memory in GiB" in err
     if words is not None:
         assert re.search(f"^error: .*{words}", err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("resident", "stages", "advice"),
+    [
+        ({"reference weights": 9}, {"training": {"actor gradients": 1}}, "set offload.reference"),
+        ({"reward weights": 9}, {"generation": {"generation kv cache": 1}}, "set offload.reward"),
+        ({"reward weights": 9}, {"inference": {"reward one layer": 1}}, "raise reward.layout.tp or pp"),
+        ({"actor moments": 9}, {"generation": {"generation kv cache": 1}}, "set offload.optimizer"),
+        ({"critic masters": 9}, {"training": {}}, "raise critic.layout.dp, tp or pp"),
+        ({}, {"training": {"actor moments": 9}}, "raise actor.layout.dp, tp or pp"),
+        ({}, {"generation": {"generation weights": 9}}, "choose a generation.layout nearer to the actor's"),
+        ({"actor weights": 9}, {"training": {}}, "raise actor.layout.tp or pp"),
+    ],
+)
+def test_what_can_be_offloaded_is_offloaded_first(resident: dict, stages: dict, advice: str) -> None:
+    assert footprint.remedy(memory.RankMemory(0, resident, stages)).split(": ")[1].startswith(advice)
+
+
+def test_offloading_lowers_every_stage_but_its_own() -> None:
+    config = load_config(None, words("--device", "cuda"))
+    away = load_config(None, words("--device", "cuda", *(f"--offload.{k}=true" for k in OFFLOADS)))
+    for plain, less in zip(*(footprint.estimate(c, fused=True) for c in (config, away)), strict=True):
+        assert less.total("training") == plain.total("training") - weights_of(plain, "reference", "reward")
+        states = sum(size for name, size in plain.resident.items() if name.endswith(("moments", "masters")))
+        assert less.total("inference") == plain.total("inference") - states
+        assert less.host == states + weights_of(plain, "reference", "reward")
+        assert less.total("generation") == plain.total("generation") - less.host
+    assert f"offloaded to host memory: up to {less.host / footprint.GIB:.2f}" in footprint.table([less])
+
+
+OFFLOADS = ("optimizer", "reference", "reward")
+
+
+def words(*options: str) -> list[str]:
+    model = ["--actor.init.preset", "7b", "--reward.init.preset", "350m", "--dtype", "bf16"]
+    return [*model, "--data.random_tokens", "256", "--layout.pp", "2", *options]
+
+
+def weights_of(memory: memory.RankMemory, *roles: str) -> int:
+    return sum(memory.resident[f"{role} weights"] for role in roles)
+
+
+def test_running_out_of_memory_prints_the_table(tmp_path, capsys, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.\nMore.")
+
+    monkeypatch.setattr(StageRun, "compute", full)
+    shape = [word for name, value in SHAPE.items() for word in (f"--actor.init.{name}", str(value))]
+    options = ["--reward.init.preset", "350m", "--reward.layers", "1", "--reward.init.vocab_size", "259"]
+    run = ["train", "--data.random_tokens", "4", "--batch", "2", "--generation.max_new_tokens", "2"]
+    assert main([*run, *shape, *options, "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
+    table, _, error = capsys.readouterr().err.rpartition("error: ")
+    assert "device memory in GiB, all sequences at full length" in table
+    assert re.fullmatch(r"CUDA out of memory on rank 0; most of it, [\d.]+ GiB, is .+: .+\n", error)

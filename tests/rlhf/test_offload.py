@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,8 @@ def test_offloaded_recomputed_and_resumed(folder: Path) -> None:
     run = trained("away", *options)
     same("plain", "away")
     assert {record["iteration"] for record in run.offloads} == {0, 1, 2}
-    # Iteration 1: states go and come, weights come once for inference and the reward once for evaluation.
+    # From the end of iteration 0 to that of 1: states leave for an evaluation, come for a checkpoint, leave for
+    # generation, come for training; weights come for inference, the reward's for the evaluation, too.
     (memory,) = footprint.estimate(load_config(Path("run.yaml"), ALL), fused=False)
     states = sum(memory.stages["switch"].values())
     lent = {name: size for name, size in memory.stages["inference"].items() if name.endswith(" weights")}
@@ -87,7 +90,7 @@ def test_offloaded_recomputed_and_resumed(folder: Path) -> None:
     assert memory.host == states + sum(lent.values())
     for record in run.offloads:
         assert 0 < record["seconds"] == record["copy_seconds"]
-    expected = 2 * states + sum(lent.values()) + lent["reward weights"]
+    expected = 4 * states + sum(lent.values()) + lent["reward weights"]
     assert [r["bytes"] for r in run.offloads if r["iteration"] == 1] == [expected]
 
 
@@ -113,3 +116,15 @@ def test_options_without_effect_are_refused(folder: Path, capsys, options: list[
     Path("run.yaml").write_text(text + CONFIG.split("\ndata:")[1])
     assert main(["train", "--config", "run.yaml", "--dry-run", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_chosen_iterations_are_profiled(folder: Path) -> None:
+    trained("o", "--profile", "1", "--iterations", "2", "--eval.every", "0", "--checkpoint.save", "false")
+    (file,) = Path("o/profiles").iterdir()
+    assert file.name == "iteration-1-rank-000.json.gz"
+    names = {event["name"] for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
+    assert {"aten::mm", "aten::_fused_adamw_"} & names
+    records = [json.loads(line) for line in Path("o/run.jsonl").read_text().splitlines()]
+    assert [(r["path"], r["iteration"]) for r in records if r["record"] == "trace"] == [
+        ("profiles/iteration-1-rank-000.json.gz", 1)
+    ]
