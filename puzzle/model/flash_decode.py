@@ -19,6 +19,7 @@ from torch import Tensor
 from puzzle.model.attention import Slots
 
 MOST_PARTS = 16
+SINGLE = (False, 64, 4, 1)
 
 
 def attend(
@@ -63,7 +64,7 @@ def attend(
 def settings(queries: int, dim: int, itemsize: int) -> tuple[bool, int, int, int]:
     """Whether to use the matrix units, places of a block, warps of a program, blocks under way at a time."""
     block = max(16, min(64, (64 * 128 * 2) // (dim * itemsize)))
-    return (True, block, 4, 3) if queries > 1 else (False, block, 4, 1)
+    return (True, block, 4, 3) if queries > 1 else SINGLE
 
 
 def _parts(programs: int, capacity: int, device: torch.device) -> int:
