@@ -26,6 +26,7 @@ from puzzle.launch.local import leave, terminate_as_exit
 from puzzle.launch.network import LOOPBACK, address_towards
 
 STORE_BYTES = 100_000_000  # for objects, of which there are hardly any
+POLL_SECONDS = 0.05
 PLACE_SECONDS = 60.0
 NODE_SECONDS = 60.0
 # What a worker is given of this process's environment, besides what Ray gives it.
@@ -51,7 +52,8 @@ class Agent:
         agent.stdin.flush()
         while some := os.read(agent.stdout.fileno(), 1 << 16):
             yield some
-        yield agent.wait()
+        code = agent.wait()
+        yield code if code >= 0 else 128 - code
 
 
 def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device: str) -> None:
@@ -104,7 +106,12 @@ class _Agents:
 
         if not self._streams:
             return True
-        found: Any = ray.wait(list(self._streams), num_returns=1, timeout=seconds)
+        deadline = time.monotonic() + seconds
+        found: Any = ([], [])
+        while not found[0] and time.monotonic() < deadline:
+            # Signals arrive while Python sleeps: Ray's own waiting swallows what their handlers raise.
+            time.sleep(POLL_SECONDS)
+            found = ray.wait(list(self._streams), num_returns=1, timeout=0)
         for stream in found[0]:
             try:
                 some: Any = ray.get(next(stream))
@@ -183,8 +190,10 @@ def cluster(world: int, device: str) -> Generator[None]:
     folder = tempfile.mkdtemp(prefix="ray-")
     values = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # A process reads its token once: a second cluster of this one has the first one's.
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
         "RAY_enable_metrics_collection": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
@@ -217,8 +226,7 @@ def cluster(world: int, device: str) -> Generator[None]:
         for step in started:
             slurm.end_step(step)
         ray.shutdown()
-        for name in (*values, "RAY_ADDRESS"):
-            os.environ.pop(name, None)
+        os.environ.pop("RAY_ADDRESS", None)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -47,8 +47,10 @@ def folder(tmp_path: Path):
         yield tmp_path
 
 
-def test_its_own_ray_listens_on_loopback_and_leaves_nothing(folder: Path) -> None:
+def test_runs_of_one_host_listen_on_loopback_and_leave_nothing(folder: Path) -> None:
     local = puzzle(folder, *TRAIN[:-1], "alone")
+    wait_for(lambda: (folder / "alone/run.jsonl").exists(), run=local)
+    assert LOOPBACK & listening(of_test(folder)) == listening(of_test(folder)) != set()
     assert local.wait(120) == 0, console(folder)
     run = puzzle(folder, *TRAIN, "--launcher", "ray")
     wait_for(lambda: (folder / "out/run.jsonl").exists(), run=run)
