@@ -1,0 +1,79 @@
+"""Who hangs, judged from signs of life alone; the watchdog among real processes is in tests/launch."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle.engine.watchdog import BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge
+
+N = 10.0
+NOW = 1000.0
+
+
+def seen(rank: int, moved: float, waits: bool = True, silent: float = 0.0, over: bool = False) -> Seen:
+    """A rank that moved so many seconds ago and showed a sign of life so many seconds ago."""
+    sign = Sign(rank, "host", 100 + rank, doing=f"work {rank}", waits=waits, over=over)
+    return Seen(sign, NOW - silent, NOW - moved)
+
+
+CASES = [
+    ("all move", [seen(0, 1), seen(1, 2, False)], None),
+    ("one moves while others wait", [seen(0, 500), seen(1, 2, False)], None),
+    ("all wait, not for long", [seen(0, 9), seen(1, 20)], None),
+    (
+        "all wait",
+        [seen(0, 12), seen(1, 20)],
+        "rank 1 on host has waited for 20 s in work 1; rank 0 on host waits in",
+    ),
+    ("one computes", [seen(0, 99), seen(1, 99, False)], None),
+    (
+        "one computes for too long",
+        [seen(0, PATIENCE * N), seen(1, 101, False)],
+        "rank 1 on host has computed without progress for 101 s in work 1; rank 0 on host waits in work 0 (100",
+    ),
+    ("all compute for ever", [seen(0, 10_000, False), seen(1, 9_000, False)], None),
+    ("who has ended is not missed", [seen(0, 3), seen(1, 500, silent=500, over=True)], None),
+    ("and does not wait", [seen(0, 50, False), seen(1, 500, over=True)], None),
+    (
+        "a stopped rank",
+        [seen(0, 3), seen(1, 11, silent=11)],
+        f"rank 1 on host {STOPPED}: no sign of life for 11 s, last in",
+    ),
+    ("a sign is late", [seen(0, 3), seen(1, 9, silent=9)], None),
+]
+
+
+@pytest.mark.parametrize(("_name", "ranks", "line"), CASES, ids=[case[0] for case in CASES])
+def test_rules(_name: str, ranks: list[Seen], line: str | None) -> None:
+    verdict = judge(ranks, NOW, N, lambda sign: STOPPED)
+    assert (verdict is None) == (line is None), verdict
+    if verdict is not None:
+        assert verdict.line.startswith(line)
+        assert "\n" not in verdict.line
+
+
+def test_native_code_without_signs_counts_as_computing() -> None:
+    ranks = [seen(0, 60), seen(1, 60, silent=60)]
+    assert judge(ranks, NOW, N, lambda sign: BUSY) is None
+    ranks = [seen(0, 120), seen(1, 120, silent=120)]
+    verdict = judge(ranks, NOW, N, lambda sign: BUSY)
+    assert verdict is not None
+    assert verdict.line.startswith("rank 1 on host has computed without progress for 120 s")
+    assert verdict.silent == (1,)
+
+
+def test_a_line_names_three_others_at_most() -> None:
+    verdict = judge([seen(rank, 20 + rank) for rank in range(8)], NOW, N, lambda sign: STOPPED)
+    assert verdict is not None
+    assert verdict.line.startswith("rank 7 ")
+    assert verdict.line.endswith("rank 2 on host waits in work 2 (22 s); 4 more wait")
+
+
+def test_a_pulse_says_what_it_waits_for_and_goes_back() -> None:
+    pulse = Pulse()
+    pulse.mark("iteration 3")
+    before = pulse.count
+    with pulse.waiting("all-gather"):
+        assert (pulse.doing, pulse.waits) == ("iteration 3: all-gather", True)
+    assert (pulse.doing, pulse.waits) == ("iteration 3", False)
+    assert pulse.count > before
