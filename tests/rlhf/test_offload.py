@@ -81,8 +81,8 @@ def test_offloaded_recomputed_and_resumed(folder: Path) -> None:
     run = trained("away", *options)
     same("plain", "away")
     assert {record["iteration"] for record in run.offloads} == {0, 1, 2}
-    # From the end of iteration 0 to that of 1: states leave for an evaluation, come for a checkpoint, leave for
-    # generation, come for training; weights come for inference, the reward's for the evaluation, too.
+    # From the end of iteration 0 to that of 1: states leave for an evaluation, come for a checkpoint, leave
+    # for generation, come for training; weights come for inference, the reward's for the evaluation, too.
     (memory,) = footprint.estimate(load_config(Path("run.yaml"), ALL), fused=False)
     states = sum(memory.stages["switch"].values())
     lent = {name: size for name, size in memory.stages["inference"].items() if name.endswith(" weights")}
