@@ -19,7 +19,7 @@ from torch import Tensor
 from puzzle.model.attention import Slots
 
 MOST_PARTS = 16
-SINGLE = (False, 64, 4, 1)
+SINGLE = (True, 128, 4, 2)
 
 
 def attend(

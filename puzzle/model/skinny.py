@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tiling(NamedTuple):
-    """Columns and depth of a tile, parts of the sum, warps, tiles under way, whether TMA copies or threads."""
+    """Columns and depth of a tile, parts of the sum, warps, tiles under way, and if TMA copies."""
 
     columns: int
     depth: int
@@ -29,7 +29,14 @@ class Tiling(NamedTuple):
     tma: bool
 
 
-TILINGS: dict[tuple[int, bool], Tiling] = {}
+TILINGS: dict[tuple[int, bool], Tiling] = {
+    (32, True): Tiling(columns=64, depth=128, parts=2, warps=4, stages=4, tma=False),
+    (16, True): Tiling(columns=64, depth=128, parts=2, warps=4, stages=4, tma=False),
+    (32, False): Tiling(columns=64, depth=128, parts=1, warps=4, stages=4, tma=True),
+    (16, False): Tiling(columns=64, depth=128, parts=1, warps=4, stages=4, tma=True),
+    (64, True): Tiling(columns=64, depth=128, parts=2, warps=4, stages=4, tma=False),
+    (64, False): Tiling(columns=64, depth=128, parts=1, warps=4, stages=4, tma=True),
+}
 """By rows, rounded up to a power of two, and whether the output is narrow; measured on an H100."""
 
 NARROW = 8192
