@@ -96,6 +96,12 @@ def end(run: subprocess.Popen[str]) -> None:
     assert gone(run)
 
 
+def said(run: subprocess.Popen[str]) -> str:
+    """All that the run says on stderr, when it has ended."""
+    assert run.stderr is not None
+    return run.stderr.read()
+
+
 def checkpoint(out: Path) -> int:
     """The number of the newest complete checkpoint."""
     numbers = (re.fullmatch(r"state-(\d+)", path.name) for path in (out / "checkpoints").glob("state-*"))
@@ -135,7 +141,7 @@ def kill_often(folder: Path, out: Path, kills: int, options: list[str]) -> tuple
         for _ in range(kills):
             before = checkpoint(out)
             if not reach(run, out, before + dice.randint(1, 2)):
-                raise AssertionError(f"the run was over after {ranks + groups} kills: {run.stderr.read()}")
+                raise AssertionError(f"the run was over after {ranks + groups} kills: {said(run)}")
             time.sleep(dice.uniform(0.0, 0.3))
             if dice.random() < 0.3:
                 os.killpg(run.pid, signal.SIGKILL)
@@ -151,7 +157,7 @@ def kill_often(folder: Path, out: Path, kills: int, options: list[str]) -> tuple
                 assert time.monotonic() < until
                 time.sleep(0.01)
         code = run.wait(timeout=300)
-        assert code == 0, run.stderr.read()
+        assert code == 0, said(run)
         assert gone(run)
     finally:
         end(run)
@@ -171,13 +177,13 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(folder: Path) -> None:
         while victim in workers(run.pid):
             assert time.monotonic() - stopped < 60
             time.sleep(0.05)
-        said = run.stderr.read().splitlines()
-        assert run.wait(timeout=PATIENCE) == 0, said
+        lines = said(run).splitlines()
+        assert run.wait(timeout=PATIENCE) == 0, lines
         assert gone(run)
     finally:
         end(run)
-    errors = [line for line in said if line.startswith("error: ")]
-    assert len(errors) == 1, said
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
     # Ranks start in order, but processes need not have ascending ids.
     hung = re.match(
         r"error: rank ([01]) on \S+ is stopped \(SIGSTOP, .*no sign of life for \d+ s, last in ", errors[0]
@@ -200,7 +206,7 @@ def test_kills_change_nothing(folder: Path, kills: int) -> None:
     options = ["--iterations", str(8 * kills), "--launch.max_restarts", str(kills)]
     alone = start(folder, "alone", *options)
     try:
-        assert alone.wait(timeout=600) == 0, alone.stderr.read()
+        assert alone.wait(timeout=600) == 0, said(alone)
     finally:
         end(alone)
     ranks, groups = kill_often(folder, folder / "killed", kills, options)

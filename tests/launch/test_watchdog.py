@@ -76,8 +76,9 @@ def test_a_stopped_rank_of_another_launcher(tmp_path: Path, victim: int) -> None
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[victim].returncode == -signal.SIGKILL
     assert ranks[1 - victim].returncode == 1
+    # It goes on for a moment, to write its stacks, and may find the verdict before it is killed.
+    assert ranks[victim].returncode in (1, -signal.SIGKILL)
     errors = [line for line in said[1 - victim].splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said
     words = (
