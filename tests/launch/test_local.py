@@ -90,6 +90,12 @@ def test_workers_do_not_outlive_the_parent(tmp_path, number):
     assert gone(workers)
 
 
+def test_one_process_may_die_apart_from_this_one():
+    with pytest.raises(local.WorkerError, match=r"rank 0 on .*: killed by SIGABRT") as raised:
+        local.run("os:abort", (), 1, apart=True)
+    assert raised.value.code == 128 + signal.SIGABRT
+
+
 def test_one_process_is_a_plain_call(tmp_path, monkeypatch):
     calls: list[int] = []
     monkeypatch.setattr(local, "_resolve", lambda target: calls.append)
