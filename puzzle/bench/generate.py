@@ -37,6 +37,7 @@ class GenerateBench:
     layout: tuple[int, int, int]
     batches: tuple[int, ...]
     prompt: int
+    ragged: bool
     new: int
     greedy: bool
     modes: tuple[str, ...]
@@ -50,6 +51,12 @@ class GenerateBench:
         spec = published(self.model)
         return replace(spec, num_layers=self.layers) if self.layers else spec
 
+    def lengths(self, batch: int) -> list[int]:
+        """Tokens of each prompt."""
+        generator = torch.Generator().manual_seed(batch)
+        least = max(1, self.prompt // 8) if self.ragged else self.prompt
+        return torch.randint(least, self.prompt + 1, (batch,), generator=generator).tolist()
+
 
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start the processes of the layout."""
@@ -59,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--layout", default="1,1,1", metavar="TP,PP,DP")
     parser.add_argument("--batches", default="32,64,128,256", help="prompts of all replicas")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--ragged", action="store_true", help="prompts of an eighth of that to all of it")
     parser.add_argument("--new", type=int, default=256, help="new tokens of every sequence")
     parser.add_argument("--greedy", action="store_true", help="argmax instead of drawing at temperature 1")
     parser.add_argument("--modes", default="eager,graphs", help="eager, graphs (of decode passes) or both")
@@ -135,7 +143,8 @@ def _generate(
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, bench.prompt)
     prompts = torch.randint(0, bench.spec.vocab_size, shape, generator=generator).tolist()
-    requests = [Request(prompts[row], row) for row in runtime.rows(batch)]
+    lengths = bench.lengths(batch)
+    requests = [Request(prompts[row][: lengths[row]], row) for row in runtime.rows(batch)]
     params = SamplingParams(greedy=bench.greedy, min_new_tokens=new, max_new_tokens=new)
     device.meet(runtime.world)
     start = time.perf_counter()
@@ -168,9 +177,9 @@ def _floor(bench: GenerateBench, runtime: ModelRuntime, batch: int, bandwidth: f
     weights = sum(p.nbytes for p in runtime.decoder.parameters())
     if runtime.decoder.first and not (runtime.spec.tied and runtime.decoder.last):
         weights -= runtime.decoder.embed.nbytes
-    rows = len(runtime.rows(batch))
-    places = sum(bench.prompt + step for step in range(1, bench.new))
-    read = (bench.new - 1) * weights + rows * places * cache_bytes(runtime.decoder)
+    lengths = bench.lengths(batch)
+    places = sum(lengths[row] + step for row in runtime.rows(batch) for step in range(1, bench.new))
+    read = (bench.new - 1) * weights + places * cache_bytes(runtime.decoder)
     seconds = runtime.world.gather((runtime.coord.p, read / bandwidth))
     stages = {p: max(s for q, s in seconds if q == p) for p, _ in seconds}
     return sum(stages.values())
@@ -182,7 +191,7 @@ def _report(bench: GenerateBench, row: dict[str, Any]) -> None:
     share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else float("nan")
     print(
         f"generate {bench.model} {bench.spec.num_layers} layers  tp{tp} pp{pp} dp{dp}  {row['mode']:<6}  "
-        f"batch {row['batch']:>4} in {row['waves']}  {bench.prompt}+{bench.new}  "
+        f"batch {row['batch']:>4} in {row['waves']}  {'ragged ' * bench.ragged}{bench.prompt}+{bench.new}  "
         f"{row['tokens_per_s']:8.0f} tokens/s  "
         f"prefill {row['prefill_s']:.3f} s  decode {row['decode_s']:.3f} s  "
         f"floor {row['decode_floor_s']:.3f} s ({share:.0%}){memory}",

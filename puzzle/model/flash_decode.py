@@ -19,7 +19,6 @@ from torch import Tensor
 from puzzle.model.attention import Slots
 
 MOST_PARTS = 16
-SINGLE = (True, 128, 4, 2)
 
 
 def attend(
@@ -46,25 +45,20 @@ def attend(
     if parts > 1:
         scratch = qkv.new_empty((parts, rows * groups * queries, dim + 2), dtype=torch.float32)
     padded = triton.next_power_of_2(dim)
-    dots, block, warps, stages = settings(queries, padded, qkv.dtype.itemsize)
+    # 32 KiB of keys under way while the block before them is used; an H100 is busy with that.
+    block = max(16, min(128, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
     _attend[(rows * groups, parts)](
         *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, place_B, out, scratch),
         *(rows, k_BKSh.stride(0), k_BKSh.stride(1), eps, 1.4426950408889634 / dim**0.5),
-        *(groups, queries, max(16, triton.next_power_of_2(queries)) if dots else 1, dim, padded, block),
-        *(window or 0, parts, q_norm is not None, stages),
-        num_warps=warps,
+        *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block),
+        *(window or 0, parts, q_norm is not None),
+        num_warps=4,
     )
     if parts > 1:
         lines = rows * groups * queries
         _join[(lines,)](scratch, out, lines, dim, padded, parts, num_warps=1)
     return out
-
-
-def settings(queries: int, dim: int, itemsize: int) -> tuple[bool, int, int, int]:
-    """Whether to use the matrix units, places of a block, warps of a program, blocks under way at a time."""
-    block = max(16, min(64, (64 * 128 * 2) // (dim * itemsize)))
-    return (True, block, 4, 3) if queries > 1 else SINGLE
 
 
 def _parts(programs: int, capacity: int, device: torch.device) -> int:
@@ -78,7 +72,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend(
     qkv_ptr,
     cos_ptr,
@@ -104,12 +98,11 @@ def _attend(
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
     NORM: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One kv head of a row, one part of its places. Softmax in base 2, in float32.
 
-    A single query has a running maximum for every place of a block: nothing is summed across threads before
-    the end. Several queries go through the matrix units together.
+    Its queries go through the matrix units together, filled up with zeros to the size that these ask for. A
+    single one does, too: the copies into shared memory that feed the units keep the memory busiest.
     """
     row = (tl.program_id(0) // GROUPS).to(tl.int64)
     group = tl.program_id(0) % GROUPS
@@ -138,69 +131,34 @@ def _attend(
     k_ptr += base
     v_ptr += base
     q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
-    new_s = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
-    value = new_v.to(tl.float32)[None, :]
     line = (row * GROUPS + group) * QUERIES
-    n = tl.arange(0, BLOCK)
-    if PADDED == 1:
-        mine = owner & (n == 0)
-        top = tl.where(mine, tl.sum(new_s, 0), -1e30)
-        total = tl.where(mine, 1.0, 0.0)
-        sums = total[:, None] * value
-        query = q.to(tl.float32) * scale
-        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
-            seen = at + n < stop
-            here = (at + n)[:, None] * DIM + d[None, :]
-            inside = seen[:, None] & (d < DIM)[None, :]
-            keys = tl.load(k_ptr + here, mask=inside, other=0.0)
-            values = tl.load(v_ptr + here, mask=inside, other=0.0)
-            s = tl.where(seen, tl.sum(keys.to(tl.float32) * query, 1), -1e30)
-            higher = tl.maximum(top, s)
-            weight = tl.where(seen, tl.exp2(s - higher), 0.0)
-            fade = tl.exp2(top - higher)
-            total = total * fade + weight
-            sums = sums * fade[:, None] + weight[:, None] * values.to(tl.float32)
-            top = higher
-        best = tl.max(top, 0)
-        fade = tl.exp2(top - best)
-        all_sums = tl.sum(sums * fade[:, None], 0)
-        all_total = tl.sum(total * fade, 0)
-        if PARTS == 1:
-            tl.store(out_ptr + line * DIM + d, all_sums / all_total, mask=d < DIM)
-        else:
-            to = scratch_ptr + (part * rows * GROUPS + line) * (DIM + 2)
-            tl.store(to + d, all_sums, mask=d < DIM)
-            tl.store(to + DIM, best)
-            tl.store(to + DIM + 1, all_total)
+    tops = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
+    totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
+    sums = totals[:, None] * new_v.to(tl.float32)[None, :]
+    for at in tl.range(start, stop, BLOCK, num_stages=2):
+        n = at + tl.arange(0, BLOCK)
+        inside = (n < stop)[:, None] & (d < DIM)[None, :]
+        here = n[:, None] * DIM + d[None, :]
+        keys = tl.load(k_ptr + here, mask=inside, other=0.0)
+        values = tl.load(v_ptr + here, mask=inside, other=0.0)
+        s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        s = tl.where((n < stop)[None, :], s, -1e30)
+        highest = tl.maximum(tops, tl.max(s, 1))
+        weights = tl.where((n < stop)[None, :], tl.exp2(s - highest[:, None]), 0.0)
+        fade = tl.exp2(tops - highest)
+        totals = totals * fade + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(element), values, sums * fade[:, None], input_precision="ieee")
+        tops = highest
+    g = tl.arange(0, PADDED)
+    inside = (g < QUERIES)[:, None] & (d < DIM)[None, :]
+    if PARTS == 1:
+        to = out_ptr + (line + g)[:, None] * DIM + d[None, :]
+        tl.store(to, sums / totals[:, None], mask=inside)
     else:
-        tops = tl.where(owner, new_s, -1e30)
-        totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
-        outs = totals[:, None] * value
-        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
-            seen = at + n < stop
-            here = (at + n)[:, None] * DIM + d[None, :]
-            inside = seen[:, None] & (d < DIM)[None, :]
-            keys = tl.load(k_ptr + here, mask=inside, other=0.0)
-            values = tl.load(v_ptr + here, mask=inside, other=0.0)
-            s2 = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-            s2 = tl.where(seen[None, :], s2, -1e30)
-            highers = tl.maximum(tops, tl.max(s2, 1))
-            weights = tl.where(seen[None, :], tl.exp2(s2 - highers[:, None]), 0.0)
-            fades = tl.exp2(tops - highers)
-            totals = totals * fades + tl.sum(weights, 1)
-            outs = outs * fades[:, None]
-            outs = tl.dot(weights.to(element), values, outs, input_precision="ieee")
-            tops = highers
-        g = tl.arange(0, PADDED)
-        inside_q = (g < QUERIES)[:, None] & (d < DIM)[None, :]
-        if PARTS == 1:
-            to_q = out_ptr + (line + g)[:, None] * DIM + d[None, :]
-            tl.store(to_q, outs / totals[:, None], mask=inside_q)
-        else:
-            to_g = scratch_ptr + (part * rows * GROUPS * QUERIES + line + g) * (DIM + 2)
-            tl.store(to_g[:, None] + d[None, :], outs, mask=inside_q)
-            tl.store(to_g + DIM, tops, mask=g < QUERIES)
-            tl.store(to_g + DIM + 1, totals, mask=g < QUERIES)
+        to = scratch_ptr + (part * rows * GROUPS * QUERIES + line + g) * (DIM + 2)
+        tl.store(to[:, None] + d[None, :], sums, mask=inside)
+        tl.store(to + DIM, tops, mask=g < QUERIES)
+        tl.store(to + DIM + 1, totals, mask=g < QUERIES)
 
 
 @triton.jit
@@ -232,7 +190,7 @@ def _turned(
     return (x * cos[None, :] + turned * sin[None, :]).to(element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def _join(scratch_ptr, out_ptr, lines, DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """One query's attention from those of its parts: sums (DIM), maximum, weight."""
     line = tl.program_id(0).to(tl.int64)

@@ -106,7 +106,7 @@ def _add_norm(
     tl.store(normed_ptr + here, x * scale * weight, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _heads(
     qkv_ptr,
     cos_ptr,
@@ -179,7 +179,7 @@ def _either(condition, a_ptr, b_ptr, inside):
     return tl.where(condition, a[None, :], b[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated(
     gate_up_ptr,
     out_ptr,

@@ -58,7 +58,7 @@ def settle(offers_C4B: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "offset", "young"])
 def _offer(
     logits_ptr,
     stem_ptr,
@@ -103,7 +103,7 @@ def _offer(
     tl.store(to + 3 * rows, tl.where(width > 0, top + tl.log(total), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "count"])
 def _settle(offers_ptr, out_ptr, rows, count, COUNT: tl.constexpr):
     row = tl.program_id(0)
     c = tl.arange(0, COUNT)

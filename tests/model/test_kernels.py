@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from puzzle.engine.passes import Drawn, StagePasses
 from puzzle.engine.sampling import SamplingParams, VocabShard, choose
-from puzzle.model import flash_decode, fused, gumbel_max, pointwise
+from puzzle.model import flash_decode, fused, gumbel_max, pointwise, skinny
 from puzzle.model.attention import KVCache, decode_attention
 from puzzle.model.noise import place_keys, row_stems
 from puzzle.model.packing import DecodeBatch, pack
@@ -106,6 +106,22 @@ def test_decode_attention_reads_live_places(monkeypatch, parts, window, dtype, g
     for mine, theirs in ((ours.k, plain.k), (ours.v, plain.v)):
         stored = torch.stack([cache[0, b, :, p] for b, p in enumerate(places) for cache in (mine, theirs)])
         close(stored[::2], stored[1::2], dtype)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("narrow", [skinny.NARROW, 0])
+def test_products_of_few_rows(monkeypatch, rows, transposed, narrow):
+    """In one part and in two, again and again: the locks are free after each product."""
+    monkeypatch.setattr(skinny, "NARROW", narrow)
+    x = random((rows, 3 * skinny.STEP), torch.float32, 10)
+    weight = random((3 * skinny.STEP, 2 * skinny.COLUMNS), torch.float32, 11)
+    weight = weight if transposed else weight.t().contiguous()
+    assert skinny.fits(weight, transposed)
+    assert not skinny.fits(weight[1:], transposed)
+    for _ in range(3):
+        out = skinny.product(x, weight, transposed)
+        close(out, x @ (weight if transposed else weight.t()), torch.float32)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
