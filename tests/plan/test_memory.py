@@ -120,9 +120,13 @@ def test_resident_bytes_are_those_of_real_tensors(layout: Layout, changes: dict,
         }
 
 
-def saved(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype, recompute: bool) -> int:
+def saved(
+    rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype, recompute: bool, compiled: bool = False
+) -> int:
     """Bytes that a forward pass of this stage saves for its backward pass, weights left out."""
     model = built(rank, spec, layout, dtype, recompute)
+    if compiled:
+        model.stage.compile_layers()
     batch = batch_of(model)
     decoder = model.decoder
     x = batch.tokens_T
@@ -303,3 +307,15 @@ def test_running_out_of_memory_prints_the_table(tmp_path, capsys, monkeypatch) -
     table, _, error = capsys.readouterr().err.rpartition("error: ")
     assert "device memory in GiB, all sequences at full length" in table
     assert re.fullmatch(r"CUDA out of memory on rank 0; most of it, [\d.]+ GiB, is .+: .+\n", error)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tp", [1, 2])
+def test_compiled_layers_save_less(tp: int) -> None:
+    spec, layout = spec_of(intermediate_size=192), Layout.even(tp, 1, 1, 4)
+    placement = Placement.default(layout)
+    eager, compiled = (memory.Use("actor", spec, placement, 2, True, compiled=c) for c in (False, True))
+    (found, *_) = run_ranks(saved, tp, spec, layout, torch.bfloat16, False, True)
+    sizes = [memory.Activations(use, 0, ROWS * LENGTH, ROWS * RESPONSE).saved() for use in (compiled, eager)]
+    assert sizes[0] == pytest.approx(found, rel=0.03)
+    assert sizes[1] > 1.1 * found
