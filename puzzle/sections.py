@@ -167,6 +167,7 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
     decode_microbatch: Count | None = Field(None, description="sequences per decode micro-batch")
+    graphs: bool = Field(True, description="replay decode passes as CUDA graphs (not on a CPU)")
     early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
 

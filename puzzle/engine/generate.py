@@ -79,11 +79,13 @@ def generate(
     watch: Callable[[int, int], None] | None = None,
     tally: Tally | None = None,
     lookahead: int | None = None,
+    graphs: bool = True,
 ) -> list[Response]:
     """A response to each request, in order, on every rank of the replica.
 
     `runner` is the pipeline's (None: one stage); all ranks of a run call, those without requests, too.
-    `passes` keeps cache and graphs from call to call. `prefill` and `decode` are sequences per micro-batch
+    `passes` keeps cache and graphs from call to call; without them, `graphs` says whether decode passes are
+    recorded (on CUDA). `prefill` and `decode` are sequences per micro-batch
     (None: a decode micro-batch per stage; a prefill pass never has more than `PREFILL_TOKENS` tokens).
     `watch(request, token)` hears of tokens as they are read. The host reads tokens `lookahead` steps late
     (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped. None
@@ -101,7 +103,7 @@ def generate(
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
     books = Books(requests, params, stop, watch)
-    used = passes or StagePasses(decoder)
+    used = passes or StagePasses(decoder, graphs)
     session = Session(used, ring, books, lookahead)
     rounds = session.run(execution)
     if passes is None:

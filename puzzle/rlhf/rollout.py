@@ -63,6 +63,7 @@ def respond(
         actor.runner,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
+        graphs=generation.graphs,
         stop=stop,
         tally=tally,
     )
