@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puzzle.engine.sampling import SamplingParams, VocabShard, choose, draw
 from puzzle.engine.world import World
-from puzzle.model.attention import decode_attention, packed_attention
-from puzzle.model.noise import gumbel, row_keys
-from puzzle.model.packing import pack
-from puzzle.model.products import accumulate, sums_in_place
+from puzzle.model import pointwise
+from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.noise import gumbel, place_keys, row_keys, row_stems
+from puzzle.model.packing import DecodeBatch, pack
+from puzzle.model.parallel import TensorGroup
+from puzzle.model.pointwise import Pointwise, has_kernels
+from puzzle.model.products import accumulate, product, sums_in_place
+from puzzle.model.rope import rotation
 
+BF16, EPS = torch.bfloat16, 1e-5
 LENGTHS = (70, 3, 128, 41)
 
 
@@ -24,6 +30,10 @@ def compare(world: World) -> Iterator[tuple[str, float, float]]:
         print(signature(), flush=True)
     yield from _packed(world.device)
     yield from _decode(world.device)
+    if has_kernels(world.device):
+        yield from _fused(world.device)
+        yield from _few_rows(world.device)
+        yield from _draws(world.device)
     yield from _sums(world.device)
     yield from _noise(world.device)
 
@@ -82,6 +92,67 @@ def _decode(device: torch.device) -> Iterator[tuple[str, float, float]]:
     wide_k, wide_v = (x.double().repeat_interleave(4, 1) for x in (k, v))
     expected = F.scaled_dot_product_attention(q.double()[:, :, None], wide_k, wide_v, attn_mask=mask)[:, :, 0]
     yield "decode attention 8/2", _relative(got, expected), 1e-2
+
+
+def _fused(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """The kernels of passes without gradients, bf16, against the plain functions in float64."""
+    ours, plain = pointwise.kernels(), Pointwise.eager()
+    x, y, weight = (torch.randn(shape, device=device, dtype=BF16) for shape in ((37, 512), (37, 512), (512,)))
+    got, expected = ours.add_norm(x, y, weight, EPS)[1], plain.add_norm(x, y, weight, EPS)[1]
+    yield "kernel: sum and norm", _relative(got, expected), 1e-2
+    both = torch.randn((37, 4 * 2 * 88), device=device, dtype=BF16)
+    yield "kernel: gate", _relative(ours.gated(both, 4), plain.gated(both.double(), 4)), 1e-2
+    assert ours.decode is not None
+    for groups, queries, dim, norms, window in (
+        (8, 1, 128, 0, None),
+        (2, 4, 64, 2, None),
+        (2, 7, 96, 2, 100),
+    ):
+        for rows in (3, 200):
+            places = torch.randint(0, 300, (rows,), device=device)
+            qkv = torch.randn((rows, groups * (queries + 2) * dim), device=device, dtype=BF16)
+            weights = tuple(torch.randn((dim,), device=device, dtype=BF16) for _ in range(norms)) or (
+                None,
+                None,
+            )
+            freq = 1e-4 ** (torch.arange(0, dim, 2, device=device) / dim)
+            kept = KVCache(*torch.randn((2, 1, rows, groups, 300, dim), device=device, dtype=BF16))
+            batch = DecodeBatch(places, places, 300)
+            slots = kept.slots(0, batch.rows_T, batch)
+            turn = rotation(places, freq, BF16)
+            got = ours.decode(qkv, *turn, *weights, EPS, slots, window)
+            q, k, v = plain.heads(qkv, groups, *turn, *weights, EPS)
+            slots.write(k, v)
+            wide = (x.double() for x in (q, *kept.read(0, batch)))
+            expected = decode_attention(*wide, batch.mask(window)).flatten(1)
+            name = f"kernel: decode {groups * queries}/{groups} x {dim}, {rows} rows"
+            yield name, _relative(got, expected), 1e-2
+            yield "kernel: heads", _relative(ours.heads(qkv, groups, *turn, *weights, EPS)[0], q), 1e-2
+
+
+def _few_rows(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """bf16 products of a few rows, in one part and in two, stored either way."""
+    for width in (1024, 16384):
+        for transposed in (False, True):
+            shape = (768, width) if transposed else (width, 768)
+            x, weight = (torch.randn(shape, device=device, dtype=BF16) for shape in ((20, 768), shape))
+            expected = x.double() @ (weight if transposed else weight.t()).double()
+            how = "stored transposed" if transposed else "stored plainly"
+            got = product(x, weight, transposed=transposed)
+            yield f"kernel: 20 rows x {width}, {how}", _relative(got, expected), 1e-2
+
+
+def _draws(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """Tokens and log-probabilities of the kernel against those of the plain draw."""
+    count_B = torch.arange(64, device=device)
+    stem_B = row_stems(3, 1, count_B, count_B % 4)
+    logits_BV = 2 * torch.randn((64, 9000), device=device)
+    shard = VocabShard(TensorGroup(), 0, 9000)
+    params = SamplingParams(temperature=0.7, min_new_tokens=5, stop_ids=(3, 8000))
+    packed = draw(logits_BV.clone(), stem_B, count_B, params, shard)
+    tokens_B, logprobs_B = choose(logits_BV, place_keys(stem_B, count_B), count_B < 5, params, shard)
+    yield "kernel: tokens drawn otherwise", float((packed[0] != tokens_B).sum()), 0.0
+    yield "kernel: their log-probs", float((packed[1].view(torch.float32) - logprobs_B).abs().max()), 1e-4
 
 
 def _sums(device: torch.device) -> Iterator[tuple[str, float, float]]:

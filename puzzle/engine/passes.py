@@ -91,6 +91,7 @@ class StagePasses:
         self._key: object = None
         self.pool = None
 
+    @torch.inference_mode()
     def start(self, groups: Sequence[int], capacity: int, params: SamplingParams) -> None:
         """Make ready for sequences of up to `capacity` tokens in decode micro-batches of `groups` rows each.
 
@@ -159,10 +160,12 @@ class StagePasses:
             self._recorded[start, rows] = _Recorded(self, start, start + rows)
         return self._recorded[start, rows].run(active, x)
 
+    @torch.inference_mode()
     def put(self, tokens: Tensor, rows: Sequence[int]) -> None:
         """On the first of several stages: the ids (n,) that the last stage drew for `rows`."""
         self.state[0, torch.tensor(rows).to(tokens.device, non_blocking=True)] = tokens.long()
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """The sequence of row `source`, `length` cached tokens long, goes on in row `target`."""
         assert self.cache is not None
@@ -170,6 +173,7 @@ class StagePasses:
         self.state[:, target] = self.state[:, source]
         self.state[1, source] = PARKED
 
+    @torch.inference_mode()
     def park(self, rows: Sequence[int]) -> None:
         """These rows have no sequence any more."""
         self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = PARKED
@@ -200,6 +204,7 @@ class _Recorded:
             shape = (stop - start, decoder.spec.hidden_size)
             self.inbox = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
         self.out: Tensor | None = None
+        self.moved = 0  # bytes through collectives of a replay
 
     def run(self, active: int, x: Tensor | None) -> Drawn | Tensor:
         if self.inbox is not None:
@@ -212,6 +217,7 @@ class _Recorded:
                 self._record()
             assert self.graph is not None
             self.graph.replay()
+            self.decoder.group.moved += self.moved
         assert self.out is not None
         if not self.decoder.last:
             return self.out[:active]
@@ -242,11 +248,14 @@ class _Recorded:
             self.out = self._pass()
             self.state.copy_(held)
         torch.cuda.current_stream().wait_stream(side)
+        before = self.decoder.group.moved
         graph = torch.cuda.CUDAGraph()
         # Another thread watches NCCL: what it asks the device must not spoil the recording.
         with torch.cuda.graph(graph, pool=self.passes.pool, capture_error_mode="thread_local"):
             self.out.copy_(self._pass())  # to memory of its own: the next graph overwrites the pool's
         self.graph = graph
+        self.moved = self.decoder.group.moved - before
+        self.decoder.group.moved = before
         self.passes.captures += 1
         self.passes.capture_seconds += time.perf_counter() - began
 

@@ -53,7 +53,9 @@ def test_gate(tokens, blocks, size):
     close(fused.gated(both, blocks), pointwise.gated(both, blocks), torch.bfloat16)
 
 
-def qkv_of(tokens: int, groups: int, queries: int, dim: int, dtype: torch.dtype, norms: bool):
+def qkv_of(
+    tokens: int, groups: int, queries: int, dim: int, dtype: torch.dtype, norms: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     qkv = random((tokens, groups * (queries + 2) * dim), dtype, 4)
     weights = (random((dim,), dtype, 5), random((dim,), dtype, 6)) if norms else (None, None)
     return qkv, weights
