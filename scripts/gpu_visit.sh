@@ -52,14 +52,16 @@ on() { # on GPU COMMAND...: one device, beside the others
 }
 
 part_check() {
-    bench check.log 120 "check on $gpus GPUs" check --world "$gpus" --models llama,qwen2
+    on 0 bench check-1.log 200 "check on 1 GPU" check &
+    [ "$gpus" -lt 2 ] || bench check.log 150 "check on $gpus GPUs" check --world "$gpus" --models llama,qwen2
+    wait
 }
 
 part_switch() {
     local pairs=("1,2,1:2,1,1" "2,1,1:1,1,2" "1,2,1:1,1,2")
     [ "$gpus" -ge 4 ] && pairs=("1,4,1:2,2,1" "1,4,1:4,1,1" "2,2,1:4,1,1" "1,4,1:1,1,4")
-    bench switch.log 150 "switch" switch --pairs "${pairs[@]}" --variants --out "$rows"
-    NCCL_P2P_DISABLE=1 bench switch.log 60 "switch without peer access" switch --pairs "${pairs[0]}" --repeats 3 --out "$rows"
+    bench switch.log 150 "switch" switch --pairs "${pairs[@]}" --out "$rows"
+    NCCL_P2P_DISABLE=1 bench switch.log 100 "switch without peer access" switch --pairs "${pairs[@]}" --repeats 3 --out "$rows"
 }
 
 part_fuse() { # two GPUs cannot hold two 7B models in training
@@ -110,7 +112,7 @@ done
     for log in switch fuse memory save; do
         [ -f "$out/$log.log" ] && tail -n 30 "$out/$log.log"
     done
-    [ -f "$out/check.log" ] && grep -h -c '^ok ' "$out/check.log" | sed 's/$/ comparisons held/'
+    cat "$out"/check*.log | grep -c '^ok ' | sed 's/$/ comparisons held/'
     echo
     cat "$summary"
 } >"$out/table.txt" 2>/dev/null
