@@ -44,7 +44,7 @@ def attend(
     scratch = out
     if parts > 1:
         scratch = qkv.new_empty((parts, rows * groups * queries, dim + 2), dtype=torch.float32)
-    padded = triton.next_power_of_2(dim)
+    padded = max(16, triton.next_power_of_2(dim))
     # 32 KiB of keys under way while the block before them is used; an H100 is busy with that.
     block = max(16, min(128, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
@@ -62,9 +62,13 @@ def attend(
 
 
 def _parts(programs: int, capacity: int, device: torch.device) -> int:
-    """Parts that every row is cut into: so many that the device has four programs per multiprocessor."""
+    """Parts that every row is cut into: so many that the device has four programs per multiprocessor.
+
+    A power of two, with 128 places to a part at least.
+    """
     wanted = -(-4 * _multiprocessors(device) // programs)
-    return max(1, min(MOST_PARTS, triton.next_power_of_2(wanted), capacity // 128))
+    room = 1 << max(1, capacity // 128).bit_length() - 1
+    return min(MOST_PARTS, triton.next_power_of_2(wanted), room)
 
 
 @cache

@@ -86,7 +86,7 @@ def test_heads_and_their_way_into_the_cache(dtype, groups, queries, dim, norms):
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no bf16 products
 @pytest.mark.parametrize(
-    ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (1, 8, 20, False)]
+    ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (1, 8, 10, False)]
 )
 def test_decode_attention_reads_live_places(monkeypatch, parts, window, dtype, groups, queries, dim, norms):
     """What lies behind a row's end is NaN: read, it would show."""
@@ -124,6 +124,14 @@ def test_products_of_few_rows(monkeypatch, rows, transposed, narrow):
     for _ in range(3):
         out = skinny.product(x, weight, transposed)
         close(out, x @ (weight if transposed else weight.t()), torch.float32)
+
+
+def test_parts_are_powers_of_two_with_work_for_each():
+    for programs in (1, 3, 8, 1000):
+        for capacity in (1, 127, 128, 384, 500, 5000):
+            parts = flash_decode._parts(programs, capacity, torch.device("cpu"))
+            assert parts & (parts - 1) == 0
+            assert parts == 1 or (parts * 128 <= capacity and parts <= flash_decode.MOST_PARTS)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
