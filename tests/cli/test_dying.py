@@ -206,10 +206,10 @@ def test_kills_change_nothing(folder: Path, kills: int) -> None:
     options = ["--iterations", str(8 * kills), "--launch.max_restarts", str(kills)]
     alone = start(folder, "alone", *options)
     try:
+        ranks, groups = kill_often(folder, folder / "killed", kills, options)
         assert alone.wait(timeout=600) == 0, said(alone)
     finally:
         end(alone)
-    ranks, groups = kill_often(folder, folder / "killed", kills, options)
     ours, theirs = weights(folder / "killed"), weights(folder / "alone")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
