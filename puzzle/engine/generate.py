@@ -80,6 +80,7 @@ def generate(
     tally: Tally | None = None,
     lookahead: int | None = None,
     graphs: bool = True,
+    early_stop: bool = True,
 ) -> list[Response]:
     """A response to each request, in order, on every rank of the replica.
 
@@ -88,8 +89,9 @@ def generate(
     recorded (on CUDA). `prefill` and `decode` are sequences per micro-batch
     (None: a decode micro-batch per stage; a prefill pass never has more than `PREFILL_TOKENS` tokens).
     `watch(request, token)` hears of tokens as they are read. The host reads tokens `lookahead` steps late
-    (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped. None
-    of these changes a response. `stop` ends responses beside `params.stop_ids`, after `min_new_tokens`.
+    (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped.
+    Without `early_stop` all rows are decoded to the end, and what comes after a stop is dropped. None of
+    these changes a response. `stop` ends responses beside `params.stop_ids`, after `min_new_tokens`.
 
     UserError for an empty prompt, one too long for the model, or a cache that does not fit the device.
     """
@@ -104,7 +106,7 @@ def generate(
     ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
     books = Books(requests, params, stop, watch)
     used = passes or StagePasses(decoder, graphs)
-    session = Session(used, ring, books, lookahead)
+    session = Session(used, ring, books, lookahead, early_stop)
     rounds = session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
@@ -204,8 +206,11 @@ class _Share:
 class Session:
     """One stage's part in a ring (a `StageWork`); row r of the cache is request r's until rows come free."""
 
-    def __init__(self, passes: StagePasses, ring: Ring, books: Books, lookahead: int) -> None:
+    def __init__(
+        self, passes: StagePasses, ring: Ring, books: Books, lookahead: int, early_stop: bool = True
+    ) -> None:
         self.passes, self.ring, self.books, self.lookahead = passes, ring, books, lookahead
+        self.early_stop = early_stop
         self.decoder = passes.decoder
         self.promise = ring.promise(0)
         self.shares = [
@@ -334,7 +339,7 @@ class Session:
         before, books, order = len(share.order), self.books, share.order
         full = step >= books.params.max_new_tokens
         for row in reversed(range(before)):
-            if not full and not books.ended[order[row]]:
+            if not (full or (self.early_stop and books.ended[order[row]])):
                 continue
             moved = order.pop()
             if row < len(order):

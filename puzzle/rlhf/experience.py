@@ -88,16 +88,17 @@ class Experience:
         """int64 (N,): the response tokens of the rows, one row after the other."""
         return torch.tensor([token for row in rows for token in self.responses[row]], dtype=torch.int64)
 
-    def states_N(self, rows: Sequence[int]) -> Tensor:
+    def states_N(self, rows: Sequence[int], width: int | None = None) -> Tensor:
         """int64 (N,): where, in the packed sequences of `rows`, the token before each response token stands.
 
-        Log-probs and values of `targets_N` are computed from the hidden states there.
+        Log-probs and values of `targets_N` are computed from the hidden states there. With `width`, every
+        sequence is padded to it.
         """
         places, start = [torch.empty(0, dtype=torch.int64)], 0
         for row, length in zip(rows, self.lengths(rows), strict=True):
             first = start + len(self.prompt(row)) - 1
             places.append(torch.arange(first, first + len(self.responses[row])))
-            start += length
+            start += width or length
         return torch.cat(places)
 
     def take_N(self, x_BS: Tensor, rows: Sequence[int]) -> Tensor:

@@ -64,6 +64,7 @@ def respond(
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
         graphs=generation.graphs,
+        early_stop=generation.early_stop,
         stop=stop,
         tally=tally,
     )
@@ -120,7 +121,8 @@ def reward_sequences(
 class Cut:
     """The micro-batches of a replica's share of some rows of an experience, as packed batches.
 
-    `passes` is how many micro-batches every replica has.
+    `passes` is how many micro-batches every replica has. Without `ppo.packing` the sequences of a
+    micro-batch are padded to `widths`, else those are None.
     """
 
     def __init__(
@@ -137,11 +139,30 @@ class Cut:
         self.passes = [len(cut) for cut in cuts]
         self.rows = cuts[model.coord.d]
         self.batches: list[PackedBatch] = []
+        self.widths: list[int | None] = []
+        self._last: list[Tensor] = []
         start = model.rows(len(rows)).start
         for part in self.rows:
             held = sequences[start : start + len(part)]
-            self.batches.append(pack(held, model.placement.layout.tp, model.world.device))
+            lengths = torch.tensor([len(sequence) for sequence in held])
+            width = None if config.packing else int(lengths.max())
+            if width:
+                held = [[*sequence, *[0] * (width - len(sequence))] for sequence in held]
+            batch = pack(held, model.placement.layout.tp, model.world.device)
+            self.batches.append(batch)
+            self.widths.append(width)
+            starts = torch.tensor((0, *batch.lengths[:-1])).cumsum(0)
+            self._last.append((starts + lengths - 1).to(model.world.device))
             start += len(part)
+
+    def states_N(self, experience: Experience, index: int) -> Tensor:
+        """`Experience.states_N` of a micro-batch, on the device."""
+        states_N = experience.states_N(self.rows[index], self.widths[index])
+        return states_N.to(self.batches[index].tokens_T.device)
+
+    def last_rows(self, index: int) -> Tensor:
+        """int64 (sequences,): where each sequence of a micro-batch ends."""
+        return self._last[index]
 
 
 @dataclass(frozen=True)
@@ -160,7 +181,7 @@ def about_tokens(
     cut = Cut(model, range(count), [experience.sequence(row) for row in range(count)], config)
 
     def finish(index: int, hidden: Tensor) -> Tensor:
-        states_N = experience.states_N(cut.rows[index]).to(device)
+        states_N = cut.states_N(experience, index)
         if temperature is None:
             return model.decoder.values(hidden)[states_N]
         targets_N = experience.targets_N(cut.rows[index]).to(device)
@@ -193,7 +214,7 @@ def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], con
     cut = Cut(model, range(count), sequences, config)
 
     def finish(index: int, hidden: Tensor) -> Tensor:
-        return model.decoder.values(hidden)[cut.batches[index].last_rows]
+        return model.decoder.values(hidden)[cut.last_rows(index)]
 
     def answer(results: list[Tensor]) -> Tensor:
         own = torch.cat(results) if model.owns_results and results else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from puzzle.rlhf.rollout import Cut
 from puzzle.rlhf.sharing import Sharing
 
 
+class Part(NamedTuple):
+    """What the loss of a micro-batch reads, ready on the device before the pipeline starts."""
+
+    states_N: Tensor
+    targets_N: Tensor
+    taken: dict[str, Tensor]
+
+
 class Update:
     """The optimizer steps of one iteration; `metrics()` afterwards, on every rank."""
 
@@ -30,7 +38,7 @@ class Update:
         self._norms: dict[str, list[float]] = {"actor": [], "critic": []}
         self._steps = 0
         # Of the first step: ratios' sum, how many they are, and the furthest from 1.
-        self._first = [0.0, 0.0, 0.0]
+        self._first = torch.zeros(3, dtype=torch.float64, device=models.actor.world.device)
 
     def run(self, iteration: int) -> None:
         """All epochs and minibatches."""
@@ -68,9 +76,8 @@ class Update:
     def _first_ratio(self) -> dict[str, float]:
         """Of the policy before any step to the one that PPO starts from: 1, but for rounding."""
         world = self.models.actor.world
-        first = torch.tensor(self._first, dtype=torch.float64, device=world.device)
-        furthest = float(world.max(first[2:].clone()))
-        total, count = world.sum(first[:2].clone()).tolist()
+        furthest = float(world.max(self._first[2:].clone()))
+        total, count = world.sum(self._first[:2].clone()).tolist()
         return {"first_ratio": total / count, "first_ratio_gap": furthest}
 
     @staticmethod
@@ -82,10 +89,12 @@ class Update:
         """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
         cut = Cut(model, rows, [self.experience.sequence(row) for row in rows], self.config.ppo)
         weights = self._weights(rows, cut)
+        actor = model is self.models.actor
+        last = model.coord.p == model.placement.layout.pp - 1
+        parts = [self._part(actor, cut, i) for i in range(len(cut.rows))] if last else []
 
         def finish(index: int, hidden: Tensor) -> Tensor:
-            part = cut.rows[index]
-            sums = self._actor(hidden, part) if model is self.models.actor else self._critic(hidden, part)
+            sums = self._actor(hidden, parts[index]) if actor else self._critic(hidden, parts[index])
             loss = sums.loss * weights[index]
             if model.owns_results:
                 self._add(model.name, sums._replace(loss=loss.detach()))
@@ -100,46 +109,50 @@ class Update:
         passes = sum(cut.passes)
         return [1.0 / (passes * self.experience.tokens(part)) for part in cut.rows]
 
-    def _taken(self, x_BS: Tensor | None, part: Sequence[int]) -> Tensor:
-        assert x_BS is not None
-        return self.experience.take_N(x_BS, part)
+    def _part(self, actor: bool, cut: Cut, index: int) -> Part:
+        e, rows = self.experience, cut.rows[index]
+        tensors = {"values": e.values_BS, "returns": e.returns_BS}
+        if actor:
+            tensors = {"logprobs": e.logprobs_BS, "advantages": e.advantages_BS}
+            if self.config.ppo.kl.place == "loss":
+                tensors["reference"] = e.ref_logprobs_BS
+        taken = {name: e.take_N(x_BS, rows) for name, x_BS in tensors.items() if x_BS is not None}
+        states_N = cut.states_N(e, index)
+        return Part(states_N, e.targets_N(rows).to(states_N.device), taken)
 
-    def _actor(self, hidden: Tensor, part: Sequence[int]) -> ppo.ActorSums:
-        e, c = self.experience, self.config.ppo
+    def _actor(self, hidden: Tensor, part: Part) -> ppo.ActorSums:
+        c, old = self.config.ppo, part.taken["logprobs"]
         stats = self.models.actor.decoder.token_stats(
             hidden,
-            e.states_N(part).to(hidden.device),
-            e.targets_N(part).to(hidden.device),
+            part.states_N,
+            part.targets_N,
             self.config.generation.temperature,
             entropy=c.entropy > 0,
         )
-        in_loss = c.kl.place == "loss" and e.ref_logprobs_BS is not None
-        old = self._taken(e.logprobs_BS, part)
         if self._steps == 0 and self.models.actor.owns_results:
             ratio = (stats.logprobs.detach() - old).exp()
-            total, count, furthest = self._first
-            gap = float((ratio - 1).abs().max())
-            self._first = [total + float(ratio.sum()), count + len(ratio), max(furthest, gap)]
+            self._first[0] += ratio.sum()
+            self._first[1] += len(ratio)
+            self._first[2] = torch.maximum(self._first[2], (ratio - 1).abs().max())
         return ppo.actor_loss(
             stats.logprobs,
             old,
-            self._taken(e.advantages_BS, part),
+            part.taken["advantages"],
             torch.ones_like(stats.logprobs, dtype=torch.bool),
             clip=c.clip,
             entropy=stats.entropy,
             entropy_coef=c.entropy,
-            ref_logprobs=self._taken(e.ref_logprobs_BS, part) if in_loss else None,
+            ref_logprobs=part.taken.get("reference"),
             kl_coef=self.kl_coef,
             kl_estimator=c.kl.estimator,
         )
 
-    def _critic(self, hidden: Tensor, part: Sequence[int]) -> ppo.CriticSums:
-        e = self.experience
-        values = self.models.critic.decoder.values(hidden)[e.states_N(part).to(hidden.device)]
+    def _critic(self, hidden: Tensor, part: Part) -> ppo.CriticSums:
+        values = self.models.critic.decoder.values(hidden)[part.states_N]
         return ppo.critic_loss(
             values,
-            self._taken(e.values_BS, part),
-            self._taken(e.returns_BS, part),
+            part.taken["values"],
+            part.taken["returns"],
             torch.ones_like(values, dtype=torch.bool),
             clip=self.config.ppo.value_clip,
         )

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from puzzle.engine import generate as generation
-from puzzle.engine.generate import Request, generate
+from puzzle.engine.generate import Request, Tally, generate
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
@@ -106,7 +106,12 @@ def test_ends(tmp_path):
     # The third token of one row, and whatever that ends elsewhere.
     stop = long[2].tokens[2]
     params = SamplingParams(greedy=True, max_new_tokens=NEW, stop_ids=(stop,))
-    ended = generate(decoder, requests(), params)
+    few, all_rows = Tally(), Tally()
+    ended = generate(decoder, requests(), params, tally=few)
+    to_the_end = generate(decoder, requests(), params, tally=all_rows, early_stop=False)
+    assert [r.tokens for r in to_the_end] == [r.tokens for r in ended]
+    assert few.rows < all_rows.rows == NEW * len(ended)
+    assert few.tokens == all_rows.tokens
     for a, b in zip(ended, long, strict=True):
         wanted = b.tokens[: b.tokens.index(stop) + 1] if stop in b.tokens else b.tokens
         assert a.tokens == wanted

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"batch": 5, "ppo": {"microbatch": 2}},
     "whitened": {
         "batch": 8,
-        "generation": {"temperature": 0.8, "greedy": True},
+        "generation": {"temperature": 0.8, "greedy": True, "early_stop": False},
         "ppo": {
             "minibatch": 4,
             "epochs": 2,
@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no reference": {
         "batch": 8,
         "recompute": True,
-        "ppo": {"minibatch": 8, "microbatch": 8, "reference_free": True},
+        "ppo": {"minibatch": 8, "microbatch": 8, "reference_free": True, "packing": False},
     },
     "mean of means": {"batch": 8, "ppo": {"microbatch": 1, "loss_average": "microbatch"}},
 }

@@ -124,8 +124,8 @@ def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
             raise UserError("enable_cuda_graph: needs enable_hybrid_engine and an actor_zero_stage below 3")
         if config.data.random_tokens is None or not fixed:
             raise UserError(
-                "enable_cuda_graph: graphs know one length of prompts and of answers: needs data.random_tokens,"
-                " and generation.min_new_tokens as max_new_tokens"
+                "enable_cuda_graph: graphs know one length of prompts and of answers: needs"
+                " data.random_tokens, and generation.min_new_tokens as max_new_tokens"
             )
     if any(layout.tp * layout.pp > 1 for layout in config.layouts().values()):
         raise UserError("layout: ZeRO's processes are replicas; set tp and pp of every model to 1")

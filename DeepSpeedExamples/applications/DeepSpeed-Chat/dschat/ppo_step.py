@@ -195,7 +195,7 @@ class ChatTrainer(Trainer):
             pad_token_id=0,
             **drawn,
         )
-        # The Hybrid Engine's graphs look for a length that is fixed here, not in the generation's configuration.
+        # The Hybrid Engine's graphs look here for a fixed length, not in the generation's configuration.
         lengths = {"min_new_tokens": p.min_new_tokens, "max_new_tokens": p.max_new_tokens}
         found_RS = module.generate(
             input_ids=ids_RP.to(self.world.device),
