@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
@@ -119,11 +120,24 @@ def _theory(pools: Mapping[str, Pool], reading: str) -> Mean:
             "without optimizer steps and communication, in place of the published constant"
         )
         return Mean(ideal, 0, None, (run.source,), (note,))
+    ratios = [simulated_speedup(run) for run in (pools[BASE].runs if BASE in pools else ())]
+    if simulated := [ratio for ratio in ratios if ratio is not None]:
+        return Mean(fmean(simulated), 0, None, pools[BASE].logs)
     if THEORY not in pools:
         return Mean(None, 0, None, (), gap="no theory")
     found = [value for run in pools[THEORY].runs for value in selection.series(run, SPEEDUP)]
     logs = pools[THEORY].logs
     return Mean(found[-1], 0, None, logs) if found else Mean(None, 0, None, logs, gap="no values")
+
+
+def simulated_speedup(run: Run) -> float | None:
+    """Training apart over training in one stream, optimizer steps included, both simulated with costs that
+    the run measured; None where its log has none."""
+    for found in run.simulations:
+        seconds = found["seconds"]
+        if found["stage"] == "training" and seconds.get("apart") and seconds.get("fused"):
+            return seconds["apart"] / seconds["fused"]
+    return None
 
 
 def equal_cost_speedup(run: Run) -> float | None:
@@ -150,6 +164,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if irregularities.has_published(rows):
         known.append(
             "The published theoretical values are constants; how they were derived was not published."
+        )
+    if any(row.series == "Theoretical" and row.provenance in ("measured", "rehearsal") for row in rows):
+        known.append(
+            "Theoretical: training without ts over training with it, both simulated with the optimizer steps "
+            "in, by costs that the run without ts measured."
         )
     return [*known, *irregularities.unstepped_critic(rows)]
 

@@ -185,6 +185,11 @@ class Recorder:
             for fields in records:
                 self.writer.stage(**fields)
 
+    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
+        """What a stage takes by simulation."""
+        if self.writer is not None:
+            self.writer.simulation(iteration, stage, seconds)
+
     def trace(self, iteration: int, timeline: Timeline) -> None:
         """Write an iteration's timeline for Perfetto into traces/."""
         if self.writer is None:

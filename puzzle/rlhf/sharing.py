@@ -8,7 +8,7 @@ from typing import Literal
 
 from puzzle.engine.fusion import Pass, Stream
 from puzzle.engine.runtime import ModelRuntime, StageResult
-from puzzle.plan.affinity import Candidate, choose
+from puzzle.plan.affinity import Candidate, choose, estimate
 from puzzle.plan.cost import CostTable
 from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward, why_not_fused
 from puzzle.plan.pipelines import forward_only, one_f_one_b
@@ -21,17 +21,17 @@ Kind = Literal["sequential", "alternating"]
 class Sharing:
     """Runs the passes of several models, apart or as one stream. Alike on every rank.
 
-    `undecided` as long as `auto` waits for `decide`; until then models run apart.
+    `possible`: the placements allow a stream, whatever `fuse` says. `undecided` as long as `auto` waits for
+    `decide`; until then models run apart.
     """
 
     def __init__(self, fuse: Fuse, runtimes: Sequence[ModelRuntime]) -> None:
         """UserError with the reason if `fuse` is true and the placements do not allow it."""
         self.runtimes = {runtime.name: runtime for runtime in runtimes}
-        possible = len(runtimes) > 1
-        if fuse == "auto" and possible:
-            possible = why_not_fused({r.name: r.placement for r in runtimes}) is None
-        self.stream = Stream(runtimes) if fuse and possible else None
-        self.undecided = fuse == "auto" and possible
+        several = len(runtimes) > 1
+        self.possible = several and why_not_fused({r.name: r.placement for r in runtimes}) is None
+        self.stream = Stream(runtimes) if several and (fuse is True or (fuse and self.possible)) else None
+        self.undecided = fuse == "auto" and self.possible
         self.shared = self.stream is not None and not self.undecided
         self.order = tuple(self.runtimes)
         self.kind: Kind = "sequential"
@@ -39,16 +39,16 @@ class Sharing:
 
     def train(self, passes: Sequence[Pass]) -> list[StageResult]:
         """An optimizer step of every model; results in the order of `passes`."""
+        self._counts = {p.runtime.name: p.most for p in passes}
         if self.shared and self.stream is not None:
             return self._shared(self.stream.train, passes)
-        self._counts = {p.runtime.name: p.most for p in passes}
         return [p.runtime.train(p.batches, p.finish) for p in passes]
 
     def infer(self, passes: Sequence[Pass]) -> list[StageResult]:
         """Forward passes of every model; results in the order of `passes`."""
+        self._counts = {p.runtime.name: p.most for p in passes}
         if self.shared and self.stream is not None:
             return self._shared(self.stream.infer, passes)
-        self._counts = {p.runtime.name: p.most for p in passes}
         return [p.runtime.infer(p.batches, p.finish) for p in passes]
 
     def _shared(
@@ -58,22 +58,37 @@ class Sharing:
         results = {p.runtime.name: r for p, r in zip(ordered, run(ordered, self.kind), strict=True)}
         return [results[p.runtime.name] for p in passes]
 
+    @property
+    def stages(self) -> int:
+        """Of the pipeline that could be shared."""
+        return next(iter(self.runtimes.values())).placement.layout.pp
+
+    def _models(self, order: Sequence[str]) -> list[StreamModel]:
+        tied = {name: runtime.spec.tied and self.stages > 1 for name, runtime in self.runtimes.items()}
+        return [StreamModel(name, self._counts[name], tied=tied[name]) for name in order]
+
+    def _apart(self, train: bool) -> Candidate:
+        schedules = (_alone(model, self.stages, train) for model in self._models(tuple(self.runtimes)))
+        return Candidate("apart", tuple(schedules))
+
+    def _fused(self, order: Sequence[str], kind: Kind, train: bool) -> Candidate:
+        build = fused_1f1b if train else fused_forward
+        return Candidate(f"{kind} {tuple(order)}", (build(self._models(order), self.stages, kind),))
+
+    def expected(self, cost: CostTable, train: bool) -> dict[str, float]:
+        """Seconds of what ran last, simulated with `cost`: `apart`, and `fused` in the order that is set."""
+        fused = self._fused(self.order, self.kind, train)
+        return {"apart": estimate(self._apart(train), cost).seconds, "fused": estimate(fused, cost).seconds}
+
     def decide(self, cost: CostTable, train: bool) -> bool:
         """Take what simulation with `cost`, measured apart, finds fastest; whether that is a stream."""
-        stages = next(iter(self.runtimes.values())).placement.layout.pp
-        models = [
-            StreamModel(name, self._counts[name], tied=runtime.spec.tied and stages > 1)
-            for name, runtime in self.runtimes.items()
-        ]
         choices: dict[str, tuple[tuple[str, ...], Kind]] = {}
-        candidates = [Candidate("apart", tuple(_alone(m, stages, train) for m in models))]
+        candidates = [self._apart(train)]
         kinds: tuple[Kind, ...] = ("sequential", "alternating")
         for kind in kinds:
-            for ordered in permutations(models):
-                names = tuple(m.name for m in ordered)
-                build = fused_1f1b if train else fused_forward
-                candidates.append(Candidate(f"{kind} {names}", (build(ordered, stages, kind),)))
-                choices[candidates[-1].name] = names, kind
+            for order in permutations(self.runtimes):
+                candidates.append(self._fused(order, kind, train))
+                choices[candidates[-1].name] = order, kind
         best = choose(candidates, cost)[0].candidate.name
         self.undecided, self.shared = False, best != "apart"
         if self.shared:

@@ -227,7 +227,7 @@ class Trainer:
         if self._timed or iteration in self.config.log.trace:
             self.world.clock = Clock(self.world.device)
 
-    def _read_clock(self, iteration: int, stages: StageClock, recorder: Recorder) -> None:
+    def _read_clock(self, iteration: int, watch: StageClock, recorder: Recorder) -> None:
         clock, self.world.clock = self.world.clock, None
         if clock is None:
             return
@@ -235,21 +235,27 @@ class Trainer:
             found = stage_records(self.world, clock)
             recorder.stages([fields for fields in found if fields["name"] not in self._stages_known])
             self._stages_known |= {fields["name"] for fields in found}
-            fused = [self._decide(clock, self.training, True), self._decide(clock, self.inference, False)]
+            stages = ((self.training, "training"), (self.inference, "inference"))
+            fused = [self._simulate(clock, sharing, stage, iteration, recorder) for sharing, stage in stages]
             self._to_time = any(fused)
         if iteration in self.config.log.trace:
             rank = self.world.rank
-            recorder.trace(iteration, gathered(self.world, [*stages.spans(rank), *clock.spans(rank)]))
+            recorder.trace(iteration, gathered(self.world, [*watch.spans(rank), *clock.spans(rank)]))
 
-    def _decide(self, clock: Clock, sharing: Sharing, train: bool) -> bool:
-        """Where `auto` waits for it, choose by the costs of this iteration; whether models share from now."""
-        if not sharing.undecided:
+    def _simulate(
+        self, clock: Clock, sharing: Sharing, stage: str, iteration: int, recorder: Recorder
+    ) -> bool:
+        """Log what the costs of this iteration let expect of the stage, and choose where `auto` waits
+        for it; whether models share from now."""
+        if not sharing.possible or (sharing.stages == 1 and not sharing.undecided):
             return False
-        spans = clock.passes(self.world.rank, "training." if train else "inference.")
+        spans = clock.passes(self.world.rank, f"{stage}.")
         placement = next(iter(sharing.runtimes.values())).placement
         stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
         tied = [name for name, runtime in sharing.runtimes.items() if runtime.spec.tied]
-        return sharing.decide(measured_costs(gathered(self.world, spans), stage_of, tied), train)
+        cost = measured_costs(gathered(self.world, spans), stage_of, tied)
+        recorder.simulation(iteration, stage, sharing.expected(cost, stage == "training"))
+        return sharing.undecided and sharing.decide(cost, stage == "training")
 
     def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
         """The experience with all that training needs, and the raw scores (B,)."""

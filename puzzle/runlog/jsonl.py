@@ -33,6 +33,7 @@ class _Collected:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     ranks: dict[int, Record] = field(default_factory=dict)
     stages: list[Record] = field(default_factory=list)
+    simulations: list[Record] = field(default_factory=list)
     offloads: list[Record] = field(default_factory=list)
     notes: list[Record] = field(default_factory=list)
     printed: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -134,6 +135,8 @@ def _take(line: _Line, collected: _Collected) -> None:
             collected.switches.setdefault(switch.iteration, []).append((collected.attempt, switch))
         case "rank":
             collected.ranks.setdefault(record["rank"], {}).update(_content(record))
+        case "simulation":
+            collected.simulations.append(_content(record))
         case "offload":
             collected.offloads.append(_content(record))
         case "stage":
@@ -202,6 +205,7 @@ def _run(collected: _Collected, header: Record) -> Run:
         iterations=iterations,
         switches=tuple(switches),
         stages=tuple(collected.stages),
+        simulations=tuple(collected.simulations),
         offloads=tuple(collected.offloads),
         ranks=tuple(collected.ranks[rank] for rank in sorted(collected.ranks)),
         printed=collected.printed or printed_series(header["variant"], iterations),

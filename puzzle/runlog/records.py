@@ -129,6 +129,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
                    "metrics": _metrics}, {}),
     "evaluation": ({"iteration": _count, "metrics": _metrics}, {}),
     "switch": ({"iteration": _count, "seconds": _seconds}, {}),
+    "simulation": ({"iteration": _count, "stage": _text, "seconds": _metrics}, {}),
     "offload": ({"iteration": _count, "seconds": _seconds}, {"copy_seconds": _seconds, "bytes": _count}),
     "checkpoint": ({"iteration": _count, "path": _text}, {"seconds": _seconds, "bytes": _count}),
     "resume": ({"iteration": _count}, {"checkpoint": _text_or_null, "changed": _mapping}),

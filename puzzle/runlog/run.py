@@ -85,6 +85,7 @@ class Run(RunHeader):
     switches: tuple[Switch, ...]
     stages: tuple[Mapping[str, Any], ...] = ()
     ranks: tuple[Mapping[str, Any], ...] = ()
+    simulations: tuple[Mapping[str, Any], ...] = ()
     offloads: tuple[Mapping[str, Any], ...] = ()
     printed: Mapping[str, tuple[float, ...]]
     notes: tuple[Mapping[str, Any], ...]

@@ -135,6 +135,10 @@ class RunWriter:
         """Which schedule a stage executes: `actions` per kind, `flushes`, `bubble_share`, what is known."""
         self._write("stage", name=name, schedule=schedule, hash=hash, **fields)
 
+    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
+        """Seconds of one round of a stage by simulation, with an iteration's costs: `apart` and `fused`."""
+        self._write("simulation", iteration=iteration, stage=stage, seconds=dict(seconds))
+
     def iteration(
         self,
         iteration: int,

@@ -45,6 +45,7 @@ class Watch:
     metrics: list[dict[str, float]] = field(default_factory=list)
     switches: list[dict[str, Any] | None] = field(default_factory=list)
     stages: list[Mapping[str, Any]] = field(default_factory=list)
+    simulations: list[tuple[str, dict[str, float]]] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
     weights: dict[str, Boxes] = field(default_factory=dict)
     parameter_bytes: dict[str, int] = field(default_factory=dict)
@@ -66,6 +67,9 @@ class Recorder:
 
     def switch(self, iteration: int, fields: dict[str, Any] | None) -> None:
         self.watch.switches.append(fields)
+
+    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
+        self.watch.simulations.append((stage, dict(seconds)))
 
     def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
         self.watch.stages += records

@@ -57,6 +57,11 @@ def test_ppo_is_bitwise_the_same(bench: Bench) -> None:
         inferred = "reference+critic+reward" if start == 0 else "actor+reference+critic"
         assert {"training.actor", "training.critic", "inference.critic"} < set(stages[0]) < {*stages[2], ""}
         assert set(stages[1]) == {"generation", "training.actor+critic", f"inference.{inferred}"}
+        for watches in found[start : start + 3]:
+            simulated = watches[0].simulations
+            assert [stage for stage, _ in simulated[:2]] == ["training", "inference"]
+            # A stream saves a fill and a drain.
+            assert all(0 < seconds["fused"] < seconds["apart"] for _, seconds in simulated)
         for stage, fields in stages[1].items():
             if stage != "generation":
                 assert fields["flushes"] == 1

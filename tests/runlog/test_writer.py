@@ -22,6 +22,7 @@ def write(folder, count=3, variant="opt", **header):
     with RunWriter(folder, texts.header(variant=variant, **header)) as writer:
         writer.rank(0, coordinates={"training": [0, 0, 0]}, parameter_bytes=1024, device="cpu")
         writer.stage("training", "1f1b", "9a", actions={"forward": 8}, flushes=1, bubble_share=0.25)
+        writer.simulation(1, "training", {"apart": 3.0, "fused": 2.0})
         for index in range(count):
             parts, e2e = texts.stages(1.5 + index, 0.5, 2.0, switch=0.25, other=0.125)
             writer.switch(index, 0.25, bytes=4096, lower_bound_bytes=4096, local_share=0.5)
@@ -51,6 +52,8 @@ def test_what_is_written_is_read(tmp_path):
     assert run.iterations[1].stage_seconds == texts.stages(2.5, 0.5, 2.0, switch=0.25, other=0.125)[0]
     assert run.iterations[1].metrics["kl"] == 0.1
     assert run.switches[2].fields == {"bytes": 4096, "lower_bound_bytes": 4096, "local_share": 0.5}
+    simulated = {"iteration": 1, "stage": "training", "seconds": {"apart": 3.0, "fused": 2.0}}
+    assert run.simulations == (simulated,)
     assert run.ranks == (
         {
             "rank": 0,
