@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from plotting import figure8, figure9, figure10, figure11, figure12, style, table3
+from plotting import ablation, figure8, figure9, figure10, figure11, figure12, style, table3
 from plotting.irregularities import PUBLISHED, READINGS
 from plotting.loading import load, printable
 from plotting.output import whole
@@ -16,7 +16,7 @@ from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
 from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Loaded, Report
 
-MODULES = (figure8, figure9, figure10, figure11, figure12, table3)
+MODULES = (figure8, figure9, figure10, figure11, figure12, table3, ablation)
 FIGURES = {module.NAME: module for module in MODULES}
 SHOWN = 20
 """Reports printed per kind; report.txt holds all."""
@@ -148,6 +148,8 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
     folders = options.logs or [options.published]
     loaded = load(folders)
+    if not options.only and not any(ablation.NAME in run.figures for run in loaded.runs):
+        wanted.remove(ablation.NAME)  # none of the published figures: nothing is missing without it
     if figure10.NAME in wanted:
         loaded = with_constants(loaded, options.published)
     with whole(options.out) as folder:

@@ -9,7 +9,7 @@ from puzzle.runlog import load_runs
 from puzzle.sources import layout_of, specs_of
 
 ROOT = Path(__file__).parents[2]
-FIGURES = {"figure8", "figure9", "figure10", "figure11", "figure12", "table3"}
+FIGURES = {"figure8", "figure9", "figure10", "figure11", "figure12", "table3", "ablation"}
 # Published runs whose arguments are not those of their figure's table, and in what they differ.
 IRREGULAR = {
     ("orion", "figure8", "33B/7B", "opt"): "training",

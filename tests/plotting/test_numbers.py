@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plotting import figure8, figure9, figure10, figure11, figure12, table3
+from plotting import __main__ as page
+from plotting import ablation, figure8, figure9, figure10, figure11, figure12, table3
 from plotting.irregularities import PUBLISHED
 from plotting.selection import Pool
 from plotting.stats import mean, of
 from puzzle.errors import UserError
+from tests.plotting import builders
 from tests.plotting.builders import run
 
 seconds = st.floats(0.001, 1e4)
@@ -233,3 +235,56 @@ def test_a_hybrid_engine_that_could_not_engage_is_named():
     runs = [chat(7.0, hybrid_engine_engaged=False, hybrid_engine_obstacle="no GPU")]
     row = rows_of(figure8, runs)["orion", "7B/350M", "DS-Chat", "1"]
     assert row.notes == ("the Hybrid Engine could not engage: no GPU",)
+
+
+def test_theory_is_what_the_run_without_sharing_simulated():
+    seconds = {"apart": 3.0, "fused": 2.0}
+    found = {"iteration": 1, "stage": "training", "seconds": seconds}
+    other = {"iteration": 1, "stage": "inference", "seconds": {"apart": 9.0, "fused": 1.0}}
+    times = {"printed": {"training": (9.0, 4.0, 4.0)}, "figures": ("figure10",)}
+    runs = [run("wo_bulk", simulations=(other, found), **times), run("w_bulk", **times)]
+    config = "7B/350M bs128 (8,1,1)"
+    assert rows_of(figure10, runs)["orion", config, "Theoretical", "1"].value == 1.5
+    # Of a log without, nothing is known.
+    runs[0] = run("wo_bulk", **times)
+    row = rows_of(figure10, runs)["orion", config, "Theoretical", "1"]
+    assert (row.value, row.gap) == (None, "no theory")
+
+
+def described(variant, e2e=4.0, **changes):
+    config = {
+        "global_batch_size": 128,
+        "seed": 0,
+        "generation": {"layout": {"tp": 1, "pp": 8, "dp": 1}, "decode_microbatch": 16, "early_stop": True},
+        "intra": {"fuse_training": False},
+        "log": {"variant": variant},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section] = {**config[section], name: value}
+    return run(variant, config=config, printed={"e2e": (9.0, e2e, e2e)}, figures=("ablation",))
+
+
+def test_ablation_compares_runs_that_differ_in_one_thing():
+    runs = [
+        described("base"),
+        described("reshard", 2.0, generation__layout={"tp": 2, "pp": 4, "dp": 1}),
+        described("w_bulk", 5.0, intra__fuse_training=True, log__samples=3),
+        described("opt", 1.0, generation__decode_microbatch=64, intra__fuse_training=True),
+        described("odd", 1.0, generation__temperature=0.5),
+    ]
+    found = {key[1:3]: row.value for key, row in rows_of(ablation, runs).items() if key[3] == "1"}
+    assert found == {
+        ("7B/350M generation layout: 1,8,1 to 2,4,1", "baseline"): 1.0,
+        ("7B/350M generation layout: 1,8,1 to 2,4,1", "with one change"): 2.0,
+        ("7B/350M fused training: off to on", "baseline"): 1.0,
+        ("7B/350M fused training: off to on", "with one change"): 0.8,
+    }
+    assert not rows_of(ablation, runs[1:])
+
+
+def test_an_ablation_without_logs_is_not_missing(tmp_path):
+    page.main(["--logs", str(builders.figure8(tmp_path / "logs")), "--out", str(tmp_path / "out")])
+    report = (tmp_path / "out" / "report.txt").read_text()
+    assert "figure9: no log" in report
+    assert "ablation" not in report
