@@ -1,12 +1,13 @@
 """Time Megatron-core's resharding of a LLaMA's weights, beside `puzzle bench switch`.
 
 Plain modules with Megatron's names and attributes; the planner, executor and NCCL service of
-megatron.core.resharding (PyPI package megatron-core, without its dependencies):
-    torchrun --nproc-per-node 4 scripts/peers_megatron_reshard.py 1,4,1:2,2,1 [--model 7b] [--out FILE]
+megatron.core.resharding (PyPI: megatron-core, without its dependencies); as many ranks as layouts have:
+    torchrun --nproc-per-node 2 scripts/peers_megatron_reshard.py 1,2,1:2,1,1 [--model 7b] [--out FILE]
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,63 +32,56 @@ from puzzle.engine.world import World
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
 
-
-def whole(name: str, shape: tuple[int, ...], place: torch.device) -> Tensor:
-    """Values of a whole matrix that name their place in it."""
-    numbers = torch.arange(shape[0], device=place).view(-1, *[1] * (len(shape) - 1)) * 31
-    if len(shape) > 1:
-        numbers = numbers + torch.arange(shape[1], device=place)
-    return ((numbers + sum(map(ord, name))) % 251).to(torch.bfloat16).expand(shape)
+Numbers = tuple[int, int, int]
+Spread = tuple[tuple[int, ...], int | None, int]
+"""Of a tensor: whole shape, the dimension that tensor ranks share (or None), blocks in it."""
 
 
-def tensors(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], int | None, int]]:
-    """Megatron's name (layers by global number): whole shape, partitioned dimension, stride."""
+def tensors(spec: ModelSpec, layers: range, first: bool, last: bool) -> dict[str, Spread]:
+    """The parameters of a stage by Megatron's names, layers by their global numbers."""
     hidden, ffn, heads = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
-    found: dict[str, tuple[tuple[int, ...], int | None, int]] = {
-        "embedding.weight": ((spec.vocab_size, hidden), 0, 1),
-        "final_layernorm.weight": ((hidden,), None, 1),
-        "output_layer.weight": ((spec.vocab_size, hidden), 0, 1),
-    }
     qkv = heads + 2 * spec.num_kv_heads * spec.head_dim
-    for layer in range(spec.num_layers):
-        at = f"layers.{layer}."
-        found[at + "linear_qkv.weight"] = ((qkv, hidden), 0, 1)
-        found[at + "linear_proj.weight"] = ((hidden, heads), 1, 1)
-        found[at + "linear_fc1.weight"] = ((2 * ffn, hidden), 0, 2)
-        found[at + "linear_fc2.weight"] = ((hidden, ffn), 1, 1)
-        found[at + "input_layernorm.weight"] = found[at + "pre_mlp_layernorm.weight"] = ((hidden,), None, 1)
+    found: dict[str, Spread] = {"embedding": ((spec.vocab_size, hidden), 0, 1)} if first else {}
+    for layer in layers:
+        found |= {
+            f"layers.{layer}.linear_qkv": ((qkv, hidden), 0, 1),
+            f"layers.{layer}.linear_proj": ((hidden, heads), 1, 1),
+            f"layers.{layer}.linear_fc1": ((2 * ffn, hidden), 0, 2),
+            f"layers.{layer}.linear_fc2": ((hidden, ffn), 1, 1),
+            f"layers.{layer}.input_layernorm": ((hidden,), None, 1),
+            f"layers.{layer}.pre_mlp_layernorm": ((hidden,), None, 1),
+        }
+    if last:
+        found |= {"final_layernorm": ((hidden,), None, 1), "output_layer": ((spec.vocab_size, hidden), 0, 1)}
     return found
 
 
-def shard(value: Tensor, dim: int | None, stride: int, t: int, tp: int) -> Tensor:
-    """Tensor rank t's part: of each of `stride` blocks its slice."""
+def part(name: str, spread: Spread, t: int, tp: int, place: torch.device) -> Tensor:
+    """Tensor rank t's part of a matrix whose values tell their places."""
+    shape, dim, blocks = spread
+    value = (torch.arange(math.prod(shape), device=place) + sum(map(ord, name))).remainder(251)
+    value = value.to(torch.bfloat16).view(shape)
     if dim is None:
         return value
-    return torch.cat([block.chunk(tp, dim)[t] for block in value.chunk(stride, dim)], dim)
+    return torch.cat([block.chunk(tp, dim)[t] for block in value.chunk(blocks, dim)], dim)
 
 
 def stage(spec: ModelSpec, placement: Placement, world: World, filled: bool) -> nn.Module:
     """This rank's parameters, with what Megatron's planner reads of modules and parameters."""
     layout, coord = placement.layout, placement.coord_of(world.rank)
-    module, mine = nn.Module(), {str(n): i for i, n in enumerate(layout.layers(coord.p))}
-    layers = [nn.Module() for _ in mine]
+    mine = layout.layers(coord.p)
+    module, layers = nn.Module(), [nn.Module() for _ in mine]
     module.layers = nn.ModuleList(layers)
-    for number, i in mine.items():
-        vars(layers[i])["layer_number"] = int(number) + 1
-    for name, (shape, dim, stride) in tensors(spec).items():
-        parts = name.split(".")
-        ends = {"embedding": 0, "final_layernorm": layout.pp - 1, "output_layer": layout.pp - 1}
-        if (parts[0] == "layers" and parts[1] not in mine) or ends.get(parts[0], coord.p) != coord.p:
-            continue
-        home = layers[mine[parts[1]]] if parts[0] == "layers" else module
-        value = shard(whole(name, shape, world.device), dim, stride, coord.t, layout.tp)
+    for number, layer in zip(mine, layers, strict=True):
+        vars(layer)["layer_number"] = number + 1
+    for name, spread in tensors(spec, mine, coord.p == 0, coord.p == layout.pp - 1).items():
+        value = part(name, spread, coord.t, layout.tp, world.device)
         holder = nn.Module()
-        weight = nn.Parameter(value.clone() if filled else torch.zeros_like(value), requires_grad=False)
-        vars(weight).update(
-            tensor_model_parallel=dim is not None, partition_dim=dim or 0, partition_stride=stride
-        )
-        holder.weight = weight
-        home.add_module(parts[-2], holder)
+        holder.weight = nn.Parameter(value if filled else torch.zeros_like(value), requires_grad=False)
+        shared, dim, stride = spread[1] is not None, spread[1] or 0, spread[2]
+        vars(holder.weight).update(tensor_model_parallel=shared, partition_dim=dim, partition_stride=stride)
+        *path, leaf = name.split(".")
+        (layers[int(path[1]) - mine[0]] if path else module).add_module(leaf, holder)
     groups = {}
     for kind in ("tp", "pp", "dp"):
         for ranks in placement.groups(kind):
@@ -97,16 +91,16 @@ def stage(spec: ModelSpec, placement: Placement, world: World, filled: bool) -> 
     return module
 
 
-def measured(spec: ModelSpec, pair: str, world: World) -> dict[str, Any]:
+def measured(spec: ModelSpec, before: Numbers, after: Numbers, world: World) -> dict[str, Any]:
     """Seconds of the slowest rank; `equal`: every parameter is what a fresh cut of the whole gives."""
-    before, after = (Placement.default(Layout.even(*triple(s), spec.num_layers)) for s in pair.split(":"))
-    source, target = stage(spec, before, world, filled=True), stage(spec, after, world, filled=False)
+    sides = [Placement.default(Layout.even(*numbers, spec.num_layers)) for numbers in (before, after)]
+    source, target = stage(spec, sides[0], world, filled=True), stage(spec, sides[1], world, filled=False)
     plan, service = build_centralized_reshard_plan(source, target), NCCLCopyService()
     times = device.measure(world, lambda: execute_reshard_plan(plan, source, target, service), 9)[2:]
-    truth = stage(spec, after, world, filled=True).parameters()
+    truth = stage(spec, sides[1], world, filled=True).parameters()
     wrong = sum(not torch.equal(a, b) for a, b in zip(target.parameters(), truth, strict=True))
     equal = not int(world.sum(torch.tensor(wrong, device=world.device)))
-    return {"pair": pair, "equal": equal, "kept_seconds": statistics.median(times), "kept_all_seconds": times}
+    return {"equal": equal, "kept_seconds": statistics.median(times), "kept_all_seconds": times}
 
 
 def main() -> None:
@@ -116,14 +110,22 @@ def main() -> None:
     parser.add_argument("--model", default="7b")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    with World.start("cuda", timeout=60.0) as world:
-        row: dict[str, Any] = {"bench": "switch", "way": f"megatron-core {__version__}", "model": given.model}
-        row |= {"link_bytes_per_second": link_rate(world, 1 << 30)} | device.facts(world)
+    with World.start(timeout=60.0) as world:
+        facts: dict[str, Any] = {
+            "bench": "switch",
+            "way": f"megatron-core {__version__}",
+            "model": given.model,
+        }
+        facts |= {"link_bytes_per_second": link_rate(world, 1 << 28)} | device.facts(world)
         for pair in given.pairs:
-            row |= measured(model_spec(given.model), pair, world)
+            before, after = map(triple, pair.split(":"))
+            row = facts | {"from": before, "to": after}
+            row |= measured(model_spec(given.model), before, after, world)
             if world.rank == 0:
-                line = f"{pair} {row['way']} {row['kept_seconds'] * 1e3:.2f} ms, equal: {row['equal']}"
-                print(line, flush=True)
+                print(
+                    f"{pair} {row['way']} {row['kept_seconds'] * 1e3:.2f} ms, equal: {row['equal']}",
+                    flush=True,
+                )
                 if given.out is not None:
                     with given.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
