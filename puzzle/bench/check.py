@@ -259,15 +259,15 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     found: Found = []
     for mode in ("eager", "graphs"):
-        passes = StagePasses(runtime.decoder, graphs=mode == "graphs")
-        for ends, stop_ids in (("", ()), (", early ends", stops)):
-            params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
-            answers = generate(runtime.decoder, requests, params, runtime.runner, passes=passes)
-            margins = [
-                truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
-                for row, answer in zip(rows, answers, strict=True)
-            ]
-            found.append((f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN))
+        with StagePasses(runtime.decoder, graphs=mode == "graphs") as passes:
+            for ends, stop_ids in (("", ()), (", early ends", stops)):
+                params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
+                answers = generate(runtime.decoder, requests, params, runtime.runner, passes=passes)
+                margins = [
+                    truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
+                    for row, answer in zip(rows, answers, strict=True)
+                ]
+                found.append((f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN))
     return found
 
 

@@ -126,23 +126,23 @@ def work(job: Job) -> None:
         runtime = _load(job, world)
         requests = [Request(prompt.tokens, prompt.index) for prompt in job.prompts]
         check_room(requests, params.max_new_tokens, runtime.spec.max_positions)
-        passes = StagePasses(runtime.decoder)
         terminal = Terminal(tokenizer, job) if world.rank == 0 else None
-        for start in range(0, len(requests), job.batch):
-            part = requests[start : start + job.batch]
-            rows = runtime.rows(len(part))
-            answers = generate(
-                runtime.decoder,
-                [part[row] for row in rows],
-                params,
-                runtime.runner,
-                passes=passes,
-                stop=rule,
-                watch=terminal.watch if terminal is not None and len(requests) == 1 else None,
-            )
-            found = world.gather((rows.start, answers) if runtime.owns_results else None)
-            if terminal is not None:
-                terminal.show(start, [own for own in found if own is not None])
+        with StagePasses(runtime.decoder) as passes:
+            for start in range(0, len(requests), job.batch):
+                part = requests[start : start + job.batch]
+                rows = runtime.rows(len(part))
+                answers = generate(
+                    runtime.decoder,
+                    [part[row] for row in rows],
+                    params,
+                    runtime.runner,
+                    passes=passes,
+                    stop=rule,
+                    watch=terminal.watch if terminal is not None and len(requests) == 1 else None,
+                )
+                found = world.gather((rows.start, answers) if runtime.owns_results else None)
+                if terminal is not None:
+                    terminal.show(start, [own for own in found if own is not None])
         if terminal is not None:
             terminal.write()
 

@@ -178,6 +178,14 @@ class StagePasses:
         """These rows have no sequence any more."""
         self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = PARKED
 
+    def __enter__(self) -> StagePasses:
+        """Keep cache and graphs as long as the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release. A communicator never ends while a graph holds its collectives."""
+        self.release()
+
     def release(self) -> None:
         """Give the cache and the graphs back (training wants the memory)."""
         self._forget()
