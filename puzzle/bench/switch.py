@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from puzzle.bench import device
 from puzzle.cli import Parser
 from puzzle.cli.plan_switch import model_spec, triple
 from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.switcher import Switcher
-from puzzle.engine.transports import Pulling, Unreachable, open_peers
+from puzzle.engine.switcher import Switcher, lends_pages
+from puzzle.engine.transports import LANES, Unreachable, open_peers
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
@@ -37,29 +37,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = 60.0  # no rank waits longer for another
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to switch; `full`: memory and fresh allocations are measured, too."""
-
-    name: str
-    strategy: Strategy
-    transport: Transport
-    full: bool = True
-    lanes: int = 1
-    pulling: Pulling | None = None
-
-
-VARIANTS = (
-    Way("peer, 1 stream", "planned", "peer", False, pulling=Pulling(streams=1)),
-    Way("peer, 2 streams", "planned", "peer", False, pulling=Pulling(streams=2)),
-    Way("peer, no kernel", "planned", "peer", False, pulling=Pulling(kernel_bytes=0)),
-    Way("peer, kernel only", "planned", "peer", False, pulling=Pulling(kernel_bytes=1 << 60)),
-    Way("peer, 1s, kernel", "planned", "peer", False, pulling=Pulling(streams=1, kernel_bytes=1 << 60)),
-    Way("peer, 32 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=32 * MIB)),
-    Way("peer, 8 MiB", "planned", "peer", False, pulling=Pulling(chunk_bytes=8 * MIB)),
-    Way("peer, 1s, 8 MiB", "planned", "peer", False, pulling=Pulling(streams=1, chunk_bytes=8 * MIB)),
-    Way("2 communicators", "planned", "messages", False, lanes=2),
-    Way("4 communicators", "planned", "messages", False, lanes=4),
+WAYS: tuple[tuple[Strategy, Transport], ...] = (
+    *((strategy, "messages") for strategy in STRATEGIES),
+    ("planned", "peer"),
 )
 
 
@@ -70,9 +50,6 @@ class SwitchBench:
     pairs: tuple[Pair, ...]
     model: str
     layers: int
-    strategies: tuple[Strategy, ...]
-    transports: tuple[Transport, ...]
-    variants: bool
     repeats: int
     staging_bytes: int
     rate_bytes: int
@@ -81,16 +58,6 @@ class SwitchBench:
     device: str
     out: Path | None
 
-    def sweeps(self) -> list[tuple[Way, ...]]:
-        """Ways in the order of measurement: every sweep goes through all pairs."""
-        messages = [Way(name, name, "messages") for name in self.strategies] * ("messages" in self.transports)
-        peer = [Way("planned, peer", "planned", "peer")] * (
-            "peer" in self.transports and "planned" in self.strategies
-        )
-        tried = [way for way in VARIANTS if self.variants and way.transport in self.transports]
-        variants = [[way for way in tried if way.transport == kind] for kind in ("peer", "messages")]
-        return [tuple(sweep) for sweep in (messages, peer, *variants) if sweep]
-
 
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start as many processes as the layouts have."""
@@ -98,9 +65,6 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--pairs", nargs="+", type=_pair, required=True, metavar="TP,PP,DP:TP,PP,DP")
     parser.add_argument("--model", default="7b", help="published size or Hugging Face folder")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--transports", nargs="+", choices=("messages", "peer"), default=["messages", "peer"])
-    parser.add_argument("--variants", action="store_true", help="compare ways to run the planned switch")
     parser.add_argument("--repeats", type=int, default=7, metavar="K", help="the median of K is reported")
     parser.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
     parser.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
@@ -109,9 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
     given = vars(parser.parse_args(arguments))
-    for name in ("pairs", "strategies", "transports"):
-        given[name] = tuple(given[name])
-    bench = SwitchBench(**given)
+    bench = SwitchBench(**given | {"pairs": tuple(given["pairs"])})
     worlds = {tp * pp * dp for pair in bench.pairs for tp, pp, dp in pair}
     if len(worlds) > 1:
         raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
@@ -132,31 +94,29 @@ def work(bench: SwitchBench) -> None:
     """What every process does; rank 0 prints a line per switch as soon as it is measured."""
     with World.start(bench.device, timeout=SECONDS) as world:
         rates = {"link_bytes_per_second": link_rate(world, bench.rate_bytes)}
-        said = ""
-        if "peer" in bench.transports:
-            try:
-                rates["copy_bytes_per_second"] = copy_rate(world, bench.rate_bytes)
-                said = f", copies from a peer {rates['copy_bytes_per_second'] / GB:.1f} GB/s"
-            except Unreachable as error:
-                said = f", no copies from peers: {error}"
-            _tidy(world)
+        try:
+            rates["copy_bytes_per_second"] = copy_rate(world, bench.rate_bytes)
+            said = f"copies from a peer {rates['copy_bytes_per_second'] / GB:.1f} GB/s"
+        except Unreachable as error:
+            said = f"no copies from peers: {error}"
+        _tidy(world)
         if world.rank == 0:
             disabled = os.environ.get("NCCL_P2P_DISABLE", "0")
             print(f"{bench.model} {bench.dtype}, {world.size} ranks on {device.facts(world)['device']},")
-            print(f"links {rates['link_bytes_per_second'] / GB:.1f} GB/s per rank and direction{said},")
+            print(f"links {rates['link_bytes_per_second'] / GB:.1f} GB/s per rank and direction, {said},")
             print(f"NCCL_P2P_DISABLE={disabled}")
             print(
-                f"{'switch':>15} {'way':>17}  kept ms fresh ms floor ms  ratio     GB local  extra GB equal"
+                f"{'switch':>15} {'way':>13}  kept ms  drop ms fresh ms  drop ms floor ms  ratio     GB local"
+                "  extra GB equal"
             )
-        for ways in bench.sweeps():
-            for pair in bench.pairs:
-                subject = _Subject(bench, pair, world)
-                for way in ways:
-                    row = subject.row(way, rates)
-                    if world.rank == 0:
-                        _report(bench, row)
-                del subject
-                _tidy(world)
+        for pair in bench.pairs:
+            subject = _Subject(bench, pair, world)
+            for way in WAYS:
+                row = subject.row(*way, rates)
+                if world.rank == 0:
+                    _report(bench, row)
+            del subject
+            _tidy(world)
 
 
 def link_rate(world: World, size: int) -> float:
@@ -222,39 +182,31 @@ class _Subject:
             staging_bytes=self.bench.staging_bytes,
         )
 
-    def switcher(self, plan: SwitchPlan, way: Way) -> Switcher:
-        """Makes the destination's parameters by that plan in that way."""
+    def switcher(self, plan: SwitchPlan, transport: Transport) -> Switcher:
+        """Makes the destination's parameters by that plan."""
         made = ModelRuntime(
             "destination", plan.spec, plan.destination, self.world, DTYPES[self.bench.dtype], allocate=False
         )
-        return Switcher(
-            plan,
-            self.world,
-            self.runtime.decoder,
-            made.decoder,
-            transport=way.transport,
-            lanes=way.lanes,
-            pulling=way.pulling,
-        )
+        return Switcher(plan, self.world, self.runtime.decoder, made.decoder, transport=transport)
 
-    def row(self, way: Way, rates: dict[str, float]) -> dict[str, Any]:
+    def row(self, strategy: Strategy, transport: Transport, rates: dict[str, float]) -> dict[str, Any]:
         """The measurement, or why there is none: peers that cannot be read are no end of the rest."""
         start = time.perf_counter()
-        plan = self.plan(way.strategy)
+        plan = self.plan(strategy)
         planning = time.perf_counter() - start
         rate = rates["link_bytes_per_second"]
         row = {
             "bench": "switch",
-            "way": way.name,
+            "way": strategy if transport == "messages" else f"{strategy}, {transport}",
             "from": self.pair[0],
             "to": self.pair[1],
             "model": self.bench.model,
             "layers": plan.spec.num_layers,
             "dtype": self.bench.dtype,
             "strategy": plan.strategy,
-            "transport": way.transport,
-            "lanes": way.lanes,
-            "pulling": asdict(way.pulling) if way.pulling else None,
+            "transport": transport,
+            "lanes": LANES,
+            "lends_pages": lends_pages(),
             "bytes": plan.bytes_received,
             "lower_bound_bytes": plan.lower_bound_bytes,
             "local_share": plan.local_share,
@@ -269,52 +221,58 @@ class _Subject:
             "hash": plan.hash,
         }
         try:
-            row |= self._measured(plan, way)
+            row |= self._measured(plan, transport)
         except UserError as error:
             row["error"] = str(error)
         _tidy(self.world)
         return row | device.facts(self.world)
 
-    def _measured(self, plan: SwitchPlan, way: Way) -> dict[str, Any]:
-        """Seconds with memory given back between switches and with memory kept, and what memory they took."""
-        world, repeats = self.world, self.bench.repeats
+    def _measured(self, plan: SwitchPlan, transport: Transport) -> dict[str, Any]:
+        """Seconds as PPO needs them, then with memory that is given back to the device after each switch;
+        how much memory that is."""
+        world = self.world
         truth = self._reference(plan.destination)
-        switcher = self.switcher(plan, way)
+        switcher = self.switcher(plan, transport)
         switcher.fill()
         wrong = sum(not torch.equal(a, b) for a, b in zip(truth, _weights(switcher), strict=True))
-        numbers: dict[str, Any] = {"equal": not int(world.max(torch.tensor(wrong, device=world.device)))}
-        planned = torch.tensor(switcher.part.peak_extra, device=world.device)
-        numbers["peak_extra_bytes"] = int(world.max(planned))
+        numbers: dict[str, Any] = {"equal": not self._most(wrong)}
+        numbers["peak_extra_bytes"] = self._most(switcher.part.peak_extra)
         switcher.drop()
-        if way.full:
+        for kind in ("kept", "fresh"):
             device.reset_peak(world.device)
             free, used = _free(world), _allocated(world)
-            seconds, drops = self._times(switcher, repeats)
-            numbers |= {"fresh_seconds": statistics.median(seconds), "fresh_all_seconds": seconds}
-            numbers["drop_seconds"] = statistics.median(drops)
-            if world.device.type == "cuda":
-                extra = torch.tensor(torch.cuda.max_memory_allocated(world.device) - used)
-                lost = torch.tensor(free - _free(world))
-                numbers["measured_extra_bytes"] = int(world.max(extra.to(world.device)))
-                numbers["not_given_back_bytes"] = int(world.max(lost.to(world.device)))
-        switcher.keep = True
-        self._times(switcher, 1)
-        seconds, _ = self._times(switcher, repeats)
-        return numbers | {"kept_seconds": statistics.median(seconds), "kept_all_seconds": seconds}
+            fills, drops = self._times(switcher, fresh=kind == "fresh")
+            numbers |= {f"{kind}_seconds": statistics.median(fills), f"{kind}_all_seconds": fills}
+            numbers[f"{kind}_drop_seconds"] = statistics.median(drops)
+        if world.device.type == "cuda":
+            numbers["measured_extra_bytes"] = self._most(torch.cuda.max_memory_allocated(world.device) - used)
+            numbers["not_given_back_bytes"] = self._most(free - _free(world))
+        return numbers
 
-    def _times(self, switcher: Switcher, repeats: int) -> tuple[list[float], list[float]]:
+    def _most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return int(self.world.max(torch.tensor(number, device=self.world.device)))
+
+    def _times(self, switcher: Switcher, *, fresh: bool = False) -> tuple[list[float], list[float]]:
+        """Of each fill and of each drop; the first ones do not count."""
+
+        def drop() -> None:
+            switcher.drop()
+            if fresh and self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+
         fills, drops = [], []
-        for _ in range(repeats):
+        for _ in range(self.bench.repeats + 1):
             fills += device.measure(self.world, switcher.fill, 1)
-            drops += device.measure(self.world, switcher.drop, 1)
-        return fills, drops
+            drops += device.measure(self.world, drop, 1)
+        return fills[1:], drops[1:]
 
     def _reference(self, destination: Placement) -> list[Tensor]:
         """This rank's weights under `destination` by gather-all, whose checksums are those of the source."""
         if self._truth is None or self._truth[0] != destination:
             self._truth = None
             plan = self.plan("gather-all", destination)
-            switcher = self.switcher(plan, Way("", "gather-all", "messages"))
+            switcher = self.switcher(plan, "messages")
             switcher.fill()
             switcher.verify()
             self._truth = (destination, list(_weights(switcher)))
@@ -337,15 +295,15 @@ def _allocated(world: World) -> int:
 
 def _report(bench: SwitchBench, row: dict[str, Any]) -> None:
     layouts = "->".join(",".join(map(str, row[side])) for side in ("from", "to"))
-    line, floor = f"{layouts:>15} {row['way']:>17}", row["least_floor_seconds"]
+    line, floor = f"{layouts:>15} {row['way']:>13}", row["least_floor_seconds"]
     if "error" in row:
         print(f"{line} {row['error']}", flush=True)
     else:
         ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
-        fresh = f"{row['fresh_seconds'] * 1e3:8.2f}" if "fresh_seconds" in row else "       -"
         sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
         equal = "yes" if row["equal"] else "NO"
-        times = f"{row['kept_seconds'] * 1e3:8.2f} {fresh} {floor * 1e3:8.2f}"
+        seconds = [row[f"{kind}_seconds"] for kind in ("kept", "kept_drop", "fresh", "fresh_drop")]
+        times = " ".join(f"{1e3 * value:8.2f}" for value in (*seconds, floor))
         print(f"{line} {times} {ratio} {sizes} {equal:>5}", flush=True)
     if bench.out is not None:
         with bench.out.open("a") as file:

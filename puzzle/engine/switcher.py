@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from puzzle.engine.transports import Messages, PeerCopies, Pulling, Unreachable, rows_of
+from puzzle.engine.transports import Messages, PeerCopies, Unreachable, rows_of
 from puzzle.engine.verify import compare
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -24,8 +25,7 @@ class Switcher:
     """Fills a decoder of the destination placement from one of the source placement, as often as asked.
 
     The destination decoder may live on the meta device: its parameters are made by `fill`, as views of source
-    storages where the plan says so, and taken away by `drop`. With `keep`, what was allocated stays for the
-    next fill, at the same addresses.
+    storages where the plan says so, and taken away by `drop`.
     """
 
     def __init__(
@@ -35,26 +35,23 @@ class Switcher:
         source: Decoder | None,
         destination: Decoder | None,
         *,
-        keep: bool = False,
         timeout: float | None = None,
         transport: Literal["auto", "peer", "messages"] = "messages",
-        lanes: int = 1,
-        pulling: Pulling | None = None,
     ) -> None:
         """All ranks of the run make it together; decoders are None on ranks that a placement leaves out.
 
         `auto` copies out of peers' memory where every pair of devices that must talk can, else `declined`
         says why not; baseline strategies and CPUs use messages. `timeout` in seconds, by default a little
-        less than the world's. `lanes` and `pulling` are explained at the transports.
+        less than the world's.
         UserError where ranks made different plans, and for `peer` where that cannot be.
         """
         _same_plan(plan.hash, world)
         limit = world.timeout.total_seconds() if world.timeout is not None else 600.0
-        self.world, self.keep, self.timeout = world, keep, timeout or 0.9 * limit
+        self.world, self.timeout = world, timeout or 0.9 * limit
         self.source, self.destination = source, destination
-        self.plan, self.declined = plan, None
-        self.transport = self._peer_copies(transport, pulling) or Messages(plan, world, self.timeout, lanes)
-        self.part = self.transport.part
+        self.declined: str | None = None
+        self.transport = self._peer_copies(plan, transport) or Messages(plan, world, self.timeout)
+        self.plan, self.part = self.transport.plan, self.transport.part
         self._homes: dict[str, tuple[nn.Module, str]] = {}
         if destination is not None:
             spec = destination.spec
@@ -62,25 +59,20 @@ class Switcher:
             self._homes = {s.name: _home(destination, s.name) for s in destination.storages}
         step = max(1, ALIGN // plan.itemsize)
         self._sizes = [-(-param.size // step) * step for param in self.part.allocate]
-        self._arena: Tensor | None = None
         self.filled = False
 
-    def _peer_copies(self, wanted: str, pulling: Pulling | None) -> PeerCopies | None:
-        """That transport and the plan for it, if it is wanted and possible."""
-        plan = self.plan
+    def _peer_copies(self, plan: SwitchPlan, wanted: str) -> PeerCopies | None:
+        """That transport, if it is wanted and possible."""
         sensible = plan.strategy == "planned" and self.world.device.type == "cuda"
         if wanted == "messages" or (wanted == "auto" and not sensible):
             return None
-        plan = plan.by_peer_copies()
         try:
-            made = PeerCopies(plan, self.world, self._have(), self.timeout, pulling)
+            return PeerCopies(plan.by_peer_copies(), self.world, self._have(), self.timeout)
         except Unreachable as error:
             if wanted == "peer":
                 raise UserError(f"switch.transport peer: {error}; use auto or messages") from None
             self.declined = str(error)
             return None
-        self.plan = plan
-        return made
 
     def _have(self) -> dict[str, Tensor]:
         return dict(self.source.named_parameters()) if self.source is not None else {}
@@ -114,17 +106,20 @@ class Switcher:
         return time.perf_counter() - start
 
     def drop(self) -> float:
-        """Take the destination's parameters away and give their memory back; seconds of this rank."""
+        """Take the destination's parameters away; seconds of this rank.
+
+        Their memory goes back to torch's allocator, and by it to the device where that cannot lend single
+        pages: what training allocates for good would tear one large piece, which could then neither be
+        filled again nor given back.
+        """
         start = time.perf_counter()
         if self.destination is not None:
             for storage in self.destination.storages:
                 meta = torch.empty(storage.shape, dtype=self.destination.dtype, device="meta")
                 self._install(storage.name, meta)
         self.filled = False
-        if not self.keep:
-            self._arena = None
-            if self.world.device.type == "cuda":
-                torch.cuda.empty_cache()
+        if self.world.device.type == "cuda" and not lends_pages():
+            torch.cuda.empty_cache()
         self.world.synchronize()
         return time.perf_counter() - start
 
@@ -136,13 +131,10 @@ class Switcher:
         """The plan's new storages, in one piece of memory; padding rows are zero."""
         if not self.part.allocate:
             return {}
-        if self._arena is None:
-            assert self.destination is not None
-            self._arena = torch.empty(
-                sum(self._sizes), dtype=self.destination.dtype, device=self.world.device
-            )
+        assert self.destination is not None
+        arena = torch.empty(sum(self._sizes), dtype=self.destination.dtype, device=self.world.device)
         got = {}
-        for param, room in zip(self.part.allocate, self._arena.split(self._sizes), strict=True):
+        for param, room in zip(self.part.allocate, arena.split(self._sizes), strict=True):
             storage = got[param.name] = room[: param.size].view(param.shape)
             covered = param.pieces[-1].stop if param.pieces else 0
             if covered < param.rows:
@@ -165,6 +157,12 @@ class Switcher:
                 marks = self.transport.marks
                 stuck = next((label for label, event in marks if not event.query()), "switch: local copies")
                 raise RuntimeError(f"{stuck}: rank {self.world.rank} waited {self.timeout:g} s")
+
+
+def lends_pages() -> bool:
+    """Whether torch's allocator for devices maps memory page by page (expandable segments)."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return "expandable_segments:True" in settings
 
 
 def _same_plan(own: str, world: World) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,35 +15,62 @@ from torch import Tensor
 
 from puzzle.engine import ipc
 from puzzle.engine.world import World
-from puzzle.plan.switch import MIB, SwitchPlan
-from puzzle.plan.switch_part import Bucket, Move, RankPlan, RowRange, Transfer
+from puzzle.plan.switch import SwitchPlan
+from puzzle.plan.switch_part import Bucket, Move, RowRange, Transfer
 
 Storages = Mapping[str, Tensor]
+Line = tuple[int, bool]
+"""A peer, and whether messages go there."""
+
+LANES = 4
+"""Communicators that share the messages of a bucket: one alone leaves links idle (docs/performance.md)."""
 
 
 class Unreachable(Exception):
     """Peers' memory cannot be read; says why in a few words. Raised on all ranks alike."""
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Brings rows into destination storages. `marks` of the last use say what the device is at, in order."""
 
-    part: RankPlan
-    marks: list[tuple[str, torch.cuda.Event]]
+    def __init__(self, plan: SwitchPlan, world: World, timeout: float) -> None:
+        """All ranks of the run together; gloo waits for no message longer than `timeout` seconds."""
+        self.plan, self.world, self.timeout = plan, world, timeout
+        self.part = plan.for_rank(world.rank)
+        self.cuda = world.device.type == "cuda"
+        self.marks: list[tuple[str, torch.cuda.Event]] = []
 
+    @abstractmethod
     def carry(self, have: Storages, got: Storages) -> None:
         """Start, and on a CPU finish, everything but aliases; RuntimeError naming what failed."""
-        ...
+
+    def wait(self, work: dist.Work | None, label: str) -> None:
+        """NCCL: have the device wait. gloo: wait, not longer than the time-out."""
+        assert work is not None
+        try:
+            with self.world.pulse.waiting(label):
+                if self.cuda:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise _failed(label, error) from error
+
+    def mark(self, label: str) -> None:
+        """Remember where the device's current stream is."""
+        if self.cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.marks.append((label, event))
 
 
-class Messages:
-    """Batches of sends and receives; `lanes` communicators share the messages of a bucket."""
+class Messages(Transport):
+    """Batches of sends and receives, each bucket's on several communicators."""
 
-    def __init__(self, plan: SwitchPlan, world: World, timeout: float, lanes: int = 1) -> None:
-        self.world, self.depth, self.timeout = world, plan.depth, timeout
-        self.part = plan.for_rank(world.rank)
-        self.marks: list[tuple[str, torch.cuda.Event]] = []
-        self.groups = [world.groups([plan.ranks], f"switch {lane}") for lane in range(lanes)]
+    def __init__(self, plan: SwitchPlan, world: World, timeout: float) -> None:
+        """All ranks of the run together."""
+        super().__init__(plan, world, timeout)
+        self.groups = [world.groups([plan.ranks], f"switch {lane}") for lane in range(LANES)]
         for group in self.groups:
             # The first use of a communicator is a handshake of all its ranks; a bucket is not.
             if group is not None:
@@ -58,14 +84,15 @@ class Messages:
         if shapes:
             largest = max(torch.Size(shape).numel() for shape in shapes)
             scratch = next(iter(got.values())).new_empty(largest)
-        tags: Counter[tuple[int, bool]] = Counter()
+        tags: Counter[Line] = Counter()
+        loads: defaultdict[Line, list[int]] = defaultdict(lambda: [0] * LANES)
         waiting = deque(enumerate(self.part.buckets))
         under_way: deque[_Flight] = deque()
         copies: Sequence[Move] = self.part.copies
         while waiting or under_way:
-            while waiting and len(under_way) < self.depth:
+            while waiting and len(under_way) < self.plan.depth:
                 flight = _Flight(self, *waiting.popleft(), have, got, scratch)
-                flight.start(tags)
+                flight.start(tags, loads)
                 under_way.append(flight)
             _copy(have, got, copies)
             copies = ()
@@ -94,10 +121,10 @@ class _Flight:
         else:
             self.into = self.got
 
-    def start(self, tags: Counter[tuple[int, bool]]) -> None:
+    def start(self, tags: Counter[Line], loads: Mapping[Line, list[int]]) -> None:
         """Pack, then start the messages of each lane as one batch: no order of sends and receives blocks it.
 
-        Both ends number the messages of a pair alike, so they agree on lanes.
+        Each message takes the lane with the fewest bytes of its pair so far: both ends agree on it.
         """
         groups, moved = self.owner.groups, self.owner.world.moved
         lanes: list[tuple[list[dist.P2POp], list[str]]] = [([], []) for _ in groups]
@@ -105,10 +132,12 @@ class _Flight:
             for message in messages:
                 kind: Callable[..., dist.Work | None] = dist.isend if sending else dist.irecv
                 tensor = self._packed(message) if sending else self._landing(message)
-                tag = tags[message.peer, sending]
-                tags[message.peer, sending] += 1
-                operations, labels = lanes[tag % len(groups)]
-                operations.append(dist.P2POp(kind, tensor, message.peer, groups[tag % len(groups)], tag))
+                line = (message.peer, sending)
+                lane, tag = loads[line].index(min(loads[line])), tags[line]
+                loads[line][lane] += message.nbytes
+                tags[line] += 1
+                operations, labels = lanes[lane]
+                operations.append(dist.P2POp(kind, tensor, message.peer, groups[lane], tag))
                 labels.append(self._label(message, sending))
                 moved["switch"] += message.nbytes if sending else 0
         for operations, labels in lanes:
@@ -126,9 +155,8 @@ class _Flight:
     def land(self) -> None:
         """Wait for the messages, then put in place what came packed or whole."""
         for work, labels in self.works:
-            _wait(work, labels[0], self.owner)
-            if self.owner.world.device.type == "cuda":
-                self.owner.marks.append((f"{labels[0]} ({len(labels)} messages)", _event()))
+            self.owner.wait(work, labels[0])
+            self.owner.mark(f"{labels[0]} ({len(labels)} messages)")
         targets, values = [], []
         for buffer, message in self.packed:
             rows = [rows_of(self.into, part) for part in message.parts]
@@ -159,43 +187,20 @@ class _Flight:
         return f"switch, bucket {self.index}: {kind} {rows}, peer rank {message.peer}"
 
 
-@dataclass(frozen=True)
-class Pulling:
-    """How peer copies run: on so many `streams` (peers take turns), rows of up to `kernel_bytes` together in
-    one kernel per peer, larger ones one by one in pieces of at most `chunk_bytes`."""
+class PeerCopies(Transport):
+    """Every rank copies the rows that it needs out of its peers' source storages, opened once; those of each
+    peer one after another, peers side by side."""
 
-    streams: int = 8
-    kernel_bytes: int = MIB
-    chunk_bytes: int | None = None
-
-
-class PeerCopies:
-    """Every rank copies the rows that it needs out of its peers' source storages, opened once."""
-
-    def __init__(
-        self, plan: SwitchPlan, world: World, have: Storages, timeout: float, pulling: Pulling | None = None
-    ) -> None:
+    def __init__(self, plan: SwitchPlan, world: World, have: Storages, timeout: float) -> None:
         """All ranks of the run together. Unreachable where some pair that must talk cannot."""
-        self.world, self.timeout, self.how = world, timeout, pulling or Pulling()
-        self.part = plan.for_rank(world.rank)
-        self.marks: list[tuple[str, torch.cuda.Event]] = []
-        self.ranks = ", ".join(map(str, plan.ranks))
+        super().__init__(plan, world, timeout)
         self.group = world.groups([plan.ranks], "switch 0") if plan.pairs else None
         self.token = torch.zeros(1, device=world.device)
         peers = open_peers(plan.pairs, world, have)
         self.addresses = {name: tensor.data_ptr() for name, tensor in have.items()}
-        self.sources = list(dict.fromkeys(pull.peer for pull in self.part.pulls))
-        self.small: dict[int, list[tuple[Tensor, RowRange]]] = {peer: [] for peer in self.sources}
-        self.large: list[tuple[int, Tensor, RowRange]] = []
-        for pull in self.part.pulls:
-            value = rows_of(peers[pull.peer], pull.source)
-            if pull.nbytes <= self.how.kernel_bytes:
-                self.small[pull.peer].append((value, pull.destination))
-            else:
-                self.large += [(pull.peer, *piece) for piece in self._pieces(value, pull.destination)]
-        self.cuda = world.device.type == "cuda"
-        count = min(self.how.streams, len(self.sources)) if self.cuda else 0
-        self.streams = [torch.cuda.Stream() for _ in range(count)]
+        self.values = [rows_of(peers[pull.peer], pull.source) for pull in self.part.pulls]
+        sources = dict.fromkeys(pull.peer for pull in self.part.pulls) if self.cuda else ()
+        self.streams = {peer: torch.cuda.Stream() for peer in sources}
         self._meet("switch: handshake")
 
     def carry(self, have: Storages, got: Storages) -> None:
@@ -203,53 +208,26 @@ class PeerCopies:
         if {name: tensor.data_ptr() for name, tensor in have.items()} != self.addresses:
             raise RuntimeError("switch: training weights have moved since peers opened them")
         self.marks = []
-        self._meet(f"switch: wait until the weights of ranks {self.ranks} are ready to be copied")
-        for stream in self.streams:
+        ranks = ", ".join(map(str, self.plan.ranks))
+        self._meet(f"switch: wait until the weights of ranks {ranks} are ready to be copied")
+        for stream in self.streams.values():
             stream.wait_stream(torch.cuda.current_stream())
-        for peer in self.sources:
-            with self._stream(peer):
-                if self.small[peer]:
-                    values, targets = zip(*self.small[peer], strict=True)
-                    torch._foreach_copy_([rows_of(got, where) for where in targets], list(values))
-        for peer, value, where in self.large:
-            with self._stream(peer):
-                rows_of(got, where).copy_(value, non_blocking=True)
+        for pull, value in zip(self.part.pulls, self.values, strict=True):
+            with torch.cuda.stream(self.streams.get(pull.peer)):
+                rows_of(got, pull.destination).copy_(value, non_blocking=True)
         _copy(have, got, self.part.copies)
-        for peer in self.sources:
-            self._mark(peer)
-        for stream in self.streams:
+        for peer, stream in self.streams.items():
+            names = [pull.source.name for pull in self.part.pulls if pull.peer == peer]
+            with torch.cuda.stream(stream):
+                self.mark(f"switch: copy {names[0]} to {names[-1]} of peer rank {peer}")
             torch.cuda.current_stream().wait_stream(stream)
         self.world.moved["switch"] += sum(pull.nbytes for pull in self.part.pulls)
-        self._meet(f"switch: wait until ranks {self.ranks} have copied")
-
-    def _pieces(self, value: Tensor, where: RowRange) -> list[tuple[Tensor, RowRange]]:
-        size = value.nbytes // where.rows
-        step = max(1, self.how.chunk_bytes // size) if self.how.chunk_bytes else where.rows
-        found = []
-        for first in range(0, where.rows, step):
-            rows = min(step, where.rows - first)
-            found.append((value.narrow(0, first, rows), RowRange(where.name, where.start + first, rows)))
-        return found
-
-    def _stream(self, peer: int) -> torch.cuda.StreamContext | nullcontext[None]:
-        if not self.streams:
-            return nullcontext()
-        return torch.cuda.stream(self.streams[self.sources.index(peer) % len(self.streams)])
-
-    def _mark(self, peer: int) -> None:
-        if self.cuda:
-            names = [pull.source.name for pull in self.part.pulls if pull.peer == peer]
-            with self._stream(peer):
-                label = f"switch: copy {names[0]} to {names[-1]} of peer rank {peer}"
-                self.marks.append((label, _event()))
+        self._meet(f"switch: wait until ranks {ranks} have copied")
 
     def _meet(self, label: str) -> None:
         if self.group is not None:
-            work = dist.all_reduce(self.token, group=self.group, async_op=True)
-            assert work is not None
-            _wait(work, label, self)
-            if self.cuda:
-                self.marks.append((label, _event()))
+            self.wait(dist.all_reduce(self.token, group=self.group, async_op=True), label)
+            self.mark(label)
 
 
 def open_peers(
@@ -292,24 +270,6 @@ def _agree(problems: Sequence[str | None]) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record()
-    return event
-
-
-def _wait(work: dist.Work, label: str, owner: Messages | PeerCopies) -> None:
-    """NCCL: have the device wait. gloo: wait, not longer than the time-out."""
-    try:
-        with owner.world.pulse.waiting(label):
-            if owner.world.device.type == "cuda":
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=owner.timeout))
-    except RuntimeError as error:
-        raise _failed(label, error) from error
 
 
 def _failed(label: str, error: RuntimeError) -> RuntimeError:

@@ -28,8 +28,7 @@ def test_three_strategies_and_the_floor(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--dtype", "fp32", "--repeats", "1", "--rate-bytes", "100000"]
     assert main([*given, *options, "--out", str(tmp_path / "rows")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    by_messages = ["planned", "fixed-order", "gather-all"] * 2
-    assert [row["way"] for row in rows] == [*by_messages, *["planned, peer"] * 2]
+    assert [row["way"] for row in rows] == ["planned", "fixed-order", "gather-all", "planned, peer"] * 2
     for row in rows:
         assert row["equal"]
         assert row["copy_bytes_per_second"] > 0
@@ -38,18 +37,6 @@ def test_three_strategies_and_the_floor(tmp_path: Path) -> None:
         assert row["floor_seconds"] == pytest.approx(row["bytes"] / 2 / row["link_bytes_per_second"], rel=0.2)
         assert row["least_floor_seconds"] <= row["floor_seconds"]
         assert min(row["kept_seconds"], row["fresh_seconds"]) > 0
-
-
-def test_variants_differ_in_nothing_but_time(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    given = ["bench", "switch", "--pairs", "1,2,1:2,1,1", "--model", str(tmp_path), "--variants"]
-    options = ["--device", "cpu", "--dtype", "fp32", "--repeats", "1", "--rate-bytes", "1000"]
-    strategies = ["--strategies", "fixed-order", "--out", str(tmp_path / "rows")]
-    assert main([*given, *options, *strategies]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert all(row["equal"] and row["kept_seconds"] > 0 for row in rows)
-    ways = {(row["transport"], row["lanes"], json.dumps(row["pulling"])) for row in rows}
-    assert len(ways) == len(rows) > 8
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from itertools import cycle, permutations
 import pytest
 import torch
 
+from puzzle.engine.switcher import lends_pages
 from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched, unreadable
 from tests.helpers import run_ranks
 
@@ -30,7 +31,6 @@ def covering() -> list[Case]:
         Case(spec, *pair, last=last, small=small, dtype=torch.bfloat16 if number % 5 == 4 else torch.float32)
         for number, (pair, spec, last, small) in enumerate(turns)
     ]
-    cases = [replace(case, lanes=1 + number % 3) for number, case in enumerate(cases)]
     cases += [replace(case, transport="peer", small=False) for case in cases]
     turns = zip(CI_PAIRS, cycle(SPECS), range(12), strict=False)
     for pair, spec, number in turns:
@@ -104,3 +104,19 @@ def test_peer_copies_are_refused_where_they_cannot_be():
         ), rank
         assert gather_all == "switch.transport peer: the strategy gather-all needs messages; use auto"
         assert moved == "switch: training weights have moved since peers opened them"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, True),
+    ],
+)
+def test_memory_stays_with_torch_where_it_is_mapped_by_pages(settings, expected, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert lends_pages() == expected
