@@ -1,6 +1,7 @@
 #!/bin/bash
 # DeepSpeed-Chat and this project on the GPUs of a host, the same work: bash scripts/gpu_baseline.sh OUTDIR
-# A 7B actor (and reference), a 350M critic (and reward), random weights, 256 + 256 tokens, ROWS sequences per GPU.
+# A 7B actor (and reference), a critic (and reward) of size CRITIC (350m, 7b), random weights, 256 + 256 tokens,
+# ROWS sequences per GPU.
 # Settings of DeepSpeed-Chat: the published one, then what might be better. Steps that no longer fit into SECONDS_LEFT
 # are skipped and say so. STEPS chooses: compile ours published resident zero2 graphs sampled. Logs lie in OUTDIR.
 # HYBRID names a folder with transformers 4.35.2 (the last that the Hybrid Engine works with), tokenizers and
@@ -25,10 +26,12 @@ if [ -n "${TINY:-}" ]; then
     actor="{init: {$toy}}" critic="{init: {$toy}}"
 else
     world=$(nvidia-smi -L | grep -c '^GPU') rows=${ROWS:-16} length=256 pairs="1,4,1:2,2,1" device=cuda dtype=bf16
-    provenance=measured actor="{init: {preset: 7b}}" critic="{init: {preset: 350m}}"
+    provenance=measured actor="{init: {preset: 7b}}" critic="{init: {preset: ${CRITIC:-350m}}}"
     name="${world}x$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | sed 's/NVIDIA //; s/ .*//')"
     [ "$world" -ge 4 ] || pairs="1,$world,1:$world,1,1"
 fi
+size=${CRITIC:-350m}
+size=${size^^}
 work=$out/work.yaml
 cat >"$work" <<YAML
 device: $device
@@ -40,7 +43,7 @@ actor: $actor
 critic: $critic
 reward: $critic
 checkpoint: {save: false}
-log: {samples: 4, tensorboard: false, plots: false, cluster: $name, actor: 7B, critic: 350M, provenance: $provenance}
+log: {samples: 4, tensorboard: false, plots: false, cluster: $name, actor: 7B, critic: $size, provenance: $provenance}
 YAML
 
 # step NAME LIMIT COMMAND...: run with a limit, keep its output, note how it ended.
