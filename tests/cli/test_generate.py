@@ -96,7 +96,7 @@ def test_reads_standard_input(
         (["--temperature", "0", "--prompts", "P"], "temperature"),
         (["--batch", "0", "--prompts", "P"], "--batch"),
         (["--layout.pp", "0", "--prompts", "P"], "--layout.pp"),
-        (["--layout.pp", "5", "--prompts", "P"], "stages"),
+        (["--layout.pp", "5", "--prompts", "P"], "layers"),
         (["--stop", "", "--prompts", "P"], "--stop"),
         (["--jsonl", "/nowhere/out.jsonl", "--prompts", "P"], "no folder"),
         (["--max-new-tokens", "4000", "--prompts", "P"], "positions"),
