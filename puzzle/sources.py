@@ -107,7 +107,9 @@ def check(config: TrainConfig) -> None:
     specs = specs_of(config)
     for role, spec in specs.items():
         if spec.head == "value" and spec.num_labels != 1:
-            raise UserError(f"{role}: its head has {spec.num_labels} labels, a score is 1; set num_labels to 1")
+            raise UserError(
+                f"{role}: its head has {spec.num_labels} labels, a score is 1; set num_labels to 1"
+            )
     layouts = {
         name: layout_of(name, layout, specs["actor" if name == "generation" else name])
         for name, layout in config.layouts().items()

@@ -73,7 +73,7 @@ class ModelRuntime:
 
     @property
     def decoder(self) -> Decoder:
-        """The stage with all its weights in place; passes run `stage`, whose layers await theirs one by one."""
+        """The stage with all its weights in place; passes run `stage`, whose layers await theirs by turns."""
         if self.optimizer is not None:
             self.optimizer.wait_gather()
         return self.stage

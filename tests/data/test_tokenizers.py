@@ -127,7 +127,9 @@ def whole(ids):
 def test_a_stop_text_ends_with_the_token_that_completes_it(text, stops):
     """Against the whole text after every token; a byte is a token, so characters take up to four."""
     ids = encode(byte_tokenizer(), text)
-    watcher = stop_rule(byte_tokenizer(), stops)()
+    rule = stop_rule(byte_tokenizer(), stops)
+    assert rule is not None
+    watcher = rule()
     ends = [k for k, token in enumerate(ids, 1) if watcher(token)]
     truth = [k for k in range(1, len(ids) + 1) if any(whole(ids[:k]).endswith(stop) for stop in stops)]
     assert ends == truth
