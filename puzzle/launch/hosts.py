@@ -75,8 +75,9 @@ class Watch:
         counts, hosts = self._counts, self._hosts
         return Order(target, list(args), hosts, counts, self._address, self._store.port, folder)
 
-    def until(self, ended: Callable[[float], bool], grace: float = 20.0) -> None:
-        """Wait until `ended(seconds)`, or for a death: agents are then told to end within `grace` seconds."""
+    def until(self, ended: Callable[[float], bool], grace: float = 10.0) -> None:
+        """Wait until `ended(seconds)`, but only `grace` seconds more once all agents are over, or after a
+        death, when agents are told to end."""
         deadline = math.inf
         over = False
         while not over and time.monotonic() < deadline:
@@ -85,8 +86,8 @@ class Watch:
             if not over:
                 # After a death, a host that is silent for a while is its likely cause.
                 self._find_silent(SILENT_SECONDS if deadline == math.inf else grace / 2)
-            if self._deaths and deadline == math.inf:
-                self.end(FAILED)
+            if deadline == math.inf and (self._deaths or self._all_over()):
+                self.end(FAILED)  # which those that are over do not hear
                 deadline = time.monotonic() + grace
 
     def end(self, why: str) -> None:
@@ -106,6 +107,10 @@ class Watch:
             raise_death(first, self._hosts[index], logs)
         if code:
             raise WorkerError(f"the run on {', '.join(self._hosts)} ended: {why}", code)
+
+    def _all_over(self) -> bool:
+        last = {index: beat for index, (beat, _) in self._heard.items()}
+        return all(last.get(index) == OVER.encode() for index in range(len(self._hosts)))
 
     def _read_posts(self) -> None:
         for index in range(len(self._hosts)):

@@ -28,7 +28,7 @@ from puzzle.launch.local import terminate_as_exit
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-u", "-m", "puzzle.launch.agent")
-END_SECONDS = 20.0
+END_SECONDS = 15.0
 
 
 class Settings(BaseModel):

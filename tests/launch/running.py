@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,8 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
+
+from puzzle.runlog import load_runs
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -73,9 +74,8 @@ def console(folder: Path) -> str:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """Metrics of every iteration in a run's log."""
-    records = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
-    return [record["metrics"] for record in records if record["record"] == "iteration"]
+    """Metrics of every iteration in a run's log; of one that was run again, the later ones."""
+    return [dict(iteration.metrics) for iteration in load_runs(run).runs[0].iterations]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90.0, run: subprocess.Popen | None = None) -> Any:

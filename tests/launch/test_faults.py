@@ -19,7 +19,7 @@ import yaml
 
 from tests.launch.running import cleared, config, console, metrics, of_test, puzzle, ranks, wait_for
 
-ITERATIONS = 40
+ITERATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,19 @@ def rank(number: int, what: int) -> Callable[[Path], None]:
 
 
 def process(part: str, what: int) -> Callable[[Path], None]:
-    """Signals the first process of the test with `part` in its command line."""
-    return lambda folder: os.kill(min(p for p, line in of_test(folder).items() if part in line), what)
+    """Signals the first process of the test with `part` in its command line; not one that only starts it."""
+
+    def strike(folder: Path) -> None:
+        found = of_test(folder).items()
+        os.kill(min(p for p, line in found if part in line and not line.startswith(("srun", "sbatch"))), what)
+
+    return strike
+
+
+def srun(what: int) -> Callable[[Path], None]:
+    return lambda folder: os.kill(
+        min(p for p, line in of_test(folder).items() if line.startswith("srun")), what
+    )
 
 
 def newest(folder: Path) -> Path:
@@ -128,6 +139,7 @@ FAULTS = (
     Fault("slurm-rank-stopped", rank(1, signal.SIGSTOP), 1, "error: .*rank ", "slurm", changes=WATCHED),
     Fault("slurm-agent-killed", process(AGENT, signal.SIGKILL), 137, "error: ", "slurm"),
     Fault("slurm-agent-stopped", process(AGENT, signal.SIGSTOP), 1, "silent for 30 s", "slurm"),
+    Fault("slurm-srun-killed", srun(signal.SIGKILL), 137, "error: ", "slurm"),
     Fault("slurm-job-cancelled", cancel_job, 143, "", "slurm"),
     Fault("slurm-interrupted", process(COMMAND, signal.SIGINT), 130, "interrupted", "slurm"),
     # Ray
