@@ -119,7 +119,7 @@ def main() -> None:
         facts |= {"link_bytes_per_second": link_rate(world, 1 << 28)} | device.facts(world)
         for pair in given.pairs:
             before, after = map(triple, pair.split(":"))
-            row = facts | {"from": before, "to": after}
+            row: dict[str, Any] = {**facts, "from": before, "to": after}
             row |= measured(model_spec(given.model), before, after, world)
             if world.rank == 0:
                 print(

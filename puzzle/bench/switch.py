@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
     given = vars(parser.parse_args(arguments))
-    bench = SwitchBench(**given | {"pairs": tuple(given["pairs"])})
+    given["pairs"] = tuple(given["pairs"])
+    bench = SwitchBench(**given)
     worlds = {tp * pp * dp for pair in bench.pairs for tp, pp, dp in pair}
     if len(worlds) > 1:
         raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")

@@ -6,6 +6,7 @@ import itertools
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
+from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -244,14 +245,13 @@ def unreadable(rank: int) -> list[str]:
     source = stage(plan, plan.source, rank, "cpu", LM_DTYPE)
     made = stage(plan, plan.destination, rank, "meta", LM_DTYPE)
     whole = Case("lm", (1, 2, 1), (2, 1, 1), "gather-all").plan()
-    said, here = [], ipc._host
-    ipc._host = lambda: f"host {rank}"
-    for asked in (plan, whole):
-        try:
-            Switcher(asked, world, source, made, transport="peer")
-        except UserError as error:
-            said.append(str(error))
-    ipc._host = here
+    said = []
+    with mock.patch.object(ipc, "_host", return_value=f"host {rank}"):
+        for asked in (plan, whole):
+            try:
+                Switcher(asked, world, source, made, transport="peer")
+            except UserError as error:
+                said.append(str(error))
     assert source is not None
     switcher = Switcher(plan, world, source, made, transport="peer")
     name, weight = next(iter(source.named_parameters()))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from puzzle.engine.switcher import lends_pages
+from puzzle.plan.switch import Transport
+from puzzle.plan.switch_route import Strategy
 from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched, unreadable
 from tests.helpers import run_ranks
 
@@ -21,7 +23,12 @@ CI_PAIRS = [
     ((1, 1, 8), (1, 1, 1)), ((2, 1, 2), (1, 2, 2)), ((4, 1, 2), (1, 4, 2)), ((1, 2, 1), (1, 3, 1)),
     ((1, 2, 4), (2, 2, 2)), ((8, 1, 1), (4, 1, 2)), ((2, 2, 1), (1, 1, 4)), ((1, 4, 2), (8, 1, 1)),
 ]  # fmt: skip
-WAYS = [("planned", "messages"), ("planned", "peer"), ("fixed-order", "messages"), ("gather-all", "messages")]
+WAYS: list[tuple[Strategy, Transport]] = [
+    ("planned", "messages"),
+    ("planned", "peer"),
+    ("fixed-order", "messages"),
+    ("gather-all", "messages"),
+]
 
 
 def covering() -> list[Case]:
