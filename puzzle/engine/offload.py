@@ -9,15 +9,16 @@ once. Values are never changed by it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, UntypedStorage
 
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.tracing import Instant
-from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 
@@ -45,11 +46,11 @@ class _Held:
 class Offload:
     """Tensors that are here or away together. `constant` ones are copied to the host once."""
 
-    def __init__(self, world: World, parts: Parts, constant: bool = False) -> None:
-        self.world, self.device, self.constant = world, world.device, constant
+    def __init__(self, host: HostMemory, parts: Parts, constant: bool = False) -> None:
+        self.device, self.constant = host.device, constant
         self._parts = parts
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._host = _HostMemory(pinned=self._stream is not None)
+        self._host = host
         self._held: dict[int, _Held] = {}
         self._coming: list[torch.cuda.Event | None] = []
         self.away = False
@@ -157,44 +158,73 @@ class Offload:
         return [self._held[key] for key in keys if key in self._held]
 
 
-class _HostMemory:
-    """Host memory in blocks."""
+class HostMemory:
+    """Host memory in blocks, of which `ahead` bytes are taken by a thread at once.
 
-    def __init__(self, pinned: bool) -> None:
-        self.pinned = pinned
+    Pinning costs about half a second per GiB, which a run spends beside the loading of its models and its
+    first iteration, not when a tensor has to leave.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 0) -> None:
+        self.device = device
         self._rest = torch.empty(0, dtype=torch.uint8)
+        self._ready: SimpleQueue[Tensor | Exception] = SimpleQueue()
+        self._coming = -(-ahead // BLOCK)
+        if self._coming:
+            threading.Thread(target=self._take_ahead, args=(self._coming,), name="host memory").start()
 
     def take(self, size: int) -> list[Tensor]:
         """Pieces (uint8) of `size` bytes together. UserError if the host has none left."""
         pieces = []
         while size:
             if not len(self._rest):
-                self._rest = self._block()
+                self._rest = self._next()
             piece, self._rest = self._rest[:size], self._rest[size:]
             pieces.append(piece)
             size -= len(piece)
         return pieces
 
+    def _next(self) -> Tensor:
+        if not self._coming:
+            return self._block()
+        found = self._ready.get()
+        if isinstance(found, Exception):
+            self._coming = 0
+            raise found
+        self._coming -= 1
+        return found
+
+    def _take_ahead(self, count: int) -> None:
+        """Not a daemon, which the end of the process would tear out of the driver: it ends by itself then."""
+        try:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                for _ in range(count):
+                    if not threading.main_thread().is_alive():
+                        return
+                    self._ready.put(self._block())
+        except Exception as error:  # noqa: BLE001 - raised in the thread that needs the memory
+            self._ready.put(error)
+
     def _block(self) -> Tensor:
         try:
-            return torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.pinned)
+            return torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"offload: the host has no more memory to pin ({reason}); offload less") from None
 
 
-def offload_states(world: World, optimizer: ZeroAdamW) -> Offload:
+def offload_states(host: HostMemory, optimizer: ZeroAdamW) -> Offload:
     """The masters and moments of an optimizer, which waits for them when it needs them."""
-    made = Offload(world, lambda: [optimizer.state_tensors()])
+    made = Offload(host, lambda: [optimizer.state_tensors()])
     optimizer.before_use = made.wait
     return made
 
 
-def offload_weights(world: World, decoder: Decoder) -> Offload:
+def offload_weights(host: HostMemory, decoder: Decoder) -> Offload:
     """The weights of a model that is not trained; a pass waits for a layer's when it comes to the layer."""
     modules = [module for module in decoder.modules() if list(module.parameters(recurse=False))]
     parts = [list(module.parameters(recurse=False)) for module in modules]
-    made = Offload(world, lambda: parts, constant=True)
+    made = Offload(host, lambda: parts, constant=True)
     for index, module in enumerate(modules):
         module.register_forward_pre_hook(lambda *_, index=index: made.wait(index))
     return made

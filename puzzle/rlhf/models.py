@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from puzzle import footprint
 from puzzle.config import Role, TrainConfig
-from puzzle.engine.offload import Offload, offload_states, offload_weights
+from puzzle.engine.offload import HostMemory, Offload, offload_states, offload_weights
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
@@ -102,6 +103,7 @@ def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], flo
 
 def build_models(config: TrainConfig, world: World) -> Models:
     """Every model in use, with weights and, for actor and critic, optimizers. UserError naming the model."""
+    host = _host_memory(config, world)
     made: dict[str, ModelRuntime] = {}
     for role, spec in specs_of(config).items():
         section = getattr(config, role)
@@ -139,18 +141,27 @@ def build_models(config: TrainConfig, world: World) -> Models:
         made.get("reference"),
         made.get("reward"),
         generator,
-        _room(config, world, made),
+        _room(config, world, made, host),
     )
 
 
-def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime]) -> Room:
+def _host_memory(config: TrainConfig, world: World) -> HostMemory:
+    """What all that this rank offloads will need, known before any of it is there: moments come last."""
+    options = config.offload
+    ahead = 0
+    if options.optimizer or options.reference or options.reward:
+        ahead = footprint.estimate(config, fused=world.device.type == "cuda")[world.rank].host
+    return HostMemory(world.device, ahead)
+
+
+def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory) -> Room:
     options, states, weights = config.offload, [], []
     if options.optimizer:
         for role in ("actor", "critic"):
             optimizer = made[role].optimizer
             assert optimizer is not None
-            states.append(offload_states(world, optimizer))
+            states.append(offload_states(host, optimizer))
     for role in ("reference", "reward"):
         if getattr(options, role):
-            weights.append(offload_weights(world, made[role].stage))
+            weights.append(offload_weights(host, made[role].stage))
     return Room(world, states, weights)

@@ -50,7 +50,7 @@ def metered(config: TrainConfig, out: Path) -> None:
     try:
         with (
             mock.patch.object(timing, "take_peak", meter.take),
-            mock.patch.object(offload._HostMemory, "_block", _uncounted),
+            mock.patch.object(offload.HostMemory, "_block", _uncounted),
         ):
             train(config, out)
     finally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 
 from puzzle.engine import offload
-from puzzle.engine.offload import Offload, offload_states, offload_weights
+from puzzle.engine.offload import HostMemory, Offload, offload_states, offload_weights
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
@@ -50,7 +52,7 @@ def test_storages_are_given_back_and_refilled(world: World, monkeypatch: pytest.
     first, second = torch.randn(7, 9), torch.arange(50, dtype=torch.bfloat16)
     parts = [[first, first[2:4]], [second, torch.empty(0)]]
     before = [first.clone(), second.clone()]
-    made = Offload(world, lambda: parts)
+    made = Offload(HostMemory(world.device), lambda: parts)
     for _ in range(2):
         made.leave()
         made.leave()
@@ -71,7 +73,7 @@ def test_storages_are_given_back_and_refilled(world: World, monkeypatch: pytest.
 
 def test_what_is_constant_is_copied_out_once(world: World) -> None:
     x = torch.randn(30)
-    made = Offload(world, lambda: [[x]], constant=True)
+    made = Offload(HostMemory(world.device), lambda: [[x]], constant=True)
     for _ in range(3):
         made.leave()
         made.fetch()
@@ -81,7 +83,7 @@ def test_what_is_constant_is_copied_out_once(world: World) -> None:
 def test_a_pass_waits_for_weights_layer_by_layer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     model = runtime(world, torch.float32)
     model.freeze()
-    made = offload_weights(world, model.stage)
+    made = offload_weights(HostMemory(world.device), model.stage)
     waits: list[int | None] = []
     wait = Offload.wait
     monkeypatch.setattr(Offload, "wait", lambda self, part=None: (waits.append(part), wait(self, part))[1])
@@ -105,7 +107,7 @@ def test_an_optimizer_fetches_what_it_needs(world: World, dtype: torch.dtype) ->
         model.attach_optimizer(AdamWSettings(lambda step: 1e-2))
         optimizer = model.optimizer
         assert optimizer is not None
-        states = offload_states(world, optimizer) if away else None
+        states = offload_states(HostMemory(world.device), optimizer) if away else None
         for _ in range(3):
             if states is not None:
                 states.leave()
@@ -126,11 +128,33 @@ def test_an_optimizer_fetches_what_it_needs(world: World, dtype: torch.dtype) ->
     assert all(map(torch.equal, stepped(False), stepped(True)))
 
 
+def test_host_memory_is_taken_ahead_by_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "BLOCK", 100)
+    takers: list[str] = []
+    block = HostMemory._block
+
+    def noted(self: HostMemory) -> Tensor:
+        takers.append(threading.current_thread().name)
+        if len(takers) == 5:
+            raise UserError("the host has no more")
+        return block(self)
+
+    monkeypatch.setattr(HostMemory, "_block", noted)
+    host = HostMemory(world.device, 250)
+    assert [len(piece) for piece in host.take(330)] == [100, 100, 100, 30]
+    assert takers == ["host memory"] * 3 + ["MainThread"]
+    beside = HostMemory(world.device, 100)
+    with pytest.raises(UserError, match="has no more"):
+        beside.take(1)
+    assert [len(piece) for piece in beside.take(1)] == [1]  # and no wait for a thread that has ended
+    assert takers[4:] == ["host memory", "MainThread"]
+
+
 def test_no_memory_to_pin_is_told_in_a_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Tensor:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    made = Offload(world, lambda: [[x]])
+    made = Offload(HostMemory(world.device), lambda: [[x]])
     x = torch.ones(3)
     monkeypatch.setattr(offload.torch, "empty", full)
     with pytest.raises(UserError, match=r"offload: the host has no more memory to pin \(CUDA error: out of"):
