@@ -49,7 +49,7 @@ def attend(
     block = max(16, min(128, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
     _attend[(rows * groups, parts)](
-        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, place_B, out, scratch),
+        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, place_B, scratch),
         *(rows, k_BKSh.stride(0), k_BKSh.stride(1), eps, 1.4426950408889634 / dim**0.5),
         *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block),
         *(window or 0, parts, q_norm is not None),
@@ -86,8 +86,7 @@ def _attend(
     k_ptr,
     v_ptr,
     place_ptr,
-    out_ptr,
-    scratch_ptr,
+    to_ptr,
     rows,
     row_stride,
     group_stride,
@@ -113,32 +112,56 @@ def _attend(
     part = tl.program_id(1)
     d = tl.arange(0, WIDTH)
     place = tl.load(place_ptr + row).to(tl.int32)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(place + 1 - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(place - first, PARTS), BLOCK) * BLOCK
-    start = first + part * share
-    stop = tl.minimum(start + share, place)
+    start, stop = _part(place, part, PARTS, WINDOW, BLOCK)
     owner = part == 0  # has the new token
-
     heads_ptr = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM)
     cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     element = k_ptr.dtype.element_ty
     key = _turned(heads_ptr + QUERIES * DIM, 1, k_norm_ptr, cos, sin, eps, 1, DIM, WIDTH, NORM, element)
-    new_v = tl.load(heads_ptr + (QUERIES + 1) * DIM + d, mask=d < DIM, other=0.0)
-    base = row * row_stride + group * group_stride
+    value = tl.load(heads_ptr + (QUERIES + 1) * DIM + d, mask=d < DIM, other=0.0)
+    k_ptr += row * row_stride + group * group_stride
+    v_ptr += row * row_stride + group * group_stride
     if owner:
-        into = base + place * DIM + d
-        tl.store(k_ptr + into, tl.sum(key, 0), mask=d < DIM)
-        tl.store(v_ptr + into, new_v, mask=d < DIM)
-    k_ptr += base
-    v_ptr += base
+        tl.store(k_ptr + place * DIM + d, tl.sum(key, 0), mask=d < DIM)
+        tl.store(v_ptr + place * DIM + d, value, mask=d < DIM)
     q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
-    line = (row * GROUPS + group) * QUERIES
     tops = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
     totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
-    sums = totals[:, None] * new_v.to(tl.float32)[None, :]
+    sums = totals[:, None] * value.to(tl.float32)[None, :]
+    tops, totals, sums = _over(q, k_ptr, v_ptr, start, stop, scale, tops, totals, sums, DIM, WIDTH, BLOCK)
+    line = ((part * rows + row) * GROUPS + group) * QUERIES
+    _put(to_ptr, line, tops, totals, sums, QUERIES, PADDED, DIM, WIDTH, PARTS)
+
+
+@triton.jit
+def _part(place, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The cached places of a part, the first and the one behind the last."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(place + 1 - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(place - first, PARTS), BLOCK) * BLOCK
+    start = first + part * share
+    return start, tl.minimum(start + share, place)
+
+
+@triton.jit
+def _over(
+    q,
+    k_ptr,
+    v_ptr,
+    start,
+    stop,
+    scale,
+    tops,
+    totals,
+    sums,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Queries' maxima, weights and weighted sums of values, those of places [start, stop) added."""
+    d = tl.arange(0, WIDTH)
     for at in tl.range(start, stop, BLOCK, num_stages=2):
         n = at + tl.arange(0, BLOCK)
         inside = (n < stop)[:, None] & (d < DIM)[None, :]
@@ -151,15 +174,33 @@ def _attend(
         weights = tl.where((n < stop)[None, :], tl.exp2(s - highest[:, None]), 0.0)
         fade = tl.exp2(tops - highest)
         totals = totals * fade + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(element), values, sums * fade[:, None], input_precision="ieee")
+        sums = tl.dot(weights.to(q.dtype), values, sums * fade[:, None], input_precision="ieee")
         tops = highest
+    return tops, totals, sums
+
+
+@triton.jit
+def _put(
+    to_ptr,
+    line,
+    tops,
+    totals,
+    sums,
+    QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write attention from `line` on or, for one of several parts, what `_join` needs."""
     g = tl.arange(0, PADDED)
+    d = tl.arange(0, WIDTH)
     inside = (g < QUERIES)[:, None] & (d < DIM)[None, :]
     if PARTS == 1:
-        to = out_ptr + (line + g)[:, None] * DIM + d[None, :]
+        to = to_ptr + (line + g)[:, None] * DIM + d[None, :]
         tl.store(to, sums / totals[:, None], mask=inside)
     else:
-        to = scratch_ptr + (part * rows * GROUPS * QUERIES + line + g) * (DIM + 2)
+        to = to_ptr + (line + g) * (DIM + 2)
         tl.store(to[:, None] + d[None, :], sums, mask=inside)
         tl.store(to + DIM, tops, mask=g < QUERIES)
         tl.store(to + DIM + 1, totals, mask=g < QUERIES)

@@ -156,20 +156,20 @@ def _heads(
     sin = tl.load(sin_ptr + token * DIM + half + d, mask=d < half, other=0.0).to(tl.float32)[None, :]
     turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
     query = q_ptr + (token * groups * QUERIES + group * QUERIES + part)[:, None] * DIM + d[None, :]
-    tl.store(query, turned_a, mask=is_query)
-    tl.store(query + half, turned_b, mask=is_query)
-    key = k_ptr + (token * groups + group)[:, None] * DIM + d[None, :]
-    tl.store(key, turned_a, mask=is_key)
-    tl.store(key + half, turned_b, mask=is_key)
+    _both(query, turned_a, turned_b, half, is_query)
+    _both(k_ptr + (token * groups + group)[:, None] * DIM + d[None, :], turned_a, turned_b, half, is_key)
     if CACHED:
         if token < count:
-            is_value = inside & (part > QUERIES)[:, None]
             into = tl.load(rows_ptr + token) * row_stride + tl.load(places_ptr + token) * place_stride
             into = into + group[:, None] * group_stride + d[None, :]
-            tl.store(k_cache_ptr + into, turned_a, mask=is_key)
-            tl.store(k_cache_ptr + into + half, turned_b, mask=is_key)
-            tl.store(v_cache_ptr + into, raw_a, mask=is_value)
-            tl.store(v_cache_ptr + into + half, raw_b, mask=is_value)
+            _both(k_cache_ptr + into, turned_a, turned_b, half, is_key)
+            _both(v_cache_ptr + into, raw_a, raw_b, half, inside & (part > QUERIES)[:, None])
+
+
+@triton.jit
+def _both(ptr, a, b, half: tl.constexpr, inside):
+    tl.store(ptr, a, mask=inside)
+    tl.store(ptr + half, b, mask=inside)
 
 
 @triton.jit

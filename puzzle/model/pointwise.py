@@ -82,7 +82,7 @@ class Pointwise:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton kernels run there. Triton comes with torch's builds for CUDA."""
+    """Whether Triton kernels run there; on a CPU never. Triton comes with torch's builds for CUDA."""
     return device.type == "cuda" and _has_triton()
 
 
