@@ -174,6 +174,13 @@ class Books:
             if self._watch is not None:
                 self._watch(i, token)
 
+    @property
+    def may_end(self) -> bool:
+        """Whether a response may be shorter than `max_new_tokens`."""
+        return (bool(self._stop_ids) or self._watchers is not None) and (
+            self.params.min_new_tokens < self.params.max_new_tokens
+        )
+
     def _is_last(self, i: int, token: int) -> bool:
         # A watcher hears every token, also those of a response that may not end yet.
         said = self._watchers is not None and self._watchers[i](token)
@@ -221,6 +228,8 @@ class Session:
         prompts = [request.prompt for request in books.requests]
         capacity = max(map(len, prompts)) + books.params.max_new_tokens
         passes.start([share.width for share in self.shares], capacity, books.params)
+        if ring.num_stages > 1:
+            passes.record(leaving=early_stop and books.may_end)
         self._prompts, self._stems = prompts, self._named()
         self._first = torch.zeros((2, ring.batch), dtype=torch.int32, device=self.decoder.device)
 

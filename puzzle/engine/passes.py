@@ -154,11 +154,30 @@ class StagePasses:
 
         The last stage gives `Drawn`, others hidden states (active, D), good until the group's next pass.
         """
-        start, size = sum(self.groups[:group]), self.groups[group]
-        rows = min(bucket(active), size) if self.graphs else active
+        rows = min(bucket(active), self.groups[group]) if self.graphs else active
+        return self._recording(group, rows).run(active, x)
+
+    @torch.inference_mode()
+    def record(self, leaving: bool) -> None:
+        """Record what `decode` may ask for: of every group all rows, or all buckets if rows may leave early.
+
+        To record waits for all that the device has begun, and so does the first use of a kernel. Once a ring
+        runs, that holds receives whose senders may be waiting in the same way. So a pipeline of several
+        stages records before its first message; a single stage records what it turns out to need.
+        """
+        if not self.graphs:
+            return
+        for group, size in enumerate(self.groups):
+            for rows in sorted({min(bucket(n), size) for n in range(1 if leaving else size, size + 1)}):
+                recording = self._recording(group, rows)
+                if recording.graph is None:
+                    recording.record()
+
+    def _recording(self, group: int, rows: int) -> _Recorded:
+        start = sum(self.groups[:group])
         if (start, rows) not in self._recorded:
             self._recorded[start, rows] = _Recorded(self, start, start + rows)
-        return self._recorded[start, rows].run(active, x)
+        return self._recorded[start, rows]
 
     @torch.inference_mode()
     def put(self, tokens: Tensor, rows: Sequence[int]) -> None:
@@ -222,7 +241,7 @@ class _Recorded:
             self.out = self._pass()
         else:
             if self.graph is None:
-                self._record()
+                self.record()
             assert self.graph is not None
             self.graph.replay()
             self.decoder.group.moved += self.moved
@@ -246,7 +265,8 @@ class _Recorded:
         count_B.add_(1)
         return out
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Make the graph. The state of its rows stays as it is."""
         began = time.perf_counter()
         # Warm up. A pass may be repeated from the same state: it writes the same things to the same places.
         held = self.state.clone()
@@ -269,8 +289,10 @@ class _Recorded:
 
 
 def bucket(rows: int) -> int:
-    """Rows of the smallest graph for `rows`: steps of 8, beyond 128 of a sixteenth of a power of two."""
-    step = max(8, (1 << (rows - 1).bit_length()) // 16)
+    """Rows of the smallest graph for `rows`: a power of two, beyond 8 a step of 8, and beyond 128 a step of a
+    sixteenth of a power of two."""
+    power = 1 << (rows - 1).bit_length()
+    step = max(min(power, 8), power // 16)
     return -(-rows // step) * step
 
 
@@ -280,17 +302,23 @@ def check_fit(decoder: Decoder, rows: int, capacity: int) -> None:
     if fits is not None and rows > fits:
         raise UserError(
             f"a key/value cache for {rows} sequences of {capacity} tokens does not fit beside the weights:"
-            f" {fits} sequences do; lower the batch, generation.decode_microbatch or max_new_tokens"
+            f" {fits} of a replica's sequences do; lower the batch or max_new_tokens, or use more ranks"
         )
 
 
 def fitting_rows(decoder: Decoder, capacity: int) -> int | None:
     """How many sequences of `capacity` tokens fit the free memory of the device; None on a CPU."""
-    if decoder.device.type != "cuda":
+    memory = cache_memory(decoder.device)
+    return None if memory is None else memory // (cache_bytes(decoder) * capacity)
+
+
+def cache_memory(device: torch.device) -> int | None:
+    """Bytes that a cache may take there now; None on a CPU."""
+    if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(decoder.device)
-    return max(0, int((free - KEPT_FREE * total) // (cache_bytes(decoder) * capacity)))
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - KEPT_FREE * total))
 
 
 def cache_bytes(decoder: Decoder) -> int:

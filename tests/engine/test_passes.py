@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 import torch
 
+from puzzle.engine import passes as engine_passes
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.passes import Drawn, StagePasses, bucket
 from puzzle.engine.sampling import SamplingParams
+from puzzle.errors import UserError
 from puzzle.model.noise import row_stems
 from tests.model.tiny import stage
 from tests.reference.tiny import save_lm
@@ -66,8 +71,52 @@ def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
         torch.testing.assert_close(logprobs, torch.tensor(truth.logprobs[: len(part)]), rtol=0, atol=1e-5)
 
 
+def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings are counted where no graph can be made: they launch their pass, as on a CPU."""
+    recorded = []
+
+    def count(self: engine_passes._Recorded) -> None:
+        recorded.append(len(self.state[0]))
+        replay = lambda: setattr(self, "out", self._pass())  # noqa: E731
+        self.graph = cast(Any, SimpleNamespace(replay=replay))
+
+    monkeypatch.setattr(engine_passes._Recorded, "record", count)
+    passes = StagePasses(stage(save_lm(tmp_path / "model")))
+    passes.start((11, 3), CAPACITY, SamplingParams())
+    passes.graphs = True
+    passes.record(leaving=False)
+    assert recorded == [11, 3]
+    for active in range(11, 0, -1):
+        passes.decode(0, active)
+        passes.decode(1, min(active, 3))
+    alone, recorded[:] = sorted(recorded), []
+    passes._recorded.clear()
+    passes.record(leaving=True)
+    assert sorted(recorded) == alone == [1, 1, 2, 2, 3, 4, 8, 11]
+    passes.record(leaving=True)
+    assert sorted(recorded) == alone
+
+
+def test_a_batch_that_does_not_fit_is_told_what_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = stage(save_lm(tmp_path / "model"))
+    prompts = [Request([1] * n, n) for n in (2, 6, 4)]
+    params = SamplingParams(max_new_tokens=5)
+    cache = StagePasses(decoder)
+    cache.start((2,), 11, params)
+    assert cache.cache is not None
+    free = cache.cache.k.nbytes + cache.cache.v.nbytes  # room for two of the longest
+    monkeypatch.setattr(engine_passes, "cache_memory", lambda _: free)
+    with pytest.raises(UserError, match=r"for 3 sequences of 11 tokens .*: 2 of a replica's sequences do;"):
+        generate(decoder, prompts, params)
+    assert len(generate(decoder, prompts[:2], params)) == 2
+    monkeypatch.setattr(engine_passes, "cache_memory", lambda _: free - 1)
+    with pytest.raises(UserError, match=r": 1 of a replica's sequences do;"):
+        generate(decoder, prompts[:2], params)
+
+
 def test_buckets_hold_their_rows() -> None:
     sizes = [bucket(rows) for rows in range(1, 1025)]
+    assert sizes[:17] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 24]
     assert all(rows <= size <= max(rows + 7, rows * 9 // 8) for rows, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) < 45
+    assert len(set(sizes)) < 48

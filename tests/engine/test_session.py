@@ -49,8 +49,13 @@ class ToyPasses:
         self.next: dict[int, int] = {}
 
     def start(self, groups: list[int], capacity: int, params: SamplingParams) -> None:
+        self.groups, self.recorded = groups, None
         self.starts = [sum(groups[:j]) for j in range(len(groups))]
         self.capacity = capacity
+
+    def record(self, leaving: bool) -> None:
+        assert not self.cached
+        self.recorded = leaving
 
     def _drawn(self, rows: list[int]) -> Drawn:
         tokens = [following(self.cached[row]) for row in rows]
@@ -71,6 +76,9 @@ class ToyPasses:
 
     def decode(self, group: int, active: int, x: Any) -> Any:
         rows = [self.starts[group] + i for i in range(active)]
+        # Several stages have recorded what they need before the ring began; a single one has not.
+        assert (self.recorded is None) == (self.decoder.first and self.decoder.last)
+        assert self.recorded is not False or active == self.groups[group]
         if x is not None:
             for row, told in zip(rows, x.tolist(), strict=True):
                 assert told[0] == row
