@@ -37,7 +37,7 @@ from tiers import (
     requirement_files,
     satisfies,
     split_requirement,
-    torch_requirement,
+    unlocked,
 )
 
 IN_DOUBT = ""  # in place of a digest: an installation began and has not ended well
@@ -179,10 +179,11 @@ def choose_arguments(
     failure = f"cannot install the tier {tier}"
     if not needs_torch(tier):
         return held, arguments, failure
-    requirement = torch_requirement(root)
+    ranges = unlocked(tier, root)
+    requirement = next(r for r in ranges if split_requirement(r)[0] == "torch")
     folders = environ.get("UV_FIND_LINKS", "").split(",")
     torch = choose_torch(environ, folders, requirement, sys.version_info[:2], has_gpu())
-    arguments += [requirement, *torch.options]
+    arguments += [*ranges, *torch.options]
     if torch.kind == "gpu" and held == "cpu":
         arguments += ["--reinstall-package", "torch"]
     if torch.options == CPU_INDEX:

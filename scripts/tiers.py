@@ -26,8 +26,12 @@ def extra(name: str, root: Path = ROOT) -> list[str]:
     found: list[str] = []
     for requirement in project["optional-dependencies"][name]:
         inner = re.fullmatch(rf"{project['name']}\[(.+)\]", requirement)
-        found += [r for part in inner[1].split(",") for r in extra(part, root)] if inner else [requirement]
+        found += [r for p in inner[1].split(",") for r in extra(p, root)] if inner else [_bare(requirement)]
     return found
+
+
+def _bare(requirement: str) -> str:
+    return requirement.partition(";")[0]
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:
@@ -38,9 +42,10 @@ def split_requirement(requirement: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def torch_requirement(root: Path = ROOT) -> str:
-    """The range of torch; the locks leave torch out, because its build depends on the machine."""
-    return next(r for r in extra("engine", root) if split_requirement(r)[0] == "torch")
+def unlocked(tier: str, root: Path = ROOT) -> list[str]:
+    """The ranges of what the locks leave out: torch, whose build depends on the machine, and Triton, whose
+    version depends on the torch where that is one for CUDA."""
+    return [r for r in extra(tier, root) if split_requirement(r)[0] in ("torch", "triton")]
 
 
 def needs_torch(tier: str) -> bool:
@@ -59,8 +64,8 @@ def digest(tier: str, root: Path = ROOT) -> str:
     total = hashlib.sha256(UV.encode())
     for file in requirement_files(tier, root):
         total.update(file.read_bytes())
-    if needs_torch(tier):
-        total.update(torch_requirement(root).encode())
+    for requirement in unlocked(tier, root):
+        total.update(requirement.encode())
     return total.hexdigest()
 
 
