@@ -211,3 +211,23 @@ def test_another_number_of_processes(folder, capsys, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "--config", "run.yaml", "--out", "o", "--layout.dp", "2"]) == 2
     assert "3 processes were started but tp x pp x dp is 2" in capsys.readouterr().err
+
+
+def test_stop_texts_end_responses_and_are_no_part_of_their_text(folder: Path) -> None:
+    """Every small letter is a stop text: a tenth of what a random model draws."""
+    letters = ", ".join("abcdefghijklmnopqrstuvwxyz".replace("n", "").replace("y", ""))
+    config = CONFIG.replace("{max_new_tokens: 4}", f"{{max_new_tokens: 24, stop: [{letters}]}}")
+    config = config.replace("ppo: {", "ppo: {old_logprobs: recompute, ")
+    config = config.replace("iterations: 2", "iterations: 1")
+    (folder / "run.yaml").write_text(config)
+    assert main(["train", "--config", "run.yaml", "--out", "o"]) == 0
+    (run,) = load_runs(folder / "o").runs
+    metrics = run.iterations[0].metrics
+    samples = [json.loads(line) for line in (folder / "o/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    assert not any(set(sample["response"]) & set(letters) - {",", " "} for sample in samples)
+    assert metrics["response_tokens"] < 4 * 24
+    assert metrics["useful_token_share"] == 1
+    assert 0 <= metrics["logprob_gap"] <= metrics["logprob_gap_max"] <= 1e-5
+    assert metrics["first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["first_ratio_gap"] <= 1e-5
