@@ -337,11 +337,13 @@ class ZeroAdamW:
         """fp32 exp_avg and exp_avg_sq of slot i's own rows; zeros before the first step."""
         self.before_use()
         master = self.masters[i]
+        if not master.numel():  # of few rows, not every replica has one
+            return master, master
         state = self.adam.state[master]
-        if "exp_avg" not in state and master.numel():
+        if "exp_avg" not in state:
             state |= {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        return (state["exp_avg"], state["exp_avg_sq"]) if master.numel() else (master, master)
+        return state["exp_avg"], state["exp_avg_sq"]
 
     def state_tensors(self) -> list[Tensor]:
         """Masters that are not the weights' own memory, and the moments that exist."""

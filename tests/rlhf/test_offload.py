@@ -101,6 +101,16 @@ def test_offloaded_switched_and_fused(folder: Path) -> None:
     assert len(run.offloads) == len(run.switches) == 3
 
 
+def test_resumed_with_nothing_offloaded(folder: Path) -> None:
+    """Of two replicas, one has no row of the value head to step."""
+    trained("plain", "--layout.dp", "2")
+    trained("away", "--layout.dp", "2", *ALL, "--iterations", "2")
+    here = [option.replace("true", "false") for option in ALL]
+    run = trained("away", "--layout.dp", "2", "--resume", *here, "--iterations", "3")
+    same("plain", "away")
+    assert [record["iteration"] for record in run.offloads] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
