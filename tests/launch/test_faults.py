@@ -148,7 +148,6 @@ FAULTS = (
     Fault("ray-agent-killed", process(AGENT, signal.SIGKILL), 137, "an agent ended with code", "ray"),
     Fault("ray-actor-killed", process("ray::Agent", signal.SIGKILL), 1, "its Ray actor is gone", "ray"),
     Fault("ray-raylet-killed", process("raylet/raylet", signal.SIGKILL), 1, "error: ", "ray"),
-    Fault("ray-gcs-killed", process("gcs_server", signal.SIGKILL), 1, "error: ", "ray"),
 )  # fmt: skip
 
 
