@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puzzle.plan.measured import action_spans
-from puzzle.plan.schedule import COMPUTE, Action, Generation, Schedule, Work
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Generation, Schedule, Work
 from puzzle.plan.timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from puzzle.engine.world import World
+
+
+BUSY = COMPUTE | COLLECTIVES.keys()
+"""What occupies a stage: passes, steps, and what the start of a collective computes."""
 
 
 class Instant:
@@ -114,7 +118,7 @@ def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:
     for stage, schedule, marks in clock.runs():
         if not marks or schedule is None:
             continue
-        busy = sum(end - start for action, start, end in marks if action.op in COMPUTE)
+        busy = sum(end - start for action, start, end in marks if action.op in BUSY)
         own.setdefault(stage, []).append((marks[0][1], marks[-1][2], busy))
         first.setdefault(stage, schedule)
     everyone = world.gather(own)
