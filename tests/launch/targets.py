@@ -34,6 +34,7 @@ def fail(out: Path, kind: str) -> None:
     (out / f"{rank}.pid").write_text(str(os.getpid()))
     dist.barrier()
     if rank == 1:
+        (out / "1.failed").touch()
         if kind == "user":
             raise UserError("the third prompt is empty")
         if kind == "bug":
