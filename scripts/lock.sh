@@ -8,7 +8,8 @@ export PUZZLE_ENV=dev
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# torch is left out because its build depends on the machine, setuptools and Triton because torch says which it takes.
+# torch is left out because its build depends on the machine, setuptools and Triton because torch says which
+# ones it takes.
 compile() {
   uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --no-emit-package torch \
     --no-emit-package setuptools --no-emit-package puzzle-rlhf "$@" pyproject.toml
