@@ -93,6 +93,10 @@ stop() {
   local dir=$1 file pids=()
   if [ -e "$dir/slurmctld.pid" ]; then
     SLURM_CONF="$dir/slurm.conf" timeout 20 scancel --user=root || true
+    for _ in $(seq 60); do # until their processes are gone, too
+      [ -n "$(SLURM_CONF="$dir/slurm.conf" timeout 5 squeue --noheader)" ] || break
+      sleep 0.5
+    done
   fi
   for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munge/pid"; do
     [ -e "$file" ] && pids+=("$(cat "$file")")
