@@ -17,10 +17,6 @@ from puzzle.engine.watchdog import LAST_RESORT, Pulse, Watch, Watchdog
 from puzzle.errors import UserError
 from puzzle.plan.schedule import Channel
 
-CHANNEL_CTAS = 2
-"""Thread blocks of a transfer between stages (NCCL itself: tens). A receive waiting for its sender spins on
-as many of the processors that the passes of another micro-batch need."""
-
 
 class World:
     """This process among the run's processes; owns every process group, so that none is global.
@@ -114,13 +110,10 @@ class World:
         if self.size > 1 and kind is None:
             dist.destroy_process_group()
 
-    def groups(
-        self, members: Iterable[tuple[int, ...]], purpose: str, options: object | None = None
-    ) -> dist.ProcessGroup | None:
+    def groups(self, members: Iterable[tuple[int, ...]], purpose: str) -> dist.ProcessGroup | None:
         """Make the process groups of a purpose; gives this rank's, None for a rank alone.
 
         Every rank passes the same lists in the same order: torch names groups by how many it has made.
-        `options` are the backend's.
         """
         mine = None
         for ranks in members:
@@ -128,9 +121,7 @@ class World:
                 continue
             key = (purpose, ranks)
             if key not in self._groups:
-                self._groups[key] = dist.new_group(
-                    list(ranks), timeout=self.timeout, pg_options=options, group_desc=purpose
-                )
+                self._groups[key] = dist.new_group(list(ranks), timeout=self.timeout, group_desc=purpose)
             if self.rank in ranks:
                 mine = self._groups[key]
         return mine
@@ -145,7 +136,7 @@ class World:
         for src, dst, channel in sorted(ends):
             purpose = str(channel.payload)
             known = (purpose, (src, dst)) in self._groups
-            group = self.groups([(src, dst)], purpose, self._channel_options())
+            group = self.groups([(src, dst)], purpose)
             if group is None:
                 continue
             mine[channel] = group
@@ -156,16 +147,6 @@ class World:
                 else:
                     dist.recv(token, src, group=group)
         return mine
-
-    def _channel_options(self) -> object | None:
-        """A receive that waits for its sender must leave the device to the layers that run beside it."""
-        if self.device.type != "cuda":
-            return None
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas = CHANNEL_CTAS
-        if self.timeout is not None:
-            options._timeout = self.timeout  # torch warns of another one than `new_group` is given
-        return options
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
