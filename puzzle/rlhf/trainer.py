@@ -202,6 +202,9 @@ class Trainer:
         doing(f"iteration {iteration}, training")
         update = Update(self.models, self.config, experience, self.kl_coef, self.training)
         update.run(iteration)
+        for model in (self.models.actor, self.models.critic):
+            assert model.optimizer is not None
+            model.optimizer.release()  # awaits the weights of the last step, which belong to training
         clock.end("training")
         metrics = experience_metrics(experience, scores, self.config.ppo.kl.estimator)
         metrics |= {**update.metrics(), "kl_coef": self.kl_coef}
@@ -213,9 +216,6 @@ class Trainer:
         recorder.offload(iteration, self.models.room.record())
         recorder.samples(iteration, experience, self._texts(experience, prompts), scores)
         self._read_clock(iteration, clock, recorder)
-        for model in (self.models.actor, self.models.critic):
-            assert model.optimizer is not None
-            model.optimizer.release()
         return metrics
 
     def _start_clock(self, iteration: int) -> None:
