@@ -109,10 +109,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def checksum(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
+def checksum(path: Path, tick: Callable[[], None] = lambda: None) -> tuple[int, int]:
+    """Size and CRC-32 of a file. `tick` is called after every piece."""
     size = crc = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            tick()
     return size, crc

@@ -264,7 +264,7 @@ class Checkpoints:
             if index % self.world.size != self.world.rank:
                 continue
             try:
-                size, crc = checksum(folder / name)
+                size, crc = checksum(folder / name, self.world.pulse.tick)
             except OSError as error:
                 return describe(error)
             if size != file.bytes:
@@ -287,6 +287,7 @@ class Checkpoints:
                             values = reader.read(name, piece.tensor, kind, piece.box)
                             rows = target[piece.start - slot.low : piece.stop - slot.low]
                             rows.copy_(values.t() if slot.local.transposed else values)
+                            self.world.pulse.tick()
 
 
 def _optimizer(model: ModelRuntime) -> ZeroAdamW:
