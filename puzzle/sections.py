@@ -280,7 +280,7 @@ class LaunchConfig(Section):
     """How a run that cannot go on ends (docs/failures.md)."""
 
     watchdog: Positive = Field(60.0, description="seconds after which a run that hangs is ended")
-    max_restarts: Natural = Field(0, description="resume so often by itself (processes of this host)")
+    max_restarts: Natural = Field(0, description="resume so often by itself after processes died")
 
 
 class LogConfig(Section):
