@@ -74,8 +74,10 @@ class Pulse:
         """What the block does waits for others."""
         before = self.doing, self.waits
         self.mark(f"{before[0]}: {what}", True)
-        yield
-        self.mark(*before)
+        try:
+            yield
+        finally:
+            self.mark(*before)
 
 
 @dataclass(frozen=True)
