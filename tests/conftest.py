@@ -1,10 +1,14 @@
 """Options and profiles of the whole test suite."""
 
 import os
+import shutil
 import signal
 
 # Several processes share few cores; set before anything imports torch or numpy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if shutil.which("nvidia-smi") is None:
+    # Triton reads it when it is first imported, by whatever test comes first: its kernels run on CPUs then.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from hypothesis import settings

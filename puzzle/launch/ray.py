@@ -112,7 +112,8 @@ class _Agents:
             # Signals arrive while Python sleeps: Ray's own waiting swallows what their handlers raise.
             time.sleep(POLL_SECONDS)
             found = ray.wait(list(self._streams), num_returns=1, timeout=0)
-        for stream in found[0]:
+        ready: list[Any] = found[0]
+        for stream in ready:
             try:
                 some: Any = ray.get(next(stream))
             except StopIteration:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
 from puzzle.engine.passes import Drawn, StagePasses
 from puzzle.engine.sampling import SamplingParams, VocabShard, choose
