@@ -11,6 +11,7 @@ rows: these have no sequence, and what passes compute and write for them is neve
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from puzzle.engine import peer_sum
 from puzzle.engine.sampling import SamplingParams, VocabShard, draw
+from puzzle.engine.switcher import lends_pages
 from puzzle.errors import UserError
 from puzzle.model.attention import KVCache
 from puzzle.model.decoder import Decoder
@@ -98,6 +101,7 @@ class StagePasses:
         All rows are parked. UserError if the cache does not fit the device (it says what does).
         """
         decoder, rows = self.decoder, sum(groups)
+        peer_sum.link(decoder.group, max(groups) * decoder.spec.hidden_size, decoder.dtype, decoder.device)
         kept = self.cache
         if kept is None or kept.k.shape[1] < rows or kept.k.shape[3] < capacity:
             self.release()
@@ -289,16 +293,19 @@ class _Recorded:
 
 
 def bucket(rows: int) -> int:
-    """Rows of the smallest graph for `rows`: a power of two, beyond 8 a step of 8, and beyond 128 a step of a
-    sixteenth of a power of two."""
+    """Rows of the smallest graph for `rows`: a power of two, beyond 256 a step of an eighth of one.
+
+    To record a graph takes as long as several passes; a parked row takes little: nothing is cached for it,
+    and up to 256 rows or so products take the time of reading the weights.
+    """
     power = 1 << (rows - 1).bit_length()
-    step = max(min(power, 8), power // 16)
+    step = power if power <= 256 else power // 8
     return -(-rows // step) * step
 
 
 def check_fit(decoder: Decoder, rows: int, capacity: int) -> None:
     """UserError if the cache of `rows` sequences of `capacity` tokens exceeds the device's free memory."""
-    fits = fitting_rows(decoder, capacity)
+    fits = fitting_rows(decoder, capacity, rows)
     if fits is not None and rows > fits:
         raise UserError(
             f"a key/value cache for {rows} sequences of {capacity} tokens does not fit beside the weights:"
@@ -306,19 +313,35 @@ def check_fit(decoder: Decoder, rows: int, capacity: int) -> None:
         )
 
 
-def fitting_rows(decoder: Decoder, capacity: int) -> int | None:
-    """How many sequences of `capacity` tokens fit the free memory of the device; None on a CPU."""
-    memory = cache_memory(decoder.device)
-    return None if memory is None else memory // (cache_bytes(decoder) * capacity)
+def fitting_rows(decoder: Decoder, capacity: int, enough: float = math.inf) -> int | None:
+    """How many sequences of `capacity` tokens fit the free memory of the device; None on a CPU.
+
+    Where `enough` do, it may be more than that.
+    """
+    size = cache_bytes(decoder) * capacity
+    memory = cache_memory(decoder.device, enough * size)
+    return None if memory is None else memory // size
 
 
-def cache_memory(device: torch.device) -> int | None:
-    """Bytes that a cache may take there now; None on a CPU."""
+def cache_memory(device: torch.device, enough: float) -> int | None:
+    """Bytes that a cache may take there now; None on a CPU.
+
+    To give back what torch keeps unused, and take it again, costs 8 ms per GB. Single pages it can move
+    itself; so these are given back only where they are not `enough`, to know what there is.
+    """
     if device.type != "cuda":
         return None
+    if lends_pages():
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if (room := _room(device, unused)) >= enough:
+            return room
     torch.cuda.empty_cache()
+    return _room(device, 0)
+
+
+def _room(device: torch.device, unused: int) -> int:
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - KEPT_FREE * total))
+    return max(0, int(free + unused - KEPT_FREE * total))
 
 
 def cache_bytes(decoder: Decoder) -> int:

@@ -9,17 +9,30 @@ Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Tra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.model.products import linear, product, weight_gradient
+from puzzle.model.products import linear, product, waits_for, weight_gradient
 
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class DirectSum(Protocol):
+    """A faster way to sum small tensors over the ranks of a group."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it sums tensors like `x`; the same answer on every rank."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum."""
+        ...
 
 
 class TensorGroup:
@@ -27,8 +40,10 @@ class TensorGroup:
 
     `ranks` are the global ranks by tensor rank; torch's own order is always ascending, so where they are not,
     parts of gathered and scattered tensors change places. `moved` counts the bytes of the full tensors this
-    rank has put through collectives.
+    rank has put through collectives. With a `direct` sum, whole activations take that where it takes them.
     """
+
+    direct: DirectSum | None = None
 
     def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = ()) -> None:
         self.group, self.rank, self.size, self.moved = group, 0, 1, 0
@@ -110,7 +125,10 @@ class TensorGroup:
             return _Scatter.apply(x, self)
         if x.requires_grad:
             raise RuntimeError("activations that are whole on every rank have no backward pass")
-        return self.all_reduce(x)
+        if self.direct is None or not self.direct.takes(x):
+            return self.all_reduce(x)
+        self.moved += x.nbytes
+        return self.direct(x)
 
 
 class _Gather(torch.autograd.Function):
@@ -159,14 +177,15 @@ class _GatherLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        # The gather travels beside one product, the scatter beside the other.
+        # The gather travels beside one product, the scatter beside the other, unless that waits.
         grad_x = gathered = grad_weight = None
         if ctx.needs_input_grad[1]:
-            gathered = ctx.group.start_all_gather(x)
+            deferred, x = waits_for(weight) is not None, x.detach()
+            gathered = partial(ctx.group.all_gather, x) if deferred else ctx.group.start_all_gather(x)
         if ctx.needs_input_grad[0]:
             grad_x = ctx.group.start_reduce_scatter(product(grad, weight, transposed=True))
         if gathered is not None:
-            grad_weight = weight_gradient(weight, grad.t(), gathered())
+            grad_weight = weight_gradient(weight, grad.t(), gathered)
         grad_bias = grad.sum(0) if ctx.has_bias else None
         return None if grad_x is None else grad_x(), grad_weight, grad_bias, None
 
