@@ -9,7 +9,7 @@ from typing import Any
 
 from puzzle.cli import Parser
 from puzzle.plan.cluster import Cluster
-from puzzle.plan.describe import switch_json, switch_table
+from puzzle.plan.describe import fill_table, switch_json, switch_table
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.switch import MIB, SwitchPlan, plan_switch
 from puzzle.plan.switch_route import STRATEGIES
@@ -20,9 +20,11 @@ from puzzle.spec.published import PUBLISHED, published
 def run(arguments: list[str]) -> int:
     """Print the plan's table, or its numbers as JSON; with --out also draw who sends what to whom."""
     given = _parser().parse_args(arguments)
-    plan = _plan(given)
+    plan = _plan(given, given.zero)
     numbers = switch_json(plan)
     print(json.dumps(numbers, indent=2) if given.json else switch_table(plan))
+    if given.zero and not given.json:
+        print("\n" + fill_table(_plan(given, zero=False), plan))
     if given.out:
         _draw(given.out, numbers, quiet=given.json)
     return 0
@@ -58,12 +60,13 @@ def _parser() -> Parser:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--staging-bytes", type=int, default=256 * MIB, metavar="BYTES")
     parser.add_argument("--nest", action="store_true", help="stage borders on those of the layout before")
+    parser.add_argument("--zero", action="store_true", help="out of ZeRO-1 shards, before they are gathered")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw who sends what to whom")
     return parser
 
 
-def _plan(given: argparse.Namespace) -> SwitchPlan:
+def _plan(given: argparse.Namespace, zero: bool) -> SwitchPlan:
     spec = model_spec(given.model)
     sides = [Layout.even(*numbers, spec.num_layers) for numbers in (given.source, given.destination)]
     return plan_switch(
@@ -75,6 +78,7 @@ def _plan(given: argparse.Namespace) -> SwitchPlan:
         itemsize={"bf16": 2, "fp32": 4}[given.dtype],
         staging_bytes=given.staging_bytes,
         nest=given.nest,
+        zero=zero,
     )
 
 

@@ -32,6 +32,9 @@ def switch_json(plan: SwitchPlan) -> dict[str, Any]:
         "roles_exact": plan.roles_exact,
         "tp_inside_nodes": plan.tp_inside_nodes,
         "hash": plan.hash,
+        "zero": plan.zero,
+        "gather_bytes": sum(plan.gather_bytes.values()),
+        "gather_seconds_model": plan.gather_seconds,
         "ranks": [_rank(plan, rank) for rank in plan.ranks],
         "pairs": [
             {"source": source, "destination": destination, "bytes": nbytes}
@@ -58,6 +61,25 @@ def switch_table(plan: SwitchPlan) -> str:
         place = "inside nodes" if plan.tp_inside_nodes else "NOT inside nodes: their sizes do not fit"
         head.append(f"roles              {proof}; tensor-parallel groups {place}")
     return "\n".join([*head, "", *_rank_lines(numbers["ranks"]), "", *_drawing(plan)])
+
+
+def fill_table(gathered: SwitchPlan, shards: SwitchPlan) -> str:
+    """What generation awaits after an optimizer step if it is filled from gathered weights or from ZeRO
+    shards: bytes that the busiest rank receives, modelled milliseconds."""
+    gather, switch, direct = max(gathered.gather_bytes.values()), *map(_busiest, (gathered, shards))
+    ways = [
+        ("gathered", gather + switch, gathered.gather_seconds + gathered.seconds_model, 0),
+        ("gathered beside the critic's training", switch, gathered.seconds_model, gather),
+        ("shards", direct, shards.seconds_model, gather),
+    ]
+    lines = [f"{'filled from':<38} {'awaited':>12} {'ms':>9} {'beside other work':>18}"]
+    for name, nbytes, seconds, beside in ways:
+        lines.append(f"{name:<38} {_gb(nbytes):>12} {seconds * 1e3:9.2f} {_gb(beside):>18}")
+    return "\n".join(lines)
+
+
+def _busiest(plan: SwitchPlan) -> int:
+    return max(plan.traffic(rank)[1] for rank in plan.ranks)
 
 
 def _rank(plan: SwitchPlan, rank: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Literal
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.shards import local_params, zero_rows
 from puzzle.plan.switch_part import RankPart, RankPlan
 from puzzle.plan.switch_roles import RoleCosts, Roles, choose_roles, role_costs
 from puzzle.plan.switch_route import STRATEGIES, Records, Strategy, assign_buckets, route
@@ -29,7 +30,8 @@ Transport = Literal["messages", "peer"]
 @dataclass(frozen=True)
 class SwitchPlan:
     """A whole switch. `remote` and `local` are records of `plan.switch_route`; bytes are of all ranks
-    together unless said otherwise; `fixed_order_bytes` is what the roles in rank order would receive."""
+    together unless said otherwise; `fixed_order_bytes` is what the roles in rank order would receive.
+    `zero`: out of the rows that each replica has stepped, before they are gathered."""
 
     spec: ModelSpec
     source: Placement
@@ -37,6 +39,7 @@ class SwitchPlan:
     cluster: Cluster
     strategy: Strategy
     itemsize: int
+    zero: bool
     roles_exact: bool
     tp_inside_nodes: bool
     num_buckets: int
@@ -58,7 +61,7 @@ class SwitchPlan:
     @cached_property
     def rows(self) -> Rows:
         """The overlap of the two layouts."""
-        return Rows(self.spec, self.source.layout, self.destination.layout, self.itemsize)
+        return Rows(self.spec, self.source.layout, self.destination.layout, self.itemsize, self.zero)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -132,6 +135,29 @@ class SwitchPlan:
         return max(busy.values(), default=0.0) + self.num_buckets * self.cluster.latency
 
     @cached_property
+    def gather_bytes(self) -> dict[int, int]:
+        """Bytes of other replicas' rows in each source rank's storages: what the all-gather after an
+        optimizer step brings."""
+        layout, lacks = self.source.layout, {}
+        for coord in layout.coords():
+            if (coord.p, coord.d) not in lacks:  # tensor ranks have storages of one shape
+                params = local_params(self.spec, layout, coord)
+                own = [zero_rows(param, layout.dp, coord.d) for param in params]
+                rows = [param.rows - (stop - start) for param, (start, stop) in zip(params, own, strict=True)]
+                sizes = (param.row_size * count for param, count in zip(params, rows, strict=True))
+                lacks[coord.p, coord.d] = self.itemsize * sum(sizes)
+        return {self.source.rank_of(c): lacks[c.p, c.d] for c in layout.coords()}
+
+    @cached_property
+    def gather_seconds(self) -> float:
+        """The same over the slowest link of a ring of replicas, on the busiest rank."""
+        found = []
+        for group in self.source.groups("dp"):
+            rate = min(self.cluster.rate(a, b) for a, b in zip(group, (*group[1:], group[0]), strict=True))
+            found += [self.gather_bytes[rank] / rate for rank in group]
+        return max(found)
+
+    @cached_property
     def scratch_bytes(self) -> int:
         """Bytes of the largest whole storage, of which gather-all takes rows."""
         if self.strategy != "gather-all":
@@ -160,13 +186,15 @@ def plan_switch(
     direct_bytes: int = MIB,
     bucket_bytes: int | None = None,
     nest: bool = False,
+    zero: bool = False,
 ) -> SwitchPlan:
     """How `spec`'s weights get from `source` to the layout and the ranks of `destination`.
 
     `planned` chooses anew which of these ranks plays which coordinate (and with `nest`, the stages: borders
     on those of the source); `fixed-order` keeps `destination` as it is and moves storage by storage;
-    `gather-all` does too and gives every rank every whole storage, to take its rows from. `itemsize` is bytes
-    per element; `staging_bytes`, `direct_bytes` and `bucket_bytes` are explained at
+    `gather-all` does too and gives every rank every whole storage, to take its rows from. `zero`: of source
+    replicas, each has no more than its ZeRO-1 rows; what is aliased goes to its place in the source storages.
+    `itemsize` is bytes per element; `staging_bytes`, `direct_bytes` and `bucket_bytes` are explained at
     `switch_route.assign_buckets`.
     UserError for layouts that the model cannot have and for too little staging memory.
     """
@@ -177,7 +205,8 @@ def plan_switch(
         old = destination.layout
         destination = replace(destination, layout=Layout.nested(old.tp, old.pp, old.dp, source.layout))
     destination.layout.check(spec)
-    rows = Rows(spec, source.layout, destination.layout, itemsize)
+    zero = zero and source.layout.dp > 1
+    rows = Rows(spec, source.layout, destination.layout, itemsize, zero)
     costs = role_costs(rows, source, tuple(sorted(destination.ranks)), cluster)
     fixed_bytes = costs.of(destination)[1]
     roles = Roles(destination, False, False)
@@ -194,7 +223,7 @@ def plan_switch(
         buckets = len(tuple(rows.units()))
     remote.setflags(write=False)
     local.setflags(write=False)
-    fields = (spec, source, roles.placement, cluster, strategy, itemsize)
+    fields = (spec, source, roles.placement, cluster, strategy, itemsize, zero)
     digest = hashlib.sha256(repr((fields, buckets)).encode() + remote.tobytes() + local.tobytes()).hexdigest()
     return SwitchPlan(*fields, roles.exact, roles.inside_nodes, buckets, fixed_bytes, remote, local, digest)
 

@@ -70,7 +70,7 @@ class RankPlan:
 
     `aliases`: destination storages that are rows of a source storage; `allocate`: all the others (rows that
     no piece covers must be zero); `copies` fill these from source storages, and so do `buckets` of messages
-    or, of a plan for peer copies, `pulls`. `peak_extra` in bytes.
+    or, of a plan for peer copies, `pulls`, which out of ZeRO shards fill aliases, too. `peak_extra` in bytes.
     """
 
     rank: int
@@ -101,9 +101,8 @@ class RankPart:
         extra = 0
         for index, param in self._destination():
             unit, moves = self.whole.units[index], self._moves(index)
-            if not self.gathers and self._is_alias(unit, index):
-                offset = moves[0].source.start - moves[0].destination.start
-                source = RowRange(moves[0].source.name, offset, param.rows)
+            source = self._aliased(unit, param.rows)
+            if source is not None:
                 aliases.append(Move(source, RowRange(param.name, 0, param.rows)))
             else:
                 allocate.append(param)
@@ -132,15 +131,13 @@ class RankPart:
             found.append(Move(RowRange(unit.source[self.had.p], start, rows), RowRange(name, to, rows)))
         return found
 
-    def _is_alias(self, unit: Unit, index: int) -> bool:
-        """Whether the destination storage, padding included, is one row range of a source storage."""
+    def _aliased(self, unit: Unit, rows: int) -> RowRange | None:
+        """The range of a source storage that can be the destination storage, padding included."""
         assert self.gets is not None
-        have, fragments = self.local[index], unit.kind.fragments[self.gets.t]
-        if not have or len(have) < len(fragments):
-            return False
-        offset = have[0][0] - have[0][1]
-        in_line = all(start - to == offset for start, to, _ in have)
-        return in_line and 0 <= offset <= unit.kind.source_rows - unit.kind.destination_rows
+        if self.gathers or self.had is None or self.had.p not in unit.source:
+            return None
+        offset = unit.kind.offsets[self.gets.t].get(self.had.t)
+        return None if offset is None else RowRange(unit.source[self.had.p], offset, rows)
 
     def _buckets(self) -> tuple[tuple[Bucket, ...], int]:
         """The buckets, and the largest staging of those under way together in bytes."""

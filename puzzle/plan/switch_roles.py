@@ -84,12 +84,12 @@ def role_costs(rows: Rows, source: Placement, ranks: tuple[int, ...], cluster: C
 def _held(rows: Rows, source: Placement, parties: list[list[int]]) -> Bytes:
     """Bytes of each role that some member of each party holds in the source placement: (parties, roles)."""
     layout, destination = source.layout, rows.destination
-    present = np.zeros((len(parties), layout.pp, layout.tp), dtype=bool)
+    present = np.zeros((len(parties), layout.pp, rows.holders), dtype=bool)
     for i, party in enumerate(parties):
         for rank in party:
             if rank in source:
                 coord = source.coord_of(rank)
-                present[i, coord.p, coord.t] = True
+                present[i, coord.p, rows.holder(coord)] = True
     common = np.array(
         [
             [len(_common(layout.layers(p), destination.layers(q))) for q in range(destination.pp)]
@@ -113,12 +113,12 @@ def _common(a: range, b: range) -> range:
 
 
 def _end_present(present: NDArray[np.bool_], unit: Unit) -> NDArray[np.bool_]:
-    """(parties, source tp): whether a party has a tensor rank's shard of an end unit on any of its stages."""
+    """(parties, holders): whether a party has a holder's shard of an end unit on any of its stages."""
     return np.any(present[:, list(unit.source)], axis=1)
 
 
 def _bytes_held(present: NDArray[np.bool_], fragments: tuple[Fragment, ...], row_bytes: int) -> Bytes:
-    """Bytes of the fragments of which a holder is present; `present` (..., source tp) gives (...)."""
+    """Bytes of the fragments of which a holder is present; `present` (..., holders) gives (...)."""
     mask = np.zeros((present.shape[-1], len(fragments)), dtype=np.int64)
     for i, fragment in enumerate(fragments):
         mask[list(fragment.holders), i] = 1

@@ -60,21 +60,24 @@ def route(
         mine = source.coord_of(rank) if rank in source else None
         for index, fragment in _needed(units, destination.coord_of(rank), strategy):
             unit = units[index]
-            if mine is not None and mine.p in unit.source and mine.t in fragment.holders:
-                local.append((index, rank, fragment.holders[mine.t], fragment.start, fragment.rows))
+            here = None
+            if mine is not None and mine.p in unit.source:
+                here = fragment.holders.get(rows.holder(mine))
+            if here is not None:
+                local.append((index, rank, here, fragment.start, fragment.rows))
             else:
                 needs.append(_Need(fragment.rows * unit.kind.row_bytes, index, rank, fragment))
     if strategy == "fixed-order":
-        senders = [_by_number(source, destination, units[need.unit], need) for need in needs]
+        senders = [_by_number(rows, destination, units[need.unit], need) for need in needs]
     else:
         needs.sort(key=lambda need: -need.nbytes)
-        senders = _balanced(source, units, needs, cluster)
+        senders = _balanced(rows, source, units, needs, cluster)
     remote = [
         (
             n.unit,
             source.rank_of(c),
             n.rank,
-            n.fragment.holders[c.t],
+            n.fragment.holders[rows.holder(c)],
             n.fragment.start,
             n.fragment.rows,
             n.nbytes,
@@ -100,13 +103,13 @@ def _needed(units: tuple[Unit, ...], coord: Coord, strategy: Strategy) -> Iterat
             yield index, fragment
 
 
-def _by_number(source: Placement, destination: Placement, unit: Unit, need: _Need) -> Coord:
-    to = destination.coord_of(need.rank)
-    return Coord(min(need.fragment.holders), min(unit.source), to.d % source.layout.dp)
+def _by_number(rows: Rows, destination: Placement, unit: Unit, need: _Need) -> Coord:
+    replicas = rows.coords(min(need.fragment.holders), min(unit.source))
+    return replicas[destination.coord_of(need.rank).d % len(replicas)]
 
 
 def _balanced(
-    source: Placement, units: tuple[Unit, ...], needs: list[_Need], cluster: Cluster
+    rows: Rows, source: Placement, units: tuple[Unit, ...], needs: list[_Need], cluster: Cluster
 ) -> list[Coord]:
     """A sender for each need, largest first: the holder that is done soonest (Graham's LPT rule).
 
@@ -118,11 +121,10 @@ def _balanced(
     known: dict[tuple[tuple[int, ...], tuple[int, ...], int], list[tuple[int, Coord, float]]] = {}
     chosen = []
     for number, need in enumerate(needs):
-        stages, ts = tuple(units[need.unit].source), tuple(need.fragment.holders)
-        key = (stages, ts, cluster.node_of(need.rank))
+        stages, numbers = tuple(units[need.unit].source), tuple(need.fragment.holders)
+        key = (stages, numbers, cluster.node_of(need.rank))
         if key not in known:
-            replicas = range(source.layout.dp)
-            coords = [Coord(t, p, d) for p in stages for t in ts for d in replicas]
+            coords = [coord for p in stages for number in numbers for coord in rows.coords(number, p)]
             holders = [(source.rank_of(c), c, cluster.rate(source.rank_of(c), need.rank)) for c in coords]
             fastest = max(rate for _, _, rate in holders)
             known[key] = sorted(holder for holder in holders if holder[2] == fastest)

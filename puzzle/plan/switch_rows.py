@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from puzzle.plan.layout import Coord, Layout
-from puzzle.plan.shards import LocalParam, local_params
+from puzzle.plan.shards import LocalParam, local_params, zero_rows
 from puzzle.spec.model import ModelSpec
 
 
@@ -26,7 +26,8 @@ class Span(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """Rows that belong at row `start` of a destination shard; source rank t has them at row `holders[t]`."""
+    """Rows that belong at row `start` of a destination shard; holder h (`Rows.holder`) has them at row
+    `holders[h]` of its storage."""
 
     start: int
     rows: int
@@ -38,17 +39,17 @@ class Kind:
     """Storages of one shape and cut: one per layer, or one of the ends of the model.
 
     `shape` is that of the whole storage; `spans[t]` and `fragments[t]` describe the shard of destination
-    tensor rank t, `whole` all rows.
+    tensor rank t, `whole` all rows. `offsets[t]`: source tensor ranks whose storage has the whole shard t,
+    padding included, as one range of rows, and the first of them.
     """
 
     name: str
     shape: tuple[int, ...]
     row_bytes: int
-    source_rows: int
-    destination_rows: int
     spans: tuple[tuple[Span, ...], ...]
     fragments: tuple[tuple[Fragment, ...], ...]
     whole: tuple[Fragment, ...]
+    offsets: tuple[dict[int, int], ...]
 
 
 class Unit(NamedTuple):
@@ -63,12 +64,33 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The overlap of two layouts of a model; `itemsize` is the bytes of one element."""
+    """The overlap of two layouts of a model; `itemsize` is the bytes of one element.
+
+    With `zero`, a source rank holds no more of its storages than its replica's rows under ZeRO-1. Who may
+    hold rows has a number: the tensor rank t, alike in all replicas, or with `zero` t * dp + d.
+    """
 
     spec: ModelSpec
     source: Layout
     destination: Layout
     itemsize: int
+    zero: bool = False
+
+    @property
+    def holders(self) -> int:
+        """How many numbers of holders there are."""
+        return self.source.tp * (self.source.dp if self.zero else 1)
+
+    def holder(self, coord: Coord) -> int:
+        """The number of a source coordinate."""
+        return coord.t * self.source.dp + coord.d if self.zero else coord.t
+
+    def coords(self, holder: int, p: int) -> list[Coord]:
+        """The coordinates of stage p that have this number."""
+        if self.zero:
+            t, d = divmod(holder, self.source.dp)
+            return [Coord(t, p, d)]
+        return [Coord(holder, p, d) for d in range(self.source.dp)]
 
     @cached_property
     def layer_kinds(self) -> tuple[Kind, ...]:
@@ -115,20 +137,25 @@ class Rows:
         spec = replace(self.spec, num_layers=1)
         whole = _shard(spec, 1, 0)
         sources = [_shard(spec, self.source.tp, t) for t in range(self.source.tp)]
+        holders = [self.coords(number, 0)[0] for number in range(self.holders)]
         destinations = [_shard(spec, self.destination.tp, t) for t in range(self.destination.tp)]
         kinds = {}
         for name, param in whole.items():
             have = [_spans(param, shard[name]) for shard in sources]
             need = tuple(_spans(param, shard[name]) for shard in destinations)
+            room = sources[0][name].rows - destinations[0][name].rows
+            offsets = tuple(_offsets(_fragments(have, spans), room) for spans in need)
+            if self.zero:
+                cut = (_own_rows(sources[c.t][name], self.source.dp, c.d) for c in holders)
+                have = [_spans(param, shard) for shard in cut]
             kinds[name] = Kind(
                 name,
                 param.shape,
                 param.row_size * self.itemsize,
-                sources[0][name].rows,
-                destinations[0][name].rows,
                 need,
                 tuple(_fragments(have, spans) for spans in need),
                 _fragments(have, (Span(0, param.rows, 0),)),
+                offsets,
             )
         return kinds
 
@@ -137,6 +164,22 @@ def _shard(spec: ModelSpec, tp: int, t: int) -> dict[str, LocalParam]:
     """The storages of a one-layer model by name, without the layer's number."""
     params = local_params(spec, Layout(tp, 1, 1, (1,)), Coord(t, 0, 0))
     return {param.name.removeprefix("layers.0."): param for param in params}
+
+
+def _own_rows(param: LocalParam, dp: int, d: int) -> LocalParam:
+    """The storage with no more pieces than those of replica d's rows."""
+    return replace(param, pieces=param.clip(*zero_rows(param, dp, d)))
+
+
+def _offsets(fragments: tuple[Fragment, ...], room: int) -> dict[int, int]:
+    """Holders of all fragments in one range, and its first row; `room`: rows that they have beyond those."""
+    found = {}
+    for holder in fragments[0].holders if fragments else ():
+        offsets = {f.holders[holder] - f.start if holder in f.holders else -1 for f in fragments}
+        offset = offsets.pop()
+        if not offsets and 0 <= offset <= room:
+            found[holder] = offset
+    return found
 
 
 def _spans(whole: LocalParam, shard: LocalParam) -> tuple[Span, ...]:

@@ -27,6 +27,20 @@ def test_roles_by_similarity_keep_half(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "drawn" / "switch.json").read_text()) == numbers
 
 
+def test_out_of_zero_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "switch", "--from", "1,1,2", "--to", "2,1,1", "--model", "7b", "--zero"]
+    assert main(given) == 0
+    rows = [line.split()[-5:] for line in capsys.readouterr().out.splitlines()[-3:]]
+    # By hand: half of 6.738e9 parameters of 2 bytes at 350 GB/s.
+    assert rows[0] == ["6.738", "GB", "19.25", "0.000", "GB"]
+    assert rows[1] == rows[2] == ["0.000", "GB", "0.00", "6.738", "GB"]
+    assert main([*given, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    # Of 65 norms of 4096, each of two ranks has half.
+    assert numbers["bytes_received"] == 65 * 4096 * 2
+    assert numbers["gather_bytes"] == 6738415616 * 2
+
+
 def test_table_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "model_type": "llama",

@@ -23,22 +23,39 @@ def rows_of(storages_by_name, where: RowRange):
     return storages_by_name[where.name][where.start : where.start + where.rows]
 
 
+def held(plan, rank):
+    """The source storages of a rank; out of ZeRO shards, other replicas' rows are not there yet (-1)."""
+    if rank not in plan.source:
+        return {}
+    coord, dp = plan.source.coord_of(rank), plan.source.layout.dp
+    found = storages(plan.spec, plan.source.layout, coord)
+    for array in found.values() if plan.zero else ():
+        chunk = -(-len(array) // dp)
+        for start in range(0, len(array), chunk):
+            if start != coord.d * chunk:
+                rows = array[start : start + chunk]
+                rows[rows != 0] = -1
+    return found
+
+
 class Simulation:
     """Executes a plan on numpy arrays, as strictly as a real executor would have to."""
 
     def __init__(self, plan):
         self.plan = plan
         self.parts = {rank: plan.for_rank(rank) for rank in plan.ranks}
-        self.have = {
-            rank: storages(plan.spec, plan.source.layout, plan.source.coord_of(rank))
-            if rank in plan.source
-            else {}
-            for rank in plan.ranks
-        }
+        self.have = {rank: held(plan, rank) for rank in plan.ranks}
         self.got, self.written = {}, {}
         for rank, part in self.parts.items():
             self.got[rank] = {p.name: np.zeros(p.shape, np.int64) for p in part.allocate}
-            self.written[rank] = {p.name: np.zeros(p.rows, int) for p in part.allocate}
+            for alias in part.aliases:
+                assert alias.destination.name not in self.got[rank]
+                self.got[rank][alias.destination.name] = rows_of(self.have[rank], alias.source)
+            # What is already there needs no writing.
+            self.written[rank] = {
+                name: (array.reshape(len(array), -1) > 0).all(axis=1).astype(int)
+                for name, array in self.got[rank].items()
+            }
 
     def run(self):
         for rank, part in self.parts.items():
@@ -53,10 +70,6 @@ class Simulation:
                 assert values.size * self.plan.itemsize == pull.nbytes
                 rows_of(self.got[rank], pull.destination)[:] = values
                 self._mark(rank, pull.destination)
-        for rank, part in self.parts.items():
-            for alias in part.aliases:
-                assert alias.destination.name not in self.got[rank]
-                self.got[rank][alias.destination.name] = rows_of(self.have[rank], alias.source)
         return self.got
 
     def _move(self, rank, source, destination, move: Move):
@@ -122,16 +135,21 @@ def check(plan):
         absent = _absent_bytes(plan)
         assert {rank: plan.traffic(rank)[1] for rank in absent} == absent
     _check_extra(plan, simulation.parts)
+    for rank in plan.source.ranks:
+        coord, dp = plan.source.coord_of(rank), plan.source.layout.dp
+        arrays = storages(plan.spec, plan.source.layout, coord).values()
+        chunks = ((array, -(-len(array) // dp)) for array in arrays)
+        lacking = sum(a.size - a[coord.d * n : (coord.d + 1) * n].size for a, n in chunks)
+        assert plan.gather_bytes[rank] == lacking * plan.itemsize
 
 
 def _absent_bytes(plan):
     """Bytes of each rank's destination weights that no storage of it holds before the switch."""
     absent = {}
     for rank in plan.destination.ranks:
-        have = np.zeros(1, np.int64)
-        if rank in plan.source:
-            own = storages(plan.spec, plan.source.layout, plan.source.coord_of(rank)).values()
-            have = np.concatenate([array.ravel() for array in own])
+        have = np.concatenate(
+            [np.zeros(1, np.int64), *(array.ravel() for array in held(plan, rank).values())]
+        )
         wanted = storages(plan.spec, plan.destination.layout, plan.destination.coord_of(rank)).values()
         absent[rank] = sum(int(((w != 0) & ~np.isin(w, have)).sum()) for w in wanted) * plan.itemsize
     return absent
@@ -163,10 +181,10 @@ def switches(draw, max_world=8):
     return spec, sides[0], sides[1], cluster
 
 
-@given(switches(), st.sampled_from(STRATEGIES), st.sampled_from([1, 2, 4]), st.data())
-@settings(max_examples=150)
-def test_every_destination_row_arrives_once(switch, strategy, itemsize, data):
-    limits = {}
+@given(switches(), st.sampled_from(STRATEGIES), st.sampled_from([1, 2, 4]), st.booleans(), st.data())
+@settings(max_examples=200)
+def test_every_destination_row_arrives_once(switch, strategy, itemsize, zero, data):
+    limits = {"zero": zero}
     if strategy == "planned":
         limits["staging_bytes"] = data.draw(st.sampled_from([0, 100, 1 << 20]))
         limits["direct_bytes"] = data.draw(st.sampled_from([0, 40, 1 << 20]))
@@ -270,6 +288,32 @@ def test_gather_all_receives_every_whole_tensor():
     plan = published_plan("350m", (1, 4, 1), (2, 2, 1), strategy="gather-all")
     total = plan.spec.parameters * 2
     assert plan.bytes_received == 4 * total - total
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "awaited"),
+    [
+        # Rows of a tensor rank are those that a replica stepped, but for norms, which every tensor rank has.
+        ((1, 1, 4), (4, 1, 1), 0.0),
+        ((2, 2, 2), (4, 2, 1), 0.0),
+        # Of half of the layers, a replica stepped half of the rows.
+        ((1, 1, 2), (1, 2, 1), 0.5),
+        ((1, 2, 2), (1, 4, 1), 0.5),
+        # Of a quarter of all rows, a rank stepped those of its half of the layers, and these are half.
+        ((1, 2, 2), (4, 1, 1), 0.5),
+    ],
+)
+def test_bytes_out_of_zero_shards(source, destination, awaited):
+    """Shares of what a rank needs that arrive before it generates."""
+    shards = published_plan("7b", source, destination, zero=True)
+    gathered = published_plan("7b", source, destination)
+    assert 1 - shards.local_share == pytest.approx(awaited, abs=0.001)
+    assert gathered.bytes_received <= shards.bytes_received
+    total = sum(gathered.gather_bytes.values()) + gathered.bytes_received
+    assert shards.bytes_received < total
+    # What is gathered later has its place: no more memory than from gathered weights.
+    views = [sum(len(plan.for_rank(r).aliases) for r in plan.ranks) for plan in (shards, gathered)]
+    assert views[0] == views[1]
 
 
 def test_senders_share_the_work():
