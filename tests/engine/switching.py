@@ -59,6 +59,7 @@ class Case:
     small: bool = False  # many buckets, everything packed
     dtype: torch.dtype = torch.float32
     transport: Literal["messages", "peer"] = "messages"
+    zero: bool = False  # other replicas' rows are not there yet
 
     def plan(self) -> SwitchPlan:
         spec = SPECS[self.spec]
@@ -73,6 +74,7 @@ class Case:
             itemsize=self.dtype.itemsize,
             staging_bytes=4096 if self.small else MIB,
             bucket_bytes=6000 if self.small else None,
+            zero=self.zero,
         )
 
 
@@ -94,6 +96,20 @@ def filled(decoder: Decoder | None, seed: int) -> None:
         fill(decoder, lambda name: random_tensor(tensors[name], seed, torch.device("cpu")) + 0.01)
 
 
+@torch.no_grad()
+def forget_others(decoder: Decoder | None) -> None:
+    """Spoil the rows that another replica steps, but not padding."""
+    if decoder is None:
+        return
+    dp, d = decoder.layout.dp, decoder.coord.d
+    for storage in decoder.storages:
+        chunk = -(-storage.rows // dp)
+        weight = decoder.get_parameter(storage.name)
+        for other in set(range(dp)) - {d}:
+            for piece in storage.clip(other * chunk, (other + 1) * chunk):
+                weight[piece.start : piece.stop] = -3.0
+
+
 def peak_memory(events) -> int:
     """Largest sum of bytes allocated and not yet freed, from the profiler's own record."""
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
@@ -111,16 +127,20 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
     for seed in (1, 2):
         filled(source, seed)
         filled(expected, seed)
+        if plan.zero:
+            forget_others(source)
         if measure and seed == 2:
             with profile(profile_memory=True) as profiler:
                 switcher.fill()
             wrong += extra(switcher, peak_memory(profiler.profiler.kineto_results.events()))
         else:
             switcher.fill()
-        switcher.verify()
         if destination is not None and expected is not None:
             wrong += [f"{what}, fill {seed}" for what in differences(destination, expected)]
             wrong += aliases(case, switcher, source, destination)
+        if plan.zero:
+            filled(source, seed)  # as a gather does, which leaves what is there as it is
+        switcher.verify()
         own = [] if source is None else [p.untyped_storage().data_ptr() for p in source.parameters()]
         made = [] if destination is None else [p.untyped_storage() for p in destination.parameters()]
         gone = [StorageWeakRef(storage) for storage in made if storage.data_ptr() not in own]

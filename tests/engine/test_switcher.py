@@ -38,6 +38,7 @@ def covering() -> list[Case]:
         Case(spec, *pair, last=last, small=small, dtype=torch.bfloat16 if number % 5 == 4 else torch.float32)
         for number, (pair, spec, last, small) in enumerate(turns)
     ]
+    cases += [replace(case, zero=True) for case in cases if case.source[2] > 1]
     cases += [replace(case, transport="peer", small=False) for case in cases]
     turns = zip(CI_PAIRS, cycle(SPECS), range(12), strict=False)
     for pair, spec, number in turns:
@@ -55,6 +56,8 @@ def test_extra_memory_is_what_the_plan_says():
         Case("lm", (1, 4, 1), (2, 2, 1), small=True),
         Case("tied", (2, 2, 1), (1, 3, 2)),
         Case("tied", (2, 2, 1), (1, 3, 2), transport="peer"),
+        Case("tied", (1, 2, 3), (2, 1, 2), zero=True),
+        Case("lm", (1, 2, 2), (4, 1, 1), zero=True, transport="peer"),
         Case("lm", (2, 1, 2), (4, 2, 1), "fixed-order"),
         Case("value", (1, 4, 1), (4, 1, 1), "gather-all"),
     ]
