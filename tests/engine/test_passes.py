@@ -105,18 +105,45 @@ def test_a_batch_that_does_not_fit_is_told_what_does(tmp_path: Path, monkeypatch
     cache.start((2,), 11, params)
     assert cache.cache is not None
     free = cache.cache.k.nbytes + cache.cache.v.nbytes  # room for two of the longest
-    monkeypatch.setattr(engine_passes, "cache_memory", lambda _: free)
+    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: free)
     with pytest.raises(UserError, match=r"for 3 sequences of 11 tokens .*: 2 of a replica's sequences do;"):
         generate(decoder, prompts, params)
     assert len(generate(decoder, prompts[:2], params)) == 2
-    monkeypatch.setattr(engine_passes, "cache_memory", lambda _: free - 1)
+    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: free - 1)
     with pytest.raises(UserError, match=r": 1 of a replica's sequences do;"):
         generate(decoder, prompts[:2], params)
 
 
+@pytest.mark.parametrize("lends", [True, False])
+def test_unused_memory_is_given_back_where_torch_cannot_use_it(
+    lends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device of 1000 bytes: 300 hold tensors, 500 are kept by torch, 200 are free."""
+    kept = [500]
+
+    def empty() -> None:
+        kept.append(0)
+
+    monkeypatch.setattr(engine_passes, "lends_pages", lambda: lends)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300 + kept[-1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700 - kept[-1], 1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    device = torch.device("cuda", 0)
+    most = int(700 - 1000 * engine_passes.KEPT_FREE)
+    for enough, gives_back in ((1, not lends), (most, not lends), (most + 1, True)):
+        kept[:] = [500]
+        assert engine_passes.cache_memory(device, enough) == most
+        assert (kept[-1] == 0) == gives_back
+    kept[:] = [0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 1000))  # others have taken the rest
+    assert engine_passes.cache_memory(device, 1) == 0
+
+
 def test_buckets_hold_their_rows() -> None:
     sizes = [bucket(rows) for rows in range(1, 1025)]
-    assert sizes[:17] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 24]
-    assert all(rows <= size <= max(rows + 7, rows * 9 // 8) for rows, size in enumerate(sizes, 1))
+    assert sizes[:17] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 32]
+    assert all(rows <= size < 2 * rows for rows, size in enumerate(sizes, 1))
+    assert all(size <= rows * 5 // 4 for rows, size in enumerate(sizes[256:], 257))
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) < 48
+    assert len(set(sizes)) == 17
