@@ -82,14 +82,18 @@ part_save() {
 part_layouts() {
     local half=$((gpus / 2)) layout
     for layout in "$gpus,1,1" "$half,2,1" "1,$gpus,1" "1,1,$gpus"; do
-        bench layouts.log 60 "generate on $layout" generate --layout "$layout" --batches 128 --modes graphs --out "$rows"
+        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --batches 128 --modes graphs \
+            --lengths fixed exponential --repeats 3 --out "$rows"
     done
 }
 
 part_single() {
     on 0 bench train.log 200 "7B, gradients summed" train --out "$rows" &
     [ "$gpus" -lt 2 ] && wait
-    on 1 bench generate.log 240 "generate 7B" generate --batches 32,64,128,256 --out "$rows" &
+    {
+        on 1 bench generate.log 240 "generate 7B" generate --out "$rows"
+        on 1 bench generate.log 90 "early stop" generate --batches 128 --modes graphs --lengths exponential --repeats 3 --out "$rows"
+    } &
     [ "$gpus" -lt 3 ] && wait
     on 2 bench adamw.log 200 "7B with AdamW" train --optimizer --modes compile --repeats 3 --out "$rows" &
     wait

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import statistics
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +17,44 @@ from safetensors import safe_open
 from torch import Tensor
 
 from puzzle.bench import device
-from puzzle.bench.texts import mean_loss, microbatches
-from puzzle.bench.train import DTYPES, read_layout
-from puzzle.cli import Parser
+from puzzle.bench.arguments import LayoutBench, parser
+from puzzle.bench.texts import mean_loss, random_batches
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
-from puzzle.model.weights import initialise
 from puzzle.plan import manifest
-from puzzle.plan.layout import Layout, Placement
-from puzzle.spec.published import PUBLISHED, published
 
 
-@dataclass(frozen=True)
-class CheckpointBench:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBench(LayoutBench):
     """What is measured; checkpoints are written to, and removed from, a new `folder`."""
 
     folder: Path
-    model: str
-    layers: int
-    layout: tuple[int, int, int]
     rows: int
     length: int
     microbatches: int
     recompute: bool
     saves: int
     repeats: int
-    dtype: str
-    device: str
-    out: Path | None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start the processes of the layout."""
-    parser = Parser(
-        "puzzle bench checkpoint", description="Time training steps while a checkpoint is written."
+    options = "model layers layout rows length microbatches recompute repeats"
+    made = parser(
+        "checkpoint", "Time training steps while a checkpoint is written.", options, model="350m", repeats=9
     )
-    parser.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to be measured")
-    parser.add_argument("--model", default="350m", choices=sorted(PUBLISHED), help="published size")
-    parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
-    parser.add_argument("--layout", default="1,1,1", metavar="TP,PP,DP")
-    parser.add_argument("--rows", type=int, default=4, help="sequences of a micro-batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--microbatches", type=int, default=4, metavar="M", help="per replica and step")
-    parser.add_argument("--recompute", action="store_true", help="keep only layer inputs for the backward")
-    parser.add_argument("--saves", type=int, default=3, metavar="K", help="checkpoints after the first one")
-    parser.add_argument("--repeats", type=int, default=9, metavar="K", help="steps without a save")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add the result to FILE, one JSON per line")
-    given = vars(parser.parse_args(arguments))
-    given["layout"] = read_layout(given["layout"])
-    bench = CheckpointBench(**given)
+    made.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to be measured")
+    made.add_argument("--saves", type=int, default=3, metavar="K", help="checkpoints after the first one")
+    bench = CheckpointBench(**vars(made.parse_args(arguments)))
     if bench.folder.exists():
         raise UserError(f"--folder {bench.folder}: exists already; name a new one, it will be removed")
     if min(bench.saves, bench.repeats) < 1:
         raise UserError("--saves and --repeats: at least 1")
-    tp, pp, dp = bench.layout
-    local.run("puzzle.bench.checkpoint:work", (bench,), tp * pp * dp)
+    local.run("puzzle.bench.checkpoint:work", (bench,), math.prod(bench.layout))
     return 0
 
 
@@ -92,16 +69,9 @@ def work(bench: CheckpointBench) -> None:
 
 def measured(bench: CheckpointBench, world: World) -> dict[str, Any]:
     """Seconds of steps alone and during saves, and what the saves took."""
-    spec = published(bench.model)
-    spec = replace(spec, num_layers=bench.layers or spec.num_layers)
-    placement = Placement.default(Layout.even(*bench.layout, spec.num_layers))
-    runtime = ModelRuntime("model", spec, placement, world, DTYPES[bench.dtype], bench.recompute)
-    initialise(runtime.decoder, 0)
+    runtime = bench.runtime(world, bench.recompute)
     runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-4))
-    count = bench.rows * bench.microbatches * placement.layout.dp
-    generator = torch.Generator().manual_seed(1)
-    texts = torch.randint(0, spec.vocab_size, (count, bench.length), generator=generator).tolist()
-    batches = microbatches(runtime, texts, bench.rows)
+    count, batches = random_batches(runtime, bench.microbatches, bench.rows, bench.length)
     loss = mean_loss(runtime, batches, count * (bench.length - 1))
 
     def step() -> None:
@@ -189,17 +159,13 @@ def fingerprints(runtime: ModelRuntime) -> dict[str, int]:
 
 
 def _report(bench: CheckpointBench, row: dict[str, Any]) -> None:
-    tp, pp, dp = bench.layout
     alone, during, size = row["alone_median_s"], row["during_median_s"], row["bytes"] / 1e9
     print(
-        f"{bench.model} tp{tp} pp{pp} dp{dp} {bench.dtype}, {size:.2f} GB in {row['save_s']:.2f} s:"
+        f"{bench.title} {bench.dtype}, {size:.2f} GB in {row['save_s']:.2f} s:"
         f" step {alone * 1e3:.1f} ms alone, {during * 1e3:.1f} ms during a save"
         f" ({row['ratio']:.3f}x; the step that begins one {row['first_step_ratio']:.3f}x, "
         f"{len(row['during_s'])} steps); the call {row['call_s'] * 1e3:.1f} ms, "
         f"the first one {row['first_call_s'] * 1e3:.1f} ms",
         flush=True,
     )
-    if bench.out is not None:
-        with bench.out.open("a") as file:
-            settings = {**asdict(bench), "out": None, "folder": str(bench.folder)}
-            file.write(json.dumps({"bench": "checkpoint", **settings, **row}) + "\n")
+    bench.leave("checkpoint", row)

@@ -6,9 +6,10 @@ Costs come from the runs one after the other alone; what they let expect of one 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,8 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from puzzle.bench import device
-from puzzle.bench.texts import mean_loss, mean_square_value, microbatches, token_logprobs
-from puzzle.bench.train import DTYPES, read_layout
-from puzzle.cli import Parser
+from puzzle.bench.arguments import DTYPES, Bench, parser
+from puzzle.bench.texts import mean_loss, mean_square_value, random_batches, token_logprobs
 from puzzle.cli.plan_switch import model_spec
 from puzzle.engine.fusion import Pass, Stream
 from puzzle.engine.optimizer import AdamWSettings
@@ -30,7 +30,6 @@ from puzzle.engine.tracing import Clock, gathered
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
-from puzzle.model.packing import PackedBatch
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.measured import measured_costs
@@ -48,24 +47,21 @@ STAGES: dict[Stage, tuple[str, ...]] = {
 Way = Callable[[Sequence[Pass]], list[StageResult]]
 
 
-@dataclass(frozen=True)
-class FuseBench:
+@dataclass(frozen=True, kw_only=True)
+class FuseBench(Bench):
     """What is measured; `layers` 0 keeps the models' own numbers."""
 
     actor: str
     critic: str
     layers: int
     layout: tuple[int, int, int]
-    stages: tuple[Stage, ...]
-    microbatches: tuple[int, ...]
+    stages: Sequence[Stage]
+    microbatches: Sequence[int]
     rows: int
     length: int
     order: Literal["sequential", "alternating"]
     repeats: int
     compile: bool
-    dtype: str
-    device: str
-    out: Path | None
     traces: Path | None
     traced: int
 
@@ -79,30 +75,25 @@ class FuseBench:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start the processes of the layout."""
-    parser = Parser("puzzle bench fuse", description="Time several models in one pipeline.")
-    parser.add_argument("--actor", default="7b", help="published size or Hugging Face folder; also reference")
-    parser.add_argument("--critic", default="7b", help="the same for critic and reward model")
-    parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
-    parser.add_argument("--layout", default="1,4,1", metavar="TP,PP,DP")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M")
-    parser.add_argument("--rows", type=int, default=2, help="sequences of a micro-batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
-    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="pairs of runs")
-    parser.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="leave Perfetto traces there")
-    parser.add_argument("--traced", type=int, default=8, metavar="M", help="micro-batches of the traces")
-    given = vars(parser.parse_args(arguments))
-    given["layout"] = read_layout(given["layout"])
-    given["stages"], given["microbatches"] = tuple(given["stages"]), tuple(given["microbatches"])
-    bench = FuseBench(**given)
+    made = parser(
+        "fuse",
+        "Time several models in one pipeline; repeats are pairs of runs.",
+        "layers layout rows length repeats",
+        layout=(1, 4, 1),
+        rows=2,
+    )
+    made.add_argument("--actor", default="7b", help="published size or Hugging Face folder; also reference")
+    made.add_argument("--critic", default="7b", help="the same for critic and reward model")
+    made.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    made.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M")
+    made.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
+    made.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
+    made.add_argument("--traces", type=Path, metavar="DIR", help="leave Perfetto traces there")
+    made.add_argument("--traced", type=int, default=8, metavar="M", help="micro-batches of the traces")
+    bench = FuseBench(**vars(made.parse_args(arguments)))
     if bench.repeats < 2 or min(bench.microbatches) < 1:
         raise UserError("--repeats must be at least 2 (the spread is reported), --microbatches at least 1")
-    local.run("puzzle.bench.fuse:work", (bench,), bench.layout[0] * bench.layout[1] * bench.layout[2])
+    local.run("puzzle.bench.fuse:work", (bench,), math.prod(bench.layout))
     return 0
 
 
@@ -127,7 +118,11 @@ class Team:
         device.reset_peak(world.device)
         wanted = sorted({role for stage in bench.stages for role in STAGES[stage]})
         self.models = {role: self._model(role) for role in wanted}
-        self.batches = {role: self._batches(model) for role, model in self.models.items()}
+        most = max(bench.microbatches)
+        self.batches = {
+            role: random_batches(model, most, bench.rows, bench.length)[1]
+            for role, model in self.models.items()
+        }
         self.placement = next(iter(self.models.values())).placement
 
     def _model(self, role: str) -> ModelRuntime:
@@ -142,12 +137,6 @@ class Team:
         if self.bench.compile:
             runtime.decoder.compile_layers()
         return runtime
-
-    def _batches(self, model: ModelRuntime) -> list[PackedBatch]:
-        count = max(self.bench.microbatches) * self.bench.rows * model.placement.layout.dp
-        draw = torch.Generator().manual_seed(1)
-        texts = torch.randint(0, model.spec.vocab_size, (count, self.bench.length), generator=draw)
-        return microbatches(model, texts.tolist(), self.bench.rows)
 
     def _pass(self, stage: Stage, role: str, count: int) -> Pass:
         model, batches = self.models[role], self.batches[role][:count]
@@ -208,7 +197,6 @@ class Team:
             shown = {base: timelines[-1], fused: gathered(self.world, spans[fused][-1])}
             self._leave(self.bench.traces, stage, shown, expected)
         return {
-            "bench": "fuse",
             "stage": stage,
             "models": [f"{role} {model.spec.num_layers} layers" for role, model in self._of(stage).items()],
             "microbatches": count,
@@ -324,7 +312,4 @@ def _report(bench: FuseBench, row: dict[str, Any]) -> None:
         f"   {row['saved_s'] * 1e3:7.1f} ({low_high[0]:.1f} to {low_high[1]:.1f})   {reached}   {mfu}{other}",
         flush=True,
     )
-    if bench.out is not None:
-        settings = {**asdict(bench), "out": None, "traces": None}
-        with bench.out.open("a") as file:
-            file.write(json.dumps({**row, "settings": settings}) + "\n")
+    bench.leave("fuse", row)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import footprint
-from puzzle.bench.train import read_layout
 from puzzle.cli import Parser
+from puzzle.cli.plan_switch import triple
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, merge, parse_overrides
 from puzzle.errors import UserError
@@ -62,12 +62,15 @@ def run(arguments: Sequence[str]) -> int:
         epilog="Every key of the configuration is an option, --section.key VALUE, as of puzzle train.",
         allow_abbrev=False,
     )
-    parser.add_argument("--layouts", nargs="+", default=["1,1,1"], metavar="TP,PP,DP")
+    parser.add_argument("--layouts", nargs="+", type=triple, default=[(1, 1, 1)], metavar="TP,PP,DP")
     parser.add_argument("--models", nargs=2, default=["7b", "350m"], metavar=("ACTOR", "CRITIC"))
     parser.add_argument("--layers", type=int, metavar="N", help="keep N decoder layers of each model only")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for logs and memory.jsonl")
     options, overrides = parser.parse_known_args(arguments)
-    configs = {text: configured(text, options.models, options.layers, overrides) for text in options.layouts}
+    configs = {
+        ",".join(map(str, layout)): configured(layout, options.models, options.layers, overrides)
+        for layout in options.layouts
+    }
     for config in configs.values():
         check(config)
     good = True
@@ -88,10 +91,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def configured(
-    layout: str, models: Sequence[str], layers: int | None, overrides: Sequence[str]
+    layout: tuple[int, int, int], models: Sequence[str], layers: int | None, overrides: Sequence[str]
 ) -> TrainConfig:
     """The run of one layout; `overrides` are options of the command line and win."""
-    tp, pp, dp = read_layout(layout)
+    tp, pp, dp = layout
     actor, critic = ({"init": {"preset": name}, "layers": layers} for name in models)
     named = {"actor": actor, "critic": critic, "reward": critic, "layout": {"tp": tp, "pp": pp, "dp": dp}}
 

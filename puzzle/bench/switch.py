@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puzzle.bench import device
-from puzzle.cli import Parser
-from puzzle.cli.plan_switch import model_spec, triple
+from puzzle.bench.arguments import DTYPES, ModelBench, parser
+from puzzle.cli.plan_switch import triple
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.switcher import Switcher, lends_pages
 from puzzle.engine.transports import LANES, Unreachable, open_peers
@@ -33,7 +31,6 @@ from puzzle.plan.switch import MIB, SwitchPlan, Transport, plan_switch
 from puzzle.plan.switch_route import STRATEGIES, Strategy
 
 Pair = tuple[tuple[int, int, int], tuple[int, int, int]]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = 60.0  # no rank waits longer for another
 
 
@@ -43,38 +40,25 @@ WAYS: tuple[tuple[Strategy, Transport], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class SwitchBench:
+@dataclass(frozen=True, kw_only=True)
+class SwitchBench(ModelBench):
     """What is measured; `pairs` are (tp, pp, dp) before and after."""
 
-    pairs: tuple[Pair, ...]
-    model: str
-    layers: int
+    pairs: Sequence[Pair]
     repeats: int
     staging_bytes: int
     rate_bytes: int
     gpus_per_node: int | None
-    dtype: str
-    device: str
-    out: Path | None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start as many processes as the layouts have."""
-    parser = Parser("puzzle bench switch", description="Time switches of a model's layout.")
-    parser.add_argument("--pairs", nargs="+", type=_pair, required=True, metavar="TP,PP,DP:TP,PP,DP")
-    parser.add_argument("--model", default="7b", help="published size or Hugging Face folder")
-    parser.add_argument("--layers", type=int, default=0, metavar="N", help="keep N decoder layers only")
-    parser.add_argument("--repeats", type=int, default=7, metavar="K", help="the median of K is reported")
-    parser.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
-    parser.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
-    parser.add_argument("--gpus-per-node", type=int, default=None, metavar="N")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add the results to FILE, one JSON per line")
-    given = vars(parser.parse_args(arguments))
-    given["pairs"] = tuple(given["pairs"])
-    bench = SwitchBench(**given)
+    made = parser("switch", "Time switches of a model's layout.", "model layers repeats", repeats=7)
+    made.add_argument("--pairs", nargs="+", type=_pair, required=True, metavar="TP,PP,DP:TP,PP,DP")
+    made.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
+    made.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
+    made.add_argument("--gpus-per-node", type=int, default=None, metavar="N")
+    bench = SwitchBench(**vars(made.parse_args(arguments)))
     worlds = {tp * pp * dp for pair in bench.pairs for tp, pp, dp in pair}
     if len(worlds) > 1:
         raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
@@ -161,8 +145,7 @@ class _Subject:
 
     def __init__(self, bench: SwitchBench, pair: Pair, world: World) -> None:
         self.bench, self.pair, self.world = bench, pair, world
-        spec = model_spec(bench.model)
-        self.spec = replace(spec, num_layers=bench.layers or spec.num_layers)
+        self.spec = bench.spec
         self.sides = [Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair]
         self.runtime = ModelRuntime("source", self.spec, self.sides[0], world, DTYPES[bench.dtype])
         self.runtime.freeze()
@@ -197,13 +180,9 @@ class _Subject:
         planning = time.perf_counter() - start
         rate = rates["link_bytes_per_second"]
         row = {
-            "bench": "switch",
             "way": strategy if transport == "messages" else f"{strategy}, {transport}",
             "from": self.pair[0],
             "to": self.pair[1],
-            "model": self.bench.model,
-            "layers": plan.spec.num_layers,
-            "dtype": self.bench.dtype,
             "strategy": plan.strategy,
             "transport": transport,
             "lanes": LANES,
@@ -217,8 +196,6 @@ class _Subject:
             "least_floor_seconds": self.least / rate,
             "planning_seconds": planning,
             "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE"),
-            "repeats": self.bench.repeats,
-            "staging_bytes": self.bench.staging_bytes,
             "hash": plan.hash,
         }
         try:
@@ -226,7 +203,7 @@ class _Subject:
         except UserError as error:
             row["error"] = str(error)
         _tidy(self.world)
-        return row | device.facts(self.world)
+        return row | {"where": device.facts(self.world)}
 
     def _measured(self, plan: SwitchPlan, transport: Transport) -> dict[str, Any]:
         """Seconds as PPO needs them, then with memory that is given back to the device after each switch;
@@ -306,6 +283,4 @@ def _report(bench: SwitchBench, row: dict[str, Any]) -> None:
         seconds = [row[f"{kind}_seconds"] for kind in ("kept", "kept_drop", "fresh", "fresh_drop")]
         times = " ".join(f"{1e3 * value:8.2f}" for value in (*seconds, floor))
         print(f"{line} {times} {ratio} {sizes} {equal:>5}", flush=True)
-    if bench.out is not None:
-        with bench.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    bench.leave("switch", row)

@@ -27,6 +27,16 @@ def microbatches(runtime: ModelRuntime, texts: Sequence[Sequence[int]], per_pass
     return [pack(mine[i : i + per_pass], tp, device) for i in range(0, len(mine), per_pass)]
 
 
+def random_batches(
+    runtime: ModelRuntime, count: int, rows: int, length: int
+) -> tuple[int, list[PackedBatch]]:
+    """`count` micro-batches of `rows` random texts; and how many texts all replicas have together."""
+    total = count * rows * runtime.placement.layout.dp
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(0, runtime.spec.vocab_size, (total, length), generator=generator)
+    return total, microbatches(runtime, texts.tolist(), rows)
+
+
 def token_logprobs(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> Finish:
     """Log-probabilities of every next token of a micro-batch."""
     wanted = [next_tokens(batch) for batch in batches]

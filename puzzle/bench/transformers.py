@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from puzzle.bench import device
-from puzzle.bench.train import DTYPES
-from puzzle.cli import Parser
+from puzzle.bench.arguments import DTYPES, Bench, parser
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.passes import StagePasses
 from puzzle.engine.sampling import SamplingParams
@@ -24,36 +23,45 @@ from puzzle.model.parallel import TensorGroup
 from puzzle.plan.layout import Coord, Layout
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformersBench(Bench):
+    """What is measured."""
+
+    model: Path
+    batch: int
+    prompt: int
+    ragged: bool
+    new: int
+    repeats: int
+
+
 def run(arguments: Sequence[str]) -> int:
     """Time both, run by run in turn; greedy, a fixed number of new tokens."""
-    parser = Parser("puzzle bench transformers", description=__doc__)
-    parser.add_argument("model", type=Path, help="Hugging Face model folder")
-    parser.add_argument("--batch", type=int, default=8, help="prompts")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of the longest prompt")
-    parser.add_argument("--ragged", action="store_true", help="prompts of half to all of these tokens")
-    parser.add_argument("--new", type=int, default=64, help="new tokens of every sequence")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
-    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add the result to FILE, one line of JSON")
-    given = parser.parse_args(arguments)
-    world = World.start(given.device)
-    spec = hf.read_spec(given.model, "lm")
-    prompts = _prompts(given.batch, given.prompt, given.ragged, spec.vocab_size)
+    made = parser("transformers", "Time generation beside transformers' own.", "repeats", dtype="fp32")
+    made.add_argument("model", type=Path, help="Hugging Face model folder")
+    made.add_argument("--batch", type=int, default=8, help="prompts")
+    made.add_argument("--prompt", type=int, default=32, help="tokens of the longest prompt")
+    made.add_argument("--ragged", action="store_true", help="prompts of half to all of these tokens")
+    made.add_argument("--new", type=int, default=64, help="new tokens of every sequence")
+    bench = TransformersBench(**vars(made.parse_args(arguments)))
+    world = World.start(bench.device)
+    spec = hf.read_spec(bench.model, "lm")
+    prompts = _prompts(bench.batch, bench.prompt, bench.ragged, spec.vocab_size)
     runs = {
-        "puzzle": _ours(given.model, prompts, given.new, DTYPES[given.dtype], world),
-        "transformers": _theirs(given.model, prompts, given.new, DTYPES[given.dtype], world),
+        "puzzle": _ours(bench, prompts, world),
+        "transformers": _theirs(bench, prompts, world),
     }
     answers = {name: answer() for name, answer in runs.items()}  # warm-up
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(given.repeats):
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(bench.repeats):
         for name, answer in runs.items():
-            world.synchronize()
-            start = time.perf_counter()
-            answer()
-            world.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    _report(given, seconds, answers, device.facts(world) | {"threads": torch.get_num_threads()})
+            used = time.process_time()
+            seconds[name] += device.measure(world, answer, 1)
+            cpu[name].append(time.process_time() - used)
+    row = _row(bench, seconds, cpu, answers)
+    _report(bench, row)
+    bench.leave("transformers", row | {"where": device.facts(world) | {"threads": torch.get_num_threads()}})
     return 0
 
 
@@ -67,26 +75,32 @@ def _prompts(count: int, longest: int, ragged: bool, vocabulary: int) -> list[li
 Answer = Callable[[], list[list[int]]]
 
 
-def _ours(folder: Path, prompts: list[list[int]], new: int, dtype: torch.dtype, world: World) -> Answer:
-    spec = hf.read_spec(folder, "lm")
+def _ours(bench: TransformersBench, prompts: list[list[int]], world: World) -> Answer:
+    spec = hf.read_spec(bench.model, "lm")
     layout = Layout.even(1, 1, 1, spec.num_layers)
-    decoder = Decoder(spec, layout, Coord(0, 0, 0), TensorGroup(), dtype, world.device)
-    hf.load(decoder, folder)
+    decoder = Decoder(spec, layout, Coord(0, 0, 0), TensorGroup(), DTYPES[bench.dtype], world.device)
+    hf.load(decoder, bench.model)
     decoder.requires_grad_(False)
     passes = StagePasses(decoder)
     requests = [Request(prompt, row) for row, prompt in enumerate(prompts)]
-    params = SamplingParams(greedy=True, min_new_tokens=new, max_new_tokens=new)
+    params = SamplingParams(greedy=True, min_new_tokens=bench.new, max_new_tokens=bench.new)
     return lambda: [answer.tokens for answer in generate(decoder, requests, params, passes=passes)]
 
 
-def _theirs(folder: Path, prompts: list[list[int]], new: int, dtype: torch.dtype, world: World) -> Answer:
+def _theirs(bench: TransformersBench, prompts: list[list[int]], world: World) -> Answer:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(world.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(bench.model, dtype=DTYPES[bench.dtype])
+    model = model.to(world.device).eval()
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=world.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=world.device)
-    options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+    options = {
+        "do_sample": False,
+        "min_new_tokens": bench.new,
+        "max_new_tokens": bench.new,
+        "pad_token_id": 0,
+    }
     # Its own generation settings stop at end-of-text tokens: with min_new_tokens it masks them, we have none.
     options["eos_token_id"] = None
 
@@ -97,23 +111,34 @@ def _theirs(folder: Path, prompts: list[list[int]], new: int, dtype: torch.dtype
     return answer
 
 
-def _report(
-    given: Any, seconds: dict[str, list[float]], answers: dict[str, list[list[int]]], where: dict[str, Any]
-) -> None:
-    tokens = given.batch * given.new
+def _row(
+    bench: TransformersBench,
+    seconds: dict[str, list[float]],
+    cpu: dict[str, list[float]],
+    answers: dict[str, list[list[int]]],
+) -> dict[str, Any]:
+    tokens = bench.batch * bench.new
     rates = {name: tokens / median(times) for name, times in seconds.items()}
-    faster = rates["puzzle"] / rates["transformers"]
     same = sum(a == b for a, b in zip(answers["puzzle"], answers["transformers"], strict=True))
-    lengths = f"{given.prompt}{' ragged' if given.ragged else ''}+{given.new}"
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "tokens_per_s": rates,
+        "faster": rates["puzzle"] / rates["transformers"],
+        "cpu_ratio": median(cpu["transformers"]) / median(cpu["puzzle"]),
+        "equal_responses": same,
+    }
+
+
+def _report(bench: TransformersBench, row: dict[str, Any]) -> None:
+    lengths = f"{bench.prompt}{' ragged' if bench.ragged else ''}+{bench.new}"
+    arms = "  ".join(
+        f"{name} {rate:.1f} tokens/s ({median(row['seconds'][name]):.2f} s, CPU"
+        f" {median(row['cpu_seconds'][name]):.2f} s)"
+        for name, rate in row["tokens_per_s"].items()
+    )
     print(
-        f"{given.model.name}  batch {given.batch}  {lengths}  {given.dtype}"
-        f"  puzzle {rates['puzzle']:.1f} tokens/s  transformers {rates['transformers']:.1f}"
-        f"  {faster:.2f} x  equal responses {same} of {given.batch}",
+        f"{bench.model.name}  batch {bench.batch}  {lengths}  {bench.dtype}  {arms}  {row['faster']:.2f} x"
+        f" (CPU {row['cpu_ratio']:.2f} x)  equal responses {row['equal_responses']} of {bench.batch}",
         flush=True,
     )
-    if given.out is not None:
-        settings = {name: getattr(given, name) for name in ("batch", "prompt", "ragged", "new", "dtype")}
-        row = {"bench": "transformers", "model": given.model.name, **settings, "seconds": seconds}
-        row |= {"tokens_per_s": rates, "faster": faster, "equal_responses": same, "where": where}
-        with given.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")

@@ -47,6 +47,21 @@ def test_generation_counts_every_token(tmp_path: Path) -> None:
         assert row["decode_floor_s"] > 0
 
 
+def test_early_stop_draws_what_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = ["--batches", "5", "--prompt", "4", "--new", "8", "--repeats", "1", "--modes", "eager"]
+    assert main(["bench", "generate", *SMALL, *options, "--lengths", "exponential", "--out", str(out)]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    early, whole = row["arms"]["early stop"], row["arms"]["to the end"]
+    assert 5 < row["tokens"] < 5 * 8
+    assert early["useful_share"] == 1  # on a CPU nothing is decoded late
+    assert whole["useful_share"] == pytest.approx(row["tokens"] / (5 * 8))
+    for arm in (early, whole):
+        assert len(arm["seconds"]) == 1
+        assert arm["tokens_per_s"] == pytest.approx(row["tokens"] / arm["median_s"])
+    assert row["saved_s"] == pytest.approx(whole["median_s"] - early["median_s"])
+
+
 def test_steps_go_on_during_a_save_that_holds_what_was_there(tmp_path: Path) -> None:
     out, folder = tmp_path / "rows.jsonl", tmp_path / "saved"
     options = ["--rows", "1", "--length", "4", "--microbatches", "1", "--repeats", "1", "--saves", "1"]

@@ -37,12 +37,12 @@ def words(**changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        ("1,1,1", {"dtype": "fp32"}),
-        ("1,2,1", {"generation__layout__tp": 2, "generation__layout__pp": 1}),
-        ("1,1,1", {"offload__optimizer": True, "offload__reference": True, "offload__reward": True}),
+        ((1, 1, 1), {"dtype": "fp32"}),
+        ((1, 2, 1), {"generation__layout__tp": 2, "generation__layout__pp": 1}),
+        ((1, 1, 1), {"offload__optimizer": True, "offload__reference": True, "offload__reward": True}),
     ],
 )
-def test_peaks_are_those_of_the_formula(tmp_path: Path, layout: str, changes: dict) -> None:
+def test_peaks_are_those_of_the_formula(tmp_path: Path, layout: tuple[int, int, int], changes: dict) -> None:
     config = memory.configured(layout, ("7b", "7b"), None, words(**changes))
     local.run("tests.bench.metered:metered", (config, tmp_path / "o"), config.world, tmp_path)
     (run,) = load_runs(tmp_path / "o").runs
