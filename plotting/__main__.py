@@ -8,16 +8,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from plotting import ablation, figure8, figure9, figure10, figure11, figure12, style, table3
+from plotting import ablation, figure10, figure12, style, table3
 from plotting.irregularities import PUBLISHED, READINGS
 from plotting.loading import load, printable
 from plotting.output import whole
 from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
+from plotting.speedups import figure8, figure9, figure11
 from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Loaded, Report
 
-MODULES = (figure8, figure9, figure10, figure11, figure12, table3, ablation)
-FIGURES = {module.NAME: module for module in MODULES}
+FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
 SHOWN = 20
 """Reports printed per kind; report.txt holds all."""
 
@@ -75,13 +75,13 @@ def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> d
         raise UserError(f"the logs hold no numbers for {', '.join(wanted)}; is --logs the right folder?")
     for name, rows in found.items():
         if rows:
-            module, notes = FIGURES[name], FIGURES[name].notes(rows)
+            notes = FIGURES[name].notes(rows)
             main = RATIO if drawn(rows, RATIO) else SECONDS
             write_csv(folder / f"{name}.csv", drawn(rows, main))
             if main == RATIO:
                 write_csv(folder / f"{name}_seconds.csv", drawn(rows, SECONDS))
             with style.applied():
-                style.save(module.draw(rows, notes), folder / name)
+                style.save(FIGURES[name].draw(rows, notes), folder / name)
     return found
 
 

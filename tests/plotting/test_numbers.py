@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plotting import __main__ as page
-from plotting import ablation, figure8, figure9, figure10, figure11, figure12, table3
+from plotting import ablation, figure10, figure12, table3
 from plotting.irregularities import PUBLISHED
 from plotting.selection import Pool
+from plotting.speedups import figure8, figure9, figure11
 from plotting.stats import mean, of
 from puzzle.errors import UserError
 from tests.plotting import builders

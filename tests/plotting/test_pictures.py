@@ -13,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
 
-from plotting import figure8, figure9, figure10, figure11, figure12, page, style, table3
+from plotting import figure10, figure12, page, style, table3
 from plotting.irregularities import CORRECTED, PUBLISHED
+from plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog import load_runs
 from tests.plotting import builders
 
