@@ -10,7 +10,7 @@ from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.fused import why_not_fused
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, gradient_bytes, rank_memory
 from puzzle.plan.switch import plan_switch
 from puzzle.sources import layout_of, specs_of
 
@@ -84,13 +84,17 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
             strategy=options.strategy,
             itemsize=item,
             staging_bytes=options.staging_bytes,
+            zero=options.fill == "shards",
         )
         plan = plan.by_peer_copies() if options.transport == "peer" else plan
         placement = plan.destination
         for rank in switched:
             part = plan.for_rank(rank)
             weights = item * sum(param.size for param in part.allocate)
-            switched[rank] = Switched(weights, part.peak_extra)
+            spreading = gradient_bytes(actor, actor.placement.coord_of(rank))["spreading"] if plan.zero else 0
+            filling = max(part.peak_extra, weights + spreading)
+            staged = part.peak_extra if options.beside == "prefill" else weights
+            switched[rank] = Switched(staged, filling, spreading)
     generation = Use("generation", actor.spec, placement, item, fused=fused)
     prompt = config.data.random_tokens or config.data.max_prompt_tokens
     microbatch, tokens = config.ppo.microbatch, config.ppo.microbatch_tokens

@@ -229,6 +229,12 @@ class SwitchConfig(Section):
     """Inter-stage switching: how the actor's weights get to `generation.layout` and back, if it differs."""
 
     strategy: Literal["planned", "fixed-order", "gather-all"] = "planned"
+    fill: Literal["gathered", "shards"] = Field(
+        "gathered", description="shards: from what each replica has stepped; the all-gather follows"
+    )
+    beside: Literal["nothing", "prefill"] = Field(
+        "nothing", description="prefill: its layers await their weights one by one (not on a CPU)"
+    )
     transport: Literal["auto", "peer", "messages"] = Field(
         "auto", description="peer: copies out of peers' memory (auto: where devices allow it)"
     )

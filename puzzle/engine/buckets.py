@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from puzzle.engine.tracing import Instant
+from puzzle.model.parallel import all_gather_flat
 from puzzle.model.products import accumulate
 from puzzle.plan.shards import LocalParam, zero_rows
 
@@ -70,6 +72,32 @@ class Bucket:
     def _arrived(self, slot: Slot) -> None:
         slot.empty = False
         self.hits += 1
+
+    @torch.no_grad()
+    def gather(self, group: dist.ProcessGroup) -> int:
+        """Start to spread every replica's own rows of the parameters; bytes of all of them."""
+        sample = self.slots[0].param
+        mine = torch.empty(self.chunk, dtype=sample.dtype, device=sample.device)
+        for slot in self.slots:
+            own = slot.param[slot.low : slot.high].reshape(-1)
+            mine[slot.offset : slot.offset + own.numel()] = own
+        self.gathered = mine.new_empty(self.dp * self.chunk)
+        self.work = all_gather_flat(self.gathered, mine, group=group, async_op=True)
+        return self.gathered.nbytes
+
+    @torch.no_grad()
+    def place(self, own: int) -> None:
+        """Put what was gathered from all replicas but `own` into the parameters."""
+        assert self.gathered is not None
+        chunks = self.gathered.view(self.dp, self.chunk)
+        for slot in self.slots:
+            for d in range(self.dp):
+                low, high = zero_rows(slot.local, self.dp, d)
+                if d != own and low < high:
+                    size = (high - low) * slot.local.row_size
+                    rows = chunks[d, slot.offset : slot.offset + size]
+                    slot.param[low:high] = rows.view(high - low, *slot.local.shape[1:])
+        self.work = self.gathered = None
 
 
 def fill_buckets(

@@ -22,11 +22,11 @@ from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
-from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
+from puzzle.model.parallel import reduce_scatter_flat
 from puzzle.model.products import Weight
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.schedule import Op
-from puzzle.plan.shards import LocalParam, sharer_groups, sharers, zero_rows
+from puzzle.plan.shards import LocalParam, sharer_groups, sharers
 from puzzle.spec.model import ModelSpec
 
 BUCKET = 1 << 26
@@ -75,6 +75,8 @@ class ZeroAdamW:
         self._norm: tuple[Tensor, dist.Work | None] | None = None
         self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
         self.before_use: Callable[[], None] = lambda: None  # masters and moments may lie elsewhere
+        self.hold = False  # after the next step, weights are not gathered before `spread`
+        self.owed = False  # they are not yet
         self.buckets = fill_buckets(params, self.dp, coord.d, bucket)
         self.slots = [slot for b in self.buckets for slot in b.slots]
         self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
@@ -261,25 +263,29 @@ class ZeroAdamW:
         self.steps += 1
 
     def _start_gather(self) -> None:
-        """Spread the stepped rows: alone by a copy, among replicas by one all-gather per bucket."""
-        with torch.no_grad():
-            masters = dict(zip(map(id, self.slots), self.masters, strict=True))
-            for bucket in reversed(self.buckets):  # the first layers are needed first
+        """Put the stepped rows in place and, unless that is to wait, spread them."""
+        self.owed = self.hold and self.group is not None
+        masters = dict(zip(map(id, self.slots), self.masters, strict=True))
+        for bucket in reversed(self.buckets):  # the first layers are needed first
+            with torch.no_grad():
                 for slot in bucket.slots:
                     own = slot.param[slot.low : slot.high]
                     if own.dtype != torch.float32:
                         own.copy_(masters[id(slot)])
-                if self.group is None:
-                    continue
-                sample = bucket.slots[0].param
-                mine = torch.empty(bucket.chunk, dtype=sample.dtype, device=sample.device)
-                for slot in bucket.slots:
-                    own = slot.param[slot.low : slot.high].reshape(-1)
-                    mine[slot.offset : slot.offset + own.numel()] = own
-                bucket.gathered = mine.new_empty(self.dp * bucket.chunk)
-                bucket.work = all_gather_flat(bucket.gathered, mine, group=self.group, async_op=True)
-                bucket.began = self._now()
-                self.world.moved["all_gather"] += bucket.gathered.nbytes
+            if not self.owed:
+                self._gather(bucket)
+
+    def spread(self) -> None:
+        """Start to gather the replicas' stepped rows, if that waits; all ranks of the model together."""
+        if self.owed:
+            self.owed = False
+            for bucket in reversed(self.buckets):
+                self._gather(bucket)
+
+    def _gather(self, bucket: Bucket) -> None:
+        if self.group is not None:
+            self.world.moved["all_gather"] += bucket.gather(self.group)
+            bucket.began = self._now()
 
     def _let_arrive(self) -> None:
         """Weights are waited for where they are read next: by layer in a pass, together everywhere else."""
@@ -298,7 +304,12 @@ class ZeroAdamW:
 
         layers = list(decoder.layers.values())
         first = needed([decoder.embed]) if decoder.first else []
-        decoder.register_forward_pre_hook(lambda *_: self._arrive(first if layers else self.buckets))
+
+        def begin(*_: object) -> None:
+            assert not self.owed, f"{self.name}: a pass before `spread`"
+            self._arrive(first if layers else self.buckets)
+
+        decoder.register_forward_pre_hook(begin)
         for layer in layers:
             own = needed(layer.parameters())
             layer.register_forward_pre_hook(lambda *_, own=own: self._arrive(own))
@@ -306,7 +317,8 @@ class ZeroAdamW:
             layers[-1].register_forward_hook(lambda *_: self.wait_gather())
 
     def wait_gather(self) -> None:
-        """Put the other replicas' rows in place; without a gather under way, nothing."""
+        """Put the other replicas' rows in place; if they are, nothing."""
+        self.spread()
         self._arrive(self.buckets)
 
     def _arrive(self, needed: Sequence[Bucket]) -> None:
@@ -316,20 +328,11 @@ class ZeroAdamW:
             with self.world.pulse.waiting(f"all-gather of {self.name}'s weights"):
                 bucket.work.wait()
             self._note(bucket, "all-gather")
-            chunks = bucket.gathered.view(self.dp, bucket.chunk)
-            with torch.no_grad():
-                for slot in bucket.slots:
-                    for d in range(self.dp):
-                        low, high = zero_rows(slot.local, self.dp, d)
-                        if d != self.coord.d and low < high:
-                            size = (high - low) * slot.local.row_size
-                            rows = chunks[d, slot.offset : slot.offset + size]
-                            slot.param[low:high] = rows.view(high - low, *slot.local.shape[1:])
-            bucket.work = bucket.gathered = None
+            bucket.place(self.coord.d)
 
     def release(self) -> None:
-        """Give the gradient buffers back; the next `begin` takes them again."""
-        self.wait_gather()
+        """Give the gradient buffers back; the next `begin` takes them again. Awaits a gather under way."""
+        self._arrive(self.buckets)
         for bucket in self.buckets:
             bucket.grads = bucket.shard = None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from puzzle.engine.tracing import Instant
 from puzzle.engine.transports import Messages, PeerCopies, Unreachable, rows_of
 from puzzle.engine.verify import compare
 from puzzle.engine.world import World
@@ -37,12 +39,14 @@ class Switcher:
         *,
         timeout: float | None = None,
         transport: Literal["auto", "peer", "messages"] = "messages",
+        beside: bool = False,
     ) -> None:
         """All ranks of the run make it together; decoders are None on ranks that a placement leaves out.
 
         `auto` copies out of peers' memory where every pair of devices that must talk can, else `declined`
         says why not; baseline strategies and CPUs use messages. `timeout` in seconds, by default a little
-        less than the world's.
+        less than the world's. With `beside`, a CUDA device goes on before all is there: a pass of the
+        destination awaits each layer's weights when it comes to the layer.
         UserError where ranks made different plans, and for `peer` where that cannot be.
         """
         _same_plan(plan.hash, world)
@@ -60,6 +64,14 @@ class Switcher:
         step = max(1, ALIGN // plan.itemsize)
         self._sizes = [-(-param.size // step) * step for param in self.part.allocate]
         self.filled = False
+        self.side = None
+        self._filling: tuple[Instant, Instant] | None = None
+        self._waits: list[tuple[Instant, Instant]] = []
+        if beside and world.device.type == "cuda":
+            self.side = torch.cuda.Stream()
+            self.transport.watched = True
+            if destination is not None:
+                self._await_in(destination)
 
     def _peer_copies(self, plan: SwitchPlan, wanted: str) -> PeerCopies | None:
         """That transport, if it is wanted and possible."""
@@ -79,7 +91,8 @@ class Switcher:
 
     @torch.no_grad()
     def fill(self) -> float:
-        """Make the destination's parameters; seconds of this rank until its device was done.
+        """Make the destination's parameters; seconds of this rank until its device, or `beside` its host,
+        was done.
 
         RuntimeError naming rows and peer of a transfer that failed or took too long; UserError where memory
         does not suffice.
@@ -92,7 +105,14 @@ class Switcher:
             got = self._allocate()
             for alias in self.part.aliases:
                 got[alias.destination.name] = rows_of(have, alias.source)
-            self.transport.carry(have, got)
+            if self.side is None:
+                self.transport.carry(have, got)
+            else:
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    began = Instant(self.world.device)
+                    self.transport.carry(have, got)
+                    self._filling = (began, Instant(self.world.device))
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"switch: rank {self.world.rank} needs {self.part.peak_extra} bytes beside the training"
@@ -102,8 +122,42 @@ class Switcher:
         for name, storage in got.items():
             self._install(name, storage)
         self.filled = True
-        self._settle()
+        if self.side is None:
+            self._settle()
         return time.perf_counter() - start
+
+    def _await_in(self, destination: Decoder) -> None:
+        """Have passes await the embedding first, then each layer's weights, behind the layers all."""
+        destination.register_forward_pre_hook(lambda *_: self._await(["embed"]))
+        for number, layer in destination.layers.items():
+            names = [f"layers.{number}.{name}" for name, _ in layer.named_parameters()]
+            layer.register_forward_pre_hook(lambda *_, names=names: self._await(names))
+        *_, last = destination.layers.values()
+        last.register_forward_hook(lambda *_: self._await(list(self.transport.arrived)))
+
+    def _await(self, names: Sequence[str]) -> None:
+        """Let the current stream go on only when these storages are there."""
+        arrived = self.transport.arrived
+        events = [event for name in names for event in arrived.pop(name, ())]
+        if events:
+            began = Instant(self.world.device)
+            for event in events:
+                torch.cuda.current_stream().wait_event(event)
+            self._waits.append((began, Instant(self.world.device)))
+
+    def finish(self) -> None:
+        """Wait until everything that `fill` began is there; nothing if it did not go on beside."""
+        if self.side is not None:
+            self.transport.arrived.clear()
+            torch.cuda.current_stream().wait_stream(self.side)
+            self._settle()
+
+    def take_times(self) -> tuple[float, float]:
+        """Of the last fill beside other work, which is over: seconds that it took, and that passes waited."""
+        assert self._filling is not None
+        waited = sum(end - began for began, end in self._waits)
+        self._waits.clear()
+        return self._filling[1] - self._filling[0], waited
 
     def drop(self) -> float:
         """Take the destination's parameters away; seconds of this rank.
@@ -113,6 +167,7 @@ class Switcher:
         filled again nor given back.
         """
         start = time.perf_counter()
+        self.finish()
         if self.destination is not None:
             for storage in self.destination.storages:
                 meta = torch.empty(storage.shape, dtype=self.destination.dtype, device="meta")
@@ -125,6 +180,7 @@ class Switcher:
 
     def verify(self) -> None:
         """Compare every copy of every logical tensor on both sides; RuntimeError naming what differs."""
+        self.finish()
         compare(self.plan, self.world, self.source, self.destination)
 
     def _allocate(self) -> dict[str, Tensor]:

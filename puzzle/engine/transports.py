@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -31,7 +31,8 @@ class Unreachable(Exception):
 
 
 class Transport(ABC):
-    """Brings rows into destination storages. `marks` of the last use say what the device is at, in order."""
+    """Brings rows into destination storages. `marks` of the last use say what the device is at, in order;
+    if `watched`, `arrived` by name when a destination storage is there."""
 
     def __init__(self, plan: SwitchPlan, world: World, timeout: float) -> None:
         """All ranks of the run together; gloo waits for no message longer than `timeout` seconds."""
@@ -39,6 +40,8 @@ class Transport(ABC):
         self.part = plan.for_rank(world.rank)
         self.cuda = world.device.type == "cuda"
         self.marks: list[tuple[str, torch.cuda.Event]] = []
+        self.watched = False
+        self.arrived: defaultdict[str, list[torch.cuda.Event]] = defaultdict(list)
 
     @abstractmethod
     def carry(self, have: Storages, got: Storages) -> None:
@@ -62,6 +65,18 @@ class Transport(ABC):
             event = torch.cuda.Event()
             event.record()
             self.marks.append((label, event))
+
+    def note(self, ranges: Iterable[RowRange]) -> None:
+        """These rows are there when the current stream has done what it was told."""
+        if self.watched:
+            event = torch.cuda.current_stream().record_event()
+            for name in {where.name for where in ranges}:
+                self.arrived[name].append(event)
+
+    def copy(self, have: Storages, got: Storages) -> None:
+        """What this rank has itself."""
+        _copy(have, got, self.part.copies)
+        self.note(move.destination for move in self.part.copies)
 
 
 class Messages(Transport):
@@ -88,16 +103,18 @@ class Messages(Transport):
         loads: defaultdict[Line, list[int]] = defaultdict(lambda: [0] * LANES)
         waiting = deque(enumerate(self.part.buckets))
         under_way: deque[_Flight] = deque()
-        copies: Sequence[Move] = self.part.copies
-        while waiting or under_way:
+
+        def start() -> None:
             while waiting and len(under_way) < self.plan.depth:
                 flight = _Flight(self, *waiting.popleft(), have, got, scratch)
                 flight.start(tags, loads)
                 under_way.append(flight)
-            _copy(have, got, copies)
-            copies = ()
+
+        start()
+        self.copy(have, got)
+        while under_way:
             under_way.popleft().land()
-        _copy(have, got, copies)
+            start()
 
 
 @dataclass
@@ -166,6 +183,8 @@ class _Flight:
         if targets:
             torch._foreach_copy_(targets, values)
         _copy(self.into, self.got, self.bucket.slices)
+        self.owner.note(part for message in self.bucket.receives for part in message.parts)
+        self.owner.note(move.destination for move in self.bucket.slices)
 
     def _packed(self, message: Transfer) -> Tensor:
         rows = [rows_of(self.have, part) for part in message.parts]
@@ -215,7 +234,8 @@ class PeerCopies(Transport):
         for pull, value in zip(self.part.pulls, self.values, strict=True):
             with torch.cuda.stream(self.streams.get(pull.peer)):
                 rows_of(got, pull.destination).copy_(value, non_blocking=True)
-        _copy(have, got, self.part.copies)
+                self.note([pull.destination])
+        self.copy(have, got)
         for peer, stream in self.streams.items():
             names = [pull.source.name for pull in self.part.pulls if pull.peer == peer]
             with torch.cuda.stream(stream):

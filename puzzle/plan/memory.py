@@ -275,10 +275,12 @@ def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
 @dataclass(frozen=True)
 class Switched:
     """What generating in another layout takes beside the training weights: `weights` while it generates,
-    `filling` (those and staging) while they are brought there."""
+    `filling` (those and staging) while they are brought there; `spreading`: stepped rows of the actor that
+    come from other replicas while it generates."""
 
     weights: int = 0
     filling: int = 0
+    spreading: int = 0
 
 
 def rank_memory(
@@ -304,7 +306,11 @@ def rank_memory(
     stages = {
         # Offloaded states leave when the weights are there.
         "switch": {"generation weights and staging": switched.filling, **states},
-        "generation": {"generation weights": switched.weights, **made},
+        "generation": {
+            "generation weights": switched.weights,
+            "actor spreading": switched.spreading,
+            **made,
+        },
         "inference": {**lent, **inferred},
         "training": {**states, **training, **_worst(steps)},
     }

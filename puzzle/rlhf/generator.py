@@ -10,22 +10,58 @@ from typing import Any
 import torch
 
 from puzzle.config import TrainConfig
+from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.switcher import Switcher
 from puzzle.engine.timing import StageClock
+from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import plan_switch
+from puzzle.plan.switch import SwitchPlan, plan_switch
 from puzzle.sources import layout_of
 
 
 class Generator:
-    """Lends the runtime that generates; `switcher` is None where that is the actor itself."""
+    """Lends the runtime that generates; `switcher` is None where that is the actor itself.
 
-    def __init__(self, runtime: ModelRuntime, switcher: Switcher | None = None, verify: bool = False) -> None:
-        self.runtime, self.switcher, self.verify = runtime, switcher, verify
-        self._seconds = (0.0, 0.0)
+    With a plan out of ZeRO shards, what the last step of an iteration changed is gathered beside generation;
+    `saved_bytes` need not have arrived before it, of all ranks together.
+    """
+
+    def __init__(
+        self,
+        actor: ModelRuntime,
+        runtime: ModelRuntime | None = None,
+        switcher: Switcher | None = None,
+        verify: bool = False,
+        saved_bytes: int = 0,
+    ) -> None:
+        self.actor, self.runtime, self.switcher, self.verify = actor, runtime or actor, switcher, verify
+        self.saved_bytes = saved_bytes
+        self._seconds = (0.0, 0.0, 0.0)  # of the fill, awaited of it, of the drop
+        self._waits: list[tuple[Instant, Instant]] = []
+
+    @property
+    def _optimizer(self) -> ZeroAdamW:
+        assert self.actor.optimizer is not None
+        return self.actor.optimizer
+
+    def before_last_step(self) -> None:
+        """The actor's next optimizer step is the last one before it generates."""
+        self._optimizer.hold = self.switcher is not None and self.switcher.plan.zero
+
+    def end_training(self) -> None:
+        """Await the actor's weights, unless generation does without the other replicas' rows."""
+        self._optimizer.hold = False
+        if self.switcher is not None and not self._optimizer.owed:
+            self._await_weights()
+
+    def _await_weights(self) -> None:
+        device = self.actor.world.device
+        began = Instant(device)
+        self._optimizer.wait_gather()
+        self._waits.append((began, Instant(device)))
 
     @contextmanager
     def weights(self, clock: StageClock | None = None) -> Lending[ModelRuntime]:
@@ -36,28 +72,44 @@ class Generator:
             clock_ends("generation")
             return
         fill = self.switcher.fill()
-        clock_ends("switch")
+        if self.switcher.side is None:
+            clock_ends("switch")
         if self.verify:
+            self._await_weights()
             self.switcher.verify()
             clock_ends("other")
+        self._optimizer.spread()
         yield self.runtime
         clock_ends("generation")
-        self._seconds = (fill, self.switcher.drop())
+        drop = self.switcher.drop()
+        self._await_weights()
         clock_ends("switch")
+        self._seconds = (fill, fill, drop)
+        if self.switcher.side is not None:
+            whole, waited = self.switcher.take_times()
+            self._seconds = (whole, fill + waited, drop)
 
     def record(self, world: World) -> dict[str, Any] | None:
-        """Fields of the `switch` record of the last use, None without a switch; call on every rank.
+        """Fields of the `switch` record of an iteration, None without a switch; call on every rank.
 
         Bytes are of all ranks together, `gbs_per_rank` the larger direction of each rank over the fill.
         """
         if self.switcher is None:
             return None
         plan = self.switcher.plan
-        fill, drop = world.max(torch.tensor(self._seconds, dtype=torch.float64, device=world.device)).tolist()
+        own = (*self._seconds, sum(end - began for began, end in self._waits))
+        self._waits.clear()
+        most = world.max(torch.tensor(own, dtype=torch.float64, device=world.device)).tolist()
+        fill, awaited, drop, gather = most
         return {
-            "seconds": fill + drop,
+            "seconds": awaited + drop + (gather if plan.zero else 0.0),
             "fill_seconds": fill,
+            "awaited_seconds": awaited,
             "drop_seconds": drop,
+            "filled_from": "shards" if plan.zero else "gathered",
+            "gather_seconds": gather,
+            "gather_bytes": sum(plan.gather_bytes.values()),
+            "saved_bytes": self.saved_bytes,
             "bytes": plan.bytes_received,
             "lower_bound_bytes": plan.lower_bound_bytes,
             "local_share": plan.local_share,
@@ -78,17 +130,31 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
     if layout == source.layout:
         return Generator(actor)
     dtype = actor.decoder.dtype
-    plan = plan_switch(
-        spec,
-        source,
-        Placement.default(layout),
-        Cluster(options.gpus_per_node or world.per_node),
-        strategy=options.strategy,
-        itemsize=dtype.itemsize,
-        staging_bytes=options.staging_bytes,
-    )
+
+    def planned(zero: bool) -> SwitchPlan:
+        return plan_switch(
+            spec,
+            source,
+            Placement.default(layout),
+            Cluster(options.gpus_per_node or world.per_node),
+            strategy=options.strategy,
+            itemsize=dtype.itemsize,
+            staging_bytes=options.staging_bytes,
+            zero=zero,
+        )
+
+    plan, saved = planned(options.fill == "shards"), 0
+    if plan.zero:
+        saved = sum(plan.gather_bytes.values()) + planned(False).bytes_received - plan.bytes_received
     runtime = ModelRuntime("generation", spec, plan.destination, world, dtype, allocate=False)
-    switcher = Switcher(plan, world, actor.decoder, runtime.decoder, transport=options.transport)
+    switcher = Switcher(
+        plan,
+        world,
+        actor.decoder,
+        runtime.decoder,
+        transport=options.transport,
+        beside=options.beside == "prefill",
+    )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
-    return Generator(runtime, switcher, options.verify)
+    return Generator(actor, runtime, switcher, options.verify, saved)

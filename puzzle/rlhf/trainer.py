@@ -201,7 +201,8 @@ class Trainer:
         self.models.room.for_training()
         doing(f"iteration {iteration}, training")
         update = Update(self.models, self.config, experience, self.kl_coef, self.training)
-        update.run(iteration)
+        update.run(iteration, self.models.generator.before_last_step)
+        self.models.generator.end_training()
         for model in (self.models.actor, self.models.critic):
             assert model.optimizer is not None
             model.optimizer.release()  # awaits the weights of the last step, which belong to training

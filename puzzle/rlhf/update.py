@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,17 +40,20 @@ class Update:
         # Of the first step: ratios' sum, how many they are, and the furthest from 1.
         self._first = torch.zeros(3, dtype=torch.float64, device=models.actor.world.device)
 
-    def run(self, iteration: int) -> None:
-        """All epochs and minibatches."""
-        size = self.config.minibatch
-        for epoch in range(self.config.ppo.epochs):
-            for rows in minibatches(len(self.experience), size, self.config.seed, iteration, epoch):
-                trained = (self.models.actor, self.models.critic)
-                self.sharing.train([self._pass(model, rows) for model in trained])
-                for model in trained:
-                    assert model.optimizer is not None
-                    self._norms[model.name].append(model.optimizer.grad_norm)
-                self._steps += 1
+    def run(self, iteration: int, before_last: Callable[[], None] = lambda: None) -> None:
+        """All epochs and minibatches; `before_last` is called before the last optimizer step."""
+        size, seed, epochs = self.config.minibatch, self.config.seed, range(self.config.ppo.epochs)
+        count = len(self.experience)
+        cuts = [rows for epoch in epochs for rows in minibatches(count, size, seed, iteration, epoch)]
+        trained = (self.models.actor, self.models.critic)
+        for number, rows in enumerate(cuts, 1):
+            if number == len(cuts):
+                before_last()
+            self.sharing.train([self._pass(model, rows) for model in trained])
+            for model in trained:
+                assert model.optimizer is not None
+                self._norms[model.name].append(model.optimizer.grad_norm)
+            self._steps += 1
 
     def metrics(self) -> dict[str, float]:
         """Averages over the tokens of all steps, and the mean gradient norms."""

@@ -2,14 +2,27 @@
 
 from dataclasses import replace
 from itertools import cycle, permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from puzzle.engine.switcher import lends_pages
+from puzzle.engine.switcher import Switcher, lends_pages
+from puzzle.engine.world import World
+from puzzle.model.packing import pack
 from puzzle.plan.switch import Transport
 from puzzle.plan.switch_route import Strategy
-from tests.engine.switching import SPECS, Case, deserted, flipped, matrix, mismatched, unreadable
+from tests.engine.switching import (
+    LAYERS,
+    SPECS,
+    Case,
+    deserted,
+    flipped,
+    matrix,
+    mismatched,
+    stage,
+    unreadable,
+)
 from tests.helpers import run_ranks
 
 LAYOUTS = [
@@ -62,6 +75,37 @@ def test_extra_memory_is_what_the_plan_says():
         Case("value", (1, 4, 1), (4, 1, 1), "gather-all"),
     ]
     assert [line for lines in run_ranks(matrix, 8, cases, len(cases), timeout=200.0) for line in lines] == []
+
+
+def test_passes_await_what_they_read_next(monkeypatch):
+    """With names for events: the embedding's before all, each layer's before the layer, the rest behind."""
+    case = Case("lm", (1, 1, 1), (1, 1, 1))
+    plan, cpu = case.plan(), torch.device("cpu")
+    source, destination = (stage(plan, plan.source, 0, where, torch.float32) for where in ("cpu", "meta"))
+    assert destination is not None
+    switcher = Switcher(plan, World(0, 1, cpu), source, destination)
+    switcher.fill()
+    seen: list[str] = []
+    stream = SimpleNamespace(wait_event=seen.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    switcher._await_in(destination)
+    for number, layer in destination.layers.items():
+        layer.register_forward_pre_hook(lambda *_, number=number: seen.append(f"pass {number}"))
+    for storage in destination.storages:
+        switcher.transport.arrived[storage.name].append(storage.name)  # ty: ignore[invalid-argument-type]
+    batch = pack([[1, 2, 3], [4]], 1, cpu)
+    destination(batch.tokens_T, batch)
+    names = [storage.name for storage in destination.storages]
+    passes = [place for place, name in enumerate(seen) if name.startswith("pass")]
+    for number, place in enumerate(passes):
+        layers = [
+            name for name in names if name.split(".")[0] == "layers" and int(name.split(".")[1]) <= number
+        ]
+        assert set(seen[:place]) - {f"pass {n}" for n in range(number)} == {"embed", *layers}
+    assert set(seen) == {*names, *(f"pass {number}" for number in range(LAYERS))}
+    del seen[:]
+    destination(batch.tokens_T, batch)
+    assert seen == [f"pass {number}" for number in range(LAYERS)]
 
 
 @pytest.mark.long

@@ -44,6 +44,7 @@ class Watch:
     rewards: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     switches: list[dict[str, Any] | None] = field(default_factory=list)
+    owed: list[bool] = field(default_factory=list)  # whether the actor's last step is not gathered yet
     stages: list[Mapping[str, Any]] = field(default_factory=list)
     simulations: list[tuple[str, dict[str, float]]] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
@@ -104,6 +105,8 @@ def run_case(world: World, case: Case) -> Watch:
         trainer = Trainer(config, RunData(None, case.stop_ids, stream, None), models, world)
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
+            assert models.actor.optimizer is not None
+            watch.owed.append(models.actor.optimizer.owed)
             for model in (models.actor, models.critic):
                 assert model.optimizer is not None
                 assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"

@@ -30,7 +30,8 @@ def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> No
     for option, kind, shape, strategy in names:
         case = bench.case(option, kind, shape)
         transport = "peer" if option == "kl in loss" else "auto"
-        case.config["switch"] = {"strategy": strategy, "transport": transport, "verify": True}
+        fill = "shards" if shape["actor"][2] > 1 else "gathered"
+        case.config["switch"] = {"strategy": strategy, "transport": transport, "verify": True, "fill": fill}
         cases.append(case)
     for name, case, watches in zip(names, cases, run_all(cases, 4), strict=True):
         try:
@@ -39,6 +40,8 @@ def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> No
             raise AssertionError(f"{name}: {error}") from error
         switches = watches[0].switches
         assert len(switches) == case.config["iterations"]
+        shards = case.config["switch"]["fill"] == "shards"
+        assert all(watch.owed == [shards] * len(switches) for watch in watches)
         for fields in switches:
             assert fields is not None
             assert fields["strategy"] == name[3]
