@@ -26,6 +26,7 @@ ROW, GAP = 0.17, 0.26
 COLOURS = (OURS, OTHER, MIDDLE, GREY)
 LANE = "compute"
 TINTS = {"forward": 0.45, "prefill": 0.45, "backward": 0.0, "decode": 0.0}
+TINTS |= {"backward_input": 0.0, "backward_weight": 0.7}
 """How far a pass's colour is moved to white; other spans of the lane (optimizer steps) are hatched."""
 DARK = 1.5
 """Sum of red, green and blue below which text is white."""

@@ -38,40 +38,46 @@ class Stream:
         self._runner = runtimes[0].runner
         self._schedules: dict[tuple[object, ...], Schedule] = {}
 
-    def train(self, passes: Sequence[Pass], order: Order = "sequential") -> list[StageResult]:
+    def train(self, passes: Sequence[Pass], order: Order = "sequential", defer: int = 1) -> list[StageResult]:
         """Forward and backward passes of all models as one 1F1B stream, an optimizer step of each among them.
 
-        Bitwise the weights that `ModelRuntime.train` of one model after the other gives.
+        Bitwise the weights that `ModelRuntime.train` of one model after the other gives. `defer`: see
+        `fused_1f1b`.
         """
-        return self._run(passes, order, train=True)
+        return self._run(passes, order, defer)
 
     def infer(self, passes: Sequence[Pass], order: Order = "sequential") -> list[StageResult]:
         """Forward passes of all models without gradients, one behind the other."""
-        return self._run(passes, order, train=False)
+        return self._run(passes, order, None)
 
-    def _run(self, passes: Sequence[Pass], order: Order, train: bool) -> list[StageResult]:
-        schedule = self._schedule(passes, order, train)
+    def _run(self, passes: Sequence[Pass], order: Order, defer: int | None) -> list[StageResult]:
+        """Trains if `defer` is given."""
+        schedule = self._schedule(passes, order, defer)
         runs = {
             p.runtime.name: StageRun(
-                p.runtime.stage, p.batches, p.finish, p.runtime.optimizer if train else None
+                p.runtime.stage, p.batches, p.finish, None if defer is None else p.runtime.optimizer
             )
             for p in passes
         }
         self._runner.run(schedule, runs)
         return [StageResult(schedule, [r for r in run.results if r is not None]) for run in runs.values()]
 
-    def _schedule(self, passes: Sequence[Pass], order: Order, train: bool) -> Schedule:
+    def _schedule(self, passes: Sequence[Pass], order: Order, defer: int | None) -> Schedule:
         """Made for the replicas with most micro-batches, cut to what this one has, checked, and kept."""
         own = {p.runtime.name: len(p.batches) for p in passes}
         most = tuple(p.most for p in passes)
-        key = (train, order if isinstance(order, str) else tuple(order), most, *own.items())
+        split = any(p.runtime.split_backward for p in passes)
+        key = (defer, split, order if isinstance(order, str) else tuple(order), most, *own.items())
         if key not in self._schedules:
             stages = passes[0].runtime.placement.layout.pp
             models = [
                 StreamModel(p.runtime.name, p.most, tied=p.runtime.spec.tied and stages > 1) for p in passes
             ]
-            build = fused_1f1b if train else fused_forward
-            made = shortened(build(models, stages, order), own)
+            if defer is None:
+                whole = fused_forward(models, stages, order)
+            else:
+                whole = fused_1f1b(models, stages, order, split=split, defer=defer)
+            made = shortened(whole, own)
             if broken := check(made):
                 raise RuntimeError(f"{made.name} of {', '.join(own)}: {'; '.join(broken)}")
             self._schedules[key] = made

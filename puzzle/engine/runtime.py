@@ -61,7 +61,9 @@ class ModelRuntime:
         self.stage.register_forward_hook(lambda *_: world.pulse.tick())
         self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
-        self._schedules: dict[tuple[bool, int], Schedule] = {}
+        self.split_backward = False
+        """Whether gradients of matrices are computed apart, where pipelines of several stages would idle."""
+        self._schedules: dict[tuple[bool, bool, int], Schedule] = {}
 
     def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
         """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
@@ -108,17 +110,20 @@ class ModelRuntime:
 
     def _schedule(self, train: bool, microbatches: int) -> Schedule:
         """1F1B or forwards alone; checked when it is made, kept for the next time."""
-        if (train, microbatches) not in self._schedules:
+        key = (train, self.split_backward, microbatches)
+        if key not in self._schedules:
             stages = self.placement.layout.pp
             if train:
                 tied = self.spec.tied and stages > 1
-                made = one_f_one_b(stages, microbatches, self.name, optimizer=True, tied=tied)
+                made = one_f_one_b(
+                    stages, microbatches, self.name, optimizer=True, tied=tied, split=self.split_backward
+                )
             else:
                 made = forward_only(stages, microbatches, self.name)
             if broken := check(made):
                 raise RuntimeError(f"{made.name} of {self.name}: {'; '.join(broken)}")
-            self._schedules[train, microbatches] = made
-        return self._schedules[train, microbatches]
+            self._schedules[key] = made
+        return self._schedules[key]
 
     def _run(self, schedule: Schedule, stage: StageRun) -> StageResult:
         self.runner.run(schedule, {self.name: stage})

@@ -44,6 +44,7 @@ class StageRun:
         self.decoder, self.batches, self.finish, self.optimizer = decoder, batches, finish, optimizer
         self.results: list[Tensor | None] = [None] * len(batches)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._products: dict[int, list[Callable[[], None]]] = {}
         if optimizer is not None:
             optimizer.begin(len(batches))
 
@@ -55,8 +56,18 @@ class StageRun:
 
     def compute(self, action: Action, received: Tensor | None) -> Sequence[Tensor]:
         """One pass of one micro-batch; what the neighbouring stage needs of it."""
-        forward = action.op is Op.FORWARD
-        out = (self._forward if forward else self._backward)(action.microbatch, received)
+        index, out = action.microbatch, None
+        if action.op is Op.FORWARD:
+            out = self._forward(index, received)
+        elif action.op is Op.BACKWARD:
+            out = self._backward(index, received)
+        elif action.op is Op.BACKWARD_INPUT:
+            with self.decoder.later.deferring() as self._products[index]:
+                out = self._backward(index, received)
+        else:
+            with torch.no_grad():
+                for add in self._products.pop(index):
+                    add()
         return () if out is None else (out,)
 
     def _forward(self, index: int, received: Tensor | None) -> Tensor | None:

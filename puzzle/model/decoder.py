@@ -20,7 +20,7 @@ from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels
-from puzzle.model.products import Weight, linear
+from puzzle.model.products import Later, Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, local_params
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
             raise ValueError(f"rank {group.rank} of {group.size} cannot be {coord} of layout {layout}")
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
-        self.recompute, self.pointwise = recompute, Pointwise.eager()
+        self.recompute, self.pointwise, self.later = recompute, Pointwise.eager(), Later()
         self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
@@ -160,6 +160,8 @@ class Decoder(nn.Module):
             path, _, name = storage.name.rpartition(".")
             kind = Weight if len(storage.shape) > 1 else nn.Parameter
             weight = kind(torch.zeros(storage.shape, dtype=dtype, device=device))
+            if isinstance(weight, Weight):
+                weight.later = self.later
             self.get_submodule(path).register_parameter(name, weight)
         self.register_buffer("freq", frequencies(spec.rope, spec.head_dim).to(device), persistent=False)
 

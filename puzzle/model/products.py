@@ -6,7 +6,8 @@ product; added by the product itself, 8, and those while it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -29,10 +30,28 @@ if torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+class Later:
+    """Lets what sinks take wait until it is asked for: backward passes then leave weights' gradients out."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def deferring(self) -> Iterator[list[Callable[[], None]]]:
+        """What backward passes inside would have given to sinks; every call of the list gives one."""
+        self.waiting = []
+        try:
+            yield self.waiting
+        finally:
+            self.waiting = None
+
+
 class Weight(nn.Parameter):
-    """A matrix; with a `sink`, its gradients from products go there and `grad` stays None."""
+    """A matrix; with a `sink`, its gradients from products go there, as `later` says, and `grad` stays
+    None."""
 
     sink: Sink | None = None
+    later: Later | None = None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
@@ -57,13 +76,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
     return F.linear(x, matrix, bias)
 
 
-def weight_gradient(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """left @ right for autograd, or None after the weight's sink has taken it."""
+def weight_gradient(weight: Tensor, left: Tensor, right: Callable[[], Tensor]) -> Tensor | None:
+    """left @ right() for autograd, or None where the weight's sink takes it, now or later."""
     sink = getattr(weight, "sink", None)
     if sink is None:
-        return left @ right
-    sink(left, right)
+        return left @ right()
+    if (waiting := waits_for(weight)) is None:
+        sink(left, right())
+    else:
+        waiting.append(lambda: sink(left, right()))
     return None
+
+
+def waits_for(weight: Tensor) -> list[Callable[[], None]] | None:
+    """Where the weight's gradients wait, None where they do not."""
+    later = getattr(weight, "later", None)
+    return None if later is None or getattr(weight, "sink", None) is None else later.waiting
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -110,6 +138,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(grad, weight, transposed=not ctx.transposed)
         if ctx.needs_input_grad[1]:
-            pair = (x.t(), grad) if ctx.transposed else (grad.t(), x)
-            grad_weight = weight_gradient(weight, *pair)
+            x = x.detach()  # waiting, it must not keep the graph
+            left, right = (x.t(), grad) if ctx.transposed else (grad.t(), x)
+            grad_weight = weight_gradient(weight, left, lambda: right)
         return grad_x, grad_weight, None

@@ -4,10 +4,11 @@ lists."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from puzzle.plan.schedule import (
+    GRADIENTS,
     PASSES,
     TRANSFERS,
     Action,
@@ -16,19 +17,22 @@ from puzzle.plan.schedule import (
     Message,
     Op,
     Schedule,
+    Sizes,
     Work,
     transfer,
 )
 from puzzle.plan.simulate import Execution
 from puzzle.plan.wiring import flow_of
 
+_BACKWARDS = GRADIENTS | {Op.BACKWARD_WEIGHT}
 _OPTIMIZER = (Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER)
 
 
 def check(
     schedule: Schedule,
     cap: Sequence[float] | None = None,
-    weight: Mapping[str, Sequence[float]] | None = None,
+    weight: Sizes | None = None,
+    deferred: Sizes | None = None,
 ) -> list[str]:
     """Every violation, one line each; an empty list for a right schedule.
 
@@ -37,7 +41,7 @@ def check(
     waited for. Both ends of a channel issue its messages in one order, all stages issue the sums of norms
     in one order, and an execution in which a transfer ends only when both sides have started it reaches
     the end. `cap` bounds what every stage holds between forward and backward (see
-    `Schedule.peak_in_flight` for `weight`).
+    `Schedule.peak_in_flight` for `weight` and `deferred`).
     """
     broken = [*_promises(schedule), *_well_formed(schedule)]
     if broken:
@@ -47,7 +51,7 @@ def check(
     broken += _orders(schedule)
     broken += [f"deadlock: {line}" for line in Execution(schedule, lambda stage, action: 0.0).run()]
     if cap is not None:
-        peaks = schedule.peak_in_flight(weight)
+        peaks = schedule.peak_in_flight(weight, deferred)
         broken += [
             f"stage {s} holds {peak:g} activations, its cap is {limit:g}"
             for s, (peak, limit) in enumerate(zip(peaks, cap, strict=True))
@@ -86,7 +90,8 @@ def _well_formed(schedule: Schedule) -> Iterator[str]:
 def _passes(work: Work | Generation) -> list[Action]:
     """The passes that every stage owes to a promise."""
     if isinstance(work, Work):
-        ops = [Op.FORWARD, Op.BACKWARD] if work.backward else [Op.FORWARD]
+        backward = [Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if work.split else [Op.BACKWARD]
+        ops = [Op.FORWARD, *backward] if work.backward else [Op.FORWARD]
         return [Action(op, work.model, m) for op in ops for m in range(work.microbatches)]
     prefills = [Action(Op.PREFILL, work.model, i) for i in range(len(work.prefill))]
     steps, microbatches = range(1, work.rounds + 1), range(len(work.decode))
@@ -95,12 +100,14 @@ def _passes(work: Work | Generation) -> list[Action]:
 
 def _before(work: Work | Generation, action: Action) -> list[Action]:
     """The passes of the same stage that a pass depends on: a backward on its forward and, so that sums of
-    gradients are bitwise the same in every stream, on the backward before; a decode step on its keys and
-    values."""
+    gradients are bitwise the same in every stream, on the backward before, and so its second part on the
+    first; a decode step on its keys and values."""
     model, m = work.model, action.microbatch
     if isinstance(work, Work):
-        earlier = [Action(Op.FORWARD, model, m), *([Action(Op.BACKWARD, model, m - 1)] if m else [])]
-        return earlier if action.op is Op.BACKWARD else []
+        if action.op is Op.FORWARD:
+            return []
+        first = Op.BACKWARD_INPUT if action.op is Op.BACKWARD_WEIGHT else Op.FORWARD
+        return [Action(first, model, m), *([Action(action.op, model, m - 1)] if m else [])]
     if action.op is Op.PREFILL:
         return []
     if action.step > 1:
@@ -151,7 +158,7 @@ class _Stage:
         else:
             previous = _OPTIMIZER[: _OPTIMIZER.index(action.op)]
             missing = [Action(op, action.model) for op in previous]
-            missing += [a for a in self._owed if a.model == action.model and a.op is Op.BACKWARD]
+            missing += [a for a in self._owed if a.model == action.model and a.op in _BACKWARDS]
             missing = [a for a in missing if not self._done[a]]
         yield from (f"comes before {a.label}" for a in missing)
 

@@ -24,11 +24,13 @@ class CostTable:
     def uniform(
         cls, models: Iterable[str], forward: float = 1.0, backward: float = 1.0, **others: float
     ) -> CostTable:
-        """Equal stages and equal models; what is not named (transfers, optimizer) is free."""
+        """Equal stages and equal models; what is not named (transfers, optimizer) is free, but the parts of a
+        split backward are unknown."""
         zero = {str(what): 0.0 for what in (*COMPUTE, *COLLECTIVES, *Payload)}
-        costs = {**zero, "forward": forward, "backward": backward, **others}
-        if unknown := costs.keys() - zero.keys():
+        if unknown := others.keys() - zero.keys():
             raise ValueError(f"no actions are called {sorted(unknown)}")
+        unsplit = {what: 0.0 for what in zero if what not in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)}
+        costs = {**unsplit, "forward": forward, "backward": backward, **others}
         return cls(dict.fromkeys(models, costs))
 
     def of(self, stage: int, action: Action) -> float:
@@ -44,6 +46,10 @@ class CostTable:
     def starting(self, stage: int, action: Action) -> float:
         """Seconds for which the start of a collective occupies the stage; 0 where the table has none."""
         return self._find(stage, action.model, starts(action.op)) or 0.0
+
+    def knows(self, models: Iterable[str], *ops: Op) -> bool:
+        """Whether every model has costs of all these."""
+        return all(op in self.seconds.get(model, {}) for model in models for op in ops)
 
     def _find(self, stage: int, model: str, what: str) -> float | None:
         seconds = self.seconds.get(model, {}).get(what)

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
 from puzzle.plan.pipelines import Unit, interleave, optimizer_slots, pipeline
-from puzzle.plan.schedule import Action, Op, Schedule, Work
+from puzzle.plan.schedule import Action, Op, Schedule, Work, most_held
 
 Order = Literal["sequential", "alternating"] | Sequence[str]
 """One model after the other, evenly mixed, or spelled out: the model of every place in the stream."""
@@ -24,12 +26,14 @@ Order = Literal["sequential", "alternating"] | Sequence[str]
 @dataclass(frozen=True)
 class StreamModel:
     """A model in a stream. `activation_bytes[s]` is what one of its micro-batches holds on stage s between
-    forward and backward; only streams with a cap need it. `tied`: its embeddings are."""
+    forward and backward, `deferred_bytes[s]` between the parts of a split backward (default: as much); only
+    streams with a cap need them. `tied`: its embeddings are."""
 
     name: str
     microbatches: int
     activation_bytes: tuple[float, ...] = ()
     tied: bool = False
+    deferred_bytes: tuple[float, ...] = ()
 
 
 def stream(models: Sequence[StreamModel], order: Order) -> list[Unit]:
@@ -63,6 +67,7 @@ def fused_1f1b(
     *,
     cap_bytes: Sequence[float] | None = None,
     optimizer: bool = True,
+    split: bool = False,
     defer: int = 1,
     prefetch: int = 1,
 ) -> Schedule:
@@ -70,18 +75,24 @@ def fused_1f1b(
 
     A stage holds at most P - s micro-batches between forward and backward, of all models together, and at
     most `cap_bytes[s]` (UserError if that is less than one micro-batch). The optimizer of a model that
-    ends before the stream does is spread over the micro-batches that follow, see `optimizer_slots`.
+    ends before the stream does is spread over the micro-batches that follow, see `optimizer_slots`. With
+    `split` backwards (of several stages) up to s more wait on stage s for their weights' gradients, as many
+    as the cap allows.
     """
     units = stream(models, order)
-    reach = _reach(models, units, num_stages, cap_bytes)
+    split = split and num_stages > 1
+    reach = _reach(models, units, num_stages, cap_bytes, split)
+    behind = _behind(models, units, reach, cap_bytes) if split else None
     tied = {m.name for m in models if m.tied}
     slots = [
-        optimizer_slots(units, s, num_stages, defer, tied) if optimizer else {} for s in range(num_stages)
+        optimizer_slots(units, s, num_stages, defer, tied, behind or ()) if optimizer else {}
+        for s in range(num_stages)
     ]
     work = tuple(
-        Work(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied) for m in models
+        Work(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied, split=split)
+        for m in models
     )
-    return pipeline("fused 1f1b", interleave(units, reach, slots), work, prefetch)
+    return pipeline("fused 1f1b", interleave(units, reach, slots, behind), work, prefetch)
 
 
 def fused_forward(
@@ -91,6 +102,17 @@ def fused_forward(
     passes = [Action(Op.FORWARD, *unit) for unit in stream(models, order)]
     work = tuple(Work(m.name, m.microbatches) for m in models)
     return pipeline("fused forward", [passes] * num_stages, work, prefetch)
+
+
+def stretched(order: Sequence[str], counts: Mapping[str, int]) -> tuple[str, ...]:
+    """The same mix of models for other numbers of micro-batches: a micro-batch takes the place of the one
+    that is as far in its model's share of `order`; on ties the first model of `counts` leads."""
+    places: list[tuple[float, int, int, str]] = []
+    for i, (name, count) in enumerate(counts.items()):
+        old = [place for place, model in enumerate(order) if model == name]
+        at = (np.arange(count) + 0.5) * len(old) / count - 0.5
+        places += [(x, i, k, name) for k, x in enumerate(np.interp(at, range(len(old)), old).tolist())]
+    return tuple(name for *_, name in sorted(places))
 
 
 def shortened(schedule: Schedule, counts: Mapping[str, int]) -> Schedule:
@@ -144,9 +166,12 @@ def _reach(
     units: Sequence[Unit],
     num_stages: int,
     cap_bytes: Sequence[float] | None,
+    split: bool,
 ) -> list[list[int]]:
     """`reach` of `interleave`: as far ahead as the in-flight count, the bytes and the neighbours allow."""
     sizes = {m.name: m.activation_bytes for m in models}
+    if split:  # so that the cap holds at least where no weights' gradients wait
+        sizes = {m.name: tuple(map(max, *_sizes(m))) for m in models}
     reach = []
     for stage in range(num_stages):
         row = [min(j + num_stages - stage, len(units)) for j in range(len(units))]
@@ -159,6 +184,31 @@ def _reach(
             min(mine, after + 1) for mine, after in zip(reach[stage], reach[stage + 1], strict=True)
         ]
     return reach
+
+
+def _sizes(model: StreamModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bytes per stage before a split backward and between its parts."""
+    return model.activation_bytes, model.deferred_bytes or model.activation_bytes
+
+
+def _behind(
+    models: Sequence[StreamModel],
+    units: Sequence[Unit],
+    reach: Sequence[Sequence[int]],
+    cap_bytes: Sequence[float] | None,
+) -> list[int]:
+    """`behind` of `interleave`: s on stage s, or what the bytes allow."""
+    behind = list(range(len(reach)))
+    if cap_bytes is None:
+        return behind
+    weight, deferred = ({m.name: _sizes(m)[part] for m in models} for part in (0, 1))
+    for s, row in enumerate(reach):
+        while behind[s]:
+            (passes,) = interleave(units, [row], [{}], [behind[s]])
+            if most_held(passes, s, weight, deferred) <= cap_bytes[s]:
+                break
+            behind[s] -= 1
+    return behind
 
 
 def _fits(units: Sequence[Unit], held: Sequence[float], cap: float, stage: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from puzzle.plan.cost import CostTable, Seconds, starts
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, Action, Op, Payload
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, GRADIENTS, STARTS, Action, Op, Payload
 from puzzle.plan.timeline import COMPUTE_LANE, Span, Timeline
 
 WAIT_LANE = "wait"
@@ -67,7 +67,7 @@ def measured_costs(timeline: Timeline, stage_of: Mapping[int, int], tied: Collec
             samples = [rows.meetings(model, kind, stage, model in tied) for stage in rows.stages]
             table[model][kind] = tuple(min(x, default=None) for x in samples)
     for model in list(table):
-        for payload, after, hop in ((Payload.ACTIVATION, Op.FORWARD, 1), (Payload.GRADIENT, Op.BACKWARD, -1)):
+        for payload, after, hop in ((Payload.ACTIVATION, {Op.FORWARD}, 1), (Payload.GRADIENT, GRADIENTS, -1)):
             samples = [rows.journeys(model, payload, after, stage, stage + hop) for stage in rows.stages]
             if any(samples):
                 table[model][payload] = tuple(min(x, default=None) for x in samples)
@@ -103,13 +103,15 @@ class _Rows:
         mine = [self._spans[model, kind, rank] for rank in self._ranks[stage]]
         return [s.end - max(o[key].start for o in others) for spans in mine for key, s in spans.items()]
 
-    def journeys(self, model: str, payload: Payload, after: Op, src: int, dst: int) -> list[float]:
-        """Seconds from the end of a pass until the next stage has waited for what it yields."""
+    def journeys(
+        self, model: str, payload: Payload, after: Collection[Op], src: int, dst: int
+    ) -> list[float]:
+        """Seconds from the end of a pass, by its ops, until the next stage has waited for what it yields."""
         if dst not in self.stages:
             return []
         seconds = []
         for sender, receiver in zip(self._ranks[src], self._ranks[dst], strict=True):
-            passes = self._spans[model, after, sender]
+            passes = {key: s for op in after for key, s in self._spans[model, op, sender].items()}
             waits = self._spans[model, f"{Op.WAIT_RECV} {payload}", receiver]
             seconds += [max(0.0, wait.end - passes[key].end) for key, wait in waits.items()]
         return seconds

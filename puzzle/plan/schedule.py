@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -25,6 +25,8 @@ class Op(StrEnum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    BACKWARD_INPUT = "backward_input"
+    BACKWARD_WEIGHT = "backward_weight"
     PREFILL = "prefill"
     DECODE = "decode"
     SEND = "send"
@@ -49,7 +51,10 @@ class Payload(StrEnum):
     TOKENS = "tokens"
 
 
-PASSES = frozenset({Op.FORWARD, Op.BACKWARD, Op.PREFILL, Op.DECODE})
+GRADIENTS = frozenset({Op.BACKWARD, Op.BACKWARD_INPUT})
+"""Passes that yield the gradient of what a stage read. A split backward leaves the gradients of matrices to
+`BACKWARD_WEIGHT`, for which nobody waits."""
+PASSES = frozenset({Op.FORWARD, *GRADIENTS, Op.BACKWARD_WEIGHT, Op.PREFILL, Op.DECODE})
 """Passes of a micro-batch through the layers of a stage: the actions that need and yield messages."""
 COMPUTE = PASSES | {Op.STEP}
 """Actions that occupy the compute lane of a stage."""
@@ -110,6 +115,30 @@ class Action:
         return " ".join(words)
 
 
+Sizes = Mapping[str, Sequence[float]]
+"""Model -> bytes of one micro-batch on every stage."""
+
+
+def most_held(
+    actions: Iterable[Action], stage: int, weight: Sizes | None = None, deferred: Sizes | None = None
+) -> float:
+    """`Schedule.peak_in_flight` of one stage's passes, all of trained models."""
+    held = peak = 0.0
+    for action in actions:
+        if action.op not in (Op.FORWARD, *GRADIENTS, Op.BACKWARD_WEIGHT):
+            continue
+        whole = weight[action.model][stage] if weight else 1.0
+        later = deferred[action.model][stage] if deferred else whole
+        held += {
+            Op.FORWARD: whole,
+            Op.BACKWARD: -whole,
+            Op.BACKWARD_INPUT: later - whole,
+            Op.BACKWARD_WEIGHT: -later,
+        }[action.op]
+        peak = max(peak, held)
+    return peak
+
+
 def transfer(op: Op, message: Message, stage: int) -> Action:
     """The action by which `stage` starts or waits for its end of `message`."""
     src, dst, payload = message.channel
@@ -118,14 +147,16 @@ def transfer(op: Op, message: Message, stage: int) -> Action:
 
 @dataclass(frozen=True)
 class Work:
-    """What a schedule promises for one model: forwards of `microbatches`, their backwards, an optimizer
-    step. `tied`: its gradient reduction also joins the first and the last stage, for tied embeddings."""
+    """What a schedule promises for one model: forwards of `microbatches`, their backwards (`split`: in two
+    parts), an optimizer step. `tied`: its gradient reduction also joins the first and the last stage, for
+    tied embeddings."""
 
     model: str
     microbatches: int
     backward: bool = False
     optimizer: bool = False
     tied: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,29 +213,23 @@ class Schedule:
     def flushes(self) -> int:
         """How often the pipeline runs empty: the first stage has no micro-batch between forward and backward.
         One stage, or forwards alone, run empty at the end only."""
-        if self.num_stages == 1 or all(a.op is not Op.BACKWARD for a in self.actions[0]):
+        if self.num_stages == 1 or all(a.op not in GRADIENTS for a in self.actions[0]):
             return 1
         flushes = in_flight = 0
         for action in self.actions[0]:
-            in_flight += (action.op is Op.FORWARD) - (action.op is Op.BACKWARD)
-            flushes += action.op is Op.BACKWARD and in_flight == 0
+            in_flight += (action.op is Op.FORWARD) - (action.op in GRADIENTS)
+            flushes += action.op in GRADIENTS and in_flight == 0
         return flushes
 
-    def peak_in_flight(self, weight: Mapping[str, Sequence[float]] | None = None) -> tuple[float, ...]:
-        """Per stage the most micro-batches held between forward and backward. With `weight` (model ->
-        bytes of one micro-batch's activations on every stage) the most bytes. Models without backward hold
-        nothing."""
+    def peak_in_flight(self, weight: Sizes | None = None, deferred: Sizes | None = None) -> tuple[float, ...]:
+        """Per stage the most micro-batches held between forward and (all of) backward. With `weight` the most
+        bytes, where `deferred` (default: `weight`) is held between both parts of a split backward. Models
+        without backward hold nothing."""
         trained = {w.model for w in self.work if isinstance(w, Work) and w.backward}
-        peaks = []
-        for stage, actions in enumerate(self.actions):
-            held = peak = 0.0
-            for action in actions:
-                if action.op in (Op.FORWARD, Op.BACKWARD) and action.model in trained:
-                    size = weight[action.model][stage] if weight else 1
-                    held += size if action.op is Op.FORWARD else -size
-                    peak = max(peak, held)
-            peaks.append(peak)
-        return tuple(peaks)
+        return tuple(
+            most_held([a for a in actions if a.model in trained], stage, weight, deferred)
+            for stage, actions in enumerate(self.actions)
+        )
 
     def renamed(self, name: str) -> Schedule:
         """The same schedule under another name."""

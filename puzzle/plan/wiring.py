@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from puzzle.plan.schedule import PASSES, Action, Channel, Generation, Message, Op, Payload, Schedule, transfer
+from puzzle.plan.schedule import (
+    GRADIENTS,
+    PASSES,
+    Action,
+    Channel,
+    Generation,
+    Message,
+    Op,
+    Payload,
+    Schedule,
+    transfer,
+)
 
 Flow = Callable[[int, Action], tuple[list[Message], list[Message]]]
 """The messages that a pass of a stage needs before it, and those that it yields."""
@@ -19,14 +30,16 @@ def flow_of(schedule: Schedule) -> Flow:
 
 
 def pipeline_flow(num_stages: int) -> Flow:
-    """A plain pipeline: hidden states go to the next stage, their gradients to the stage before."""
+    """A plain pipeline: hidden states go to the next stage, their gradients to the stage before; those of
+    weights go nowhere."""
 
     def flow(stage: int, action: Action) -> tuple[list[Message], list[Message]]:
-        hop = -1 if action.op is Op.BACKWARD else 1
-        payload = Payload.GRADIENT if action.op is Op.BACKWARD else Payload.ACTIVATION
+        back = action.op in GRADIENTS
+        hop, payload = (-1, Payload.GRADIENT) if back else (1, Payload.ACTIVATION)
 
         def leaving(src: int) -> list[Message]:
-            if not (0 <= src < num_stages and 0 <= src + hop < num_stages):
+            stays = action.op is Op.BACKWARD_WEIGHT
+            if stays or not (0 <= src < num_stages and 0 <= src + hop < num_stages):
                 return []
             return [Message(Channel(src, src + hop, payload), action.model, action.microbatch, action.step)]
 

@@ -49,7 +49,9 @@ class Player:
         self.sent, self.posted = [set() for _ in self.lists], [set() for _ in self.lists]
         self.gone = [set() for _ in self.lists]
         self.stash = [{} for _ in self.lists]
-        self.grads = [defaultdict(list) for _ in self.lists]
+        self.pending = [{} for _ in self.lists]  # for the second part of a split backward
+        self.grads = [defaultdict(list) for _ in self.lists]  # of matrices
+        self.small = [defaultdict(list) for _ in self.lists]  # of norms, biases, embeddings
         self.outputs = defaultdict(list)
         self.state = [defaultdict(str) for _ in self.lists]  # of each optimizer
         self.norms = [[] for _ in self.lists]
@@ -85,7 +87,7 @@ class Player:
             if key not in self.landed[s]:
                 return False
             self.buffers[s]["in", *key] = self.landed[s].pop(key)
-        elif a.op in (Op.FORWARD, Op.BACKWARD):
+        elif a.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
             self.train_pass(s, a)
         elif a.op in (Op.PREFILL, Op.DECODE):
             self.generate_pass(s, a)
@@ -116,10 +118,19 @@ class Player:
             else:
                 self.outputs[name].append((m, x))
             return
+        need((a.op is Op.BACKWARD) is not self.promise[name].split, "a backward of the other kind")
+        if a.op is Op.BACKWARD_WEIGHT:
+            need((name, m) in self.pending[s], "no gradient of outputs")
+            self.grads[s][name].append(self.pending[s].pop((name, m)))
+            return
         need((name, m) in self.stash[s], "backward without forward")
         x = self.stash[s].pop((name, m))
         g = ("loss", name, m) if s == self.last else self.take(s, ("in", name, "gradient", m, 0))
-        self.grads[s][name].append((g, x))
+        self.small[s][name].append((g, x))
+        if a.op is Op.BACKWARD:
+            self.grads[s][name].append((g, x))
+        else:
+            self.pending[s][name, m] = (g, x)
         if s > 0:
             self.buffers[s]["out", name, "gradient", m, 0] = (s, g)
 
@@ -187,7 +198,8 @@ class Player:
             for s in range(self.last + 1):
                 xs = [self.hidden(s, work.model, m) for m in range(work.microbatches)]
                 gs = [(self.gradient(s, work.model, m), x) for m, x in enumerate(xs)]
-                need(self.grads[s][work.model] == (gs if work.backward else []), "wrong gradients")
+                for grads in (self.grads, self.small):
+                    need(grads[s][work.model] == (gs if work.backward else []), "wrong gradients")
                 need(self.state[s][work.model] == ("done" if work.optimizer else ""), "optimizer not done")
             outs = {m: self.hidden(self.last, work.model, m) for m in range(work.microbatches)}
             need(dict(self.outputs[work.model]) == outs, "wrong outputs")

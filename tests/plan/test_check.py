@@ -21,9 +21,10 @@ def schedules(draw: st.DrawFn) -> Schedule:
     p, m = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     prefetch = draw(st.integers(0, 2))
     kind = draw(st.sampled_from(["train", "step", "forward", "fused", "alternating", "inference", "ring"]))
+    split = draw(st.booleans())
     match kind:
         case "train" | "step":
-            return one_f_one_b(p, m, optimizer=kind == "step", prefetch=prefetch)
+            return one_f_one_b(p, m, optimizer=kind == "step", split=split, prefetch=prefetch)
         case "forward":
             return forward_only(p, m, prefetch=prefetch)
         case "ring":
@@ -33,7 +34,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
             return fused_forward([ACTOR, CRITIC], p, prefetch=prefetch)
         case _:
             order = "alternating" if kind == "alternating" else "sequential"
-            return fused_1f1b([ACTOR, CRITIC], p, order, prefetch=prefetch)
+            return fused_1f1b([ACTOR, CRITIC], p, order, split=split, prefetch=prefetch)
 
 
 def mutated(schedule: Schedule, stage: int, actions: list[Action]) -> Schedule:
@@ -135,6 +136,21 @@ def test_caps() -> None:
     assert check(schedule, cap=[40, 30, 20, 10], weight=weight) == [
         "stage 3 holds 20 activations, its cap is 10"
     ]
+
+
+def test_both_parts_of_a_split_backward_are_owed() -> None:
+    schedule = one_f_one_b(2, 2, optimizer=True, split=True)
+    last = Action(Op.BACKWARD_WEIGHT, "actor", 1)
+
+    def without(kept: int) -> list[str]:
+        """Of the last stage's last part, moved `kept` places behind the reduction."""
+        actions = [a for a in schedule.actions[1] if a != last]
+        if kept:
+            actions.insert(actions.index(Action(Op.REDUCE, "actor")) + kept, last)
+        return check(mutated(schedule, 1, actions))
+
+    assert "stage 1: backward_weight actor 1 is missing" in without(0)
+    assert without(1) == ["stage 1: reduce actor comes before backward_weight actor 1"]
 
 
 def test_promises() -> None:

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from puzzle.errors import UserError
 from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward, shortened, stream, why_not_fused
+from puzzle.plan.fused import (
+    StreamModel,
+    fused_1f1b,
+    fused_forward,
+    shortened,
+    stream,
+    stretched,
+    why_not_fused,
+)
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.schedule import Op, Schedule, Work
@@ -41,12 +49,37 @@ def test_slots(p: int, m: int, f: int, b: int, order: str, defer: int, tied: boo
     assert apart == 2 * (m + p - 1) * (f + b)
 
 
+@given(st.integers(2, 6), st.integers(1, 9), st.integers(1, 3), costs, st.integers(0, 3), st.integers(0, 3))
+def test_slots_of_split_backwards(p: int, n: int, defer: int, weight: int, more_f: int, more_b: int) -> None:
+    """Of what 1F1B idles, 2 w (P - 1) are filled, in one model as in a stream of two, and every stage holds
+    no more than the first one does anyway (Qi et al. 2024, table 2, ZB-H1)."""
+    m, f, b = n + p - 1, weight + more_f, weight + more_b
+    parts = {"backward_input": b, "backward_weight": weight}
+    cost = CostTable.uniform(NAMES, f, b + weight, **parts)
+    one = one_f_one_b(p, m, "actor", optimizer=True, split=True)
+    two = fused_1f1b([StreamModel(name, m) for name in NAMES], p, split=True, defer=defer)
+    for schedule, count in ((one, m), (two, 2 * m)):
+        slots = count * (f + b + weight) + (p - 1) * (f + b - weight)
+        assert simulate(schedule, cost).makespan == slots
+        assert schedule.peak_in_flight() == (p,) * p
+    plain = one_f_one_b(p, m, "actor", optimizer=True)
+    assert simulate(plain, cost).makespan - simulate(one, cost).makespan == 2 * weight * (p - 1)
+
+
+def test_one_stage_has_nothing_to_fill() -> None:
+    assert one_f_one_b(1, 4, optimizer=True, split=True) == one_f_one_b(1, 4, optimizer=True)
+    models = [StreamModel(name, 3) for name in NAMES]
+    assert fused_1f1b(models, 1, split=True) == fused_1f1b(models, 1)
+
+
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[list[StreamModel], int, list[str]]:
     p = draw(st.integers(1, 5))
     sizes = st.tuples(*[st.integers(1, 9).map(float)] * p)
     counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    models = [StreamModel(f"m{i}", n, draw(sizes), draw(st.booleans())) for i, n in enumerate(counts)]
+    models = [
+        StreamModel(f"m{i}", n, draw(sizes), draw(st.booleans()), draw(sizes)) for i, n in enumerate(counts)
+    ]
     order = draw(st.permutations([m.name for m in models for _ in range(m.microbatches)]))
     return models, p, order
 
@@ -58,7 +91,8 @@ def test_pipelines_with_fewer_microbatches_keep_one_order(
     """Still right; the last backwards of all models and the optimizers' actions keep their order."""
     models, p, order = case
     counts = {m.name: data.draw(st.integers(1, m.microbatches)) for m in models}
-    whole = fused_1f1b(models, p, order)
+    split = data.draw(st.booleans())
+    whole = fused_1f1b(models, p, order, split=split)
     short = shortened(whole, counts)
     assert check(short) == []
     assert shortened(whole, {m.name: m.microbatches for m in models}) == whole
@@ -68,23 +102,34 @@ def test_pipelines_with_fewer_microbatches_keep_one_order(
         return [
             (a.op, a.model)
             for a in schedule.actions[stage]
-            if a.microbatch < 0 or (a.op is Op.BACKWARD and a.microbatch == last[a.model])
+            if a.microbatch < 0 or ("backward" in a.op and a.microbatch == last[a.model])
         ]
 
     for stage in range(p):
         assert fixed(short, stage) == fixed(whole, stage)
 
 
-@given(streams(), st.floats(0, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9))
-@settings(max_examples=200)
+@given(streams(), st.floats(0, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9), st.booleans())
+@settings(max_examples=300)
 def test_any_stream_is_right_and_keeps_its_cap(
-    case: tuple[list[StreamModel], int, list[str]], slack: float, defer: int, prefetch: int, seed: int
+    case: tuple[list[StreamModel], int, list[str]],
+    slack: float,
+    defer: int,
+    prefetch: int,
+    seed: int,
+    split: bool,
 ) -> None:
-    """Any order of any models, uneven stages, any cap that holds one micro-batch."""
+    """Any order of any models, uneven stages, any cap that holds one micro-batch before and between the parts
+    of its backward."""
     models, p, order = case
-    cap = [max(m.activation_bytes[s] for m in models) * (1 + slack) for s in range(p)]
-    schedule = fused_1f1b(models, p, order, cap_bytes=cap, defer=defer, prefetch=prefetch)
-    assert check(schedule, cap, {m.name: m.activation_bytes for m in models}) == []
+    held = [max(max(m.activation_bytes[s], m.deferred_bytes[s] * split) for m in models) for s in range(p)]
+    cap = [most * (1 + slack) for most in held]
+    schedule = fused_1f1b(models, p, order, cap_bytes=cap, defer=defer, prefetch=prefetch, split=split)
+    weight, deferred = (
+        {m.name: x for m, x in zip(models, sizes, strict=True)}
+        for sizes in zip(*((m.activation_bytes, m.deferred_bytes) for m in models), strict=True)
+    )
+    assert check(schedule, cap, weight, deferred) == []
     assert play(schedule, seed) is None
     forwards = [a.model for a in schedule.actions[0] if a.op is Op.FORWARD]
     assert forwards == list(order)
@@ -128,6 +173,21 @@ def test_orders() -> None:
     assert stream(models, "babaaa")[:3] == [("b", 0), ("a", 0), ("b", 1)]
     with pytest.raises(UserError, match="stream order"):
         stream(models, "aaab")
+
+
+@given(streams(), st.data())
+def test_a_mix_for_other_counts(case: tuple[list[StreamModel], int, list[str]], data: st.DataObject) -> None:
+    """As many of each as asked for; what has the same counts stays; one after the other stays so."""
+    models, _, order = case
+    own = {m.name: m.microbatches for m in models}
+    assert stretched(order, own) == tuple(order)
+    counts = {m.name: data.draw(st.integers(1, 9)) for m in models}
+    assert Counter(stretched(order, counts)) == counts
+    other = [StreamModel(name, n) for name, n in counts.items()]
+    for kind in ("sequential", "alternating") if len(set(own.values())) == 1 else ("sequential",):
+        names = [model for model, _ in stream(models, kind)]
+        if kind == "sequential" or len(set(counts.values())) == 1:
+            assert stretched(names, counts) == tuple(model for model, _ in stream(other, kind))
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(0, 9))
