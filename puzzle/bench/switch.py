@@ -54,21 +54,28 @@ class SwitchBench(ModelBench):
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start as many processes as the layouts have."""
     made = parser("switch", "Time switches of a model's layout.", "model layers repeats", repeats=7)
-    made.add_argument("--pairs", nargs="+", type=_pair, required=True, metavar="TP,PP,DP:TP,PP,DP")
+    made.add_argument("--pairs", nargs="+", type=pair_of, required=True, metavar="TP,PP,DP:TP,PP,DP")
     made.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
     made.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
     made.add_argument("--gpus-per-node", type=int, default=None, metavar="N")
     bench = SwitchBench(**vars(made.parse_args(arguments)))
-    worlds = {tp * pp * dp for pair in bench.pairs for tp, pp, dp in pair}
-    if len(worlds) > 1:
-        raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
+    processes = one_size(bench.pairs)
     if bench.repeats < 1:
         raise UserError(f"--repeats {bench.repeats}: at least 1")
-    local.run("puzzle.bench.switch:work", (bench,), worlds.pop())
+    local.run("puzzle.bench.switch:work", (bench,), processes)
     return 0
 
 
-def _pair(text: str) -> Pair:
+def one_size(pairs: Sequence[Pair]) -> int:
+    """Processes of every layout. UserError if they differ."""
+    worlds = {tp * pp * dp for pair in pairs for tp, pp, dp in pair}
+    if len(worlds) > 1:
+        raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
+    return worlds.pop()
+
+
+def pair_of(text: str) -> Pair:
+    """Two layouts from the command line."""
     before, colon, after = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text}: write two layouts as 1,4,1:2,2,1")
@@ -84,7 +91,7 @@ def work(bench: SwitchBench) -> None:
             said = f"copies from a peer {rates['copy_bytes_per_second'] / GB:.1f} GB/s"
         except Unreachable as error:
             said = f"no copies from peers: {error}"
-        _tidy(world)
+        tidy(world)
         if world.rank == 0:
             disabled = os.environ.get("NCCL_P2P_DISABLE", "0")
             print(f"{bench.model} {bench.dtype}, {world.size} ranks on {device.facts(world)['device']},")
@@ -101,7 +108,7 @@ def work(bench: SwitchBench) -> None:
                 if world.rank == 0:
                     _report(bench, row)
             del subject
-            _tidy(world)
+            tidy(world)
 
 
 def link_rate(world: World, size: int) -> float:
@@ -131,7 +138,7 @@ def copy_rate(world: World, size: int) -> float:
     return size / statistics.median(device.measure(world, lambda: target.copy_(value), 9))
 
 
-def _tidy(world: World) -> None:
+def tidy(world: World) -> None:
     """Once no rank reads it any more, memory that peers had opened can go."""
     gc.collect()
     device.meet(world)
@@ -202,7 +209,7 @@ class _Subject:
             row |= self._measured(plan, transport)
         except UserError as error:
             row["error"] = str(error)
-        _tidy(self.world)
+        tidy(self.world)
         return row | {"where": device.facts(self.world)}
 
     def _measured(self, plan: SwitchPlan, transport: Transport) -> dict[str, Any]:

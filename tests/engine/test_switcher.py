@@ -119,6 +119,18 @@ def test_all_ordered_pairs(spec):
     assert [line for lines in run_ranks(matrix, 8, cases, 0, timeout=3600.0) for line in lines] == []
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("spec", SPECS)
+def test_all_pairs_out_of_zero_shards(spec):
+    cases = [
+        Case(spec, *pair, strategy=strategy, transport=transport, zero=True)
+        for pair in permutations(LAYOUTS, 2)
+        for strategy, transport in WAYS
+        if pair[0][2] > 1
+    ]
+    assert [line for lines in run_ranks(matrix, 8, cases, 0, timeout=3600.0) for line in lines] == []
+
+
 @pytest.mark.parametrize(
     ("which", "tensor"),
     [("layers.2.down", "model.layers.2.mlp.down_proj.weight"), ("final_norm", "model.norm.weight")],
