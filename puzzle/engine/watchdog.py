@@ -3,7 +3,8 @@
 A thread of every rank publishes its sign of life, and what the main thread does, in the store in which the
 ranks met; every rank reads all of them and judges by the same rules, under any launcher:
 
-- a rank whose sign of life stopped for N seconds is stopped (SIGSTOP), gone, or holds the interpreter;
+- a rank whose sign of life stopped for N seconds is stopped (SIGSTOP), gone, or holds the interpreter: its
+  host's operating system knows, other hosts learn it by `vouch`;
 - when all ranks wait for messages or collectives and none has moved for N seconds, they wait for each other;
 - a rank that computes may take its time: it is named when others wait and it has not moved for 10 N seconds.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -129,13 +131,13 @@ def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sig
     """Whether the run hangs; `state` says in words what the operating system knows of a silent rank."""
     here = [s for s in seen if not s.sign.over]
     silent = [s for s in here if now - s.beat_at >= seconds]
-    lost = [s for s in silent if state(s.sign) != BUSY]
+    known = {s.sign.rank: state(s.sign) for s in silent}
+    patience = {BUSY: math.inf, AWAY: PATIENCE * seconds}
+    lost = [s for s in silent if now - s.beat_at >= patience.get(known[s.sign.rank], seconds)]
     if lost:
         first = max(lost, key=lambda s: now - s.beat_at)
-        line = (
-            f"{first.sign.name} {state(first.sign)}: no sign of life for {now - first.beat_at:.0f} s, last "
-        )
-        line += f"in {first.sign.doing}{_others(here, first, now)}"
+        line = f"{first.sign.name} {known[first.sign.rank]}: no sign of life for {now - first.beat_at:.0f} s"
+        line += f", last in {first.sign.doing}{_others(here, first, now)}"
         return Verdict(line, tuple(s.sign.rank for s in lost))
     still = now - max((s.moved_at for s in here), default=now)
     waiting = [s for s in here if s.sign.waits and s not in silent]
@@ -159,13 +161,15 @@ def _others(here: Sequence[Seen], first: Seen, now: float, most: int = 3) -> str
 
 
 BUSY = "holds its interpreter"
+AWAY = "does not answer"
+"""On another host, of which nobody says more: it may compute or be gone."""
 STOPPED = "is stopped (SIGSTOP, or a debugger)"
 
 
 def process_state(sign: Sign) -> str:
     """What has become of a process that shows no sign of life."""
     if sign.host != socket.gethostname():
-        return "does not answer"
+        return AWAY
     try:
         stat = Path(f"/proc/{sign.pid}/stat").read_text()
     except OSError:
@@ -299,7 +303,13 @@ class Watchdog:
                 self._seen[sign.rank].update(sign, now)
             else:
                 self._seen[sign.rank] = Seen(sign, now, now)
-        return judge(list(self._seen.values()), now, self.watch.seconds, process_state)
+        return judge(list(self._seen.values()), now, self.watch.seconds, self._state)
+
+    def _state(self, sign: Sign) -> str:
+        key = f"state/{sign.rank}"
+        if sign.host != self.sign.host and self._store.check([key]):
+            return self._store.get(key).decode()
+        return process_state(sign)
 
     def _signs(self) -> list[Sign]:
         keys = [key for key in map(str, range(self.size)) if key in self._known or self._store.check([key])]
@@ -350,8 +360,21 @@ def _own_store(seconds: float) -> dist.Store:
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=seconds)
     store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=limit)
+    return _of_signs(store)
+
+
+def _of_signs(store: dist.Store) -> dist.Store:
     # torchrun's agents keep their store when they start the ranks anew.
     return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def vouch(store: dist.Store, ranks: Sequence[int]) -> None:
+    """Tell other hosts what the system knows of this host's `ranks`; for who is none of them and sees all."""
+    signs = _of_signs(store)
+    for rank in ranks:
+        if signs.check([str(rank)]):
+            sign = Sign(**json.loads(signs.get(str(rank))))
+            signs.set(f"state/{rank}", process_state(sign))
 
 
 def _stack_file(folder: Path, rank: int) -> tuple[TextIO, bool]:

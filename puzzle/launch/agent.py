@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch.distributed import DistError, TCPStore
 
+from puzzle.engine.watchdog import vouch
 from puzzle.launch import local
 from puzzle.launch.hosts import BEAT_SECONDS, END, FAILED, OVER, Order
 
@@ -29,7 +30,9 @@ def main() -> int:
     signal.signal(local.PEER_ENDED, local.peer_ended)
     threading.Thread(target=_until_input_ends, daemon=True).start()
     over = threading.Event()
-    threading.Thread(target=_beat, args=(store, index, over), daemon=True).start()
+    ranks = range(share.first, share.first + share.count)
+    beat = threading.Thread(target=_beat, args=(store, index, ranks, over), daemon=True)
+    beat.start()
     logs = None if order.logs is None else Path(order.logs)
     try:
         death = local.host(order.target, order.args, share, logs)
@@ -38,6 +41,7 @@ def main() -> int:
     if death is not None:
         store.set(f"death/{index}", json.dumps(asdict(death)))
     over.set()
+    beat.join()
     store.set(f"beat/{index}", OVER)
     return 0 if death is None else death.code or 1
 
@@ -48,12 +52,14 @@ def _until_input_ends() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _beat(store: TCPStore, index: int, over: threading.Event) -> None:
-    """Signs of life until it is over; ends this process when told to, or when the launcher is gone."""
+def _beat(store: TCPStore, index: int, ranks: range, over: threading.Event) -> None:
+    """Signs of life, and what is known of `ranks`, until it is over; ends this process when told to, or when
+    the launcher is gone."""
     number = 0
     try:
         while not over.is_set() and not store.check([END]):
             store.set(f"beat/{index}", str(number))
+            vouch(store, ranks)
             number += 1
             over.wait(BEAT_SECONDS)
     except DistError:

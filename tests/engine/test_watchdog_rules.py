@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
-from puzzle.engine.watchdog import BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge
+import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from puzzle.engine.watchdog import AWAY, BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge, vouch
 
 N = 10.0
 NOW = 1000.0
@@ -60,6 +71,34 @@ def test_native_code_without_signs_counts_as_computing() -> None:
     assert verdict is not None
     assert verdict.line.startswith("rank 1 on host has computed without progress for 120 s")
     assert verdict.silent == (1,)
+
+
+def test_a_silent_rank_of_another_host_may_compute_unless_its_host_knows_better() -> None:
+    ranks = [seen(0, 99), seen(1, 99, silent=99)]
+    assert judge(ranks, NOW, N, lambda sign: AWAY) is None
+    ranks = [seen(0, 99), seen(1, PATIENCE * N, silent=PATIENCE * N)]
+    verdict = judge(ranks, NOW, N, lambda sign: AWAY)
+    assert verdict is not None
+    assert verdict.line.startswith(f"rank 1 on host {AWAY}: no sign of life for 100 s")
+
+
+def test_a_host_vouches_for_its_ranks() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        child.send_signal(signal.SIGSTOP)
+        while "(stopped)" not in Path(f"/proc/{child.pid}/status").read_text():
+            time.sleep(0.01)
+        store = HashStore()
+        for rank, pid in ((4, os.getpid()), (5, child.pid)):
+            sign = Sign(rank, socket.gethostname(), pid)
+            PrefixStore("watchdog/0", store).set(str(rank), json.dumps(asdict(sign)))
+        vouch(store, range(4, 7))  # the last has shown no sign yet
+    finally:
+        child.kill()
+        child.communicate()
+    states = PrefixStore("watchdog/0/state", store)
+    assert [states.get(rank).decode() for rank in "45"] == [BUSY, STOPPED]
+    assert not states.check(["6"])
 
 
 def test_a_line_names_three_others_at_most() -> None:

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import signal
+import socket
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -47,6 +49,9 @@ def fail(out: Path, kind: str) -> None:
 
 def watched(out: Path, kind: str, seconds: float) -> None:
     """Two sums under a watchdog of N = `seconds`; in between, a rank does what `kind` says."""
+    if kind == "away":  # each rank on a host of its own, as far as watchdogs can tell
+        mock.patch.object(socket, "gethostname", return_value=f"host{os.environ['RANK']}").start()
+        kind = "stop 1"
     with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks")) as world:
         (out / f"{world.rank}.pid").write_text(str(os.getpid()))
         world.sum(torch.ones(1))

@@ -89,6 +89,14 @@ def test_a_stopped_rank_of_another_launcher(tmp_path: Path, victim: int) -> None
     assert re.match(words, errors[0])
 
 
+def test_a_stopped_rank_of_another_host_of_which_nobody_knows(tmp_path: Path) -> None:
+    # Silent, or still since then: whichever of its last sign and its last move is judged first.
+    words = r"^rank 1 on host1 (does not answer: no sign of life|has computed without progress) for [67] s"
+    with pytest.raises(local.WorkerError, match=words):
+        local.run(f"{TARGETS}:watched", (tmp_path, "away", 0.6), 2, tmp_path / "ranks")
+    assert gone(pids(tmp_path, 2, 1), 0)
+
+
 @pytest.mark.parametrize("kind", ["slow", "native"])
 def test_work_that_takes_long_is_let_be(tmp_path: Path, kind: str) -> None:
     local.run(f"{TARGETS}:watched", (tmp_path, kind, 2.0), 2, tmp_path / "ranks")
