@@ -18,6 +18,8 @@ from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.runlog import load_runs
 from puzzle.sources import check
 
+FRUITLESS = 2
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
@@ -83,7 +85,8 @@ def _configured(out: Path | None, overrides: Sequence[str]) -> TrainConfig:
 
 
 def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launcher = "local") -> int:
-    """Run `config` into `out`; if it dies, resume it, `launch.max_restarts` times at most.
+    """Run `config` into `out`; if it dies, resume it, `launch.max_restarts` times at most, but not again
+    after FRUITLESS restarts in a row without a new checkpoint.
 
     A folder of our making does not outlive a refusal before the log began.
     """
@@ -95,6 +98,7 @@ def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launch
     if most and "RANK" in os.environ:
         raise UserError("launch.max_restarts: another launcher started this process and restarts it: use 0")
     target, logs, note = "puzzle.cli.train:process", out / "ranks", ""
+    reached, fruitless = -1, 0
     for restarts in range(most + 1):
         args = (config.resolved(), str(out.resolve()), resume, note)
         try:
@@ -103,8 +107,12 @@ def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launch
             else:
                 launch(launcher, target, args, config.world, logs, config.device)
         except local.WorkerError as error:
-            print(f"error: {error}", file=sys.stderr)
-            if restarts == most:
+            before, reached = reached, _newest_checkpoint(out)
+            fruitless = fruitless + 1 if reached == before else 0
+            ends = fruitless == FRUITLESS and restarts < most
+            why = f"; given up: {FRUITLESS} restarts brought no new checkpoint" if ends else ""
+            print(f"error: {error}{why}", file=sys.stderr)
+            if ends or restarts == most:
                 return error.code
             note = f"restart {restarts + 1} of {most} after: {error}"
             resume = (out / "run.jsonl").exists()
@@ -115,6 +123,11 @@ def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launch
         else:
             break
     return 0
+
+
+def _newest_checkpoint(out: Path) -> int:
+    found = (path.name.removeprefix("state-") for path in (out / "checkpoints").glob("state-*"))
+    return max((int(number) for number in found if number.isdigit()), default=0)
 
 
 def process(resolved: dict[str, Any], out: str, resume: bool, note: str) -> None:
