@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -31,21 +31,19 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it ended well, 2 after a user error, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_code(lambda: _run(given))
-
-
-def _run(given: list[str]) -> int | None:
-    if not given or given[0] in ("-h", "--help"):
-        print(_help(), flush=True)
-        return 0 if given else 2
-    if given[0] == "--version":
+    if given[:1] == ["--version"]:
         print(f"puzzle {__version__}")
         return 0
-    if given[0] not in COMMANDS:
-        raise UserError(f"{given[0]}: unknown command; there are {', '.join(COMMANDS)}")
-    return import_module(f"puzzle.cli.{given[0]}").run(given[1:])
+    return exit_code(lambda: dispatch("puzzle", COMMANDS, "puzzle.cli.", given))
 
 
-def _help() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: puzzle COMMAND ...", "", *lines, "", "puzzle COMMAND --help says more."])
+def dispatch(program: str, commands: Mapping[str, str], module: str, given: list[str]) -> int | None:
+    """Run the command that comes first, of the module `module` and its name; without one, list them."""
+    if not given or given[0] in ("-h", "--help"):
+        lines = [f"  {name:<12} {text}" for name, text in commands.items()]
+        head, foot = f"usage: {program} COMMAND ...", f"{program} COMMAND --help says more."
+        print("\n".join([head, "", *lines, "", foot]), flush=True)
+        return 0 if given else 2
+    if given[0] not in commands:
+        raise UserError(f"{program} {given[0]}: unknown command; there are {', '.join(commands)}")
+    return import_module(f"{module}{given[0]}").run(given[1:])

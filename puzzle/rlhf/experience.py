@@ -63,11 +63,6 @@ class Experience:
         lengths_B = torch.tensor([len(response) for response in self.responses])
         return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
 
-    @cached_property
-    def groups_B(self) -> Tensor:
-        """int64 (B,): which prompt of the batch each row answers."""
-        return torch.arange(len(self)) // self.samples
-
     def prompt(self, row: int) -> Tokens:
         """The prompt that a row answers."""
         return self.prompts[row // self.samples]

@@ -31,9 +31,14 @@ def matmul_flops(spec: ModelSpec) -> int:
     return spec.num_layers * layer_matmul_flops(spec) + head_flops(spec)
 
 
-def layer_attention_flops(spec: ModelSpec, length: int, cached: int = 0) -> int:
-    """Forward FLOPs of attention's two products in one layer for positions [cached, length) of a sequence."""
-    return 4 * spec.num_heads * spec.head_dim * (_pairs(length, spec) - _pairs(cached, spec))
+def layer_attention_flops(spec: ModelSpec, length: int) -> int:
+    """Forward FLOPs of attention's two products in one layer for a sequence of `length` tokens.
+
+    They are taken over pairs of (position, position it sees, itself included).
+    """
+    window = min(spec.sliding_window or length, length)
+    pairs = window * (window + 1) // 2 + (length - window) * window
+    return 4 * spec.num_heads * spec.head_dim * pairs
 
 
 def forward_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
@@ -47,9 +52,3 @@ def forward_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
 def train_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
     """Forward and backward FLOPs: the backward pass has two products for each of the forward's."""
     return 3 * forward_flops(spec, lengths)
-
-
-def _pairs(length: int, spec: ModelSpec) -> int:
-    """Pairs of (position, position it sees, itself included) in the first `length` positions."""
-    window = min(spec.sliding_window or length, length)
-    return window * (window + 1) // 2 + (length - window) * window

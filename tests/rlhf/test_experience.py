@@ -62,10 +62,9 @@ def test_take_and_put(case):
 
 
 @given(experiences())
-def test_rows_and_groups(experience):
-    assert experience.groups_B.tolist() == [r // experience.samples for r in range(len(experience))]
-    for row, group in enumerate(experience.groups_B.tolist()):
-        assert experience.sequence(row) == experience.prompts[group] + experience.responses[row]
+def test_rows_of_prompts(experience):
+    for row, response in enumerate(experience.responses):
+        assert experience.sequence(row) == experience.prompts[row // experience.samples] + response
     assert experience.mask_BS.sum(1).tolist() == [len(response) for response in experience.responses]
 
 
