@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
+from tests.bench.test_switch import TINY
 
 PAPER = ["plan", "switch", "--from", "2,8,1", "--to", "4,4,1", "--model", "13b", "--gpus-per-node", "8"]
 
@@ -42,20 +43,7 @@ def test_out_of_zero_shards(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 4}))
     given = ["plan", "switch", "--from", "1,4,1", "--to", "1,1,4", "--model", str(tmp_path)]
     assert main([*given, "--out", str(tmp_path / "drawn")]) == 0
     text = capsys.readouterr().out
