@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     else:
         candidates = inference_candidates(streams, given.pp)
     estimates = choose(candidates, cost)
-    apart = next(e for e in estimates if len(e.candidate.schedules) == len(models))
+    apart = next(e for e in estimates if e.candidate is candidates[0])
     print(json.dumps([_row(e, apart) for e in estimates]) if given.json else _table(estimates, apart))
     if given.out:
         _draw(given.out, estimates[0], apart, cost)

@@ -4,22 +4,32 @@ costs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 
 from puzzle.plan.cost import CostTable
 from puzzle.plan.fused import Order, StreamModel, fused_1f1b, fused_forward, stream
-from puzzle.plan.schedule import Schedule
+from puzzle.plan.schedule import Op, Schedule
 from puzzle.plan.simulate import makespan, simulate
 
 
 @dataclass(frozen=True)
+class Part:
+    """One model, or several in a stream: the model of every place in it, and `defer` of `fused_1f1b`."""
+
+    order: tuple[str, ...]
+    defer: int = 1
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """Schedules that run one after the other and together do the work of a stage of the iteration."""
+    """Parts that run one after the other and together do the work of a stage of the iteration; a schedule of
+    each."""
 
     name: str
     schedules: tuple[Schedule, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,27 @@ def estimate(candidate: Candidate, cost: CostTable) -> Estimate:
     return Estimate(candidate, seconds, flushes, idle / seconds if seconds else 0.0)
 
 
+Build = Callable[..., Schedule]
+"""A schedule of `(models, num_stages, order)`, of a training stream also by `defer`."""
+
+
+def candidate(
+    name: str, parts: Sequence[Part], models: Sequence[StreamModel], num_stages: int, build: Build
+) -> Candidate:
+    """The candidate of some parts. UserError if an order does not fit the models' micro-batches."""
+    schedules = []
+    for part in parts:
+        members = [m for m in models if m.name in part.order]
+        options = {} if part.defer == 1 else {"defer": part.defer}
+        schedules.append(build(members, num_stages, part.order, **options))
+    return Candidate(name, tuple(schedules), tuple(parts))
+
+
+def apart(models: Sequence[StreamModel]) -> list[Part]:
+    """Every model by itself."""
+    return [Part((m.name,) * m.microbatches) for m in models]
+
+
 def training_candidates(
     models: Sequence[StreamModel],
     num_stages: int,
@@ -53,13 +84,33 @@ def training_candidates(
     *,
     cap_bytes: Sequence[float] | None = None,
     defer: Sequence[int] = (1, 2, 4),
-    prefetch: int = 1,
     trials: int = 200,
 ) -> list[Candidate]:
     """Apart, one after the other in every order, alternating from every first model, and the best order
-    found in `trials` simulations; each fused one with the best of the `defer` values (see `fused_1f1b`)."""
-    build = partial(fused_1f1b, num_stages=num_stages, cap_bytes=cap_bytes, prefetch=prefetch)
-    candidates = [Candidate("apart", tuple(build([m]) for m in models))]
+    found in `trials` simulations; each fused one with the best of the `defer` values (see `fused_1f1b`). All
+    that once more with split backwards where the costs of their parts are known, and with these alone where
+    those of whole ones are not."""
+    names = [m.name for m in models]
+    splits = [False] if num_stages == 1 or cost.knows(names, Op.BACKWARD) else []
+    if num_stages > 1 and cost.knows(names, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
+        splits.append(True)
+    candidates = []
+    for split in splits or [False]:
+        build = partial(fused_1f1b, cap_bytes=cap_bytes, split=split)
+        for found in _orders(models, num_stages, cost, build, defer, trials):
+            candidates.append(replace(found, name=f"{found.name}, split" if split else found.name))
+    return candidates
+
+
+def _orders(
+    models: Sequence[StreamModel],
+    num_stages: int,
+    cost: CostTable,
+    build: Build,
+    defer: Sequence[int],
+    trials: int,
+) -> list[Candidate]:
+    candidates = [candidate("apart", apart(models), models, num_stages, build)]
     if len(models) == 1:
         return candidates
     orders: dict[str, list[str]] = {}
@@ -69,13 +120,12 @@ def training_candidates(
             orders[name] = [model for model, _ in stream(arranged, kind)]
 
     def seconds(order: Order) -> float:
-        return makespan(build(models, order=order), cost)
+        return makespan(build(models, num_stages, order), cost)
 
     orders["searched"] = search_order(min(orders.values(), key=seconds), seconds, trials)
     for name, order in orders.items():
-        variants = [build(models, order=order, defer=d).renamed(name) for d in defer]
-        best = min(variants, key=lambda s: makespan(s, cost))
-        candidates.append(Candidate(name, (best,)))
+        variants = [candidate(name, [Part(tuple(order), d)], models, num_stages, build) for d in defer]
+        candidates.append(min(variants, key=lambda c: makespan(c.schedules[0], cost)))
     return candidates
 
 
@@ -83,7 +133,6 @@ def inference_candidates(
     models: Sequence[StreamModel],
     num_stages: int,
     why_not: Callable[[Sequence[str]], str | None] = lambda names: None,
-    prefetch: int = 1,
 ) -> list[Candidate]:
     """Every way to group the models into forward-only streams, each stream in every order. Groups for which
     `why_not` gives a reason are left out."""
@@ -93,8 +142,8 @@ def inference_candidates(
             continue
         for arranged in _arrangements(groups):
             name = " | ".join(" ".join(m.name for m in group) for group in arranged)
-            schedules = tuple(fused_forward(group, num_stages, prefetch=prefetch) for group in arranged)
-            candidates.append(Candidate(name, schedules))
+            parts = [Part(tuple(m.name for m in group for _ in range(m.microbatches))) for group in arranged]
+            candidates.append(candidate(name, parts, models, num_stages, fused_forward))
     return candidates
 
 

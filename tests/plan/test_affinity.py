@@ -46,6 +46,26 @@ def test_sharing_does_not_pay_on_one_stage() -> None:
     assert training(free, num_stages=1)[0] == "apart"
 
 
+def test_split_backwards_are_tried_where_their_costs_are_known() -> None:
+    models = [StreamModel("actor", 4), StreamModel("critic", 4)]
+    whole = {"forward": 1.0, "backward": 2.0, "activation": 0.0, "gradient": 0.0, "reduce": 0.0}
+    whole |= {"norm": 0.0, "step": 0.0, "gather": 0.0}
+
+    def names(**parts: float) -> list[str]:
+        cost = CostTable({m.name: {**whole, **parts} for m in models})
+        return [e.candidate.name for e in choose(training_candidates(models, 4, cost, trials=1), cost)]
+
+    assert not any("split" in name for name in names())
+    cheap = names(backward_input=1.0, backward_weight=1.0)
+    assert all("split" in name for name in cheap[:5])
+    assert len(cheap) == 12
+    assert "split" not in names(backward_input=2.0, backward_weight=1.0)[0]
+    parts = {key: seconds for key, seconds in whole.items() if key != "backward"}
+    parts |= {"backward_input": 1.0, "backward_weight": 1.0}
+    cost = CostTable(dict.fromkeys(("actor", "critic"), parts))
+    assert all("split" in c.name for c in training_candidates(models, 4, cost, trials=1))
+
+
 def test_search_finds_the_best_of_all_orders() -> None:
     """Brute force over the 35 orders of 4 + 3 micro-batches."""
     models, cost = [StreamModel("a", 4), StreamModel("b", 3)], costs(a=1.0, b=0.3)

@@ -85,7 +85,7 @@ def config(critic_pp: int, fuse: bool | str) -> TrainConfig:
     )
 
 
-def decided(rank: int) -> list[tuple[bool, tuple[str, ...]]]:
+def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
     """What `auto` chooses under three tables of costs; passes as chosen give the results of before."""
     world = World(rank, 2, torch.device("cpu"), acknowledge=True)
     models = build_models(config(2, False), world)
@@ -106,13 +106,14 @@ def decided(rank: int) -> list[tuple[bool, tuple[str, ...]]]:
         for question, result, before in zip(asked, again, apart, strict=True):
             assert torch.equal(question.answer(result.results), before)
         assert (again[0].schedule is again[1].schedule) is shared
-        found.append((shared, sharing.order))
+        found.append((shared, [part.order for part in sharing.parts]))
     return found
 
 
 def test_auto_follows_the_costs() -> None:
     """The model whose first stage is quick goes first (Johnson's rule); without a gain models stay apart."""
-    expected = [(True, ("critic", "reward")), (True, ("reward", "critic")), (False, ("critic", "reward"))]
+    critic, reward = ("critic",) * 4, ("reward",) * 4
+    expected = [(True, [critic + reward]), (True, [reward + critic]), (False, [critic, reward])]
     assert run_ranks(decided, 2) == [expected, expected]
 
 
