@@ -239,7 +239,7 @@ def _training(folder: Path, placement: Placement, world: World, truth: Truth) ->
                 own = own + torch.stack(result.results).sum()
             loss = float(world.sum(own))
             loss_gap = max(loss_gap, abs(loss / truth.losses[step] - 1))
-            norm_gap = max(norm_gap, abs(optimizer.grad_norm / truth.norms[step] - 1))
+            norm_gap = max(norm_gap, abs(optimizer.take_norms()[-1] / truth.norms[step] - 1))
         name = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
         found.append((f"{STEPS} steps {name}, losses", loss_gap, limit))
         found.append((f"{STEPS} steps {name}, gradient norms", norm_gap, 5 * limit))

@@ -9,6 +9,7 @@ one all-gather spreads the stepped rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,7 @@ class ZeroAdamW:
         self.group = world.groups(placement.groups("dp"), "dp")
         self.everyone = world.groups([tuple(sorted(placement.ranks))], "model")
         self.steps = 0
-        self.grad_norm = float("nan")
+        self.norms: list[Tensor] = []  # of gradients before clipping, on the device, until they are taken
         self.passes = 0
         self._reducing = False
         self._norm: tuple[Tensor, dist.Work | None] | None = None
@@ -236,28 +237,56 @@ class ZeroAdamW:
         if work is not None:
             work.wait()
         self._norm = None
-        self.grad_norm = float(square.sqrt())
-        if not torch.isfinite(square):
-            raise UserError(
-                f"{self.name}: the gradient norm is {self.grad_norm} at optimizer step {self.steps}; "
-                "look at the loss, lower the learning rate, or resume from an earlier checkpoint"
-            )
+        self.norms.append(square.sqrt())
+
+    def take_norms(self) -> list[float]:
+        """The gradients' norms before clipping in all steps since the last call; waits for the device.
+
+        UserError if one is not finite: that step has changed nothing.
+        """
+        norms = torch.stack(self.norms).tolist() if self.norms else []
+        self.norms.clear()
+        for step, norm in enumerate(norms, self.steps - len(norms)):
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"{self.name}: the gradient norm is {norm} at optimizer step {step}; "
+                    "look at the loss, lower the learning rate, or resume from an earlier checkpoint"
+                )
+        return norms
+
+    def _clipped_step(self, grads: list[Tensor]) -> None:
+        """A step on gradients clipped to a norm of `grad_clip`; none if the norm is not finite.
+
+        The host does not wait for the norm: a step as they are and a step that divides them are launched,
+        and on the device one of them, or both, find that they are to leave everything as it is.
+        """
+        norm, clip = self.norms[-1], self.settings.grad_clip
+        inside = norm.isfinite() if clip is None else norm <= clip
+        if self.settings.backend == "apex":  # it can neither divide nor leave out
+            if clip is not None:
+                torch._foreach_mul_(grads, torch.where(inside, 1.0, clip / (norm + 1e-6)))
+            self.adam.step()
+            return
+        ways = [(None, inside)]
+        if clip is not None:
+            ways.append(((norm + 1e-6) / clip, (norm > clip) & norm.isfinite()))
+        for divisor, wanted in ways:
+            setattr(self.adam, "grad_scale", divisor)  # noqa: B010 - as torch.amp.GradScaler hands them over
+            setattr(self.adam, "found_inf", (~wanted).float())  # noqa: B010
+            self.adam.step()
 
     def _step(self) -> None:
         self.before_use()
         if self.unchanged_until is not None:
             torch.cuda.current_stream(self.world.device).wait_event(self.unchanged_until)
             self.unchanged_until = None
-        clip = self.settings.grad_clip
         grads = [self._grad(i) for i in range(len(self.slots))]
-        if clip is not None and self.grad_norm > clip:
-            torch._foreach_mul_(grads, clip / (self.grad_norm + 1e-6))
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
         for group in self.adam.param_groups:
             group["lr"] = self.settings.lr_at(self.steps)
         with torch.no_grad():
-            self.adam.step()
+            self._clipped_step(grads)
         for master in self.masters:
             master.grad = None
         self.steps += 1

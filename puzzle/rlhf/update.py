@@ -35,7 +35,6 @@ class Update:
         self.models, self.config, self.experience, self.kl_coef = models, config, experience, kl_coef
         self.sharing = sharing
         self._sums: dict[str, Tensor] = {}
-        self._norms: dict[str, list[float]] = {"actor": [], "critic": []}
         self._steps = 0
         # Of the first step: ratios' sum, how many they are, and the furthest from 1.
         self._first = torch.zeros(3, dtype=torch.float64, device=models.actor.world.device)
@@ -50,13 +49,10 @@ class Update:
             if number == len(cuts):
                 before_last()
             self.sharing.train([self._pass(model, rows) for model in trained])
-            for model in trained:
-                assert model.optimizer is not None
-                self._norms[model.name].append(model.optimizer.grad_norm)
             self._steps += 1
 
     def metrics(self) -> dict[str, float]:
-        """Averages over the tokens of all steps, and the mean gradient norms."""
+        """Averages over the tokens of all steps, and mean gradient norms; UserError for one not finite."""
         names = sorted(self._names())
         device = self.models.actor.world.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -72,8 +68,10 @@ class Update:
             "value_clip_share": found["critic.clipped"] / found["critic.tokens"],
             "value_error": found["critic.squared_error"] / found["critic.tokens"],
         }
-        for role, norms in self._norms.items():
-            out[f"{role}_grad_norm"] = sum(norms) / len(norms)
+        for model in (self.models.actor, self.models.critic):
+            assert model.optimizer is not None
+            norms = model.optimizer.take_norms()
+            out[f"{model.name}_grad_norm"] = sum(norms) / len(norms)
         return out | self._first_ratio()
 
     def _first_ratio(self) -> dict[str, float]:

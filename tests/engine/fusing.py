@@ -31,7 +31,8 @@ Shape = tuple
 
 @dataclass(frozen=True)
 class Case:
-    """`rows` texts in passes of `per_pass`. Hidden sizes and layer counts differ between the models."""
+    """`rows` texts in passes of `per_pass`. Hidden sizes and layer counts differ between the models. `split`:
+    run also apart, but with split backwards; the stream has them, too."""
 
     actor: Shape
     critic: Shape
@@ -39,6 +40,8 @@ class Case:
     per_pass: tuple[int, int] = (1, 1)
     order: Order = "sequential"
     tied: bool = False
+    split: bool = False
+    defer: int = 1
 
 
 def layout(shape: Shape, layers: int) -> Layout:
@@ -119,12 +122,15 @@ def weights(runtime: ModelRuntime) -> str:
     return digest(list(runtime.decoder.parameters()))
 
 
-def about(schedules: Sequence[Schedule | None]) -> list[tuple[int, str]]:
-    return [(s.flushes, s.hash) for s in schedules if s is not None]
+def about(schedules: Sequence[Schedule | None]) -> list[tuple[int, str, int]]:
+    """Flushes, hashes, and how many backwards are split."""
+    return [(s.flushes, s.hash, s.counts().get("backward_weight", 0)) for s in schedules if s is not None]
 
 
-def steps(world: World, case: Case, fused: bool) -> dict[str, Any]:
+def steps(world: World, case: Case, fused: bool, split: bool = False) -> dict[str, Any]:
     made = models(world, case)
+    for runtime in made:
+        runtime.split_backward = split
     rows = texts(case.rows)
     passes = [work(runtime, rows, size) for runtime, size in zip(made, case.per_pass, strict=True)]
     stream = Stream(made) if fused else None
@@ -137,7 +143,7 @@ def steps(world: World, case: Case, fused: bool) -> dict[str, Any]:
 
     def train() -> list[StageResult]:
         if stream is not None:
-            return stream.train(passes, case.order)
+            return stream.train(passes, case.order, case.defer)
         return [p.runtime.train(p.batches, p.finish) for p in passes]
 
     trained: list[StageResult] = []
@@ -145,7 +151,7 @@ def steps(world: World, case: Case, fused: bool) -> dict[str, Any]:
     for _ in range(STEPS):
         trained = train()
         losses.append([digest(stage.results) for stage in trained])
-        norms.append([r.optimizer.grad_norm for r in made if r.optimizer is not None])
+        norms.append([n for r in made if r.optimizer is not None for n in r.optimizer.take_norms()])
         for runtime in made:
             assert runtime.optimizer is not None
             runtime.optimizer.release()
@@ -161,10 +167,17 @@ def steps(world: World, case: Case, fused: bool) -> dict[str, Any]:
     }
 
 
-def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Per case what training apart and as one stream gave."""
+def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[tuple[dict[str, Any], ...]]:
+    """Per case what training apart, as one stream and, if it says so, apart with split backwards gave."""
     world = World(rank, world_size, torch.device("cpu"), acknowledge=True)
-    return [(steps(world, case, fused=False), steps(world, case, fused=True)) for case in cases]
+    return [
+        (
+            steps(world, case, fused=False),
+            steps(world, case, fused=True, split=case.split),
+            *([steps(world, case, fused=False, split=True)] if case.split else []),
+        )
+        for case in cases
+    ]
 
 
 def refusal(rank: int, case: Case) -> str:

@@ -16,15 +16,15 @@ SHORT: dict[int, list[Case]] = {
     ],
     2: [
         Case((1, 2, 1), (1, 2, 1), rows=3, per_pass=(3, 3)),
-        Case((1, 2, 1, (3, 1)), (1, 2, 1, (1, 4)), rows=6, per_pass=(2, 1), order=MIXED),
-        Case((1, 2, 1), (1, 2, 1), rows=8, tied=True),
+        Case((1, 2, 1, (3, 1)), (1, 2, 1, (1, 4)), rows=6, per_pass=(2, 1), order=MIXED, defer=2),
+        Case((1, 2, 1), (1, 2, 1), rows=8, tied=True, split=True),
         Case((1, 1, 2), (2, 1, 1), rows=5, per_pass=(1, 2), order="alternating"),
     ],
     4: [
         Case((1, 4, 1), (1, 4, 1), rows=2),
-        Case((1, 4, 1, (1, 2, 1, 1)), (1, 4, 1), rows=9, per_pass=(2, 1), tied=True),
-        Case((2, 2, 1), (1, 2, 2), rows=5, order="alternating"),
-        Case((1, 2, 2), (1, 2, 2), rows=7, per_pass=(1, 2), tied=True),
+        Case((1, 4, 1, (1, 2, 1, 1)), (1, 4, 1), rows=9, per_pass=(2, 1), tied=True, split=True),
+        Case((2, 2, 1), (1, 2, 2), rows=5, order="alternating", split=True),
+        Case((1, 2, 2), (1, 2, 2), rows=7, per_pass=(1, 2), tied=True, split=True),
         Case((1, 2, 2, (1, 3)), (2, 2, 1, (2, 1)), rows=5, per_pass=(3, 1)),
         Case((4, 1, 1), (1, 1, 4), rows=6, per_pass=(2, 1), order="alternating"),
         Case((1, 1, 4), (2, 1, 2), rows=7),
@@ -37,7 +37,7 @@ LONG: dict[int, list[Case]] = {
         for order in ("sequential", "alternating")
     ],
     8: [
-        Case(a, c, rows=rows, per_pass=sizes, order=order, tied=tied)
+        Case(a, c, rows=rows, per_pass=sizes, order=order, tied=tied, split=tied and a[1] > 1)
         for a, c in (
             ((2, 2, 2), (2, 2, 2)),
             ((1, 4, 2), (2, 4, 1)),
@@ -55,19 +55,22 @@ LONG: dict[int, list[Case]] = {
 def compare(cases: list[Case], world: int) -> None:
     found = run_ranks(fusing.run, world, world, cases, timeout=900.0)
     for case, answers in zip(cases, zip(*found, strict=True), strict=True):
-        for apart, fused in answers:
+        for apart, fused, *split in answers:
             for what in ("start", "weights", "norms", "losses", "results"):
-                assert fused[what] == apart[what], f"{case}: {what}"
+                for other in (fused, *split):
+                    assert other[what] == apart[what], f"{case}: {what}"
+            for ran in (fused, *split):
+                assert all(bool(parts) is case.split for _, _, parts in ran["trained"])
             assert apart["weights"]["critic"] != apart["start"]["critic"]
             assert apart["weights"]["actor"] != apart["start"]["actor"]
             assert all(actor > fusing.CLIP for actor, _ in apart["norms"])
             assert len(apart["trained"]) == len(apart["asked"]) == 2
             for stage in ("trained", "asked"):
-                ((flushes, hash_),) = fused[stage]
+                ((flushes, hash_, _),) = fused[stage]
                 # A replica with fewer micro-batches than rank 0's may have gaps.
                 assert flushes == 1 or (flushes == 2 and apart is not answers[0][0])
-                assert sum(n for n, _ in apart[stage]) == 2
-                assert hash_ not in [other for _, other in apart[stage]]
+                assert sum(n for n, *_ in apart[stage]) == 2
+                assert hash_ not in [other for _, other, _ in apart[stage]]
 
 
 @pytest.mark.parametrize("world", SHORT)

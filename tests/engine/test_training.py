@@ -108,6 +108,14 @@ def test_other_heads_and_families(cases: dict, name: str, shape: tuple, per_pass
     compare(cases, name, shape, per_pass, bucket=1 << 26)
 
 
+def test_a_norm_that_is_not_finite_changes_nothing_and_is_told() -> None:
+    """On every stage, although only the last one's loss is NaN; the host learns it when it asks."""
+    for changed, (norm,), said in run_ranks(training.overflowing, 2, Layout.even(1, 2, 1, 2)):
+        assert changed == [True, False, True]
+        assert norm > 0.5
+        assert said.startswith("actor: the gradient norm is nan at optimizer step 1; look at the loss, lower")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["untied", "tied", "value", "qwen3"])
 @pytest.mark.parametrize("shape", LONG, ids=str)

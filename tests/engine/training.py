@@ -10,12 +10,46 @@ from torch import Tensor
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
+from puzzle.errors import UserError
 from puzzle.model import hf
 from puzzle.model.packing import pack
-from puzzle.model.weights import boxes
+from puzzle.model.weights import boxes, initialise
 from puzzle.plan.layout import Layout, Placement
+from puzzle.spec.model import ModelSpec
 
 Texts = list[list[int]]
+
+
+def overflowing(rank: int, layout: Layout) -> tuple[list[bool], list[float], str]:
+    """Whether each of three steps, the second with a loss of NaN, changed any weight; the norm of the first;
+    what reading the norms says."""
+    world = World(rank, layout.world, torch.device("cpu"), acknowledge=True)
+    sizes = {"model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    runtime = ModelRuntime("actor", ModelSpec.from_hf(sizes), Placement.default(layout), world)
+    initialise(runtime.decoder, 0)
+    runtime.attach_optimizer(AdamWSettings(lambda step: 1e-2, grad_clip=0.5))
+    batch, optimizer = pack([[1, 2, 3, 4]], layout.tp), runtime.optimizer
+    assert optimizer is not None
+    changed: list[bool] = []
+    first: list[float] = []
+    for factor in (1.0, float("nan"), 1.0):
+
+        def finish(index: int, hidden: Tensor, factor: float = factor) -> Tensor:
+            places = torch.arange(3)
+            return -factor * runtime.decoder.token_stats(hidden, places, places + 2).logprobs.sum()
+
+        before = [p.detach().clone() for p in runtime.decoder.parameters()]
+        runtime.train([batch], finish)
+        first = first or optimizer.take_norms()
+        changed.append(
+            any(not torch.equal(*p) for p in zip(before, runtime.decoder.parameters(), strict=True))
+        )
+    try:
+        optimizer.take_norms()
+    except UserError as error:
+        return changed, first, str(error)
+    return changed, first, ""
 
 
 def run(
@@ -53,7 +87,7 @@ def run(
         result = runtime.train(batches, finish)
         own = torch.stack(result.results).sum() if runtime.owns_results else torch.zeros(())
         losses.append(float(world.sum(own.clone())))
-        norms.append(optimizer.grad_norm)
+        norms += optimizer.take_norms()
     found = [
         (name, box.intervals, values.clone())
         for name, box, values in boxes(runtime.decoder, runtime.decoder.get_parameter)

@@ -201,7 +201,8 @@ class ZeroModel:
         self.coord = Coord(0, 0, world.rank)
         self.tensor = SimpleNamespace(size=1)
         self.decoder = Outputs(engine.module)
-        self.optimizer = SimpleNamespace(grad_norm=float("nan"), release=lambda: None)
+        self._norms: list[float] = []
+        self.optimizer = SimpleNamespace(take_norms=self._take_norms, release=lambda: None)
         self._steps = 0
 
     def rows(self, count: int) -> range:
@@ -236,8 +237,13 @@ class ZeroModel:
             losses.append(loss.detach())
         self._steps += 1
         norm = self.engine.get_global_grad_norm()
-        self.optimizer.grad_norm = float("nan") if norm is None else float(norm)
+        self._norms.append(float("nan") if norm is None else float(norm))
         return Passed(losses)
+
+    def _take_norms(self) -> list[float]:
+        """Gradient norms of the steps since the last call."""
+        norms, self._norms = self._norms, []
+        return norms
 
     def _forward(self, batch: PackedBatch) -> Tensor:
         """Outputs at the packed tokens. Behind its end a row holds token 0, which no earlier token sees."""
