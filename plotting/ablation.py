@@ -20,6 +20,7 @@ FACTORS = {
     "generation.layout": "generation layout",
     "intra.fuse_training": "fused training",
     "intra.fuse_inference": "fused inference",
+    "intra.split_backward": "split backward",
     "generation.decode_microbatch": "decode micro-batch",
     "generation.graphs": "CUDA graphs",
     "ppo.packing": "packing",

@@ -155,6 +155,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts(self) -> TrainConfig:
+        if self.recompute and self.intra.split_backward:
+            raise ValueError(
+                "intra.split_backward keeps the activations that recompute frees; set one of them to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes(self) -> TrainConfig:
         sequences = self.batch * self.generation.samples
         if sequences % self.minibatch:

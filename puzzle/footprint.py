@@ -68,6 +68,7 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
                 fused=fused,
                 compiled=config.compile,
                 offload=config.offload.optimizer if trained else getattr(config.offload, role),
+                split=trained and config.intra.split_backward,
             )
         )
     actor, options = uses[0], config.switch

@@ -255,6 +255,9 @@ class IntraConfig(Section):
     fuse_inference: Fuse = Field(
         False, description="reference, critic and reward in one inference schedule: true, auto"
     )
+    split_backward: bool = Field(
+        False, description="pipelines compute gradients of weights where they would idle"
+    )
 
 
 class OffloadConfig(Section):

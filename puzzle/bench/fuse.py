@@ -1,6 +1,7 @@
 """`puzzle bench fuse`: several models in one pipeline, timed beside one after the other.
 
-Costs come from the runs one after the other alone; what they let expect of one stream is simulated.
+Costs come from the runs one after the other alone; what they let expect of one stream is simulated. The costs
+of both parts of a split backward come from runs one after the other that split them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.model.weights import initialise
+from puzzle.plan.cost import CostTable
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.measured import measured_costs
-from puzzle.plan.schedule import Schedule
+from puzzle.plan.schedule import Op, Schedule
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Span, Timeline
 from puzzle.spec.flops import forward_flops, train_flops
@@ -62,6 +64,7 @@ class FuseBench(Bench):
     order: Literal["sequential", "alternating"]
     repeats: int
     compile: bool
+    split: bool
     traces: Path | None
     traced: int
 
@@ -88,6 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     made.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M")
     made.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
     made.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
+    made.add_argument("--split", action="store_true", help="train with split backwards, too, both ways")
     made.add_argument("--traces", type=Path, metavar="DIR", help="leave Perfetto traces there")
     made.add_argument("--traced", type=int, default=8, metavar="M", help="micro-batches of the traces")
     bench = FuseBench(**vars(made.parse_args(arguments)))
@@ -158,7 +162,9 @@ class Team:
         """How to run the passes of a stage; the first is what one stream is compared with."""
         stream = Stream([self.models[role] for role in STAGES[stage]])
         if stage == "training":
-            return {"apart": _trained, "fused": partial(stream.train, order=self.bench.order)}
+            ways: dict[str, Way] = {"apart": _trained, "fused": partial(stream.train, order=self.bench.order)}
+            more = {f"{name} split": partial(_split, way) for name, way in ways.items()}
+            return ways | more if self.bench.split else ways
         # Without a collective between them, models apart follow each other without a flush on devices.
         flushed = partial(_inferred, flush=self._flush)
         return {
@@ -174,9 +180,11 @@ class Team:
         """All ways of a stage with `count` micro-batches per model and replica, in alternation."""
         passes = [self._pass(stage, role, count) for role in STAGES[stage]]
         ways = self.ways(stage)
-        device.reset_peak(self.world.device)
-        for way in ways.values():  # compiles, connects, allocates
+        peaks = {}
+        for name, way in ways.items():  # compiles, connects, allocates
+            device.reset_peak(self.world.device)
             device.measure(self.world, partial(way, passes), 1)
+            peaks[name] = device.peak_bytes(self.world)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         spans: dict[str, list[list[Span]]] = {name: [] for name in ways}
         results: dict[str, list[StageResult]] = {}
@@ -185,32 +193,50 @@ class Team:
                 taken, marked, results[name] = self._timed(partial(way, passes))
                 seconds[name].append(taken)
                 spans[name].append(marked)
-        base, fused = next(iter(ways)), "fused"
-        timelines = [gathered(self.world, part) for part in spans[base]]
-        stage_of = {rank: self.placement.coord_of(rank).p for rank in self.placement.ranks}
-        cost = measured_costs(Timeline.after_one_another(timelines), stage_of)
+        base = next(iter(ways))
+        cost = self._costs(spans[base])
+        if "apart split" in ways:
+            parts = self._costs(spans["apart split"])
+            both = (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+            cost = CostTable(
+                {
+                    m: {**found, **{op: parts.seconds[m][op] for op in both}}
+                    for m, found in cost.seconds.items()
+                }
+            )
+        shown = [name for name in ways if name == base or name.startswith("fused") or stage == "training"]
         expected = {
             name: Timeline.after_one_another([simulate(s, cost) for s in _schedules(results[name])])
-            for name in (base, fused)
+            for name in shown
         }
         if self.bench.traces is not None and count == self.bench.traced:
-            shown = {base: timelines[-1], fused: gathered(self.world, spans[fused][-1])}
-            self._leave(self.bench.traces, stage, shown, expected)
+            seen = {name: gathered(self.world, spans[name][-1]) for name in shown}
+            self._leave(self.bench.traces, stage, seen, expected)
+        simulated = {name: timeline.makespan for name, timeline in expected.items()}
         return {
             "stage": stage,
             "models": [f"{role} {model.spec.num_layers} layers" for role, model in self._of(stage).items()],
             "microbatches": count,
             "seconds": seconds,
-            "simulated": {name: timeline.makespan for name, timeline in expected.items()},
-            **_compared(seconds, base, {name: timeline.makespan for name, timeline in expected.items()}),
+            "simulated": simulated,
+            "base": base,
+            "median_s": {name: statistics.median(x) for name, x in seconds.items()},
+            "over_simulated": {name: statistics.median(seconds[name]) / x for name, x in simulated.items()},
+            "compared": {n: _compared(seconds, simulated, base, n) for n in shown if n != base},
             "mfu": self._mfu(stage, count, seconds),
             "costs": cost.seconds,
             "flushes": {n: sum(s.flushes for s in _schedules(r)) for n, r in results.items()},
             "hashes": {n: [s.hash for s in _schedules(r)] for n, r in results.items()},
-            "grad_norms": {n: m.optimizer.grad_norm for n, m in self.models.items() if m.optimizer},
-            "peak_bytes": device.peak_bytes(self.world),
+            "grad_norms": {n: m.optimizer.take_norms() for n, m in self.models.items() if m.optimizer},
+            "peak_bytes": peaks,
             "where": device.facts(self.world),
         }
+
+    def _costs(self, spans: Sequence[Sequence[Span]]) -> CostTable:
+        """Of runs one after the other, from this rank's spans of each."""
+        timelines = [gathered(self.world, list(part)) for part in spans]
+        stage_of = {rank: self.placement.coord_of(rank).p for rank in self.placement.ranks}
+        return measured_costs(Timeline.after_one_another(timelines), stage_of)
 
     def _of(self, stage: Stage) -> dict[str, ModelRuntime]:
         return {role: self.models[role] for role in STAGES[stage]}
@@ -240,18 +266,29 @@ class Team:
     def _leave(
         self, folder: Path, stage: Stage, seen: dict[str, Timeline], expected: dict[str, Timeline]
     ) -> None:
-        """Four traces: base and fused, measured and simulated."""
+        """Traces of every way that is shown, measured and simulated."""
         if self.world.rank > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for timelines in (seen, expected):
             for name, timeline in timelines.items():
-                file = folder / f"{stage}-{name}-{timeline.source}.json"
+                file = folder / f"{stage}-{name.replace(' ', '-')}-{timeline.source}.json"
                 file.write_text(json.dumps(timeline.to_perfetto(), separators=(",", ":")))
 
 
 def _trained(passes: Sequence[Pass]) -> list[StageResult]:
     return [p.runtime.train(p.batches, p.finish) for p in passes]
+
+
+def _split(way: Way, passes: Sequence[Pass]) -> list[StageResult]:
+    """The same with split backwards."""
+    try:
+        for p in passes:
+            p.runtime.split_backward = True
+        return way(passes)
+    finally:
+        for p in passes:
+            p.runtime.split_backward = False
 
 
 def _inferred(passes: Sequence[Pass], flush: Callable[[], None] = lambda: None) -> list[StageResult]:
@@ -267,17 +304,15 @@ def _schedules(results: Sequence[StageResult]) -> list[Schedule]:
     return list(dict.fromkeys(r.schedule for r in results if r.schedule is not None))
 
 
-def _compared(seconds: dict[str, list[float]], base: str, simulated: dict[str, float]) -> dict[str, Any]:
-    """Savings of one stream: of the medians, and the mean over pairs of runs with its 95 % interval."""
-    pairs = [a - b for a, b in zip(seconds[base], seconds["fused"], strict=True)]
+def _compared(
+    seconds: dict[str, list[float]], simulated: dict[str, float], base: str, name: str
+) -> dict[str, Any]:
+    """What a way saves: the mean over pairs of runs with its 95 % interval."""
+    pairs = [a - b for a, b in zip(seconds[base], seconds[name], strict=True)]
     saved = statistics.mean(pairs)
     half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    possible = simulated[base] - simulated["fused"]
+    possible = simulated[base] - simulated[name]
     return {
-        "base": base,
-        "median_s": {name: statistics.median(x) for name, x in seconds.items()},
-        "fused_over_simulated": statistics.median(seconds["fused"]) / simulated["fused"],
-        "base_over_simulated": statistics.median(seconds[base]) / simulated[base],
         "saved_s": saved,
         "saved_ci95_s": (saved - half, saved + half),
         "saving_reached": saved / possible if possible > 0 else None,
@@ -285,8 +320,8 @@ def _compared(seconds: dict[str, list[float]], base: str, simulated: dict[str, f
 
 
 HEAD = (
-    "stage        M   apart ms   fused ms  simulated apart, fused ms  fused/sim  apart/sim"
-    "  saved ms (95 %)           of simulated  MFU apart, fused"
+    "stage        M  way            apart ms     way ms  simulated apart, way ms    way/sim  apart/sim"
+    "  saved ms (95 %)           of simulated  MFU apart, way"
 )
 
 
@@ -300,16 +335,18 @@ def _title(bench: FuseBench, world: World) -> str:
 
 
 def _report(bench: FuseBench, row: dict[str, Any]) -> None:
-    base, low_high = row["base"], [x * 1e3 for x in row["saved_ci95_s"]]
-    median, expected = row["median_s"], row["simulated"]
-    reached = "      -" if row["saving_reached"] is None else f"{row['saving_reached']:7.0%}"
-    mfu = "-" if row["mfu"] is None else f"{row['mfu'][base]:.3f} {row['mfu']['fused']:.3f}"
-    other = f"  (apart) {median['apart'] * 1e3:.1f} ms" if base != "apart" else ""
-    print(
-        f"{row['stage']:<9}{row['microbatches']:5d} {median[base] * 1e3:10.1f} {median['fused'] * 1e3:10.1f}"
-        f"   {expected[base] * 1e3:10.1f} {expected['fused'] * 1e3:10.1f}    "
-        f"{row['fused_over_simulated']:9.3f} {row['base_over_simulated']:9.3f}"
-        f"   {row['saved_s'] * 1e3:7.1f} ({low_high[0]:.1f} to {low_high[1]:.1f})   {reached}   {mfu}{other}",
-        flush=True,
-    )
+    base, expected, over = row["base"], row["simulated"], row["over_simulated"]
+    median = {name: seconds * 1e3 for name, seconds in row["median_s"].items()}
+    other = f"  (apart) {median['apart']:.1f} ms" if base != "apart" else ""
+    for name, compared in row["compared"].items():
+        sizes = f"{expected[base] * 1e3:10.1f} {expected[name] * 1e3:10.1f}"
+        low, high = (x * 1e3 for x in compared["saved_ci95_s"])
+        reached = "      -" if compared["saving_reached"] is None else f"{compared['saving_reached']:7.0%}"
+        mfu = "-" if row["mfu"] is None else f"{row['mfu'][base]:.3f} {row['mfu'][name]:.3f}"
+        print(
+            f"{row['stage']:<9}{row['microbatches']:5d}  {name:<12}{median[base]:11.1f}{median[name]:11.1f}"
+            f"   {sizes}    {over[name]:9.3f} {over[base]:9.3f}"
+            f"   {compared['saved_s'] * 1e3:7.1f} ({low:.1f} to {high:.1f})   {reached}   {mfu}{other}",
+            flush=True,
+        )
     bench.leave("fuse", row)

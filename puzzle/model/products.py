@@ -6,7 +6,7 @@ product; added by the product itself, 8, and those while it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -37,7 +37,7 @@ class Later:
         self.waiting: list[Callable[[], None]] | None = None
 
     @contextmanager
-    def deferring(self) -> Iterator[list[Callable[[], None]]]:
+    def deferring(self) -> Generator[list[Callable[[], None]]]:
         """What backward passes inside would have given to sinks; every call of the list gives one."""
         self.waiting = []
         try:

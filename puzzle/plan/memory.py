@@ -27,7 +27,8 @@ PREFILL_TOKENS = 8192
 class Use:
     """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA);
     `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
-    is not trained, are on the host where they are not needed."""
+    is not trained, are on the host where they are not needed. `split`: pipelines compute weights' gradients
+    apart (`intra.split_backward`)."""
 
     name: str
     spec: ModelSpec
@@ -38,6 +39,7 @@ class Use:
     fused: bool = True
     compiled: bool = False
     offload: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,21 @@ class Activations:
             return total + self.S * self.D * FP32
         return total + self.answers * (self.D * self.item + 6 * FP32)
 
+    def deferred(self) -> int:
+        """Between the parts of a split backward: what the four matrices of every layer multiplied, and the
+        gradients of their results. Matrices that lie by rows see the whole pass's."""
+        width = 2 * self.Q + 2 * self.R + 3 * self.F + 2 * self.D
+        layer = self.item * (2 * self.S * self.D + self.T * width)
+        return self.use.placement.layout.stage_layers[self.p] * layer
+
+    def held(self, before: int, between: int) -> int:
+        """Of `before` micro-batches before their backward and, where that is split, of `between` waiting for
+        their weights' gradients; right after the first part of a backward they are one less and one more."""
+        saved, deferred = self.saved(), self.deferred()
+        if not self.use.split or self.use.placement.layout.pp == 1:
+            return before * saved
+        return before * saved + between * deferred + max(0, deferred - saved)
+
     def logits(self) -> int:
         """Blocks of fp32 logits, the gradients of the head and of what it reads; only on the last stage."""
         if not self.last or self.use.spec.head == "value":
@@ -225,8 +242,8 @@ def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B; then logits, and after them one layer's gradients."""
     one, count = _microbatches(use, work, p)
-    held = _held(use.placement.layout.pp, count)[p]
-    return {"activations": int(held) * one.saved(), **one.passing()}
+    held = int(_held(use.placement.layout.pp, count)[p])
+    return {"activations": one.held(held, min(p, count - held)), **one.passing()}
 
 
 def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
@@ -235,12 +252,13 @@ def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
     terms: dict[str, int] = {}
     passing: list[dict[str, int]] = []
     coords = [use.placement.coord_of(rank) for use in uses]
-    left = uses[0].placement.layout.pp - coords[0].p
+    left, waiting = uses[0].placement.layout.pp - coords[0].p, coords[0].p
     found = [(use, *_microbatches(use, work, coord.p)) for use, coord in zip(uses, coords, strict=True)]
     for use, one, count in sorted(found, key=lambda item: -item[1].saved()):
         held = min(left, count)
-        left -= held
-        terms[f"{use.name} activations"] = held * one.saved()
+        later = min(waiting, count)
+        left, waiting = left - held, waiting - later
+        terms[f"{use.name} activations"] = one.held(held, later)
         passing.append(_named(use, one.passing()))
     for use, coord in zip(uses, coords, strict=True):
         terms[f"{use.name} spreading"] = gradient_bytes(use, coord)["spreading"]

@@ -121,6 +121,7 @@ def build_models(config: TrainConfig, world: World) -> Models:
     steps = optimizer_steps(config)
     for role in ("actor", "critic"):
         options: OptimizerConfig = getattr(config, role).optimizer
+        made[role].split_backward = config.intra.split_backward
         made[role].attach_optimizer(
             AdamWSettings(
                 learning_rate(options, steps),

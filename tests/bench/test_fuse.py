@@ -12,20 +12,8 @@ from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward
 from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.simulate import makespan
 from puzzle.plan.timeline import Timeline
+from tests.bench.test_switch import TINY
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
 CPU = ["--rows", "1", "--length", "8", "--repeats", "2", "--dtype", "fp32", "--device", "cpu"]
 
 
@@ -40,7 +28,7 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
         (tmp_path / role / "config.json").write_text(json.dumps({**TINY, "hidden_size": hidden}))
     models = ["--actor", str(tmp_path / "actor"), "--critic", str(tmp_path / "critic"), "--layout", "1,2,1"]
     left = ["--out", str(tmp_path / "rows"), "--traces", str(tmp_path), "--traced", "3"]
-    assert main(["bench", "fuse", *models, *CPU, "--microbatches", "3", *left]) == 0
+    assert main(["bench", "fuse", *models, *CPU, "--microbatches", "3", "--split", *left]) == 0
     training, inference = (json.loads(line) for line in (tmp_path / "rows").read_text().splitlines())
 
     cost = table(training)
@@ -48,9 +36,13 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
     apart = [one_f_one_b(2, 3, m.name, optimizer=True) for m in counts]
     assert training["simulated"]["apart"] == pytest.approx(sum(makespan(s, cost) for s in apart))
     assert training["simulated"]["fused"] == pytest.approx(makespan(fused_1f1b(counts, 2), cost))
-    assert training["flushes"] == {"apart": 2, "fused": 1}
+    split = makespan(fused_1f1b(counts, 2, split=True), cost)
+    assert training["simulated"]["fused split"] == pytest.approx(split)
+    split = sum(makespan(one_f_one_b(2, 3, m.name, optimizer=True, split=True), cost) for m in counts)
+    assert training["simulated"]["apart split"] == pytest.approx(split)
+    assert training["flushes"] == {"apart": 2, "fused": 1, "apart split": 2, "fused split": 1}
     assert training["hashes"]["apart"] == [s.hash for s in apart]
-    assert all(norm > 0 for norm in training["grad_norms"].values())
+    assert all(len(norms) == 12 and min(norms) > 0 for norms in training["grad_norms"].values())
 
     cost = table(inference)
     names = ("reference", "critic", "reward")
@@ -59,17 +51,22 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
     assert inference["simulated"] == pytest.approx({"flushed": flushed, "fused": stream})
 
     for row in (training, inference):
-        pairs = [a - b for a, b in zip(row["seconds"][row["base"]], row["seconds"]["fused"], strict=True)]
-        assert row["saved_s"] == pytest.approx(statistics.mean(pairs))
-        low, high = row["saved_ci95_s"]
-        assert high - low == pytest.approx(12.706 * abs(pairs[0] - pairs[1]), rel=1e-3)
-        for name, source in (("fused", "measured"), ("fused", "simulated"), (row["base"], "measured")):
-            trace = json.loads((tmp_path / f"{row['stage']}-{name}-{source}.json").read_text())
+        ways = {"fused", "apart split", "fused split"} if row is training else {"fused"}
+        assert row["compared"].keys() == ways
+        for name, compared in row["compared"].items():
+            pairs = [a - b for a, b in zip(row["seconds"][row["base"]], row["seconds"][name], strict=True)]
+            assert compared["saved_s"] == pytest.approx(statistics.mean(pairs))
+            low, high = compared["saved_ci95_s"]
+            assert high - low == pytest.approx(12.706 * abs(pairs[0] - pairs[1]), rel=1e-3)
+        shown = [(name, source) for name in ways for source in ("measured", "simulated")]
+        for name, source in (*shown, (row["base"], "measured")):
+            file = f"{row['stage']}-{name.replace(' ', '-')}-{source}.json"
+            trace = json.loads((tmp_path / file).read_text())
             timeline = Timeline.from_perfetto(trace)
             forwards = [s for s in timeline.spans if s.category == "forward"]
             assert len(forwards) == 2 * 3 * len(row["costs"])
             assert timeline.makespan <= (
-                row["simulated"]["fused"] * 1.001 if source == "simulated" else row["seconds"][name][-1]
+                row["simulated"][name] * 1.001 if source == "simulated" else row["seconds"][name][-1]
             )
 
 

@@ -17,10 +17,12 @@ from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.stage import StageRun
 from puzzle.engine.world import World
 from puzzle.model.packing import pack
+from puzzle.model.products import Weight
 from puzzle.model.weights import initialise
 from puzzle.plan import memory
 from puzzle.plan.fused import StreamModel, fused_1f1b
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.pipelines import one_f_one_b
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 
@@ -174,6 +176,56 @@ def test_activations_are_what_autograd_saves(
     for rank, found in enumerate(run_ranks(saved, layout.world, spec, layout, dtype, recompute)):
         one = memory.Activations(use, layout.coord(rank).p, ROWS * LENGTH, ROWS * RESPONSE)
         assert one.saved() == pytest.approx(found, rel=0.1)
+
+
+def waiting(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> int:
+    """Bytes that wait for the weights' gradients after the first part of a split backward of this stage."""
+    model = built(rank, spec, layout, dtype)
+    decoder, batch, sizes = model.decoder, batch_of(model), {}
+
+    def sink(*matrices: Tensor) -> None:
+        sizes.update((m.untyped_storage().data_ptr(), m.untyped_storage().nbytes()) for m in matrices)
+
+    for weight in decoder.parameters():
+        if isinstance(weight, Weight):
+            weight.sink = sink
+    x = batch.tokens_T
+    if not decoder.first:
+        x = torch.randn(len(x), spec.hidden_size).to(dtype).requires_grad_()
+    out = decoder(x, batch)
+    received = None if decoder.last else torch.randn_like(out)
+    if decoder.last:
+        out = finish_of(model, batch.tokens_T)(0, out)
+    with decoder.later.deferring() as products:
+        torch.autograd.backward(out, received)
+    assert not sizes
+    for add in products:
+        add()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_waits_is_what_products_read(dtype: torch.dtype) -> None:
+    spec, layout = spec_of(), Layout(1, 3, 1, (1, 2, 1))
+    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, split=True)
+    for rank, found in enumerate(run_ranks(waiting, 3, spec, layout, dtype)):
+        one = memory.Activations(use, layout.coord(rank).p, ROWS * LENGTH, ROWS * RESPONSE)
+        assert one.deferred() == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("minibatch", [1, 3, 8])
+def test_split_backwards_hold_what_their_schedule_keeps(minibatch: int) -> None:
+    """Byte by byte as the checker counts them; of short runs no less."""
+    work = memory.Work(batch=8, minibatch=minibatch, prompt=16, response=16, microbatch=1)
+    use = memory.Use("actor", spec_of(), Placement.default(Layout.even(1, 4, 1, 4)), 2, True, split=True)
+    one = [memory.Activations(use, p, 32, 16) for p in range(4)]
+    weight, deferred = {"actor": [x.saved() for x in one]}, {"actor": [x.deferred() for x in one]}
+    kept = one_f_one_b(4, minibatch, split=True).peak_in_flight(weight, deferred)
+    ranks = [memory.rank_memory(rank, [use], use, work) for rank in range(4)]
+    found = [rank.stages["training"]["actor activations"] for rank in ranks]
+    assert all(a >= b for a, b in zip(found, kept, strict=True))
+    if minibatch == 8:
+        assert found == list(kept)
 
 
 def test_stages_hold_as_many_microbatches_as_1f1b_keeps() -> None:
