@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.engine import peer_sum
 from puzzle.engine.sampling import SamplingParams, VocabShard, choose, draw
 from puzzle.engine.world import World
 from puzzle.model import pointwise
@@ -37,8 +34,6 @@ def compare(world: World) -> Iterator[tuple[str, float, float]]:
         yield from _fused(world.device)
         yield from _few_rows(world.device)
         yield from _draws(world.device)
-    if world.size > 1 and world.device.type == "cuda":
-        yield from _peer_sums(world)
     yield from _sums(world.device)
     yield from _noise(world.device)
 
@@ -158,41 +153,6 @@ def _draws(device: torch.device) -> Iterator[tuple[str, float, float]]:
     tokens_B, logprobs_B = choose(logits_BV, place_keys(stem_B, count_B), count_B < 5, params, shard)
     yield "kernel: tokens drawn otherwise", float((packed[0] != tokens_B).sum()), 0.0
     yield "kernel: their log-probs", float((packed[1].view(torch.float32) - logprobs_B).abs().max()), 1e-4
-
-
-def _peer_sums(world: World) -> Iterator[tuple[str, float, float]]:
-    """Activations of a decode pass summed over all ranks, recorded and replayed; its time is printed."""
-    group = TensorGroup(dist.group.WORLD)
-    peer_sum.link(group, 128 * 4096, BF16, world.device)
-    if world.rank == 0:
-        print("sums of peers' memory: " + ("used" if group.direct else "not possible here"), flush=True)
-    for rows in (1, 32, 128):
-        parts = torch.randn((world.size, rows, 4096), device=world.device).to(BF16)
-        dist.broadcast(parts, 0)
-        seconds, got = {}, {}
-        ways = {"NCCL": lambda x: group.all_reduce(x.clone()), "peers": lambda x: group.combine(x, False)}
-        for name, way in ways.items():
-            got[name], seconds[name] = _replayed(way, parts[world.rank])
-        if world.rank == 0:
-            said = ", ".join(f"{name} {1e6 * took:.1f} us" for name, took in seconds.items())
-            print(f"sum of {parts[0].nbytes >> 10} KiB over {world.size} ranks: {said}", flush=True)
-        yield f"peers' sum of {rows} rows", _relative(got["peers"], parts.double().sum(0)), 1e-2
-
-
-def _replayed(way: Callable[[Tensor], Tensor], x: Tensor, count: int = 50) -> tuple[Tensor, float]:
-    """What `way` makes of x, and its seconds as one of `count` in a graph."""
-    way(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(count):
-            out = way(x)
-    graph.replay()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    return out, (time.perf_counter() - began) / count
 
 
 def _sums(device: torch.device) -> Iterator[tuple[str, float, float]]:

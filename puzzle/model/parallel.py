@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,27 +23,13 @@ all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class DirectSum(Protocol):
-    """A faster way to sum small tensors over the ranks of a group."""
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether it sums tensors like `x`; the same answer on every rank."""
-        ...
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The sum."""
-        ...
-
-
 class TensorGroup:
     """The ranks that share every matrix of one stage. Without a process group: one rank, nothing is sent.
 
     `ranks` are the global ranks by tensor rank; torch's own order is always ascending, so where they are not,
     parts of gathered and scattered tensors change places. `moved` counts the bytes of the full tensors this
-    rank has put through collectives. With a `direct` sum, whole activations take that where it takes them.
+    rank has put through collectives.
     """
-
-    direct: DirectSum | None = None
 
     def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = ()) -> None:
         self.group, self.rank, self.size, self.moved = group, 0, 1, 0
@@ -125,10 +111,7 @@ class TensorGroup:
             return _Scatter.apply(x, self)
         if x.requires_grad:
             raise RuntimeError("activations that are whole on every rank have no backward pass")
-        if self.direct is None or not self.direct.takes(x):
-            return self.all_reduce(x)
-        self.moved += x.nbytes
-        return self.direct(x)
+        return self.all_reduce(x)
 
 
 class _Gather(torch.autograd.Function):
