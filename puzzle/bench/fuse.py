@@ -97,6 +97,8 @@ def run(arguments: Sequence[str]) -> int:
     bench = FuseBench(**vars(made.parse_args(arguments)))
     if bench.repeats < 2 or min(bench.microbatches) < 1:
         raise UserError("--repeats must be at least 2 (the spread is reported), --microbatches at least 1")
+    if bench.split and bench.layout[1] == 1:
+        raise UserError("--split: one stage has nothing to fill; give --layout a pp of at least 2")
     local.run("puzzle.bench.fuse:work", (bench,), math.prod(bench.layout))
     return 0
 

@@ -47,7 +47,10 @@ def _parser() -> Parser:
         work.add_argument(f"--{name}", nargs="+", type=_count, metavar="MODEL=N", help=help_text)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--costs", type=Path, help='JSON: {"actor": {"forward": seconds or [per stage], ...}}'
+        "--costs",
+        type=Path,
+        help='JSON: {"actor": {"forward": seconds or [per stage], ...}}; with backward_input and'
+        " backward_weight also split backwards",
     )
     source.add_argument("--trace", type=Path, help="trace of a run that trained the models apart")
     parser.add_argument("--tied", nargs="+", default=[], metavar="MODEL", help="models with tied embeddings")

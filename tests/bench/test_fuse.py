@@ -72,7 +72,12 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--repeats", "1"], "at least 2"), (["--layout", "2"], "write tp,pp,dp"), (["--actor", "8b"], "8b")],
+    [
+        (["--repeats", "1"], "at least 2"),
+        (["--layout", "2"], "write tp,pp,dp"),
+        (["--actor", "8b"], "8b"),
+        (["--split"], "one stage has nothing to fill"),
+    ],
 )
 def test_mistakes_are_told_in_a_line(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", "fuse", "--layout", "1,1,1", "--device", "cpu", *words]) == 2

@@ -111,6 +111,7 @@ WRONG = [
     (["--ppo.reference_free", "true", "--ppo.kl_stop", "1"], "there is no KL for ppo.kl_stop"),
     (["--ppo.reference_free", "true", "--ppo.kl.place", "loss"], "there is no KL for ppo.kl.place loss"),
     (["--ppo.kl.place", "loss"], "ppo.kl.place loss needs estimator k2 or k3"),
+    (["--recompute", "true", "--intra.split_backward", "true"], "set one of them to false"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
