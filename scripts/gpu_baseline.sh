@@ -3,7 +3,7 @@
 # A 7B actor (and reference), a critic (and reward) of size CRITIC (350m, 7b), random weights, 256 + 256 tokens,
 # ROWS sequences per GPU.
 # Settings of DeepSpeed-Chat: the published one, then what might be better. Steps that no longer fit into SECONDS_LEFT
-# are skipped and say so. STEPS chooses: compile ours published resident zero2 graphs sampled. Logs lie in OUTDIR.
+# are skipped and say so. STEPS chooses: compile ours published resident zero2 graphs plain sampled. Logs lie in OUTDIR.
 # HYBRID names a folder with transformers 4.35.2 (the last that the Hybrid Engine works with), tokenizers and
 # huggingface-hub of its time. TINY=1 runs toy sizes on CPUs: it proves the script, nothing else.
 set -u
@@ -12,23 +12,25 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PYTORCH_ALLOC_CONF=expandable_segments:True
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions}
+# DeepSpeed reads numbers here, where torch also takes 9.0a.
+TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+export TORCH_CUDA_ARCH_LIST TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions}
 unset PYTHONDONTWRITEBYTECODE
 python=${PYTHON:-python3}
-steps=${STEPS:-compile ours published resident zero2 graphs sampled}
+steps=${STEPS:-compile ours published resident zero2 graphs plain sampled}
 left=${SECONDS_LEFT:-500}
 summary=$out/summary.txt
 : >"$summary"
 
 if [ -n "${TINY:-}" ]; then
-    world=2 rows=2 length=8 pairs="1,2,1:2,1,1" device=cpu dtype=fp32 provenance=rehearsal name=cpu
+    world=2 rows=2 length=8 pairs="1,1,2:2,1,1" device=cpu dtype=fp32 provenance=rehearsal name=cpu
     toy="vocab_size: 256, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4"
     actor="{init: {$toy}}" critic="{init: {$toy}}"
 else
-    world=$(nvidia-smi -L | grep -c '^GPU') rows=${ROWS:-16} length=256 pairs="1,4,1:2,2,1" device=cuda dtype=bf16
+    world=$(nvidia-smi -L | grep -c '^GPU') rows=${ROWS:-16} length=256 device=cuda dtype=bf16
     provenance=measured actor="{init: {preset: 7b}}" critic="{init: {preset: ${CRITIC:-350m}}}"
     name="${world}x$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | sed 's/NVIDIA //; s/ .*//')"
-    [ "$world" -ge 4 ] || pairs="1,$world,1:$world,1,1"
+    pairs="1,1,$world:$world,1,1"
 fi
 size=${CRITIC:-350m}
 size=${size^^}
@@ -66,7 +68,7 @@ chat() { # chat NAME LIMIT ITERATIONS OPTIONS...
     shift 3
     step "$name" "$limit" env PYTHONPATH="${HYBRID:+$HYBRID:}$PYTHONPATH" \
         "$python" DeepSpeedExamples/applications/DeepSpeed-Chat/main.py --config "$work" --out "$out/$name" \
-        --num_processes "$world" --iterations "$iterations" --enable_hybrid_engine "$@"
+        --num_processes "$world" --iterations "$iterations" "$@"
 }
 
 ours() { # ours NAME LIMIT VARIANT TP,PP,DP TP,PP,DP OPTIONS...
@@ -76,7 +78,7 @@ ours() { # ours NAME LIMIT VARIANT TP,PP,DP TP,PP,DP OPTIONS...
     step "$name" "$limit" "$python" -m puzzle.cli train --config "$work" --out "$out/$name" \
         --layout.tp "${axes[0]}" --layout.pp "${axes[1]}" --layout.dp "${axes[2]}" --generation.layout.tp "${axes[3]}" \
         --generation.layout.pp "${axes[4]}" --generation.layout.dp "${axes[5]}" --iterations 6 --log.figures figure8 \
-        --log.variant "$variant" --generation.greedy true --ppo.microbatch 4 "$@"
+        --log.variant "$variant" --generation.greedy true --ppo.microbatch $((rows < 8 ? rows : 8)) "$@"
 }
 
 compile() { # DeepSpeed's operators, beside our runs
@@ -100,15 +102,18 @@ ours ours-base 100 base "$train" "$train" "${graphs[@]}"
 [ -n "$compiling" ] && wait "$compiling"
 
 greedy=(--generation.greedy true --log.figures figure8)
-whole=(--per_device_training_batch_size "$rows" "${greedy[@]}")
+hybrid=(--enable_hybrid_engine)
+whole=(--per_device_training_batch_size "$rows")
 half=(--per_device_training_batch_size $((rows / 2)))
-published=(--actor_zero_stage 3 --critic_zero_stage 3 --offload_reference_model)
-published+=(--actor_gradient_checkpointing --critic_gradient_checkpointing)
-chat published 170 6 "${published[@]}" "${whole[@]}"
-chat resident 110 3 --actor_zero_stage 3 --critic_zero_stage 3 "${half[@]}" "${greedy[@]}"
-chat zero2 110 3 --actor_zero_stage 2 --critic_zero_stage 2 "${half[@]}" "${greedy[@]}"
-[ $device = cuda ] && chat graphs 170 6 --actor_zero_stage 2 --critic_zero_stage 2 --enable_cuda_graph "${half[@]}" "${greedy[@]}"
-chat sampled 110 3 --actor_zero_stage 2 --critic_zero_stage 2 "${half[@]}"
+zero2=(--actor_zero_stage 2 --critic_zero_stage 2)
+zero3=(--actor_zero_stage 3 --critic_zero_stage 3)
+published=("${zero3[@]}" --offload_reference_model --actor_gradient_checkpointing --critic_gradient_checkpointing)
+chat published 170 6 "${published[@]}" "${hybrid[@]}" "${whole[@]}" "${greedy[@]}"
+chat resident 110 3 "${zero3[@]}" "${hybrid[@]}" "${half[@]}" "${greedy[@]}"
+chat zero2 110 3 "${zero2[@]}" "${hybrid[@]}" "${half[@]}" "${greedy[@]}"
+[ $device = cuda ] && chat graphs 170 6 "${zero2[@]}" "${hybrid[@]}" --enable_cuda_graph "${half[@]}" "${greedy[@]}"
+chat plain 110 3 "${zero2[@]}" "${half[@]}" "${greedy[@]}"
+chat sampled 110 3 "${zero2[@]}" "${hybrid[@]}" "${half[@]}"
 
 "$python" - "$out" >"$out/table" <<'PYTHON'
 import sys

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,13 +19,17 @@ if str(CHAT) not in sys.path:
 
 @dataclass(frozen=True)
 class Case:
-    """A run: configuration and ZeRO's settings as plain values, prompts, what ends a response."""
+    """A run: configuration and ZeRO's settings as plain values, prompts, what ends a response.
+
+    Where it is `spoiled`, generation gives other tokens than it draws.
+    """
 
     config: dict[str, Any]
     zero: dict[str, Any]
     out: Path
     prompts: tuple[tuple[int, ...], ...]
     stop_ids: tuple[int, ...] = ()
+    spoiled: bool = False
 
 
 @dataclass
@@ -43,6 +48,7 @@ def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[Found]:
 
 def _run(world: Any, case: Case) -> Found:
     from dschat.options import ZeroOptions
+    from dschat.ppo_step import ChatTrainer
     from dschat.ppo_step import run as run_chat
 
     from puzzle.config import TrainConfig
@@ -53,7 +59,13 @@ def _run(world: Any, case: Case) -> Found:
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=False)
     data = RunData(None, case.stop_ids, stream, None)
-    trainer = run_chat(config, ZeroOptions(**case.zero), case.out, data, world)
+    generate = ChatTrainer._generate
+
+    def wrong(*args: Any) -> Tensor:
+        return (generate(*args) + 1) % 32
+
+    with patch.object(ChatTrainer, "_generate", wrong if case.spoiled else generate):
+        trainer = run_chat(config, ZeroOptions(**case.zero), case.out, data, world)
     models: dict[str, Any] = {"actor": trainer.models.actor, "critic": trainer.models.critic}
     return Found({role: _weights(model.engine.module) for role, model in models.items()})
 

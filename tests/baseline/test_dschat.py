@@ -117,11 +117,14 @@ def runs(
         Case(configured(folders, zero, ppo), zero, base / str(i), prompts, (stop,) if ends else ())
         for i, (zero, ppo, ends) in enumerate(CASES.values())
     ]
+    spoiled = configured(folders, {}, {"microbatch": 4}) | {"iterations": 1}
+    spoiled["generation"] |= {"temperature": 0.05}  # untrained weights hardly prefer any token
+    cases.append(Case(spoiled, {}, base / "spoiled", prompts, spoiled=True))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     found = run_ranks(chat_ranks.run, 2, 2, cases, timeout=600.0)
     return {
         name: (case, list(per))
-        for name, case, per in zip(CASES, cases, zip(*found, strict=True), strict=True)
+        for name, case, per in zip([*CASES, "spoiled"], cases, zip(*found, strict=True), strict=True)
     }
 
 
@@ -182,6 +185,13 @@ def test_the_log_is_one_of_ours_and_reads_like_a_published_one(runs: dict) -> No
     assert text.count("|E2E latency=") == ITERATIONS
     for iteration in run.iterations:
         assert min(iteration.stage_seconds[s] for s in ("generation", "inference", "training")) > 0
+
+
+def test_tokens_that_the_weights_would_not_give_are_named(runs: dict) -> None:
+    case, _ = runs["spoiled"]
+    (run,) = load_runs(case.out).runs
+    said = [report.what for report in run.reports]
+    assert any("generation does not draw what the trained weights give" in text for text in said), said
 
 
 def test_shards_are_counted_as_such(runs: dict) -> None:

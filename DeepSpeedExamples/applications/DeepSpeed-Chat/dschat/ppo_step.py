@@ -23,6 +23,7 @@ from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
 from puzzle.engine.timing import StageClock
 from puzzle.engine.world import World
+from puzzle.model.packing import pack
 from puzzle.provenance import run_header
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
@@ -31,6 +32,9 @@ from puzzle.rlhf.trainer import Trainer
 from puzzle.rlhf.update import Update
 from puzzle.runlog import STAGES, RunHeader
 from puzzle.sources import specs_of
+
+SURPRISE = 0.5
+"""Nats per token that rounding and chance do not explain."""
 
 
 def train(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
@@ -118,6 +122,8 @@ class ChatTrainer(Trainer):
         clock = StageClock(self.world)
         experience = self.respond(prompts)
         clock.end("generation")
+        if not iteration:
+            self._compare(experience, recorder)
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
         update = Update(self.models, self.config, experience, self.kl_coef, self.training)
@@ -135,6 +141,31 @@ class ChatTrainer(Trainer):
         recorder.switch(iteration, {"seconds": gather} if gather > 0 else None)
         recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)
         return metrics
+
+    def _compare(self, experience: Experience, recorder: Recorder) -> None:
+        """Warn if generation, which may run on kernels of its own, draws what the model would not."""
+        nats = self.world.sum(torch.tensor(self._surprise(experience), device=self.world.device))
+        nats = float(nats) / self.world.size
+        if nats > SURPRISE and recorder.writer is not None:
+            recorder.writer.warning(
+                f"generation does not draw what the trained weights give: a token is {nats:.2f} nats less"
+                " likely than their own would be"
+            )
+
+    @torch.no_grad()
+    def _surprise(self, experience: Experience) -> float:
+        """By how many nats a token of this replica's first response is less likely than the weights' own.
+
+        That is 0 but for rounding and, if tokens are sampled, chance.
+        """
+        actor, greedy = self.models.actor, self.params.greedy
+        row = actor.rows(len(experience))[0]
+        sequence, start = experience.sequence(row), len(experience.prompt(row))
+        (logits_TV,) = actor.infer([pack([sequence], 1, self.world.device)], lambda _, out: out).results
+        log_SV = torch.log_softmax(logits_TV[start - 1 : -1].float() / self.params.temperature, -1)
+        drawn_S = torch.tensor(sequence[start:], device=log_SV.device)
+        own_S = log_SV.amax(-1) if greedy else (log_SV.exp() * log_SV).sum(-1)
+        return float((own_S - log_SV.gather(1, drawn_S[:, None])[:, 0]).mean())
 
     def _gather_seconds(self) -> float:
         """What the Hybrid Engine spent on gathering weights before it generated, once per call.
