@@ -19,7 +19,7 @@ from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
-from puzzle.model.pointwise import Pointwise, has_kernels, kernels
+from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
 from puzzle.model.products import Later, Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         return self.head if "head" in self._parameters else self.embed
 
     def compile_layers(self) -> None:
-        """From now on, fuse what layers compute between matrices and attention (`Pointwise.compiled`)."""
+        """Fuse what no kernel of ours computes between matrices and attention (`Pointwise.compiled`)."""
         self.pointwise = Pointwise.compiled()
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
@@ -200,8 +200,8 @@ class Decoder(nn.Module):
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
         pointwise = self.pointwise
-        if not torch.is_grad_enabled() and has_kernels(x.device):
-            pointwise = kernels()
+        if has_kernels(x.device):
+            pointwise = training_kernels(pointwise) if torch.is_grad_enabled() else kernels()
         run = Pass(self.spec, self.group, batch, cache, cos, sin, pointwise)
         h, more = self._embedded(x, run.sharded) if self.first else x, None
         for layer in self.layers.values():

@@ -8,6 +8,8 @@ fuses as well, but compiles again for shapes it has not seen, of which prompts b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[T
         block = triton.next_power_of_2(width)
         given = x if y is None else y.contiguous()
         _add_norm[(rows,)](
-            x, given, weight, total, normed, width, eps, y is not None, block, num_warps=_warps(block)
+            x, given, weight, total, normed, width, eps, y is not None, block, num_warps=warps(block)
         )
     return total, normed
 
@@ -57,25 +59,30 @@ def heads(
             *(qkv, cos, sin, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, q, k),
             *(k_to, v_to, rows_T, places_T, count, k_to.stride(0), k_to.stride(-3), k_to.stride(-2)),
             *(eps, every, queries, head_dim, q_norm is not None, slots is not None, block, half),
-            num_warps=_warps(2 * block * half),
+            num_warps=warps(2 * block * half),
         )
     return q, k, grouped[:, :, -1]
 
 
 def gated(gate_up: Tensor, blocks: int) -> Tensor:
     """silu(gate) * up, (T, F)."""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty((tokens, width))
+    out = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    over_gates(_gated, out.shape, blocks, gate_up, out)
+    return out
+
+
+def over_gates(kernel: Any, shape: torch.Size, blocks: int, *tensors: Tensor) -> None:
+    """Run a kernel over (T, F) gated values, which lie in `blocks` blocks."""
+    tokens, width = shape
     size = width // blocks
     block = min(1024, triton.next_power_of_2(size))
     together = max(1, 1024 // block) if tokens >= 1024 else 1
     if tokens:
         grid = (triton.cdiv(tokens, together), blocks, triton.cdiv(size, block))
-        _gated[grid](gate_up, out, tokens, blocks, size, together, block, num_warps=_warps(block * together))
-    return out
+        kernel[grid](*tensors, tokens, blocks, size, together, block, num_warps=warps(block * together))
 
 
-def _warps(elements: int) -> int:
+def warps(elements: int) -> int:
     """Warps for so many elements of a program: 8 to a thread."""
     return min(16, max(1, elements // 256))
 

@@ -91,6 +91,13 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def training_kernels(plain: Pointwise) -> Pointwise:
+    """One kernel each way, for passes with gradients. ImportError without Triton."""
+    from puzzle.model import fused_training
+
+    return fused_training.kernels(plain)
+
+
 @cache
 def kernels() -> Pointwise:
     """One kernel each, for passes without gradients. ImportError without Triton."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from puzzle.engine.passes import Drawn, StagePasses
 from puzzle.engine.sampling import SamplingParams, VocabShard, choose
-from puzzle.model import flash_decode, fused, gumbel_max, pointwise, skinny
+from puzzle.model import flash_decode, fused, fused_training, gumbel_max, pointwise, skinny
 from puzzle.model.attention import KVCache, decode_attention
 from puzzle.model.noise import place_keys, row_stems
 from puzzle.model.packing import DecodeBatch, pack
@@ -52,6 +54,61 @@ def test_sum_and_norm(dtype):
 def test_gate(tokens, blocks, size):
     both = random((tokens, 2 * blocks * size), torch.bfloat16, 3)
     close(fused.gated(both, blocks), pointwise.gated(both, blocks), torch.bfloat16)
+
+
+def gradients(function: Callable[..., Any], given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What a function gives, and the gradients of all it was given for random gradients of what it gives."""
+    leaves = [x.clone().requires_grad_() for x in given]
+    made = function(*leaves)
+    made = made if isinstance(made, tuple) else (made,)
+    grads = [random(tuple(x.shape), dtype, 20 + i) for i, x in enumerate(made)]
+    return [*(x.detach() for x in made), *torch.autograd.grad(made, leaves, grads)]
+
+
+def equal_gradients(ours: Callable[..., Any], plain: Callable[..., Any], given: Sequence[Tensor]) -> None:
+    """The plain function in float64 on the same numbers."""
+    dtype = given[0].dtype
+    expected = gradients(plain, [x.double() for x in given], torch.float64)
+    for a, b in zip(gradients(ours, given, dtype), expected, strict=True):
+        close(a, b.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [5, 37])
+def test_gradients_of_a_sum_and_its_norm(dtype, rows):
+    x, y, weight = random((rows, 72), dtype, 0), random((rows, 72), dtype, 1), random((72,), dtype, 2)
+    given = (x, y, weight)
+    equal_gradients(
+        lambda x, y, w: fused_training.add_norm(x, y, w, EPS),
+        lambda x, y, w: pointwise.add_norm(x, y, w, EPS),
+        given,
+    )
+    equal_gradients(
+        lambda x, w: fused_training.add_norm(x, None, w, EPS),
+        lambda x, w: pointwise.add_norm(x, None, w, EPS),
+        (x, weight),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("blocks", "size"), [(1, 40), (3, 43)])
+def test_gradients_of_a_gate(dtype, blocks, size):
+    both = random((7, 2 * blocks * size), dtype, 3)
+    equal_gradients(lambda x: fused_training.gated(x, blocks), lambda x: pointwise.gated(x, blocks), (both,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "queries", "dim"), [(4, 1, 64), (3, 8, 20)])
+def test_gradients_of_heads(dtype, groups, queries, dim):
+    batch = pack([[1] * n for n in (4, 1, 6)], 4)
+    qkv, _ = qkv_of(batch.total, groups, queries, dim, dtype, norms=False)
+    turn = rotation(batch.positions_T, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
+    double = [x.double() for x in turn]
+    equal_gradients(
+        lambda x: fused_training.heads(pointwise.heads, x, groups, *turn, None, None, EPS),
+        lambda x: pointwise.heads(x, groups, *double, None, None, EPS),
+        (qkv,),
+    )
 
 
 def qkv_of(
