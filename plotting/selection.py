@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from puzzle.errors import UserError
+from puzzle.runlog import UNFAITHFUL
 from puzzle.runlog.run import Run
 
 REAL = ("measured", "published")
@@ -112,7 +113,10 @@ def _pool(runs: Sequence[Run], figure: str) -> Pool:
 
 
 def _fastest(runs: Sequence[Run]) -> tuple[Sequence[Run], tuple[str, ...]]:
-    """Of a DeepSpeed-Chat baseline that was run in several settings, the runs in the fastest; remarks."""
+    """Of a DeepSpeed-Chat baseline that was run in several settings, the runs in the fastest; remarks.
+
+    A setting whose generation draws other tokens than its weights give counts only where all do.
+    """
     settings: dict[str, list[Run]] = {}
     for run in runs:
         settings.setdefault(json.dumps(_setting(run), sort_keys=True), []).append(run)
@@ -121,7 +125,8 @@ def _fastest(runs: Sequence[Run]) -> tuple[Sequence[Run], tuple[str, ...]]:
         for key, members in settings.items()
         if (known := [mean for run in members if (mean := late_mean(run, "e2e")) is not None])
     }
-    best = min(seconds, key=lambda key: (seconds[key], key)) if seconds else next(iter(settings))
+    wrong = {key for key, members in settings.items() if any(map(_unfaithful, members))}
+    best = min(settings, key=lambda key: (key in wrong, seconds.get(key, math.inf), key))
     chosen = settings[best]
     engine = _setting(chosen[0])
     said = []
@@ -129,18 +134,21 @@ def _fastest(runs: Sequence[Run]) -> tuple[Sequence[Run], tuple[str, ...]]:
         said.append(f"the Hybrid Engine could not engage: {engine.get('hybrid_engine_obstacle')}")
     if len(settings) > 1:
         differing = [k for k in engine if len({json.dumps(json.loads(s).get(k)) for s in settings}) > 1]
-        others = "; ".join(
-            f"{seconds[key]:.4g} s with {_words(json.loads(key), differing)}"
-            if key in seconds
-            else f"no time with {_words(json.loads(key), differing)}"
-            for key in settings
-            if key != best
-        )
-        mine = f"{seconds[best]:.4g} s with " if best in seconds else ""
-        said.append(
-            f"the fastest of {len(settings)} settings: {mine}{_words(engine, differing)}; others: {others}"
-        )
+
+        def told(key: str) -> str:
+            time = f"{seconds[key]:.4g} s" if key in seconds else "no time"
+            mark = " (its tokens are not its weights')" if key in wrong else ""
+            return f"{time} with {_words(json.loads(key), differing)}{mark}"
+
+        others = "; ".join(told(key) for key in settings if key != best)
+        said.append(f"the fastest of {len(settings)} settings: {told(best)}; others: {others}")
+    elif wrong:
+        said.append(UNFAITHFUL)
     return chosen, tuple(said)
+
+
+def _unfaithful(run: Run) -> bool:
+    return any(UNFAITHFUL in report.what for report in run.reports)
 
 
 def _setting(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from puzzle.runlog.load import load_runs
 from puzzle.runlog.run import (
     PROVENANCES,
     STAGES,
+    UNFAITHFUL,
     Evaluation,
     Iteration,
     Loaded,
@@ -17,6 +18,7 @@ from puzzle.runlog.writer import RunWriter
 __all__ = [
     "PROVENANCES",
     "STAGES",
+    "UNFAITHFUL",
     "Evaluation",
     "Iteration",
     "Loaded",

@@ -6,6 +6,8 @@ from typing import Any
 
 STAGES = ("generation", "inference", "training", "switch", "other")
 PROVENANCES = ("measured", "published", "simulated", "rehearsal")
+UNFAITHFUL = "generation does not draw what the trained weights give"
+"""How the warning of a run begins whose responses are not its model's; figures look for it."""
 
 
 @dataclass(frozen=True)

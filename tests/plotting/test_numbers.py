@@ -1,6 +1,7 @@
 """From runs to rows: means, spreads, repeats, panels, gaps."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from plotting.selection import Pool
 from plotting.speedups import figure8, figure9, figure11
 from plotting.stats import mean, of
 from puzzle.errors import UserError
+from puzzle.runlog import UNFAITHFUL, Report
 from tests.plotting import builders
 from tests.plotting.builders import run
 
@@ -230,6 +232,16 @@ def test_the_fastest_setting_of_a_baseline_is_drawn_and_the_others_are_said():
     assert note.startswith("the fastest of 3 settings: 6 s with actor_zero_stage 2")
     assert "9 s with actor_zero_stage 3" in note
     assert "microbatch" not in note  # all have the same
+
+
+def test_a_faster_setting_whose_tokens_are_not_its_weights_is_said_not_drawn():
+    wrong = chat(6.0, actor_zero_stage=2)
+    wrong = replace(wrong, reports=(Report(wrong.source, 3, f"the run warned: {UNFAITHFUL}: 3 nats"),))
+    row = rows_of(figure8, [chat(9.0), wrong, run("opt")])["orion", "7B/350M", "DS-Chat", "1"]
+    assert row.logs == ("9.0.jsonl",)
+    assert "6 s with actor_zero_stage 2 (its tokens are not its weights')" in row.notes[0]
+    (only,) = rows_of(figure8, [wrong])["orion", "7B/350M", "DS-Chat", "1"].notes
+    assert only == UNFAITHFUL
 
 
 def test_a_hybrid_engine_that_could_not_engage_is_named():

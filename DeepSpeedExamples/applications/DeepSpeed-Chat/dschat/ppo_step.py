@@ -30,7 +30,7 @@ from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
 from puzzle.rlhf.update import Update
-from puzzle.runlog import STAGES, RunHeader
+from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
 from puzzle.sources import specs_of
 
 SURPRISE = 0.5
@@ -148,8 +148,7 @@ class ChatTrainer(Trainer):
         nats = float(nats) / self.world.size
         if nats > SURPRISE and recorder.writer is not None:
             recorder.writer.warning(
-                f"generation does not draw what the trained weights give: a token is {nats:.2f} nats less"
-                " likely than their own would be"
+                f"{UNFAITHFUL}: a token is {nats:.2f} nats less likely than their own would be"
             )
 
     @torch.no_grad()
