@@ -49,11 +49,10 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
-    """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
-    specs, item = specs_of(config), ITEMSIZE[config.dtype]
+def _uses(config: TrainConfig, fused: bool) -> list[Use]:
+    """The models of a run, the actor first."""
     uses = []
-    for role, spec in specs.items():
+    for role, spec in specs_of(config).items():
         section = getattr(config, role)
         placement = Placement.default(layout_of(role, section.layout, spec))
         trained = role in ("actor", "critic")
@@ -62,7 +61,7 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
                 role,
                 spec,
                 placement,
-                item,
+                ITEMSIZE[config.dtype],
                 trained,
                 recompute=trained and config.recompute,
                 fused=fused,
@@ -71,6 +70,12 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
                 split=trained and config.intra.split_backward,
             )
         )
+    return uses
+
+
+def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
+    """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
+    uses, item = _uses(config, fused), ITEMSIZE[config.dtype]
     actor, options = uses[0], config.switch
     layout = layout_of("generation", config.generation.layout, actor.spec)
     if options.nest:

@@ -196,16 +196,7 @@ class Team:
                 seconds[name].append(taken)
                 spans[name].append(marked)
         base = next(iter(ways))
-        cost = self._costs(spans[base])
-        if "apart split" in ways:
-            parts = self._costs(spans["apart split"])
-            both = (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
-            cost = CostTable(
-                {
-                    m: {**found, **{op: parts.seconds[m][op] for op in both}}
-                    for m, found in cost.seconds.items()
-                }
-            )
+        cost = self._costs(spans[base], spans.get("apart split"))
         shown = [name for name in ways if name == base or name.startswith("fused") or stage == "training"]
         expected = {
             name: Timeline.after_one_another([simulate(s, cost) for s in _schedules(results[name])])
@@ -234,11 +225,18 @@ class Team:
             "where": device.facts(self.world),
         }
 
-    def _costs(self, spans: Sequence[Sequence[Span]]) -> CostTable:
-        """Of runs one after the other, from this rank's spans of each."""
-        timelines = [gathered(self.world, list(part)) for part in spans]
+    def _costs(self, spans: Sequence[list[Span]], split: Sequence[list[Span]] | None = None) -> CostTable:
+        """Of runs one after the other, from this rank's spans of each; those of the parts of a backward from
+        runs that `split` it."""
+        timelines = [gathered(self.world, part) for part in spans]
         stage_of = {rank: self.placement.coord_of(rank).p for rank in self.placement.ranks}
-        return measured_costs(Timeline.after_one_another(timelines), stage_of)
+        cost = measured_costs(Timeline.after_one_another(timelines), stage_of)
+        if split is None:
+            return cost
+        parts, both = self._costs(split).seconds, (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+        return CostTable(
+            {model: {**own, **{op: parts[model][op] for op in both}} for model, own in cost.seconds.items()}
+        )
 
     def _of(self, stage: Stage) -> dict[str, ModelRuntime]:
         return {role: self.models[role] for role in STAGES[stage]}

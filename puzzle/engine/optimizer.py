@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from puzzle.engine.adam import AdamWSettings, clipped_step, make_adam
 from puzzle.engine.buckets import Bucket, Slot, fill_buckets
 from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
@@ -32,18 +32,6 @@ from puzzle.spec.model import ModelSpec
 
 BUCKET = 1 << 26
 """Elements per bucket at most, unless one parameter alone has more."""
-
-
-@dataclass
-class AdamWSettings:
-    """Hyper-parameters; `lr_at(step)` gives the learning rate of optimizer step 0, 1, ..."""
-
-    lr_at: Callable[[int], float]
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float | None = 1.0
-    backend: str = "torch"
 
 
 class ZeroAdamW:
@@ -84,7 +72,7 @@ class ZeroAdamW:
         self.masters = [self._master(slot) for slot in self.slots]
         self.shared = self._shared_rows()
         self.owned = self._owned_rows()
-        self.adam = _adam(self.masters, settings)
+        self.adam = make_adam(self.masters, settings)
         for home, slot in self._home.values():
             slot.param.register_post_accumulate_grad_hook(self._take)
             if isinstance(slot.param, Weight):
@@ -254,27 +242,6 @@ class ZeroAdamW:
                 )
         return norms
 
-    def _clipped_step(self, grads: list[Tensor]) -> None:
-        """A step on gradients clipped to a norm of `grad_clip`; none if the norm is not finite.
-
-        The host does not wait for the norm: a step as they are and a step that divides them are launched,
-        and on the device one of them, or both, find that they are to leave everything as it is.
-        """
-        norm, clip = self.norms[-1], self.settings.grad_clip
-        inside = norm.isfinite() if clip is None else norm <= clip
-        if self.settings.backend == "apex":  # it can neither divide nor leave out
-            if clip is not None:
-                torch._foreach_mul_(grads, torch.where(inside, 1.0, clip / (norm + 1e-6)))
-            self.adam.step()
-            return
-        ways = [(None, inside)]
-        if clip is not None:
-            ways.append(((norm + 1e-6) / clip, (norm > clip) & norm.isfinite()))
-        for divisor, wanted in ways:
-            setattr(self.adam, "grad_scale", divisor)  # noqa: B010 - as torch.amp.GradScaler hands them over
-            setattr(self.adam, "found_inf", (~wanted).float())  # noqa: B010
-            self.adam.step()
-
     def _step(self) -> None:
         self.before_use()
         if self.unchanged_until is not None:
@@ -286,7 +253,7 @@ class ZeroAdamW:
         for group in self.adam.param_groups:
             group["lr"] = self.settings.lr_at(self.steps)
         with torch.no_grad():
-            self._clipped_step(grads)
+            clipped_step(self.adam, grads, self.norms[-1], self.settings)
         for master in self.masters:
             master.grad = None
         self.steps += 1
@@ -402,19 +369,3 @@ class ZeroAdamW:
 def _order(slot: Slot, row: tuple[int, int, int]) -> tuple[str, int]:
     piece = slot.local.clip(slot.low + row[1], slot.low + row[2])[0]
     return piece.tensor, row[1]
-
-
-def _adam(masters: Sequence[Tensor], settings: AdamWSettings) -> torch.optim.Optimizer:
-    """AdamW over the masters: decay on matrices alone, as is usual."""
-    groups = []
-    for matrices in (True, False):
-        members = [m for m in masters if (m.dim() > 1) is matrices and m.numel()]
-        if members:
-            groups.append({"params": members, "weight_decay": settings.weight_decay if matrices else 0.0})
-    if settings.backend == "apex":
-        try:
-            from apex.optimizers import FusedAdam  # ty: ignore[import-not-found]
-        except ImportError as error:
-            raise UserError(f"optimizer.backend apex: {error}; install apex or use torch") from error
-        return FusedAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
