@@ -208,6 +208,8 @@ def install(tier: str, root: Path) -> None:
 
     python = root / ".venv/bin/python"
     environ = {**pip_settings(python), **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
+    if not environ.get("UV_TORCH_BACKEND"):
+        environ.pop("UV_TORCH_BACKEND", None)  # uv refuses an empty one
     uv = [str(root / ".venv/bin/uv"), "pip", "install", "--python", str(python)]
     uv += ["--no-index", "--find-links", wheels] if wheels else []
     uv += [] if sys.stderr.isatty() else ["--quiet"]
