@@ -10,7 +10,7 @@ from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.fused import why_not_fused
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.memory import RankMemory, Switched, Use, Work, gradient_bytes, rank_memory
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory, spreading_bytes
 from puzzle.plan.switch import plan_switch
 from puzzle.sources import layout_of, specs_of
 
@@ -97,7 +97,7 @@ def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
         for rank in switched:
             part = plan.for_rank(rank)
             weights = item * sum(param.size for param in part.allocate)
-            spreading = gradient_bytes(actor, actor.placement.coord_of(rank))["spreading"] if plan.zero else 0
+            spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if plan.zero else 0
             filling = max(part.peak_extra, weights + spreading)
             staged = part.peak_extra if options.beside == "prefill" else weights
             switched[rank] = Switched(staged, filling, spreading)

@@ -32,6 +32,7 @@ def compare(world: World) -> Iterator[tuple[str, float, float]]:
     yield from _decode(world.device)
     if has_kernels(world.device):
         yield from _fused(world.device)
+        yield from _trained(world.device)
         yield from _few_rows(world.device)
         yield from _draws(world.device)
     yield from _sums(world.device)
@@ -128,6 +129,41 @@ def _fused(device: torch.device) -> Iterator[tuple[str, float, float]]:
             name = f"kernel: decode {groups * queries}/{groups} x {dim}, {rows} rows"
             yield name, _relative(got, expected), 1e-2
             yield "kernel: heads", _relative(ours.heads(qkv, groups, *turn, *weights, EPS)[0], q), 1e-2
+
+
+def _trained(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """The gradients that kernels give, bf16, against those of the plain functions in float64."""
+    plain = Pointwise.eager()
+    ours = pointwise.training_kernels(plain)
+    turn = rotation(
+        torch.arange(300, device=device), 1e-4 ** (torch.arange(0, 128, 2, device=device) / 128), BF16
+    )
+    wide = [x.double() for x in turn]
+    cases = {
+        "sum and norm": (
+            lambda f, x, y, w: f.add_norm(x, y, w, EPS),
+            ((300, 4096), (300, 4096), (4096,)),
+        ),
+        "gate": (lambda f, x: f.gated(x, 2), ((300, 2 * 5504),)),
+        "heads": (
+            lambda f, x: f.heads(x, 4, *(turn if f is ours else wide), None, None, EPS),
+            ((300, 4 * 5 * 128),),
+        ),
+    }
+    for name, (function, shapes) in cases.items():
+        given = [torch.randn(shape, device=device, dtype=BF16) for shape in shapes]
+        found = []
+        for way, dtype in ((ours, BF16), (plain, torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in given]
+            made = function(way, *leaves)
+            made = made if isinstance(made, tuple) else (made,)
+            generator = torch.Generator(device).manual_seed(1)
+            grads = [
+                torch.randn(x.shape, device=device, generator=generator).to(BF16).to(dtype) for x in made
+            ]
+            found.append(torch.autograd.grad(made, leaves, grads))
+        for place, (got, expected) in enumerate(zip(*found, strict=True)):
+            yield f"kernel: gradient {place} of {name}", _relative(got, expected), 1e-2
 
 
 def _few_rows(device: torch.device) -> Iterator[tuple[str, float, float]]:

@@ -38,7 +38,7 @@ class Bucket:
     slots: list[Slot] = field(default_factory=list)
     chunk: int = 0
     grads: Tensor | None = None  # fp32 (dp, chunk)
-    shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows
+    shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows; NCCL's lies in grads
     hits: int = 0
     work: dist.Work | None = None
     gathered: Tensor | None = None
@@ -75,13 +75,20 @@ class Bucket:
 
     @torch.no_grad()
     def gather(self, group: dist.ProcessGroup) -> int:
-        """Start to spread every replica's own rows of the parameters; bytes of all of them."""
+        """Start to spread every replica's own rows of the parameters; bytes of all of them.
+
+        They travel in the memory of the gradients, which the step has read, unless that was given back. The
+        next pass finds the weights in place before it adds a gradient.
+        """
         sample = self.slots[0].param
-        mine = torch.empty(self.chunk, dtype=sample.dtype, device=sample.device)
+        if self.grads is None:
+            self.gathered = torch.empty(self.dp * self.chunk, dtype=sample.dtype, device=sample.device)
+        else:
+            self.gathered = self.grads.view(-1).view(sample.dtype)[: self.dp * self.chunk]
+        mine = self.gathered.view(self.dp, self.chunk)[dist.get_rank(group)]
         for slot in self.slots:
             own = slot.param[slot.low : slot.high].reshape(-1)
             mine[slot.offset : slot.offset + own.numel()] = own
-        self.gathered = mine.new_empty(self.dp * self.chunk)
         self.work = all_gather_flat(self.gathered, mine, group=group, async_op=True)
         return self.gathered.nbytes
 

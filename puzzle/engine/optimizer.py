@@ -151,7 +151,9 @@ class ZeroAdamW:
         if self.group is None:
             bucket.shard = bucket.grads[0]
             return
-        if bucket.shard is None:
+        if bucket.grads.is_cuda:  # NCCL reduces in place
+            bucket.shard = bucket.grads[dist.get_rank(self.group)]
+        elif bucket.shard is None:
             bucket.shard = torch.empty_like(bucket.grads[0])
         bucket.work = reduce_scatter_flat(
             bucket.shard, bucket.grads.view(-1), group=self.group, async_op=True

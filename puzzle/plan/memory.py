@@ -112,13 +112,24 @@ def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
     return {"moments": 2 * FP32 * own, "masters": 0 if use.itemsize == FP32 else FP32 * own}
 
 
-def gradient_bytes(use: Use, coord: Coord) -> dict[str, int]:
-    """fp32 buffers of all replicas' rows, the own rows' sum, and, while stepped rows spread, their copies."""
+def gradient_bytes(use: Use, coord: Coord) -> int:
+    """fp32 buffers of all replicas' rows; apart from them the own rows' sum, if it is not NCCL that adds up.
+
+    Stepped rows spread in the same memory.
+    """
+    dp = use.placement.layout.dp
+    return FP32 * _chunk(use, coord) * (dp if use.fused or dp == 1 else dp + 1)
+
+
+def spreading_bytes(use: Use, coord: Coord) -> int:
+    """All replicas' stepped rows, where they spread after the gradients' buffers were given back."""
+    dp = use.placement.layout.dp
+    return use.itemsize * _chunk(use, coord) * dp if dp > 1 else 0
+
+
+def _chunk(use: Use, coord: Coord) -> int:
     layout = use.placement.layout
-    chunk = sum(-(-rows // layout.dp) * size for rows, size in _storages(use.spec, layout, coord.p))
-    if layout.dp == 1:
-        return {"gradients": FP32 * chunk, "spreading": 0}
-    return {"gradients": FP32 * chunk * (layout.dp + 1), "spreading": use.itemsize * chunk * (layout.dp + 1)}
+    return sum(-(-rows // layout.dp) * size for rows, size in _storages(use.spec, layout, coord.p))
 
 
 def kv_bytes(spec: ModelSpec, layout: Layout, p: int, rows: int, capacity: int, itemsize: int) -> int:
@@ -152,14 +163,19 @@ class Activations:
 
     def layer(self) -> int:
         """What one layer saves: two norms and their results, queries, keys, values, attention's result with
-        a factor per head, gate and up, the activated gate (compiled code computes it again), the product."""
+        a factor per head, gate and up, the activated gate (kernels compute it again), the product."""
         norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
-        # Values are a view of all columns of their product, so that it stays.
-        columns = (self.Q + 2 * self.R) + self.Q + self.R + self.Q
+        columns = 2 * (self.Q + self.R)
+        if not self.use.fused or self.use.spec.qk_norm:
+            columns += self.Q + self.R  # values are a view of all columns of their product, so that it stays
         attention = self.T * (columns * self.item + self.heads * FP32)
         if self.use.spec.qk_norm:
             attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
-        return norms + attention + self.T * (3 if self.use.compiled else 4) * self.F * self.item
+        return (
+            norms
+            + attention
+            + self.T * (3 if self.use.fused or self.use.compiled else 4) * self.F * self.item
+        )
 
     def saved(self) -> int:
         """From a forward to its backward pass on this stage."""
@@ -248,7 +264,7 @@ def _training(use: Use, work: Work, p: int) -> dict[str, int]:
 
 def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
     """The same of models in one stream, whatever its order: the largest micro-batches are all that a stage
-    keeps, and the stepped rows of all models spread at once."""
+    keeps."""
     terms: dict[str, int] = {}
     passing: list[dict[str, int]] = []
     coords = [use.placement.coord_of(rank) for use in uses]
@@ -260,8 +276,6 @@ def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
         left, waiting = left - held, waiting - later
         terms[f"{use.name} activations"] = one.held(held, later)
         passing.append(_named(use, one.passing()))
-    for use, coord in zip(uses, coords, strict=True):
-        terms[f"{use.name} spreading"] = gradient_bytes(use, coord)["spreading"]
     return terms | _worst(passing)
 
 
@@ -316,9 +330,6 @@ def rank_memory(
     steps = [_stream(trained, work, rank)] if shared else []
     if not shared:
         steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
-        for use in trained:
-            spreading = gradient_bytes(use, use.placement.coord_of(rank))["spreading"]
-            steps.append({f"{use.name} spreading": spreading})
     inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
     made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
     stages = {
@@ -347,7 +358,7 @@ def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:
         (lent if use.offload and not use.trained else resident)[f"{use.name} weights"] = weights
         if use.trained:
             (states if use.offload else resident).update(_named(use, state_bytes(use, coord)))
-            gradients[f"{use.name} gradients"] = gradient_bytes(use, coord)["gradients"]
+            gradients[f"{use.name} gradients"] = gradient_bytes(use, coord)
     return resident, gradients, states, lent
 
 

@@ -111,13 +111,13 @@ def held(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict
 )
 def test_resident_bytes_are_those_of_real_tensors(layout: Layout, changes: dict, dtype: torch.dtype) -> None:
     spec = spec_of(**changes)
-    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, trained=True)
+    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, trained=True, fused=False)
     for rank, found in enumerate(run_ranks(held, layout.world, spec, layout, dtype)):
         coord = layout.coord(rank)
         assert found == {
             "weights": memory.weight_bytes(spec, layout, coord, dtype.itemsize),
             **memory.state_bytes(use, coord),
-            "gradients": memory.gradient_bytes(use, coord)["gradients"],
+            "gradients": memory.gradient_bytes(use, coord),
             "kv": memory.kv_bytes(spec, layout, coord.p, 3, 20, dtype.itemsize),
         }
 
