@@ -63,7 +63,7 @@ def test_bitwise_the_gathered_run(folder: Path) -> None:
     ],
 )
 def test_more_layouts(folder: Path, layouts: list[str]) -> None:
-    tied = ("--actor.init.tie_word_embeddings", "true")
+    tied = ("--actor.init.tie_word_embeddings", "true", "--ppo.minibatch", "4")
     trained("gathered", *layouts, *ROWS, *tied)
     trained("shards", *layouts, *ROWS, *tied, *SHARDS)
     same("gathered", "shards")
