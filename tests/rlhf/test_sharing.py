@@ -40,7 +40,13 @@ def test_ppo_is_bitwise_the_same(bench: Bench) -> None:
     for name in CASES:
         for fuse in (False, True, "auto"):
             cases.append(bench.case(*name))
-            cases[-1].config["intra"] = {"fuse_training": fuse, "fuse_inference": fuse}
+            # Backwards of the second case are split unless it runs apart.
+            split = bool(fuse) and name is CASES[1]
+            cases[-1].config["intra"] = {
+                "fuse_training": fuse,
+                "fuse_inference": fuse,
+                "split_backward": split,
+            }
     found = run_all(cases, 2)
     for start in range(0, len(found), 3):
         apart = found[start]
@@ -56,6 +62,9 @@ def test_ppo_is_bitwise_the_same(bench: Bench) -> None:
         stages = [{s["name"]: s for s in watches[0].stages} for watches in found[start : start + 3]]
         inferred = "reference+critic+reward" if start == 0 else "actor+reference+critic"
         assert {"training.actor", "training.critic", "inference.critic"} < set(stages[0]) < {*stages[2], ""}
+        for each in stages:
+            parts = [bool(s["actions"].get("backward_weight")) for n, s in each.items() if "training" in n]
+            assert set(parts) == {start > 0 and each is not stages[0]}
         assert set(stages[1]) == {"generation", "training.actor+critic", f"inference.{inferred}"}
         for watches in found[start : start + 3]:
             simulated = watches[0].simulations
@@ -106,6 +115,10 @@ def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
         for question, result, before in zip(asked, again, apart, strict=True):
             assert torch.equal(question.answer(result.results), before)
         assert (again[0].schedule is again[1].schedule) is shared
+        more = [about_sequences(q.work.runtime, [*texts, *texts[1:]], PPOConfig(microbatch=1)) for q in asked]
+        for question, result in zip(more, sharing.infer([q.work for q in more]), strict=True):
+            alone = question.work.runtime.infer(question.work.batches, question.work.finish)
+            assert torch.equal(question.answer(result.results), question.answer(alone.results))
         found.append((shared, [part.order for part in sharing.parts]))
     return found
 
