@@ -4,6 +4,7 @@ The first line of its input is the order; the input's end means that the launche
 host is the one with the name that Slurm gave this node.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from puzzle.engine.watchdog import vouch
 from puzzle.launch import local
 from puzzle.launch.hosts import BEAT_SECONDS, END, FAILED, OVER, Order
 
+LAST_SECONDS = 10
+
 
 def main() -> int:
     """Run the share; the exit code of the first failure, 0 when all went well."""
@@ -29,20 +32,26 @@ def main() -> int:
     store = TCPStore(order.address, order.port, is_master=False, timeout=timedelta(seconds=30))
     signal.signal(local.PEER_ENDED, local.peer_ended)
     threading.Thread(target=_until_input_ends, daemon=True).start()
-    over = threading.Event()
     ranks = range(share.first, share.first + share.count)
-    beat = threading.Thread(target=_beat, args=(store, index, ranks, over), daemon=True)
-    beat.start()
     logs = None if order.logs is None else Path(order.logs)
-    try:
-        death = local.host(order.target, order.args, share, logs)
-    except ConnectionError:  # told to end: a process elsewhere died
-        return 1
-    if death is not None:
-        store.set(f"death/{index}", json.dumps(asdict(death)))
-    over.set()
-    beat.join()
-    store.set(f"beat/{index}", OVER)
+    over = threading.Event()
+    beat = threading.Thread(target=_beat, args=(store, index, ranks, over), daemon=True)
+    death = None
+    with local.terminate_as_exit():
+        try:
+            beat.start()
+            death = local.host(order.target, order.args, share, logs)
+            if death is not None:
+                store.set(f"death/{index}", json.dumps(asdict(death)))
+        except ConnectionError:  # told to end: a process elsewhere died
+            return 1
+        finally:  # however it ends: who says nothing was killed
+            signal.alarm(LAST_SECONDS)  # the launcher may be gone
+            over.set()
+            beat.join()
+            with contextlib.suppress(DistError):
+                store.set(f"beat/{index}", OVER)
+            signal.alarm(0)
     return 0 if death is None else death.code or 1
 
 

@@ -94,10 +94,19 @@ class Watch:
         """Tell all agents to end their processes because the run FAILED, or was STOPPED."""
         self._store.set(END, why)
 
-    def lose(self, index: int, why: str) -> None:
+    def lose(self, index: int, why: str, code: int = 1) -> None:
         """Count the host as lost."""
         rank = sum(self._counts[:index])
-        self._deaths.setdefault(index, Death(rank, "signal", why, 1, time.time()))
+        self._deaths.setdefault(index, Death(rank, "signal", why, code, time.time()))
+
+    def find_mute(self) -> None:
+        """Lose hosts whose agents have begun and ended without a word, unless all have."""
+        self._read_posts()
+        beats = [self._beat(index) for index in range(len(self._hosts))]
+        if OVER.encode() in beats:
+            for index, beat in enumerate(beats):
+                if beat not in (b"", OVER.encode()):
+                    self.lose(index, "its agent was killed", 137)
 
     def settle(self, code: int, why: str, logs: Path | None) -> None:
         """Return if all went well; else raise the first death's error, or one for `code` and why that is."""
@@ -118,12 +127,15 @@ class Watch:
             if index not in self._deaths and self._store.check([key]):
                 self._deaths[index] = Death(**json.loads(self._store.get(key)))
 
+    def _beat(self, index: int) -> bytes:
+        key = f"beat/{index}"
+        return self._store.get(key) if self._store.check([key]) else b""
+
     def _find_silent(self, limit: float) -> None:
         """Lose hosts whose beat stopped, or did not begin although another's did."""
         now = time.monotonic()
         for index in range(len(self._hosts)):
-            key = f"beat/{index}"
-            beat = self._store.get(key) if self._store.check([key]) else b""
+            beat = self._beat(index)
             last, when = self._heard.get(index, (None, now))
             if beat != last:
                 if beat or self._heard:

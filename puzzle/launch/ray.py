@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,15 +23,22 @@ from typing import Any
 from puzzle.errors import UserError
 from puzzle.launch import slurm
 from puzzle.launch.hosts import STOPPED, Watch, filled
-from puzzle.launch.local import leave, terminate_as_exit
+from puzzle.launch.local import WorkerError, leave, terminate_as_exit
 from puzzle.launch.network import LOOPBACK, address_towards
 
 STORE_BYTES = 100_000_000  # for objects, of which there are hardly any
 POLL_SECONDS = 0.05
 PLACE_SECONDS = 60.0
 NODE_SECONDS = 60.0
+CONTROL_SECONDS = 10.0  # without an answer of Ray's control process
+RAY_SECONDS = 45  # after which Ray itself ends processes that miss it: later than we have ended them
+MARK = "RAY_OF_PUZZLE"  # in the environment of all that belongs to a Ray of our own: its folder
 # What a worker is given of this process's environment, besides what Ray gives it.
 PASSED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "PUZZLE_", "HF_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_")
+
+
+class ControlLost(WorkerError):
+    """Ray's control process (GCS) is gone: whatever asks it would wait."""
 
 
 class Agent:
@@ -75,7 +83,8 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
             watch.end(STOPPED)
             raise
         finally:
-            ends.kill()
+            ends.wait()
+        watch.find_mute()
         watch.settle(ends.code, f"an agent ended with code {ends.code}; its output tells why", logs)
 
 
@@ -87,9 +96,10 @@ class _Agents:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._watch = watch
+        self._control, self._answered = ray.get_runtime_context().gcs_address, time.monotonic()
         self.code = 0
         values = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-        self._actors: list[Any] = []
+        self._actors: list[Any] = []  # of which nobody had a handle, Ray would end them
         self._streams: dict[Any, int] = {}
         for index, count in enumerate(counts):
             kind = next(kind for kind in ("GPU", "CPU") if kind in group.bundle_specs[index])
@@ -100,7 +110,19 @@ class _Agents:
             self._streams[actor.run.remote(order, index, os.getcwd(), values)] = index
 
     def ended(self, seconds: float) -> bool:
-        """Wait at most so long for something to come of the agents; whether all have ended."""
+        """Wait at most so long for something to come of the agents; whether all have ended.
+
+        Raises ControlLost.
+        """
+        try:
+            _connect(self._control)
+            self._answered = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self._answered > CONTROL_SECONDS:
+                raise ControlLost(f"Ray's control process (GCS) at {self._control}: {error}", 1) from None
+        return self._read(seconds)
+
+    def _read(self, seconds: float) -> bool:
         import ray
         from ray.exceptions import RayError
 
@@ -130,15 +152,18 @@ class _Agents:
                 sys.stdout.buffer.flush()
         return not self._streams
 
-    def kill(self) -> None:
-        """End the actors and with them what they started, which has been told to end."""
-        import ray
-
+    def wait(self) -> None:
+        """Until all that the actors started, and was told to end, has ended, but not for ever: actors that
+        are left end with the placement group."""
         deadline = time.monotonic() + slurm.END_SECONDS
-        while not self.ended(0.5) and time.monotonic() < deadline:
+        while not self._read(0.5) and time.monotonic() < deadline:
             pass
-        for actor in self._actors:
-            ray.kill(actor)
+
+
+def _connect(address: str) -> None:
+    """Raises OSError if nobody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=2).close()
 
 
 @contextlib.contextmanager
@@ -167,17 +192,28 @@ def _placed(world: int, device: str) -> Generator[tuple[list[int], Any]]:
                 f"Ray did not free {world} {kind}s in {PLACE_SECONDS:g} s; is the cluster in use?"
             )
         yield counts, group
-    finally:
+    except ControlLost:
+        raise
+    except BaseException:
         remove_placement_group(group)
+        raise
+    remove_placement_group(group)
 
 
 @contextlib.contextmanager
 def cluster(world: int, device: str) -> Generator[None]:
     """Connected to the cluster of RAY_ADDRESS, or to one of our own that lives as long as the block."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
+    if lent := os.environ.get("RAY_ADDRESS"):
         import ray
 
+        try:
+            if ":" in lent and "://" not in lent:
+                _connect(lent)  # Ray itself would try for minutes
+        except OSError as error:
+            raise UserError(
+                f"RAY_ADDRESS {lent}: no Ray there ({error}); start it, or unset RAY_ADDRESS to have one"
+            ) from None
         ray.init(**quiet)
         signal.signal(signal.SIGTERM, leave)  # instead of Ray's handler, which aborts
         try:
@@ -194,10 +230,11 @@ def cluster(world: int, device: str) -> Generator[None]:
         # A process reads its token once: a second cluster of this one has the first one's.
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(RAY_SECONDS),
         "RAY_enable_metrics_collection": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
+        MARK: folder,
     }
     if not joining:
         # Else Ray takes another address of this host for 127.0.0.1, and listens on all. No node can join it.
@@ -227,8 +264,19 @@ def cluster(world: int, device: str) -> Generator[None]:
         for step in started:
             slurm.end_step(step)
         ray.shutdown()
-        os.environ.pop("RAY_ADDRESS", None)
+        _end_left(folder)
+        for name in ("RAY_ADDRESS", MARK):
+            os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_left(folder: str) -> None:
+    """End what the shutdown left of our Ray: its helpers wait a minute for a control process that is gone."""
+    mark = f"{MARK}={folder}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _join(node: slurm.Node, device: str, started: list[subprocess.Popen]) -> None:

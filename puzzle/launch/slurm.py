@@ -105,6 +105,8 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
         finally:
             end_step(step)
     code = step.returncode
+    if code > 0:  # srun itself lives: it has ended the other agents, and they had the time to say so
+        watch.find_mute()
     watch.settle(
         code if code >= 0 else 128 - code, f"srun ended with code {code}; its output tells why", logs
     )

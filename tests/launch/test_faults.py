@@ -79,10 +79,9 @@ def tear_log(folder: Path) -> None:
 
 def fill(folder: Path) -> None:
     """Leave the small file system of the run no room for another checkpoint."""
-    with (folder / "out/ballast").open("wb") as ballast, contextlib.suppress(OSError):
+    with (folder / "out/ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
         while True:
             ballast.write(bytes(4096))
-            ballast.flush()
 
 
 @contextlib.contextmanager
@@ -95,7 +94,7 @@ def small_disk(folder: Path) -> Generator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # if the run still lives, too
 
 
 def cancel_job(folder: Path) -> None:
@@ -105,6 +104,7 @@ def cancel_job(folder: Path) -> None:
 
 COMMAND = "puzzle.cli train"
 AGENT = "puzzle.launch.agent"
+GCS = "gcs/gcs_server"
 RESTARTED = {"launch": {"max_restarts": 1}}
 KILLED = "killed by SIGKILL (out of memory, or by hand)"
 WATCHED = {"launch": {"watchdog": 10}}
@@ -137,7 +137,8 @@ FAULTS = (
     # Slurm
     Fault("slurm-rank-killed", rank(1, signal.SIGKILL), 137, f"rank . on node.: {KILLED}", "slurm"),
     Fault("slurm-rank-stopped", rank(1, signal.SIGSTOP), 1, "error: .*rank ", "slurm", changes=WATCHED),
-    Fault("slurm-agent-killed", process(AGENT, signal.SIGKILL), 137, "error: ", "slurm"),
+    Fault("slurm-agent-killed", process(AGENT, signal.SIGKILL), 137,
+          "error: rank . on node.: its agent was killed", "slurm"),
     Fault("slurm-agent-stopped", process(AGENT, signal.SIGSTOP), 1, "silent for 30 s", "slurm"),
     Fault("slurm-srun-killed", srun(signal.SIGKILL), 137, "error: ", "slurm"),
     Fault("slurm-job-cancelled", cancel_job, 143, "", "slurm"),
@@ -148,6 +149,9 @@ FAULTS = (
     Fault("ray-agent-killed", process(AGENT, signal.SIGKILL), 137, "an agent ended with code", "ray"),
     Fault("ray-actor-killed", process("ray::Agent", signal.SIGKILL), 1, "its Ray actor is gone", "ray"),
     Fault("ray-raylet-killed", process("raylet/raylet", signal.SIGKILL), 1, "error: ", "ray"),
+    Fault("ray-gcs-killed", process(GCS, signal.SIGKILL), 1, "error: Ray's control process (GCS) at ", "ray"),
+    Fault("ray-gcs-killed-then-resumed", process(GCS, signal.SIGKILL), 0, "Ray's control process", "ray",
+          changes=RESTARTED),
 )  # fmt: skip
 
 
@@ -174,7 +178,8 @@ def test_a_fault_ends_as_it_should(folder: Path, fault: Fault) -> None:
 
 def check(folder: Path, fault: Fault, words: Sequence[str]) -> None:
     run = puzzle(folder, *words)
-    wait_for(lambda: (folder / "out/checkpoints/state-3").exists(), run=run)
+    wait_for(lambda: (folder / "out/checkpoints/state-3").exists() or run.poll() is not None)
+    assert run.poll() is None, console(folder)
     before = len(metrics(folder / "out"))
     if fault.again:
         run.send_signal(signal.SIGTERM)

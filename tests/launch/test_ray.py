@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_what_ends_the_command_ends_all(folder: Path, number: int, code: int) ->
 @pytest.mark.long
 def test_a_lost_node_is_named_and_the_run_goes_on_elsewhere(folder: Path) -> None:
     values = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    of_a_job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}, "metadata": {"job_name": "puzzle"}}'}
     nodes = subprocess.Popen(
         [sys.executable, "-c", NODES],
         env=environment(PUZZLE_TEST=str(folder), **values),
@@ -90,7 +92,7 @@ def test_a_lost_node_is_named_and_the_run_goes_on_elsewhere(folder: Path) -> Non
         address = nodes.stdout.readline().strip()
         many = config(iterations=150, launch={"max_restarts": 3})
         (folder / "run.yaml").write_text(yaml.safe_dump(many))
-        run = puzzle(folder, *TRAIN, "--launcher", "ray", RAY_ADDRESS=address, **values)
+        run = puzzle(folder, *TRAIN, "--launcher", "ray", RAY_ADDRESS=address, **values, **of_a_job)
         wait_for(lambda: (folder / "out/checkpoints/state-3").exists(), run=run)
         print(file=nodes.stdin, flush=True)
         assert nodes.stdout.readline() == "one is gone\n"
@@ -99,8 +101,24 @@ def test_a_lost_node_is_named_and_the_run_goes_on_elsewhere(folder: Path) -> Non
         records = [json.loads(line) for line in (folder / "out/run.jsonl").read_text().splitlines()]
         assert "resume" in {record["record"] for record in records}
         assert "its Ray actor is gone" in console(folder)
+        assert sum("raylet/raylet" in line for line in of_test(folder).values()) == 2  # not ours to end
     finally:
         nodes.communicate("\n", timeout=60)
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from puzzle.errors import UserError
+    from puzzle.launch.ray import cluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"  # nobody listens there
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(UserError, match=f"RAY_ADDRESS {address}: no Ray there .*refused"),
+            cluster(1, "cpu"),
+        ):
+            pass
 
 
 def test_more_processes_than_devices_are_refused() -> None:
