@@ -34,6 +34,7 @@ CONTROL_SECONDS = 10.0  # without an answer of Ray's control process
 RAY_SECONDS = 45  # after which Ray itself ends processes that miss it: later than we have ended them
 MARK = "RAY_OF_PUZZLE"  # in the environment of all that belongs to a Ray of our own: its folder
 # What a worker is given of this process's environment, besides what Ray gives it.
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 PASSED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "PUZZLE_", "HF_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_")
 
 
@@ -201,25 +202,31 @@ def _placed(world: int, device: str) -> Generator[tuple[list[int], Any]]:
 
 
 @contextlib.contextmanager
+def _joined(address: str) -> Generator[None]:
+    """Connected to a cluster that was there before and stays."""
+    import ray
+
+    try:
+        if ":" in address and "://" not in address:
+            _connect(address)  # Ray itself would try for minutes
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS {address}: no Ray there ({error}); start it, or unset RAY_ADDRESS to have one"
+        ) from None
+    ray.init(**QUIET)
+    signal.signal(signal.SIGTERM, leave)  # instead of Ray's handler, which aborts
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
 def cluster(world: int, device: str) -> Generator[None]:
     """Connected to the cluster of RAY_ADDRESS, or to one of our own that lives as long as the block."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if lent := os.environ.get("RAY_ADDRESS"):
-        import ray
-
-        try:
-            if ":" in lent and "://" not in lent:
-                _connect(lent)  # Ray itself would try for minutes
-        except OSError as error:
-            raise UserError(
-                f"RAY_ADDRESS {lent}: no Ray there ({error}); start it, or unset RAY_ADDRESS to have one"
-            ) from None
-        ray.init(**quiet)
-        signal.signal(signal.SIGTERM, leave)  # instead of Ray's handler, which aborts
-        try:
+        with _joined(lent):
             yield
-        finally:
-            ray.shutdown()
         return
     nodes = slurm.job_nodes(device) if slurm.inside() else []
     address = address_towards([node.address for node in nodes])
@@ -253,7 +260,7 @@ def cluster(world: int, device: str) -> Generator[None]:
             _node_ip_address=address,
             _temp_dir=folder,
             **room,
-            **quiet,
+            **QUIET,
         )
         signal.signal(signal.SIGTERM, leave)
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
