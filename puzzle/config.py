@@ -160,6 +160,18 @@ class TrainConfig(Section):
             raise ValueError(
                 "intra.split_backward keeps the activations that recompute frees; set one of them to false"
             )
+        if self.intra.split_backward and self.actor.layout.pp == self.critic.layout.pp == 1:
+            raise ValueError("intra.split_backward: one stage has nothing to fill; give layout.pp 2 or more")
+        if self.switch.fill == "shards" and self.actor.layout.dp == 1:
+            raise ValueError(
+                "switch.fill shards: one replica has all rows; give layout.dp 2 or more, or gathered"
+            )
+        beside = self.switch.fill == "shards" or self.switch.beside == "prefill"
+        if beside and self.generation.layout == self.actor.layout:
+            raise ValueError(
+                "switch.fill, switch.beside: the actor generates as it trains, nothing is filled; give"
+                " another generation.layout, or leave them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from puzzle.engine.switcher import Switcher
 from puzzle.engine.timing import StageClock
 from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
+from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.switch import SwitchPlan, plan_switch
@@ -129,6 +130,9 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
         layout = Layout.nested(layout.tp, layout.pp, layout.dp, source.layout)
     if layout == source.layout:
         return Generator(actor)
+    beside = options.beside == "prefill"
+    if beside and world.device.type != "cuda":
+        raise UserError("switch.beside prefill: a CPU does one thing at a time; use nothing")
     dtype = actor.decoder.dtype
 
     def planned(zero: bool) -> SwitchPlan:
@@ -153,7 +157,7 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
         actor.decoder,
         runtime.decoder,
         transport=options.transport,
-        beside=options.beside == "prefill",
+        beside=beside,
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)

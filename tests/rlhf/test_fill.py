@@ -13,7 +13,7 @@ from tests.rlhf.test_offload import CONFIG, same, trained
 
 GENERATION = ("--generation.layout.dp", "1", "--generation.layout.tp", "2")
 ROWS = ("--actor.init.vocab_size", "259", "--reward.init.vocab_size", "259")  # replicas step unlike numbers
-SHARDS = ("--switch.fill", "shards", "--switch.verify", "true", "--switch.beside", "prefill")
+SHARDS = ("--switch.fill", "shards", "--switch.verify", "true")
 
 
 @pytest.fixture
