@@ -122,7 +122,7 @@ class ZeroAdamW:
             bucket.hits = 0
             if bucket.grads is None:
                 device = bucket.slots[0].param.device
-                # Padding rows are never written: they stay zero.
+                # What lies between slots is summed with the rest, but nobody reads it.
                 bucket.grads = torch.zeros((self.dp, bucket.chunk), dtype=torch.float32, device=device)
             for slot in bucket.slots:
                 slot.empty = True

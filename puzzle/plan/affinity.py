@@ -56,6 +56,9 @@ def estimate(candidate: Candidate, cost: CostTable) -> Estimate:
     return Estimate(candidate, seconds, flushes, idle / seconds if seconds else 0.0)
 
 
+DEFER = (1, 2, 4)
+"""Values of `Part.defer` that are tried."""
+
 Build = Callable[..., Schedule]
 """A schedule of `(models, num_stages, order)`, of a training stream also by `defer`."""
 
@@ -82,12 +85,10 @@ def training_candidates(
     num_stages: int,
     cost: CostTable,
     *,
-    cap_bytes: Sequence[float] | None = None,
-    defer: Sequence[int] = (1, 2, 4),
     trials: int = 200,
 ) -> list[Candidate]:
     """Apart, one after the other in every order, alternating from every first model, and the best order
-    found in `trials` simulations; each fused one with the best of the `defer` values (see `fused_1f1b`). All
+    found in `trials` simulations; each fused one with the best of `DEFER` (see `fused_1f1b`). All
     that once more with split backwards where the costs of their parts are known, and with these alone where
     those of whole ones are not."""
     names = [m.name for m in models]
@@ -96,8 +97,8 @@ def training_candidates(
         splits.append(True)
     candidates = []
     for split in splits or [False]:
-        build = partial(fused_1f1b, cap_bytes=cap_bytes, split=split)
-        for found in _orders(models, num_stages, cost, build, defer, trials):
+        build = partial(fused_1f1b, split=split)
+        for found in _orders(models, num_stages, cost, build, trials):
             candidates.append(replace(found, name=f"{found.name}, split" if split else found.name))
     return candidates
 
@@ -107,7 +108,6 @@ def _orders(
     num_stages: int,
     cost: CostTable,
     build: Build,
-    defer: Sequence[int],
     trials: int,
 ) -> list[Candidate]:
     candidates = [candidate("apart", apart(models), models, num_stages, build)]
@@ -124,22 +124,15 @@ def _orders(
 
     orders["searched"] = search_order(min(orders.values(), key=seconds), seconds, trials)
     for name, order in orders.items():
-        variants = [candidate(name, [Part(tuple(order), d)], models, num_stages, build) for d in defer]
+        variants = [candidate(name, [Part(tuple(order), d)], models, num_stages, build) for d in DEFER]
         candidates.append(min(variants, key=lambda c: makespan(c.schedules[0], cost)))
     return candidates
 
 
-def inference_candidates(
-    models: Sequence[StreamModel],
-    num_stages: int,
-    why_not: Callable[[Sequence[str]], str | None] = lambda names: None,
-) -> list[Candidate]:
-    """Every way to group the models into forward-only streams, each stream in every order. Groups for which
-    `why_not` gives a reason are left out."""
+def inference_candidates(models: Sequence[StreamModel], num_stages: int) -> list[Candidate]:
+    """Every way to group the models into forward-only streams, each stream in every order."""
     candidates = []
     for groups in _partitions(list(models)):
-        if any(len(group) > 1 and why_not([m.name for m in group]) for group in groups):
-            continue
         for arranged in _arrangements(groups):
             name = " | ".join(" ".join(m.name for m in group) for group in arranged)
             parts = [Part(tuple(m.name for m in group for _ in range(m.microbatches))) for group in arranged]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Payload
+from puzzle.plan.schedule import Action, Op
 
 Seconds = float | tuple[float | None, ...]
 """The same for every stage, or one number per stage (of a transfer: of the sending stage), None where
@@ -19,19 +19,6 @@ class CostTable:
     `start norm` and the like are what the start of a collective computes on the stage itself."""
 
     seconds: Mapping[str, Mapping[str, Seconds]]
-
-    @classmethod
-    def uniform(
-        cls, models: Iterable[str], forward: float = 1.0, backward: float = 1.0, **others: float
-    ) -> CostTable:
-        """Equal stages and equal models; what is not named (transfers, optimizer) is free, but the parts of a
-        split backward are unknown."""
-        zero = {str(what): 0.0 for what in (*COMPUTE, *COLLECTIVES, *Payload)}
-        if unknown := others.keys() - zero.keys():
-            raise ValueError(f"no actions are called {sorted(unknown)}")
-        unsplit = {what: 0.0 for what in zero if what not in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)}
-        costs = {**unsplit, "forward": forward, "backward": backward, **others}
-        return cls(dict.fromkeys(models, costs))
 
     def of(self, stage: int, action: Action) -> float:
         """Seconds that a compute action, a collective or a transfer (asked as its SEND) takes. UserError

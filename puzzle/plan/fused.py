@@ -69,7 +69,6 @@ def fused_1f1b(
     optimizer: bool = True,
     split: bool = False,
     defer: int = 1,
-    prefetch: int = 1,
 ) -> Schedule:
     """Training of several models as one 1F1B stream.
 
@@ -92,16 +91,14 @@ def fused_1f1b(
         Work(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied, split=split)
         for m in models
     )
-    return pipeline("fused 1f1b", interleave(units, reach, slots, behind), work, prefetch)
+    return pipeline("fused 1f1b", interleave(units, reach, slots, behind), work)
 
 
-def fused_forward(
-    models: Sequence[StreamModel], num_stages: int, order: Order = "sequential", *, prefetch: int = 1
-) -> Schedule:
+def fused_forward(models: Sequence[StreamModel], num_stages: int, order: Order = "sequential") -> Schedule:
     """Forwards of several models as one stream, without a drain between models."""
     passes = [Action(Op.FORWARD, *unit) for unit in stream(models, order)]
     work = tuple(Work(m.name, m.microbatches) for m in models)
-    return pipeline("fused forward", [passes] * num_stages, work, prefetch)
+    return pipeline("fused forward", [passes] * num_stages, work)
 
 
 def stretched(order: Sequence[str], counts: Mapping[str, int]) -> tuple[str, ...]:

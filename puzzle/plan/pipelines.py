@@ -26,7 +26,6 @@ def one_f_one_b(
     optimizer: bool = False,
     tied: bool = False,
     split: bool = False,
-    prefetch: int = 1,
 ) -> Schedule:
     """One forward, one backward: (M + P - 1)(f + b) seconds with equal costs and free transfers, holding
     min(P - s, M) micro-batches on stage s. `optimizer` ends it with the optimizer's actions; `tied`: see
@@ -41,13 +40,13 @@ def one_f_one_b(
         for stage in range(num_stages)
     ]
     work = Work(model, microbatches, backward=True, optimizer=optimizer, tied=tied, split=split)
-    return pipeline("1f1b", interleave(units, reach, slots, behind), (work,), prefetch)
+    return pipeline("1f1b", interleave(units, reach, slots, behind), (work,))
 
 
-def forward_only(num_stages: int, microbatches: int, model: str = "actor", *, prefetch: int = 1) -> Schedule:
+def forward_only(num_stages: int, microbatches: int, model: str = "actor") -> Schedule:
     """Every micro-batch forward: (M + P - 1) f seconds with equal costs and free transfers."""
     passes = [[Action(Op.FORWARD, model, m) for m in range(microbatches)] for _ in range(num_stages)]
-    return pipeline("forward", passes, (Work(model, microbatches),), prefetch)
+    return pipeline("forward", passes, (Work(model, microbatches),))
 
 
 def interleave(
@@ -119,16 +118,14 @@ def optimizer_slots(
     return dict(slots)
 
 
-def pipeline(
-    name: str, passes: Sequence[Sequence[Action]], work: tuple[Work, ...], prefetch: int
-) -> Schedule:
+def pipeline(name: str, passes: Sequence[Sequence[Action]], work: tuple[Work, ...]) -> Schedule:
     """A schedule from the passes of every stage of a plain pipeline. ValueError for impossible numbers."""
     num_stages = len(passes)
-    if num_stages < 1 or any(w.microbatches < 1 for w in work) or prefetch < 0:
-        raise ValueError(f"{name}: stages and micro-batches must be at least 1, prefetch at least 0")
+    if num_stages < 1 or any(w.microbatches < 1 for w in work):
+        raise ValueError(f"{name}: stages and micro-batches must be at least 1")
     flow = pipeline_flow(num_stages)
     actions = []
     for stage, order in enumerate(passes):
-        wiring = Wiring(stage, flow, prefetch)
+        wiring = Wiring(stage, flow)
         actions.append((*wiring.part(order), *wiring.drain()))
     return Schedule(name, num_stages, tuple(actions), work)

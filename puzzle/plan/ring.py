@@ -28,7 +28,6 @@ class Ring:
     prefill_mb: int
     decode_mb: int
     model: str = "actor"
-    prefetch: int = 1
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "batch", "prefill_mb", "decode_mb"):
@@ -88,7 +87,7 @@ class Ring:
 
     def _wiring(self, stage: int) -> Wiring:
         flow = ring_flow(self.num_stages, self.promise(0))
-        return Wiring(stage, flow, self.prefetch, token_sends=self.decode_microbatches)
+        return Wiring(stage, flow, token_sends=self.decode_microbatches)
 
     def _schedule(self, name: str, actions: Callable[[int], list[Action]]) -> Schedule:
         return Schedule(name, self.num_stages, tuple(tuple(actions(s)) for s in range(self.num_stages)))

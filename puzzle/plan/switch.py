@@ -183,8 +183,6 @@ def plan_switch(
     strategy: Strategy = "planned",
     itemsize: int = 2,
     staging_bytes: int = 256 * MIB,
-    direct_bytes: int = MIB,
-    bucket_bytes: int | None = None,
     nest: bool = False,
     zero: bool = False,
 ) -> SwitchPlan:
@@ -194,8 +192,7 @@ def plan_switch(
     on those of the source); `fixed-order` keeps `destination` as it is and moves storage by storage;
     `gather-all` does too and gives every rank every whole storage, to take its rows from. `zero`: of source
     replicas, each has no more than its ZeRO-1 rows; what is aliased goes to its place in the source storages.
-    `itemsize` is bytes per element; `staging_bytes`, `direct_bytes` and `bucket_bytes` are explained at
-    `switch_route.assign_buckets`.
+    `itemsize` is bytes per element; `staging_bytes` is explained at `switch_route.assign_buckets`.
     UserError for layouts that the model cannot have and for too little staging memory.
     """
     if strategy not in STRATEGIES:
@@ -217,7 +214,7 @@ def plan_switch(
     remote, local = route(rows, source, roles.placement, cluster, strategy)
     if strategy == "planned":
         # Two buckets are under way at a time.
-        buckets = assign_buckets(remote, staging_bytes // 2, direct_bytes, bucket_bytes)
+        buckets = assign_buckets(remote, staging_bytes // 2)
     else:
         remote["bucket"] = remote["unit"]
         buckets = len(tuple(rows.units()))

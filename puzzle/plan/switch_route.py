@@ -13,6 +13,9 @@ from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.switch_rows import Fragment, Rows, Unit
 
+DIRECT = 1 << 20
+"""Bytes of rows from which on they have a message of their own."""
+
 Strategy = Literal["planned", "fixed-order", "gather-all"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -150,39 +153,36 @@ def _small(needs: list[_Need]) -> set[int]:
     return found
 
 
-def assign_buckets(remote: Records, staging_bytes: int, direct_bytes: int, bucket_bytes: int | None) -> int:
+def assign_buckets(remote: Records, staging_bytes: int) -> int:
     """Fill in `bucket` and `packed` of planned records; the number of buckets.
 
-    Rows of fewer than `direct_bytes` share a message with others of their pair and bucket. A bucket holds
+    Rows of fewer than `DIRECT` bytes share a message with others of their pair and bucket. A bucket holds
     whole units, in order, as many as keep every rank's packed bytes (sent and received) within
-    `staging_bytes` and the bytes that it sends or receives within `bucket_bytes`. A unit with more to pack
-    than that travels unpacked.
+    `staging_bytes`. A unit with more to pack than that travels unpacked.
     """
     if not len(remote):
         return 0
     world = int(max(remote["source"].max(), remote["destination"].max())) + 1
-    bucket, staged, moved = 0, np.zeros(world, np.int64), np.zeros((2, world), np.int64)
+    bucket, staged = 0, np.zeros(world, np.int64)
     borders = np.flatnonzero(np.diff(remote["unit"])) + 1
     for part in np.split(remote, borders):  # views: assignments below reach `remote`
-        small = part["nbytes"] < direct_bytes
-        adds = _per_rank(part[small], world).sum(axis=0)
+        small = part["nbytes"] < DIRECT
+        adds = _per_rank(part[small], world)
         if adds.max() > staging_bytes:
             small[:] = False
             adds[:] = 0
-        flow = _per_rank(part, world)
-        full = (staged + adds).max() > staging_bytes
-        if moved.any() and (full or (bucket_bytes is not None and (moved + flow).max() > bucket_bytes)):
-            bucket, staged, moved = bucket + 1, np.zeros_like(staged), np.zeros_like(moved)
-        staged, moved = staged + adds, moved + flow
+        if (staged + adds).max() > staging_bytes:
+            bucket, staged = bucket + 1, np.zeros_like(staged)
+        staged = staged + adds
         part["bucket"], part["packed"] = bucket, small
     _unpack_lone(remote)
     return bucket + 1
 
 
 def _per_rank(part: Records, world: int) -> NDArray[np.int64]:
-    """Bytes sent and received: (2, world)."""
-    sides = (part["source"], part["destination"])
-    return np.stack([np.bincount(side, part["nbytes"], world) for side in sides]).astype(np.int64)
+    """Bytes sent and received by each rank."""
+    sent, received = (np.bincount(part[side], part["nbytes"], world) for side in ("source", "destination"))
+    return (sent + received).astype(np.int64)
 
 
 def _unpack_lone(remote: Records) -> None:

@@ -66,13 +66,11 @@ class Timeline:
             until = max(until, span.end)
         return total
 
-    def bubble_share(self, row: int | None = None, lane: str = COMPUTE_LANE) -> float:
-        """The idle part of the makespan on a row's lane, or its mean over all rows; 0 for an empty
-        timeline."""
-        rows = self.rows if row is None else (row,)
-        if not rows or self.makespan == 0:
+    def bubble_share(self) -> float:
+        """Idle part of the makespan on compute lanes, the mean over rows; 0 for an empty timeline."""
+        if self.makespan == 0:
             return 0.0
-        return 1 - sum(self.busy(r, lane) for r in rows) / (len(rows) * self.makespan)
+        return 1 - sum(map(self.busy, self.rows)) / (len(self.rows) * self.makespan)
 
     def to_perfetto(self) -> dict[str, Any]:
         """Chrome trace events (Perfetto and chrome://tracing read them): a process per row, a thread per

@@ -79,16 +79,15 @@ def ring_flow(num_stages: int, generation: Generation) -> Flow:
 class Wiring:
     """Adds the transfers of one stage, part after part.
 
-    A receive is started `prefetch` passes before the pass that needs it, and before that earlier pass's own
-    waits, so that the transfer runs beside compute; never before its part. At most one send of a channel is
+    A receive is started a pass before the one that needs it, and before that earlier pass's own waits, so
+    that the transfer runs beside compute; never before its part. At most one send of a channel is
     under way: a further one first waits for the oldest. Of token ids (small, and needed late) there may be
     `token_sends`, and they alone may still be under way at the end of a part.
     """
 
-    def __init__(self, stage: int, flow: Flow, prefetch: int = 1, token_sends: int = 1) -> None:
+    def __init__(self, stage: int, flow: Flow, token_sends: int = 1) -> None:
         self._stage = stage
         self._flow = flow
-        self._prefetch = prefetch
         self._token_sends = token_sends
         self._under_way: defaultdict[Channel, deque[Message]] = defaultdict(deque)
 
@@ -104,7 +103,7 @@ class Wiring:
         posted = reached = 0
         for action in passes:
             if action.op in PASSES:
-                while posted < len(needed) and posted <= reached + self._prefetch:
+                while posted < len(needed) and posted <= reached + 1:
                     out += self._all(Op.RECV, needed[posted])
                     posted += 1
                 out += self._all(Op.WAIT_RECV, needed[reached])

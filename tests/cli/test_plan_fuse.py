@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan.cost import CostTable
 from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Timeline
+from tests.plan.costs import uniform
 
 SHARED = {"activation": 0.0, "gradient": 0.0, "reduce": 0.25, "norm": 0.0, "step": 0.5, "gather": 0.25}
 COSTS = {
@@ -57,7 +57,7 @@ def test_inference(costs: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_costs_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on 4 ranks, two per stage, that trained the models one after the other."""
-    cost = CostTable.uniform(["actor", "critic"], 1.0, 2.0)
+    cost = uniform(["actor", "critic"], 1.0, 2.0)
     parts = [simulate(one_f_one_b(2, 4, name, optimizer=True), cost) for name in ("actor", "critic")]
     whole = Timeline.after_one_another(parts)
     ranks = tuple(replace(s, row=2 * s.row + t) for s in whole.spans for t in range(2))

@@ -73,7 +73,6 @@ class Case:
             strategy=self.strategy,
             itemsize=self.dtype.itemsize,
             staging_bytes=4096 if self.small else MIB,
-            bucket_bytes=6000 if self.small else None,
             zero=self.zero,
         )
 

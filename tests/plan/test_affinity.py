@@ -1,6 +1,5 @@
 """The choice of streams: by simulation, with other winners for other costs."""
 
-from collections.abc import Sequence
 from itertools import permutations
 
 from puzzle.plan.affinity import choose, inference_candidates, search_order, training_candidates
@@ -8,6 +7,7 @@ from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
 from puzzle.plan.fused import Order, StreamModel, fused_1f1b
 from puzzle.plan.simulate import simulate
+from tests.plan.costs import uniform
 
 
 def costs(**forward: float) -> CostTable:
@@ -42,7 +42,7 @@ def test_the_search_beats_the_plain_orders_for_unlike_models() -> None:
 
 def test_sharing_does_not_pay_on_one_stage() -> None:
     assert training(costs(actor=1.0, critic=0.2), num_stages=1)[-1] == "apart"
-    free = CostTable.uniform(["actor", "critic"])
+    free = uniform(["actor", "critic"])
     assert training(free, num_stages=1)[0] == "apart"
 
 
@@ -87,17 +87,10 @@ def test_the_search_keeps_to_its_trials() -> None:
 
 def test_inference_groups() -> None:
     models = [StreamModel("reference", 4), StreamModel("critic", 4), StreamModel("reward", 4)]
-    cost = CostTable.uniform([m.name for m in models])
+    cost = uniform([m.name for m in models])
     every = choose(inference_candidates(models, 4), cost)
     assert len(every) == 6 + 3 * 2 + 1
     assert every[0].flushes == 1
     assert every[0].seconds == 12 + 3
     assert every[-1].candidate.name == "reference | critic | reward"
     assert every[-1].seconds == 3 * (4 + 3)
-
-    def why_not(names: Sequence[str]) -> str | None:
-        return "reference has other ranks" if "reference" in names else None
-
-    best = choose(inference_candidates(models, 4, why_not), cost)[0]
-    assert best.seconds == (8 + 3) + (4 + 3)
-    assert best.candidate.name.startswith("reference | ")

@@ -19,22 +19,21 @@ ACTOR, CRITIC = StreamModel("actor", 3), StreamModel("critic", 2, tied=True)
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     p, m = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    prefetch = draw(st.integers(0, 2))
     kind = draw(st.sampled_from(["train", "step", "forward", "fused", "alternating", "inference", "ring"]))
     split = draw(st.booleans())
     match kind:
         case "train" | "step":
-            return one_f_one_b(p, m, optimizer=kind == "step", split=split, prefetch=prefetch)
+            return one_f_one_b(p, m, optimizer=kind == "step", split=split)
         case "forward":
-            return forward_only(p, m, prefetch=prefetch)
+            return forward_only(p, m)
         case "ring":
-            ring = Ring(p, m, draw(st.integers(1, 3)), draw(st.integers(1, 3)), prefetch=prefetch)
+            ring = Ring(p, m, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
             return ring.unrolled(draw(st.integers(0, 3)))
         case "inference":
-            return fused_forward([ACTOR, CRITIC], p, prefetch=prefetch)
+            return fused_forward([ACTOR, CRITIC], p)
         case _:
             order = "alternating" if kind == "alternating" else "sequential"
-            return fused_1f1b([ACTOR, CRITIC], p, order, split=split, prefetch=prefetch)
+            return fused_1f1b([ACTOR, CRITIC], p, order, split=split)
 
 
 def mutated(schedule: Schedule, stage: int, actions: list[Action]) -> Schedule:

@@ -14,6 +14,7 @@ from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import COLLECTIVES, Action, Op, Schedule
 from puzzle.plan.simulate import Execution, makespan, simulate
 from puzzle.plan.timeline import Span, Timeline
+from tests.plan.costs import uniform
 
 PASSES = {"forward": (1.0, 2.0, 1.5), "backward": (2.0, 3.0, 2.5)}
 OTHERS = {
@@ -90,7 +91,7 @@ def test_costs_of_separate_runs_predict_the_fused_one(p: int, a: int, c: int, ei
 
 
 def test_a_stage_without_spans_has_no_cost() -> None:
-    schedule, cost = forward_only(2, 4), CostTable.uniform(["actor"])
+    schedule, cost = forward_only(2, 4), uniform(["actor"])
     timeline, stage_of = run(schedule, cost, copies=1)
     half = Timeline(tuple(s for s in timeline.spans if s.category != "forward" or s.row == 0), "measured")
     with pytest.raises(UserError, match="no cost of forward of actor on stage 1"):

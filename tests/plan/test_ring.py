@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from puzzle.errors import UserError
 from puzzle.plan.check import check
-from puzzle.plan.cost import CostTable
 from puzzle.plan.ring import Ring, ring_channels
 from puzzle.plan.schedule import Op
 from puzzle.plan.simulate import simulate
+from tests.plan.costs import uniform
 from tests.plan.interpreter import play
 
 sizes = st.integers(1, 9)
-rings = st.builds(Ring, st.integers(1, 6), sizes, sizes, sizes, prefetch=st.integers(0, 2))
+rings = st.builds(Ring, st.integers(1, 6), sizes, sizes, sizes)
 
 
 @given(rings, st.integers(0, 5), st.integers(0, 99))
@@ -47,7 +47,7 @@ def test_closed_form(p: int, microbatches: int, rounds: int) -> None:
     """A round takes max(P, micro-batches) slots: without bubbles once there are as many micro-batches as
     stages. Here a prefill micro-batch holds as many sequences as a decode micro-batch and takes as long."""
     ring = Ring(p, 3 * microbatches, 3, 3)
-    timeline = simulate(ring.unrolled(rounds), CostTable.uniform(["actor"], prefill=1, decode=1))
+    timeline = simulate(ring.unrolled(rounds), uniform(["actor"], prefill=1, decode=1))
     full = max(p, microbatches) * (rounds - 1) + microbatches + p - 1 if rounds else 0
     assert timeline.makespan == (max(p, microbatches) if rounds else microbatches + p - 1) + full
 

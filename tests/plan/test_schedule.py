@@ -41,9 +41,9 @@ def test_receives_are_started_one_pass_early() -> None:
     ]
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 3))
-def test_1f1b_keeps_its_cap(num_stages: int, microbatches: int, prefetch: int) -> None:
-    schedule = one_f_one_b(num_stages, microbatches, prefetch=prefetch)
+@given(st.integers(1, 6), st.integers(1, 9))
+def test_1f1b_keeps_its_cap(num_stages: int, microbatches: int) -> None:
+    schedule = one_f_one_b(num_stages, microbatches)
     caps = [min(num_stages - s, microbatches) for s in range(num_stages)]
     assert schedule.peak_in_flight() == tuple(caps)
     assert check(schedule, cap=caps) == []
@@ -68,10 +68,9 @@ def test_the_hash_is_of_the_behaviour() -> None:
     others = [
         one_f_one_b(2, 4),
         one_f_one_b(2, 3, "critic"),
-        one_f_one_b(2, 3, prefetch=0),
         forward_only(2, 3),
     ]
-    assert len({schedule.hash, *(s.hash for s in others)}) == 5
+    assert len({schedule.hash, *(s.hash for s in others)}) == 4
     # Logs of different runs are compared by it, so it must not change between versions.
     assert forward_only(1, 1).hash == sha256(b'[[["forward","actor",0,null,null,0]]]').hexdigest()
     assert len(repr(schedule)) < 100

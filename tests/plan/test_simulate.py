@@ -11,25 +11,24 @@ from puzzle.plan.cost import CostTable
 from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import Op
 from puzzle.plan.simulate import simulate
+from tests.plan.costs import uniform
 
 costs = st.integers(1, 5)
 
 
-@given(st.integers(1, 7), st.integers(1, 14), costs, costs, st.integers(0, 2), st.booleans())
-def test_1f1b_closed_form(p: int, m: int, f: int, b: int, prefetch: int, optimizer: bool) -> None:
-    schedule = one_f_one_b(p, m, optimizer=optimizer, prefetch=prefetch)
-    timeline = simulate(schedule, CostTable.uniform(["actor"], f, b))
+@given(st.integers(1, 7), st.integers(1, 14), costs, costs, st.booleans())
+def test_1f1b_closed_form(p: int, m: int, f: int, b: int, optimizer: bool) -> None:
+    schedule = one_f_one_b(p, m, optimizer=optimizer)
+    timeline = simulate(schedule, uniform(["actor"], f, b))
     assert timeline.makespan == (m + p - 1) * (f + b)
     assert timeline.bubble_share() == pytest.approx((p - 1) / (m + p - 1))
     assert timeline.busy(0) == m * (f + b)
 
 
-@given(st.integers(1, 7), st.integers(1, 14), st.integers(0, 5), st.integers(1, 2))
-def test_forward_only_closed_form_with_transfers(p: int, m: int, transfer: int, prefetch: int) -> None:
+@given(st.integers(1, 7), st.integers(1, 14), st.integers(0, 5))
+def test_forward_only_closed_form_with_transfers(p: int, m: int, transfer: int) -> None:
     """Transfers run beside compute: only the slower of both counts per micro-batch, and every hop once."""
-    timeline = simulate(
-        forward_only(p, m, prefetch=prefetch), CostTable.uniform(["actor"], 3, activation=transfer)
-    )
+    timeline = simulate(forward_only(p, m), uniform(["actor"], 3, activation=transfer))
     period = max(3, transfer) if p > 1 else 3
     assert timeline.makespan == p * 3 + (p - 1) * transfer + (m - 1) * period
 
@@ -41,7 +40,7 @@ def test_uneven_stages_run_at_the_pace_of_the_slowest(stages: list[int], m: int)
 
 
 def test_a_transfer_needs_both_sides() -> None:
-    timeline = simulate(one_f_one_b(2, 1), CostTable.uniform(["actor"], 1, 1, activation=2, gradient=2))
+    timeline = simulate(one_f_one_b(2, 1), uniform(["actor"], 1, 1, activation=2, gradient=2))
     spans = {(s.row, s.category): (s.start, s.end) for s in timeline.spans if s.lane != "wait"}
     assert spans == {
         (0, "forward"): (0, 1),
@@ -55,7 +54,7 @@ def test_a_transfer_needs_both_sides() -> None:
 
 
 def test_norms_meet_and_the_rest_of_the_optimizer_does_not() -> None:
-    cost = CostTable.uniform(["actor"], 1, 1, reduce=1, norm=0.5, step=0.25, gather=2)
+    cost = uniform(["actor"], 1, 1, reduce=1, norm=0.5, step=0.25, gather=2)
     timeline = simulate(one_f_one_b(2, 1, optimizer=True), cost)
     spans = {(s.row, s.category): (s.start, s.end) for s in timeline.spans}
     assert spans[1, "reduce"] == (3, 4)
@@ -66,7 +65,7 @@ def test_norms_meet_and_the_rest_of_the_optimizer_does_not() -> None:
 
 
 def test_what_a_collective_computes_first_occupies_the_stage() -> None:
-    costs = CostTable.uniform(["actor"], 1, 1, norm=0.5, step=0.25).seconds["actor"]
+    costs = uniform(["actor"], 1, 1, norm=0.5, step=0.25).seconds["actor"]
     cost = CostTable({"actor": {**costs, "start norm": 2.0, "start gather": (3.0, 4.0)}})
     timeline = simulate(one_f_one_b(2, 1, optimizer=True), cost)
     spans = {(s.row, s.category): (s.start, s.end, s.lane) for s in timeline.spans}
@@ -78,7 +77,7 @@ def test_what_a_collective_computes_first_occupies_the_stage() -> None:
 
 
 def test_tied_reductions_join_the_ends() -> None:
-    cost = CostTable.uniform(["actor"], 1, 1, reduce=1)
+    cost = uniform(["actor"], 1, 1, reduce=1)
     timeline = simulate(one_f_one_b(3, 1, optimizer=True, tied=True), cost)
     starts = {s.row: s.start for s in timeline.spans if s.category == "reduce"}
     assert starts == {0: 6, 1: 5, 2: 6}
@@ -90,10 +89,8 @@ def test_deadlocks_and_missing_costs_are_said() -> None:
     with pytest.raises(
         ValueError, match="deadlocks: stage 0 waits in wait_send actor 0 activation to 1; stage 1"
     ):
-        simulate(replace(schedule, actions=(stage, schedule.actions[1])), CostTable.uniform(["actor"]))
+        simulate(replace(schedule, actions=(stage, schedule.actions[1])), uniform(["actor"]))
     with pytest.raises(UserError, match="no cost of backward of actor on stage 1"):
         simulate(schedule, CostTable({"actor": {"forward": 1.0, "activation": 0.0}}))
     with pytest.raises(UserError, match="no cost of forward of actor on stage 1"):
         simulate(schedule, CostTable({"actor": {"forward": (1.0,), "backward": 1.0, "activation": 0.0}}))
-    with pytest.raises(ValueError, match="backwards"):
-        CostTable.uniform(["actor"], backwards=1)

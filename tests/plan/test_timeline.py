@@ -4,24 +4,22 @@ import json
 
 import pytest
 
-from puzzle.plan.cost import CostTable
 from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Span, Timeline
+from tests.plan.costs import uniform
 
 
 def test_busy_counts_overlap_once() -> None:
     spans = (Span(0, "compute", "a", 1, 3), Span(0, "compute", "b", 2, 4), Span(0, "compute", "c", 5, 6))
     timeline = Timeline((*spans, Span(1, "compute", "d", 1, 6), Span(1, "wire", "e", 0, 11)), "measured")
     assert (timeline.busy(0), timeline.busy(1), timeline.makespan) == (4, 5, 11)
-    assert timeline.bubble_share(0) == pytest.approx(1 - 4 / 11)
     assert timeline.bubble_share() == pytest.approx(1 - 9 / 22)
-    assert timeline.bubble_share(1, "wire") == 0
     assert Timeline(()).makespan == Timeline(()).bubble_share() == 0
 
 
 def test_perfetto_traces() -> None:
-    timeline = simulate(one_f_one_b(3, 2), CostTable.uniform(["actor"], 1e-3, 2e-3, activation=1e-4))
+    timeline = simulate(one_f_one_b(3, 2), uniform(["actor"], 1e-3, 2e-3, activation=1e-4))
     trace = json.loads(json.dumps(timeline.to_perfetto()))
     complete = [e for e in trace["traceEvents"] if e["ph"] == "X"]
     assert len(complete) == len(timeline.spans)

@@ -1,0 +1,16 @@
+"""Costs of machines that nobody measured."""
+
+from collections.abc import Iterable
+
+from puzzle.plan.cost import CostTable
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Op, Payload
+
+
+def uniform(models: Iterable[str], forward: float = 1.0, backward: float = 1.0, **others: float) -> CostTable:
+    """Equal stages and equal models; what is not named (transfers, optimizer) is free, but the parts of a
+    split backward are unknown."""
+    free = {str(what): 0.0 for what in (*COMPUTE, *COLLECTIVES, *Payload)}
+    assert others.keys() <= free.keys()
+    unsplit = {what: 0.0 for what in free if what not in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)}
+    costs = {**unsplit, "forward": forward, "backward": backward, **others}
+    return CostTable(dict.fromkeys(models, costs))
