@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -34,7 +35,9 @@ from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
 from puzzle.sources import specs_of
 
 SURPRISE = 0.5
-"""Nats per token that rounding and chance do not explain."""
+"""Nats per token that rounding does not explain."""
+CHANCE = 4.0
+"""Standard deviations of a mean that chance does not explain."""
 
 
 def train(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
@@ -144,27 +147,30 @@ class ChatTrainer(Trainer):
 
     def _compare(self, experience: Experience, recorder: Recorder) -> None:
         """Warn if generation, which may run on kernels of its own, draws what the model would not."""
-        nats = self.world.sum(torch.tensor(self._surprise(experience), device=self.world.device))
-        nats = float(nats) / self.world.size
-        if nats > SURPRISE and recorder.writer is not None:
+        nats, variance, tokens = self.world.sum(self._surprise(experience)).tolist()
+        nats /= tokens
+        if nats > max(SURPRISE, CHANCE * math.sqrt(variance) / tokens) and recorder.writer is not None:
             recorder.writer.warning(
                 f"{UNFAITHFUL}: a token is {nats:.2f} nats less likely than their own would be"
             )
 
     @torch.no_grad()
-    def _surprise(self, experience: Experience) -> float:
-        """By how many nats a token of this replica's first response is less likely than the weights' own.
-
-        That is 0 but for rounding and, if tokens are sampled, chance.
+    def _surprise(self, experience: Experience) -> Tensor:
+        """By how many nats the tokens of this replica's first response are less likely than the weights' own,
+        in sum, the variance of that where the weights' own are drawn, and how many they are: float64 (3,).
         """
         actor, greedy = self.models.actor, self.params.greedy
         row = actor.rows(len(experience))[0]
         sequence, start = experience.sequence(row), len(experience.prompt(row))
         (logits_TV,) = actor.infer([pack([sequence], 1, self.world.device)], lambda _, out: out).results
-        log_SV = torch.log_softmax(logits_TV[start - 1 : -1].float() / self.params.temperature, -1)
+        log_SV = torch.log_softmax(logits_TV[start - 1 : -1].double() / self.params.temperature, -1)
         drawn_S = torch.tensor(sequence[start:], device=log_SV.device)
-        own_S = log_SV.amax(-1) if greedy else (log_SV.exp() * log_SV).sum(-1)
-        return float((own_S - log_SV.gather(1, drawn_S[:, None])[:, 0]).mean())
+        own_S, variance_S = log_SV.amax(-1), torch.zeros_like(log_SV[:, 0])
+        if not greedy:
+            own_S = (log_SV.exp() * log_SV).sum(-1)
+            variance_S = (log_SV.exp() * log_SV.square()).sum(-1) - own_S.square()
+        nats_S = own_S - log_SV.gather(1, drawn_S[:, None])[:, 0]
+        return torch.stack([nats_S.sum(), variance_S.sum(), nats_S.new_tensor(len(drawn_S))])
 
     def _gather_seconds(self) -> float:
         """What the Hybrid Engine spent on gathering weights before it generated, once per call.
