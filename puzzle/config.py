@@ -166,6 +166,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "switch.fill shards: one replica has all rows; give layout.dp 2 or more, or gathered"
             )
+        if self.switch.beside == "prefill" and self.device == "cpu":
+            raise ValueError("switch.beside prefill: a CPU does one thing at a time; use nothing")
         beside = self.switch.fill == "shards" or self.switch.beside == "prefill"
         if beside and self.generation.layout == self.actor.layout:
             raise ValueError(

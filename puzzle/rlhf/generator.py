@@ -132,7 +132,7 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
         return Generator(actor)
     beside = options.beside == "prefill"
     if beside and world.device.type != "cuda":
-        raise UserError("switch.beside prefill: a CPU does one thing at a time; use nothing")
+        raise UserError("switch.beside prefill: there is no GPU here, and a CPU does one thing at a time")
     dtype = actor.decoder.dtype
 
     def planned(zero: bool) -> SwitchPlan:

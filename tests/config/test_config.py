@@ -114,6 +114,7 @@ WRONG = [
     (["--recompute", "true", "--intra.split_backward", "true"], "set one of them to false"),
     (["--intra.split_backward", "true"], "intra.split_backward: one stage has nothing to fill"),
     (["--switch.fill", "shards", "--layout.dp=1"], "switch.fill shards: one replica has all rows"),
+    (["--switch.beside", "prefill", "--device", "cpu"], "switch.beside prefill: a CPU does one thing"),
     (["--switch.beside", "prefill"], "the actor generates as it trains, nothing is filled"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
