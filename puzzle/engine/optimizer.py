@@ -182,7 +182,7 @@ class ZeroAdamW:
     def _wait_reduce(self) -> None:
         for bucket in self.buckets:
             if bucket.work is not None:
-                bucket.work.wait()
+                self._await(bucket.work, "reduce-scatter of gradients", self.group)
                 bucket.work = None
                 self._note(bucket, "reduce-scatter")
         for group, rows in self.shared:
@@ -225,7 +225,7 @@ class ZeroAdamW:
         assert self._norm is not None
         square, work = self._norm
         if work is not None:
-            work.wait()
+            self._await(work, "all-reduce of the gradients' norm", self.everyone)
         self._norm = None
         self.norms.append(square.sqrt())
 
@@ -319,12 +319,17 @@ class ZeroAdamW:
         self.spread()
         self._arrive(self.buckets)
 
+    def _await(self, work: dist.Work, what: str, group: dist.ProcessGroup | None) -> None:
+        assert group is not None
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+        with self.world.pulse.waiting(f"{what} of {self.name} over ranks {ranks}"):
+            work.wait()
+
     def _arrive(self, needed: Sequence[Bucket]) -> None:
         for bucket in reversed(needed):
             if bucket.gathered is None or bucket.work is None:
                 continue
-            with self.world.pulse.waiting(f"all-gather of {self.name}'s weights"):
-                bucket.work.wait()
+            self._await(bucket.work, "all-gather of weights", self.group)
             self._note(bucket, "all-gather")
             bucket.place(self.coord.d)
 

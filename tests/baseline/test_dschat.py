@@ -117,8 +117,9 @@ def runs(
         Case(configured(folders, zero, ppo), zero, base / str(i), prompts, (stop,) if ends else ())
         for i, (zero, ppo, ends) in enumerate(CASES.values())
     ]
-    spoiled = configured(folders, {}, {"microbatch": 4}) | {"iterations": 1}
-    spoiled["generation"] |= {"temperature": 0.05}  # untrained weights hardly prefer any token
+    spoiled = configured(folders, {}, {"microbatch": 4})
+    spoiled["iterations"] = 1
+    spoiled["generation"]["temperature"] = 0.05  # untrained weights hardly prefer any token
     cases.append(Case(spoiled, {}, base / "spoiled", prompts, spoiled=True))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     found = run_ranks(chat_ranks.run, 2, 2, cases, timeout=600.0)
