@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN202 (Triton reads the types of a kernel's arguments off its call)
 """`fused` with gradients: forward passes are its kernels, backward passes one kernel each.
 
-What torch.compile makes of these backward passes takes 6 to 20 times what their bytes take (H200, 7B), as
-long as half of the matrix products; and its calls take longer on the host.
+What torch.compile makes of these backward passes for PPO's batches took 6 to 20 times what their bytes take
+(H200, 7B; docs/performance.md), has to be compiled first, and its calls take longer on the host.
 """
 
 from __future__ import annotations
