@@ -232,7 +232,7 @@ class ZeroAdamW:
     def take_norms(self) -> list[float]:
         """The gradients' norms before clipping in all steps since the last call; waits for the device.
 
-        UserError if one is not finite: that step has changed nothing (but for apex's, which cannot leave out).
+        UserError if one is not finite: that step has changed nothing (apex's has: it cannot leave out).
         """
         norms = torch.stack(self.norms).tolist() if self.norms else []
         self.norms.clear()
