@@ -1,12 +1,12 @@
 """Writing a folder of results so that it is whole or untouched."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from puzzle import durable
 from puzzle.errors import UserError, describe
 
 
@@ -45,4 +45,4 @@ def _move(staging: Path, out: Path) -> None:
             raise UserError(f"{out / file.name}: is a folder; it stands where an output file belongs")
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(staging.iterdir()):
-        os.replace(file, out / file.name)
+        durable.put(file, out / file.name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle import durable
 from puzzle.cli import Parser
 from puzzle.config import DataConfig
 from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
@@ -205,9 +205,7 @@ class Terminal:
         """The file, whole or not at all."""
         if self.job.jsonl is None:
             return
-        partial = self.job.jsonl.with_name(f".{self.job.jsonl.name}.partial")
-        partial.write_text("\n".join(self._lines) + "\n", encoding="utf-8")
-        os.replace(partial, self.job.jsonl)
+        durable.write_text(self.job.jsonl, "\n".join(self._lines) + "\n")
 
     @staticmethod
     def _say(text: str) -> None:

@@ -99,16 +99,6 @@ def write_boxes(
     return SavedFile(len(head) + end, crc)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first: whoever sees the file sees all of it."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def checksum(path: Path, tick: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """Size and CRC-32 of a file. `tick` is called after every piece."""
     size = crc = 0

@@ -8,7 +8,6 @@ their own boxes. Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle import __version__
-from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes, write_text
+from puzzle import __version__, durable
+from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError, describe
@@ -164,7 +163,7 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / manifest.rank_file(self.world.rank)
             file = write_boxes(path, list(self._boxes()), self.world.pulse.tick)
-            write_text(note, json.dumps(asdict(file)))
+            durable.write_text(note, json.dumps(asdict(file)))
             if self.world.rank == 0:
                 self._complete(partial, number, state, steps, began)
         except OSError as error:
@@ -198,11 +197,9 @@ class Checkpoints:
         text = Manifest(state, models, files, self._entries, versions).dumps()
         for rank in range(self.world.size):
             (partial / f"rank-{rank:05d}.json").unlink()
-        write_text(partial / MANIFEST, text)
+        durable.write_text(partial / MANIFEST, text)
         final = partial.with_suffix("")
-        if final.exists():  # an unusable one, from before a resume
-            shutil.rmtree(final)
-        os.replace(partial, final)
+        durable.put(partial, final)  # one that stands there is unusable, from before a resume
         size = sum(file.bytes for file in files.values())
         self._saved.append(Saved(number, final, time.perf_counter() - began, size))
         for old in self._numbers()[: -self.keep]:
@@ -308,6 +305,6 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
 def _tell(note: Path, error: str) -> None:
     """Let rank 0 know; where not even that can be written, this rank's own failure ends the run."""
     try:
-        write_text(note, json.dumps({"error": error}))
+        durable.write_text(note, json.dumps({"error": error}))
     except OSError:
         return

@@ -7,7 +7,6 @@ OUT/figures/            pictures, CSVs and table
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from puzzle import durable
 from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
 from puzzle.config import TrainConfig
 from puzzle.errors import UserError, describe
@@ -118,9 +118,7 @@ def _run_one(experiment: Experiment, folder: Path, command: Command) -> Outcome:
         code = _wait(subprocess.Popen(command(config, folder), stdout=log, stderr=subprocess.STDOUT))
     seconds = time.monotonic() - began
     if code == 0:
-        temporary = folder / "done.tmp"
-        temporary.write_text(digest(experiment.config) + "\n")
-        os.replace(temporary, folder / "done")
+        durable.write_text(folder / "done", digest(experiment.config) + "\n")
         return Outcome(experiment, "done", seconds)
     lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
     cause = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["no output"]
@@ -154,9 +152,8 @@ def record(out: Path, asked: dict[str, object], outcomes: Sequence[Outcome]) -> 
     for outcome in outcomes:
         if outcome.status == "failed":
             runs[outcome.experiment.name]["log"] = "\n".join(last_lines(outcome, out))
-    temporary = out / "campaign.json.tmp"
-    temporary.write_text(json.dumps({"asked": asked, "complete": complete, "runs": runs}, indent=1) + "\n")
-    os.replace(temporary, out / "campaign.json")
+    text = json.dumps({"asked": asked, "complete": complete, "runs": runs}, indent=1)
+    durable.write_text(out / "campaign.json", text + "\n")
 
 
 def unfinished(parent: Path, asked: dict[str, object]) -> Path | None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from puzzle import durable
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.weights import Sliceable, fill, random_tensor
@@ -151,21 +152,11 @@ def save(
                 if (tokenizer / name).exists():
                     shutil.copyfile(tokenizer / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        replace_folder(partial, folder)
+        durable.put(partial, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; a folder that stands there goes away after it made room."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> str:

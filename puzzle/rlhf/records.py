@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from puzzle import durable
 from puzzle.config import TrainConfig
 from puzzle.data.tokenizers import tokenizer_folder
 from puzzle.engine.checkpoint import Saved
@@ -197,9 +198,7 @@ class Recorder:
         file = self.out / "traces" / f"iteration-{iteration}.json"
         try:
             file.parent.mkdir(exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(timeline.to_perfetto()))
-            part.replace(file)
+            durable.write_text(file, json.dumps(timeline.to_perfetto()))
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
         self.writer.trace(str(file.relative_to(self.out)), iteration)
@@ -218,9 +217,7 @@ class Recorder:
         file = self.out / "profiles" / f"iteration-{iteration}-rank-{self.world.rank:03d}.json.gz"
         try:
             file.parent.mkdir(exist_ok=True)
-            part = file.with_suffix(".part.gz")  # the profiler goes by the last suffix
-            profiler.export_chrome_trace(str(part))
-            part.replace(file)
+            durable.write(file, lambda part: profiler.export_chrome_trace(str(part)))
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
         if self.writer is not None:
