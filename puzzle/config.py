@@ -70,11 +70,11 @@ def _inherit(data: Any) -> Any:
 class TrainConfig(Section):
     """One PPO run."""
 
-    seed: Natural = 0
-    iterations: Count = 100
+    seed: Natural = Field(0, description="of random weights, sampling and the order of prompts")
+    iterations: Count = Field(100, description="rollouts, each followed by training")
     batch: Count = Field(32, description="prompts per iteration")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where torch sees any")
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
     recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
     layout: LayoutConfig = LayoutConfig()

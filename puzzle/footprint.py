@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from puzzle.config import TrainConfig
 from puzzle.errors import UserError
-from puzzle.plan.cluster import Cluster
-from puzzle.plan.fused import why_not_fused
-from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.layout import Placement
 from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory, spreading_bytes
-from puzzle.plan.switch import plan_switch
-from puzzle.sources import layout_of, specs_of
+from puzzle.resolve import RunPlan
 
-ITEMSIZE = {"fp32": 4, "bf16": 2}
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
 
@@ -49,75 +44,63 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _uses(config: TrainConfig, fused: bool) -> list[Use]:
+def _uses(plan: RunPlan, fused: bool) -> list[Use]:
     """The models of a run, the actor first."""
-    uses = []
-    for role, spec in specs_of(config).items():
-        section = getattr(config, role)
-        placement = Placement.default(layout_of(role, section.layout, spec))
-        trained = role in ("actor", "critic")
-        uses.append(
-            Use(
-                role,
-                spec,
-                placement,
-                ITEMSIZE[config.dtype],
-                trained,
-                recompute=trained and config.recompute,
-                fused=fused,
-                compiled=config.compile,
-                offload=config.offload.optimizer if trained else getattr(config.offload, role),
-                split=trained and config.intra.split_backward,
-            )
+    config = plan.config
+    return [
+        Use(
+            role,
+            model.spec,
+            model.placement,
+            plan.itemsize,
+            model.trained,
+            recompute=model.trained and config.recompute,
+            fused=fused,
+            compiled=config.compile,
+            offload=config.offload.optimizer if model.trained else getattr(config.offload, role),
+            split=model.trained and config.intra.split_backward,
         )
-    return uses
+        for role, model in plan.models.items()
+    ]
 
 
-def estimate(config: TrainConfig, fused: bool) -> list[RankMemory]:
+def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
     """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
-    uses, item = _uses(config, fused), ITEMSIZE[config.dtype]
-    actor, options = uses[0], config.switch
-    layout = layout_of("generation", config.generation.layout, actor.spec)
-    if options.nest:
-        layout = Layout.nested(layout.tp, layout.pp, layout.dp, actor.placement.layout)
-    switched, placement = dict.fromkeys(range(config.world), Switched()), actor.placement
-    if layout != placement.layout:
-        plan = plan_switch(
-            actor.spec,
-            placement,
-            Placement.default(layout),
-            Cluster(options.gpus_per_node or min(8, config.world)),
-            strategy=options.strategy,
-            itemsize=item,
-            staging_bytes=options.staging_bytes,
-            zero=options.fill == "shards",
-        )
-        plan = plan.by_peer_copies() if options.transport == "peer" else plan
-        placement = plan.destination
-        for rank in switched:
-            part = plan.for_rank(rank)
-            weights = item * sum(param.size for param in part.allocate)
-            spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if plan.zero else 0
-            filling = max(part.peak_extra, weights + spreading)
-            staged = part.peak_extra if options.beside == "prefill" else weights
-            switched[rank] = Switched(staged, filling, spreading)
-    generation = Use("generation", actor.spec, placement, item, fused=fused)
-    prompt = config.data.random_tokens or config.data.max_prompt_tokens
-    microbatch, tokens = config.ppo.microbatch, config.ppo.microbatch_tokens
+    uses, config = _uses(plan, fused), plan.config
+    switched, placement = _switched(plan, uses[0])
+    generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
+    batch, microbatch, tokens = plan.batch, config.ppo.microbatch, config.ppo.microbatch_tokens
     if tokens is not None:
-        microbatch = max(1, tokens // (prompt + config.generation.max_new_tokens))
+        microbatch = max(1, tokens // (batch.prompt + batch.response))
     work = Work(
-        config.batch * config.generation.samples,
-        config.minibatch,
-        prompt,
-        config.generation.max_new_tokens,
+        batch.sequences,
+        batch.minibatch,
+        batch.prompt,
+        batch.response,
         microbatch,
         config.generation.prefill_microbatch,
         config.generation.decode_microbatch,
     )
-    trained = {use.name: use.placement for use in uses if use.trained}
-    shared = bool(config.intra.fuse_training) and why_not_fused(trained) is None
-    return [rank_memory(rank, uses, generation, work, switched[rank], shared) for rank in range(config.world)]
+    shared = plan.training.may_share
+    return [rank_memory(rank, uses, generation, work, switched[rank], shared) for rank in range(plan.world)]
+
+
+def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
+    """What every rank needs to generate in another layout, and the placement in which it does."""
+    if plan.switch is None:
+        return [Switched()] * plan.world, plan.generation
+    options, switch = plan.config.switch, plan.switch.plan
+    if options.transport == "peer":
+        switch = switch.by_peer_copies()
+    found = []
+    for rank in range(plan.world):
+        part = switch.for_rank(rank)
+        weights = plan.itemsize * sum(param.size for param in part.allocate)
+        spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if switch.zero else 0
+        filling = max(part.peak_extra, weights + spreading)
+        staged = part.peak_extra if options.beside == "prefill" else weights
+        found.append(Switched(staged, filling, spreading))
+    return found, switch.destination
 
 
 def table(ranks: Sequence[RankMemory]) -> str:

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import __version__
-from puzzle.config import ModelConfig, TrainConfig
+from puzzle.config import ModelConfig
+from puzzle.resolve import RunPlan
 from puzzle.runlog import RunHeader
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
-def run_header(config: TrainConfig, hardware: dict[str, Any]) -> RunHeader:
-    """The header of a run of `config`; `hardware` adds what the engine knows of its devices."""
-    log = config.log
+def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
+    """The header of a run; `hardware` adds what the engine knows of its devices."""
+    config, log = plan.config, plan.config.log
     layouts = {
         "training" if name == "actor" else name: {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
         for name, layout in config.layouts().items()
     }
-    sequences = config.batch * config.generation.samples
     return RunHeader(
         run_id=uuid.uuid4().hex,
         figures=log.figures,
@@ -31,12 +31,13 @@ def run_header(config: TrainConfig, hardware: dict[str, Any]) -> RunHeader:
         variant=log.variant,
         actor=log.actor or _name(config.actor),
         critic=log.critic or _name(config.critic),
-        config={**config.resolved(), "global_batch_size": sequences},
+        config={**config.resolved(), "global_batch_size": plan.batch.sequences},
         layouts=layouts,
         provenance=log.provenance,
         software={"puzzle": __version__, "python": platform.python_version(), **_versions()},
         hardware={"host": platform.node(), "cores": len(os.sched_getaffinity(0)), **hardware},
         git_commit=_commit(),
+        plan={"hash": plan.hash, **plan.describe()},
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         repeat=log.repeat,
     )

@@ -73,17 +73,17 @@ class InitConfig(Section):
 
     preset: str | None = Field(None, description="a published size: 350m, 7b, 13b, 33b")
     model_type: str | None = Field(None, description="llama (default), mistral, qwen2, qwen3")
-    vocab_size: Count | None = None
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_hidden_layers: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    max_position_embeddings: Count | None = None
-    rms_norm_eps: Positive | None = None
-    rope_theta: Positive | None = None
-    tie_word_embeddings: bool | None = None
+    vocab_size: Count | None = Field(None, description="rows of the embedding")
+    hidden_size: Count | None = Field(None, description="width of hidden states")
+    intermediate_size: Count | None = Field(None, description="width inside the MLP")
+    num_hidden_layers: Count | None = Field(None, description="decoder layers")
+    num_attention_heads: Count | None = Field(None, description="query heads")
+    num_key_value_heads: Count | None = Field(None, description="default: as many as query heads")
+    head_dim: Count | None = Field(None, description="default: hidden_size / num_attention_heads")
+    max_position_embeddings: Count | None = Field(None, description="most tokens of a sequence")
+    rms_norm_eps: Positive | None = Field(None, description="added to the mean square in norms")
+    rope_theta: Positive | None = Field(None, description="base of rotary position embeddings")
+    tie_word_embeddings: bool | None = Field(None, description="the LM head is the embedding")
 
     @model_validator(mode="after")
     def _complete(self) -> InitConfig:
@@ -107,13 +107,15 @@ class InitConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019) with a learning-rate schedule in optimizer steps."""
 
-    lr: Positive = 1e-5
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
+    lr: Positive = Field(1e-5, description="the highest learning rate")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="decay of the two moments per step")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(0.0, description="decoupled; matrices only, no norms, no biases")
     grad_clip: Positive | None = Field(1.0, description="largest global gradient norm; null: no clipping")
     warmup: Natural = Field(0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up; linear and cosine fall to 0 at the last step"
+    )
     backend: Literal["torch", "apex"] = Field("torch", description="apex: its FusedAdam, if installed")
 
 
@@ -149,20 +151,22 @@ class DataConfig(Section):
     tokenizer: str | None = Field(None, description="folder, or bytes; default: the actor's folder")
     chat_template: bool = Field(False, description="render prompts as user turns of a chat")
     system: str | None = Field(None, description="system turn before each prompt (chat_template only)")
-    max_prompt_tokens: Count = 256
+    max_prompt_tokens: Count = Field(256, description="longest prompt; memory is counted for it")
     too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer prompts")
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="a new order of prompts in every epoch")
 
 
 class GenerationConfig(Section):
     """Sampling of responses."""
 
-    min_new_tokens: Natural = 0
-    max_new_tokens: Count = 128
-    temperature: Positive = 1.0
+    min_new_tokens: Natural = Field(0, description="nothing ends a response before it has so many")
+    max_new_tokens: Count = Field(128, description="a response is cut here")
+    temperature: Positive = Field(1.0, description="logits are divided by it, in training too")
     top_k: Natural = Field(0, description="0: no limit")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    greedy: bool = False
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="smallest set of tokens of this probability"
+    )
+    greedy: bool = Field(False, description="the likeliest token, nothing is drawn")
     samples: Count = Field(1, description="responses per prompt")
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
@@ -185,7 +189,7 @@ class GenerationConfig(Section):
 class KLConfig(Section):
     """KL penalty against the reference; adaptive towards `target` as in Ziegler et al. 2019, section 2.2."""
 
-    coef: NonNegative = 0.1
+    coef: NonNegative = Field(0.1, description="weight of the penalty; the first one where it adapts")
     target: Positive | None = Field(None, description="adapt coef towards this KL per response; null: fixed")
     horizon: Count = Field(10000, description="responses over which an adaptive coef reacts")
     estimator: Literal["k1", "k2", "k3"] = Field("k1", description="http://joschu.net/blog/kl-approx.html")
@@ -197,23 +201,25 @@ class KLConfig(Section):
 class PPOConfig(Section):
     """Proximal policy optimisation (Schulman et al. 2017) on responses."""
 
-    epochs: Count = 1
+    epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Count | None = Field(None, description="sequences per optimizer step; default: all")
     microbatch: Count | None = Field(None, description="sequences per forward and backward pass")
     microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
     packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
-    clip: Positive = 0.2
-    value_clip: Positive | None = 0.2
-    gamma: Fraction = 1.0
-    gae_lambda: Fraction = 0.95
+    clip: Positive = Field(0.2, description="how far the probability ratio may leave 1")
+    value_clip: Positive | None = Field(0.2, description="how far a value may leave the old one; null: any")
+    gamma: Fraction = Field(1.0, description="discount per token")
+    gae_lambda: Fraction = Field(0.95, description="of generalised advantage estimation")
     kl: KLConfig = KLConfig()
     kl_stop: Positive | None = Field(None, description="end the run when KL per token exceeds this")
     whiten: bool = Field(False, description="advantages to mean 0, variance 1 over the batch's tokens")
-    reward_clip: Positive | None = 5.0
+    reward_clip: Positive | None = Field(5.0, description="scores are clamped to +- this; null: not")
     reward_norm: bool = Field(False, description="divide scores by their running standard deviation")
     entropy: NonNegative = Field(0.0, description="coefficient of the entropy bonus")
-    reference_free: bool = False
-    old_logprobs: Literal["generation", "recompute"] = "generation"
+    reference_free: bool = Field(False, description="no reference model and no KL penalty")
+    old_logprobs: Literal["generation", "recompute"] = Field(
+        "generation", description="where the policy before the step comes from; recompute: one more pass"
+    )
     loss_average: Literal["token", "microbatch"] = Field("token", description="microbatch: mean of means")
 
     @model_validator(mode="after")
@@ -228,7 +234,9 @@ class PPOConfig(Section):
 class SwitchConfig(Section):
     """Inter-stage switching: how the actor's weights get to `generation.layout` and back, if it differs."""
 
-    strategy: Literal["planned", "fixed-order", "gather-all"] = "planned"
+    strategy: Literal["planned", "fixed-order", "gather-all"] = Field(
+        "planned", description="planned: fewest bytes; the others are baselines (docs/switching.md)"
+    )
     fill: Literal["gathered", "shards"] = Field(
         "gathered", description="shards: from what each replica has stepped; the all-gather follows"
     )
@@ -272,7 +280,7 @@ class EvalConfig(Section):
     """Held-out evaluation with the run's own sampling."""
 
     every: Natural = Field(0, description="iterations between evaluations; 0: none")
-    greedy: bool = False
+    greedy: bool = Field(False, description="the likeliest tokens instead of drawn ones")
 
 
 class CheckpointConfig(Section):
@@ -295,15 +303,17 @@ class LaunchConfig(Section):
 class LogConfig(Section):
     """What the log says about the run, and what is written beside it."""
 
-    figures: tuple[str, ...] = ()
-    cluster: str = "local"
-    variant: str = "puzzle"
+    figures: tuple[str, ...] = Field((), description="figures that draw this run, such as figure8")
+    cluster: str = Field("local", description="what figures call the machine")
+    variant: str = Field("puzzle", description="what figures call the system, such as opt or base")
     actor: str | None = Field(None, description="name in figures; default: preset or folder name")
-    critic: str | None = None
-    repeat: Natural = 0
-    provenance: Literal["measured", "rehearsal"] = "measured"
+    critic: str | None = Field(None, description="name in figures; default: as of the actor")
+    repeat: Natural = Field(0, description="tells repeats of one experiment apart")
+    provenance: Literal["measured", "rehearsal"] = Field(
+        "measured", description="rehearsal: a toy that proves plumbing, not speed"
+    )
     samples: Natural = Field(64, description="samples written per iteration")
-    tensorboard: bool = True
-    plots: bool = True
+    tensorboard: bool = Field(True, description="files for TensorBoard under OUT/tensorboard")
+    plots: bool = Field(True, description="curves under OUT/plots at the end")
     trace: tuple[Natural, ...] = Field((), description="iterations of which a timeline is written")
     profile: tuple[Natural, ...] = Field((), description="iterations that torch's profiler records, per rank")

@@ -1,18 +1,13 @@
-"""From a configuration to values of `spec` and `plan`, and what can be checked before any process starts."""
+"""Where models come from: a section of the configuration to a `ModelSpec` and a `Layout`."""
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from puzzle.capabilities import missing
-from puzzle.config import ROLES, LayoutConfig, ModelConfig, Role, TrainConfig
-from puzzle.data.prompts import read_rows
+from puzzle.config import LayoutConfig, ModelConfig, Role
 from puzzle.errors import UserError, describe
-from puzzle.plan.fused import why_not_fused
-from puzzle.plan.layout import Layout, Placement
-from puzzle.rlhf.rewards import FunctionReward
+from puzzle.plan.layout import Layout
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
 
@@ -83,63 +78,3 @@ def layout_of(name: str, layout: LayoutConfig, spec: ModelSpec) -> Layout:
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return made
-
-
-def specs_of(config: TrainConfig) -> dict[str, ModelSpec]:
-    """The models of the run, by role; a function reward and an unused reference are left out."""
-    used = [role for role in ROLES if role in config.layouts()]
-    return {role: spec_of(role, getattr(config, role)) for role in used}
-
-
-def sharing_roles(config: TrainConfig) -> dict[str, list[Role]]:
-    """Which models can share a pipeline, by key of `intra`, in the order in which they run."""
-    used = config.layouts()
-    inferred: list[Role] = ["actor"] if config.ppo.old_logprobs == "recompute" else []
-    inferred += [role for role in ("reference", "critic", "reward") if role in used]
-    return {"fuse_training": ["actor", "critic"], "fuse_inference": inferred}
-
-
-def check(config: TrainConfig) -> None:
-    """Raise UserError for what is wrong with features, files, shapes, layouts or lengths."""
-    lacks = missing(config)
-    if lacks:
-        raise UserError(f"this version does not have: {'; '.join(lacks)}")
-    specs = specs_of(config)
-    for role, spec in specs.items():
-        if spec.head == "value" and spec.num_labels != 1:
-            raise UserError(
-                f"{role}: its head has {spec.num_labels} labels, a score is 1; set num_labels to 1"
-            )
-    layouts = {
-        name: layout_of(name, layout, specs["actor" if name == "generation" else name])
-        for name, layout in config.layouts().items()
-    }
-    for key, roles in sharing_roles(config).items():
-        reason = why_not_fused({role: Placement.default(layouts[role]) for role in roles})
-        if getattr(config.intra, key) is True and reason:
-            raise UserError(
-                f"intra.{key}: {reason}; give all these models one pp, or set it to auto or false"
-            )
-    retokenised = {"reward"} if config.reward.model and config.data.prompts else set()
-    reading = specs.keys() - retokenised  # these get the actor's token ids
-    for role in sorted(reading):
-        if specs[role].vocab_size != specs["actor"].vocab_size:
-            sizes = f"{specs[role].vocab_size} tokens, the actor's {specs['actor'].vocab_size}"
-            raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
-    for role in ("actor", "critic"):
-        if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
-            raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
-    prompt = config.data.random_tokens or config.data.max_prompt_tokens
-    longest = prompt + config.generation.max_new_tokens
-    for role in sorted(reading):
-        if longest > specs[role].max_positions:
-            raise UserError(
-                f"{role}: {prompt} prompt and {config.generation.max_new_tokens} new tokens exceed its "
-                f"{specs[role].max_positions} positions; lower generation.max_new_tokens or the prompts"
-            )
-    for key in ("prompts", "eval_prompts"):
-        path = getattr(config.data, key)
-        if path is not None:
-            read_rows(Path(path), config.data.field, config.data.id_field)
-    if config.reward.function is not None:
-        FunctionReward(config.reward.function)

@@ -17,8 +17,8 @@ from puzzle.configio import Key, build, merge, parse_overrides
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.plan.memory import RankMemory
+from puzzle.resolve import check_packages, resolve
 from puzzle.runlog import Run, load_runs
-from puzzle.sources import check
 
 BAR = 0.1
 """How far a measured peak may be from the formula, as a share of it."""
@@ -72,7 +72,8 @@ def run(arguments: Sequence[str]) -> int:
         for layout in options.layouts
     }
     for config in configs.values():
-        check(config)
+        check_packages(config)
+    plans = {text: resolve(config) for text, config in configs.items()}
     good = True
     for text, config in configs.items():
         folder = options.out / "-".join([*options.models, text.replace(",", "-")])
@@ -81,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         folder.mkdir(parents=True)
         local.run("puzzle.rlhf.trainer:train", (config, folder), config.world, folder / "ranks")
         (measured,) = load_runs(folder).runs
-        found = peaks(footprint.estimate(config, fused=config.device != "cpu"), measured)
+        found = peaks(footprint.estimate(plans[text], fused=config.device != "cpu"), measured)
         _report(text, config, measured, found)
         with (options.out / "memory.jsonl").open("a") as file:
             for row in rows(found, measured, text):

@@ -20,7 +20,7 @@ from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher, campaign, slurm
 from puzzle.launch.local import terminate_as_exit
 from puzzle.launch.machine import Machine, find_machine
-from puzzle.sources import check
+from puzzle.resolve import check_files, check_packages, resolve
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -111,11 +111,13 @@ def _checked(experiment: Experiment, machine: Machine) -> Experiment:
         return experiment
     config = experiment.config
     try:
-        check(config)
+        check_packages(config)
+        plan = resolve(config)
+        check_files(config)
         if config.device == "cuda" and machine.total is not None and config.world > machine.total:
             raise UserError(f"{config.world} GPUs where there are {machine.total}")
         if config.device == "cuda" and machine.memory is not None and config.log.variant != BASELINE:
-            footprint.require(footprint.estimate(config, fused=True), machine.memory)
+            footprint.require(footprint.estimate(plan, fused=True), machine.memory)
     except UserError as error:
         return replace(experiment, lacks=(str(error),))
     return experiment
@@ -127,7 +129,7 @@ def _list(experiments: Sequence[Experiment], console: Console) -> int:
         state = "lacks " + "; ".join(experiment.lacks) if experiment.lacks else "can run"
         modelled = experiment.config.device == "cuda" and experiment.config.log.variant != BASELINE
         if modelled and not experiment.lacks:
-            most = max(footprint.estimate(experiment.config, fused=True), key=lambda rank: rank.peak)
+            most = max(footprint.estimate(resolve(experiment.config), fused=True), key=lambda rank: rank.peak)
             state += f", needs {most.peak / footprint.GIB:.1f} GiB in {most.worst}"
         line = f"{experiment.label}, {experiment.config.world} processes [{figures}]: {state}"
         console.print(line, markup=False, soft_wrap=True)

@@ -15,8 +15,8 @@ from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
 from puzzle.errors import UserError
 from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
+from puzzle.resolve import check_files, check_packages, resolve
 from puzzle.runlog import load_runs
-from puzzle.sources import check
 
 FRUITLESS = 2
 
@@ -50,11 +50,15 @@ def run(arguments: Sequence[str]) -> int:
         config = load_config(options.config, overrides)
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
-    check(config)
+    check_packages(config)
+    plan = resolve(config)
+    if options.dry_run or config.world > 1:  # a single process reads its files at once
+        check_files(config)
     if options.dry_run or options.device_memory:
-        ranks = footprint.estimate(config, fused=config.device != "cpu")
+        ranks = footprint.estimate(plan, fused=config.device != "cpu")
     if options.dry_run:
         print(json.dumps(config.resolved(), indent=2))
+        print(plan.table(), file=sys.stderr)
         print(footprint.table(ranks), file=sys.stderr)
     if options.device_memory:
         footprint.require(ranks, footprint.parse_bytes(options.device_memory))

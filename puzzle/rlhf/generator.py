@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from puzzle.config import TrainConfig
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.switcher import Switcher
@@ -17,10 +16,7 @@ from puzzle.engine.timing import StageClock
 from puzzle.engine.tracing import Instant
 from puzzle.engine.world import World
 from puzzle.errors import UserError
-from puzzle.plan.cluster import Cluster
-from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import SwitchPlan, plan_switch
-from puzzle.sources import layout_of
+from puzzle.resolve import RunPlan
 
 
 class Generator:
@@ -122,37 +118,20 @@ class Generator:
         }
 
 
-def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> Generator:
-    """What `generation.layout` and `switch` ask for. UserError for a layout that the model cannot have."""
-    spec, source, options = actor.spec, actor.placement, config.switch
-    layout = layout_of("generation", config.generation.layout, spec)
-    if options.nest:
-        layout = Layout.nested(layout.tp, layout.pp, layout.dp, source.layout)
-    if layout == source.layout:
+def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generator:
+    """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
+    options, request = plan.config.switch, plan.switch
+    if request is None:
         return Generator(actor)
     beside = options.beside == "prefill"
     if beside and world.device.type != "cuda":
         raise UserError("switch.beside prefill: there is no GPU here, and a CPU does one thing at a time")
-    dtype = actor.decoder.dtype
-
-    def planned(zero: bool) -> SwitchPlan:
-        return plan_switch(
-            spec,
-            source,
-            Placement.default(layout),
-            Cluster(options.gpus_per_node or world.per_node),
-            strategy=options.strategy,
-            itemsize=dtype.itemsize,
-            staging_bytes=options.staging_bytes,
-            zero=zero,
-        )
-
-    plan, saved = planned(options.fill == "shards"), 0
-    if plan.zero:
-        saved = sum(plan.gather_bytes.values()) + planned(False).bytes_received - plan.bytes_received
-    runtime = ModelRuntime("generation", spec, plan.destination, world, dtype, allocate=False)
+    switch = request.plan
+    runtime = ModelRuntime(
+        "generation", actor.spec, switch.destination, world, actor.decoder.dtype, allocate=False
+    )
     switcher = Switcher(
-        plan,
+        switch,
         world,
         actor.decoder,
         runtime.decoder,
@@ -161,4 +140,4 @@ def build_generator(config: TrainConfig, world: World, actor: ModelRuntime) -> G
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
-    return Generator(actor, runtime, switcher, options.verify, saved)
+    return Generator(actor, runtime, switcher, options.verify, request.saved_bytes)

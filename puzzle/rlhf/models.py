@@ -18,10 +18,9 @@ from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.model import hf
 from puzzle.model.weights import initialise
-from puzzle.plan.layout import Placement
+from puzzle.resolve import RunPlan
 from puzzle.rlhf.generator import Generator, build_generator
 from puzzle.sections import OptimizerConfig
-from puzzle.sources import layout_of, specs_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
@@ -79,12 +78,6 @@ class Models:
         return [m for m in (self.actor, self.critic, self.reference, self.reward) if m is not None]
 
 
-def optimizer_steps(config: TrainConfig) -> int:
-    """Optimizer steps of the whole run."""
-    sequences = config.batch * config.generation.samples
-    return config.iterations * config.ppo.epochs * (sequences // config.minibatch)
-
-
 def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], float]:
     """The learning rate of step 0, 1, ...: linear warm-up, then constant, or falling to 0 at step `total`."""
 
@@ -101,41 +94,28 @@ def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], flo
     return at
 
 
-def build_models(config: TrainConfig, world: World) -> Models:
-    """Every model in use, with weights and, for actor and critic, optimizers. UserError naming the model."""
-    host = _host_memory(config, world)
+def build_models(plan: RunPlan, world: World) -> Models:
+    """Every model in use, with weights and, where it is trained, an optimizer. UserError naming the model."""
+    config, host = plan.config, _host_memory(plan, world)
     made: dict[str, ModelRuntime] = {}
-    for role, spec in specs_of(config).items():
-        section = getattr(config, role)
-        placement = Placement.default(layout_of(role, section.layout, spec))
-        recompute = config.recompute and role in ("actor", "critic")
-        runtime = ModelRuntime(role, spec, placement, world, DTYPES[config.dtype], recompute)
+    for role, model in plan.models.items():
+        recompute = config.recompute and model.trained
+        runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[config.dtype], recompute)
         if config.compile:
             runtime.decoder.compile_layers()
-        seed = config.seed + ROLE_SEEDS[role]  # ty: ignore[invalid-argument-type]
+        section, seed = getattr(config, role), config.seed + ROLE_SEEDS[role]
         if section.model is None:
             initialise(runtime.decoder, seed)
         else:
             hf.load(runtime.decoder, Path(section.model), head_seed=seed if role == "critic" else None)
         made[role] = runtime
-    steps = optimizer_steps(config)
-    for role in ("actor", "critic"):
-        options: OptimizerConfig = getattr(config, role).optimizer
-        made[role].split_backward = config.intra.split_backward
-        made[role].attach_optimizer(
-            AdamWSettings(
-                learning_rate(options, steps),
-                options.betas,
-                options.eps,
-                options.weight_decay,
-                options.grad_clip,
-                options.backend,
-            )
-        )
-    for role in ("reference", "reward"):
-        if role in made:
+    for role, model in plan.models.items():
+        if model.trained:
+            made[role].split_backward = config.intra.split_backward
+            made[role].attach_optimizer(_adamw(getattr(config, role).optimizer, plan.batch.all_steps))
+        else:
             made[role].freeze()
-    generator = build_generator(config, world, made["actor"])
+    generator = build_generator(plan, world, made["actor"])
     return Models(
         made["actor"],
         made["critic"],
@@ -146,12 +126,23 @@ def build_models(config: TrainConfig, world: World) -> Models:
     )
 
 
-def _host_memory(config: TrainConfig, world: World) -> HostMemory:
+def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
+    return AdamWSettings(
+        learning_rate(options, steps),
+        options.betas,
+        options.eps,
+        options.weight_decay,
+        options.grad_clip,
+        options.backend,
+    )
+
+
+def _host_memory(plan: RunPlan, world: World) -> HostMemory:
     """What all that this rank offloads will need, known before any of it is there: moments come last."""
-    options = config.offload
+    options = plan.config.offload
     ahead = 0
     if options.optimizer or options.reference or options.reward:
-        ahead = footprint.estimate(config, fused=world.device.type == "cuda")[world.rank].host
+        ahead = footprint.estimate(plan, fused=world.device.type == "cuda")[world.rank].host
     return HostMemory(world.device, ahead)
 
 

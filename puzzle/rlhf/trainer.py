@@ -27,6 +27,7 @@ from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
+from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
@@ -45,7 +46,6 @@ from puzzle.rlhf.rollout import (
 from puzzle.rlhf.sharing import Sharing
 from puzzle.rlhf.update import Update
 from puzzle.runlog import STAGES
-from puzzle.sources import check, sharing_roles, specs_of
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") -> None:
@@ -53,34 +53,46 @@ def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") 
 
     Raises UserError for what the user can mend.
     """
-    check(config)
-    data = prepare(config, specs_of(config)["actor"].vocab_size)
     watch = Watch(config.launch.watchdog, local.tell, out / "ranks")
     with World.start(config.device, watch=watch) as world:
         try:
-            _check_memory(config, world)
+            plan = resolve(config, max(world.gather(world.per_node)))
+            agree(plan, world)
+            data = prepare(config, plan.actor.spec.vocab_size)
+            _check_memory(plan, world)
             world.pulse.mark("loading models")
-            trainer = Trainer(config, data, build_models(config, world), world)
+            trainer = Trainer(plan, data, build_models(plan, world), world)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
             if resumed is not None and note:
                 resumed = dataclasses.replace(resumed, notes=(note, *resumed.notes))
-            header = run_header(config, {"device": _device_name(world), "processes": world.size})
+            header = run_header(plan, {"device": _device_name(world), "processes": world.size})
             with Recorder(out, config, world, header, resumed) as recorder:
                 trainer.run(recorder, checkpoints)
         except torch.OutOfMemoryError as error:
-            ranks = footprint.estimate(config, fused=world.device.type == "cuda")
+            ranks = footprint.estimate(plan, fused=world.device.type == "cuda")
             print(footprint.table(ranks), file=sys.stderr)
             reason = str(error).splitlines()[0].partition(". ")[0]
             remedy = footprint.remedy(ranks[world.rank])
             raise UserError(f"{reason} on rank {world.rank}; {remedy}") from error
 
 
-def _check_memory(config: TrainConfig, world: World) -> None:
+def agree(plan: RunPlan, world: World) -> None:
+    """All ranks made the same plan, or the run would hang later: UserError with what differs."""
+    hashes = world.gather(plan.hash)
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
+        raise UserError(
+            f"rank {odd} resolved the run to plan {hashes[odd]}, rank 0 to {hashes[0]}: their hosts"
+            " see different model folders; give all the same files"
+        )
+
+
+def _check_memory(plan: RunPlan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded."""
     if world.device.type == "cuda":
         limit = torch.cuda.get_device_properties(world.device).total_memory
-        footprint.require(footprint.estimate(config, fused=True), limit)
+        footprint.require(footprint.estimate(plan, fused=True), limit)
 
 
 def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
@@ -95,8 +107,9 @@ def _device_name(world: World) -> str:
 class Trainer:
     """The state that an iteration changes: weights, data position, KL coefficient, reward scale."""
 
-    def __init__(self, config: TrainConfig, data: RunData, models: Models, world: World) -> None:
-        self.config, self.data, self.models, self.world = config, data, models, world
+    def __init__(self, plan: RunPlan, data: RunData, models: Models, world: World) -> None:
+        self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
+        config = plan.config
         self.kl_coef = config.ppo.kl.coef
         self.scores_seen = ppo.RunningMoments()
         self.params = sampling_params(config, data.stop_ids)
@@ -109,13 +122,9 @@ class Trainer:
         self._stages_known: set[str] = set()
         self._to_time = True
         self._peaks: dict[str, int] = {}
-        roles = sharing_roles(config)
         self.training, self.inference = (
-            Sharing(fuse, [getattr(models, role) for role in roles[key]])
-            for key, fuse in (
-                ("fuse_training", config.intra.fuse_training),
-                ("fuse_inference", config.intra.fuse_inference),
-            )
+            Sharing(pipeline.fuse, [getattr(models, role) for role in pipeline.roles])
+            for pipeline in (plan.training, plan.inference)
         )
 
     def state(self) -> dict[str, Any]:

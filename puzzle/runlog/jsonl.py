@@ -197,7 +197,7 @@ def _run(collected: _Collected, header: Record) -> Run:
         last = max(attempt for attempt, _ in collected.switches[index])
         switches += [switch for attempt, switch in collected.switches[index] if attempt == last]
     log = header.get("log", {})
-    known: Record = {one.name: header[one.name] for one in fields(RunHeader)}
+    known: Record = {one.name: header[one.name] for one in fields(RunHeader) if one.name in header}
     known["figures"] = tuple(header["figures"])
     return Run(
         **known,

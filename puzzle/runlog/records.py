@@ -119,7 +119,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
             "git_commit": _text_or_null,
             "started": _text_or_null,
         },
-        {"log": _mapping},
+        {"log": _mapping, "plan": _mapping},
     ),
     "rank": ({"rank": _count}, {"coordinates": _mapping, "parameter_bytes": _count, "device": _text,
                                 "collective_bytes": _counts, "peak_bytes": _counts, "device_bytes": _counts}),
@@ -145,6 +145,8 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
 def of_header(header: RunHeader) -> dict[str, Any]:
     """The `run` record of a header, still without `seq`."""
     named = {field.name: getattr(header, field.name) for field in fields(RunHeader)}
+    if not named["plan"]:
+        del named["plan"]  # transcribed logs have none
     return {"record": "run", "schema": SCHEMA, **named, "figures": list(header.figures)}
 
 

@@ -1,7 +1,7 @@
 """What a reader gives back: runs as immutable values, the same for our logs and for published ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("generation", "inference", "training", "switch", "other")
@@ -67,6 +67,7 @@ class RunHeader:
     hardware: Mapping[str, Any]
     git_commit: str | None
     started: str | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from puzzle.runlog.run import STAGES, RunHeader
 
 # What a resumed run must share with the log that it goes on, and what it may change but then says.
 _IDENTITY = ("schema", "repeat", "figures", "cluster", "variant", "actor", "critic", "provenance")
-_MAY_CHANGE = ("config", "layouts", "software", "hardware", "git_commit")
+_MAY_CHANGE = ("config", "layouts", "software", "hardware", "git_commit", "plan")
 
 
 class LineFile:
@@ -104,7 +104,8 @@ class RunWriter:
                     "resume with the same, or give another folder"
                 )
         self.run_id = found["run_id"]
-        self._changed = {name: new[name] for name in _MAY_CHANGE if new[name] != found[name]}
+        may_change = [name for name in _MAY_CHANGE if name in new]
+        self._changed = {name: new[name] for name in may_change if new[name] != found.get(name)}
         return False
 
     def rank(

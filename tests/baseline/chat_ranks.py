@@ -54,6 +54,7 @@ def _run(world: Any, case: Case) -> Found:
     from puzzle.config import TrainConfig
     from puzzle.data.prepare import RunData
     from puzzle.data.prompts import Prompt, PromptSet, PromptStream
+    from puzzle.resolve import resolve
 
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
@@ -65,7 +66,7 @@ def _run(world: Any, case: Case) -> Found:
         return (generate(*args) + 1) % 32
 
     with patch.object(ChatTrainer, "_generate", wrong if case.spoiled else generate):
-        trainer = run_chat(config, ZeroOptions(**case.zero), case.out, data, world)
+        trainer = run_chat(resolve(config), ZeroOptions(**case.zero), case.out, data, world)
     models: dict[str, Any] = {"actor": trainer.models.actor, "critic": trainer.models.critic}
     return Found({role: _weights(model.engine.module) for role, model in models.items()})
 

@@ -90,7 +90,7 @@ def configured(folders: dict[str, Path], zero: dict[str, Any], ppo: dict[str, An
         "device": "cpu",
         "layout": {"dp": 2},
         "checkpoint": {"save": False},
-        "data": {"prompts": "given", "tokenizer": "bytes"},
+        "data": {"prompts": "given", "tokenizer": "bytes", "max_prompt_tokens": 32},
         "generation": {"greedy": True, "max_new_tokens": 6, "temperature": 0.9, "decode_microbatch": 3},
         "ppo": {"old_logprobs": "recompute", **ppo},
         "intra": {"fuse_training": False, "fuse_inference": False},

@@ -13,6 +13,7 @@ from puzzle.bench import memory
 from puzzle.cli import main
 from puzzle.engine import timing
 from puzzle.launch import local
+from puzzle.resolve import resolve
 from puzzle.runlog import load_runs
 
 SIZES = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -46,7 +47,7 @@ def test_peaks_are_those_of_the_formula(tmp_path: Path, layout: tuple[int, int, 
     config = memory.configured(layout, ("7b", "7b"), None, words(**changes))
     local.run("tests.bench.metered:metered", (config, tmp_path / "o"), config.world, tmp_path)
     (run,) = load_runs(tmp_path / "o").runs
-    found = memory.peaks(footprint.estimate(config, fused=False), run)
+    found = memory.peaks(footprint.estimate(resolve(config), fused=False), run)
     stages = 3 + ("generation__layout__tp" in changes)
     assert len(found) == stages * config.world
     assert [peak for peak in found if not peak.ok] == []

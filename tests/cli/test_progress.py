@@ -7,6 +7,7 @@ from rich.console import Console
 from puzzle.config import TrainConfig
 from puzzle.progress import Reporter
 from puzzle.provenance import run_header
+from puzzle.resolve import resolve
 from puzzle.runlog import RunWriter, load_runs
 
 SECONDS = {"generation": 1.0, "inference": 0.5, "training": 2.0, "switch": 0.0, "other": 0.25}
@@ -98,7 +99,7 @@ def test_header_and_log_of_a_run(tmp_path):
             "log": {"figures": ["figure8"], "variant": "base", "provenance": "rehearsal", "repeat": 1},
         }
     )
-    header = run_header(config, {"devices": ["cpu"]})
+    header = run_header(resolve(config), {"devices": ["cpu"]})
     assert (header.actor, header.critic, header.repeat) == ("7b", "350m", 1)
     assert set(header.layouts) == {"training", "generation", "critic", "reference", "reward"}
     assert header.layouts["training"] == {"tp": 1, "pp": 1, "dp": 2}

@@ -5,7 +5,7 @@ import pytest
 
 from puzzle.configio import load_config
 from puzzle.data.prepare import prepare
-from puzzle.sources import check, specs_of
+from puzzle.resolve import check_files, resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,8 +38,8 @@ def test_openings_are_neutral():
 def test_the_tiny_example_is_ready_to_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(Path("examples/tiny.yaml"))
-    check(config)
-    specs = specs_of(config)
+    check_files(config)
+    specs = {role: model.spec for role, model in resolve(config).models.items()}
     assert (specs["critic"].num_layers, specs["critic"].head) == (2, "value")
     assert (specs["actor"].num_kv_heads, specs["actor"].num_heads) == (2, 8)
     data = prepare(config, specs["actor"].vocab_size)

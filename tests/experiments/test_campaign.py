@@ -26,9 +26,10 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from puzzle.config import TrainConfig
 from puzzle.provenance import run_header
+from puzzle.resolve import resolve
 from puzzle.runlog import RunWriter
 config = TrainConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
-with RunWriter(Path(sys.argv[2]), run_header(config, {{}})) as log:
+with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
     if config.log.variant == {failing!r}:
         print("working"); print("error: no room for the weights"); sys.exit(2)
     seconds = 2.0 if config.log.variant == "wo_bulk" else 1.0

@@ -5,8 +5,8 @@ import pytest
 from puzzle.config import LayoutConfig
 from puzzle.errors import UserError
 from puzzle.experiments import Experiment, Job, Request, expand, fitted, read_table
+from puzzle.resolve import resolve
 from puzzle.runlog import load_runs
-from puzzle.sources import layout_of, specs_of
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"figure8", "figure9", "figure10", "figure11", "figure12", "table3", "ablation"}
@@ -83,9 +83,7 @@ def test_every_run_is_possible_and_named_once(table, scale, devices):
     for experiment in experiments:
         config = experiment.config
         assert config.world <= (devices or table.scales[scale].devices)
-        specs = specs_of(config)
-        for name, layout in config.layouts().items():
-            layout_of(name, layout, specs["actor" if name == "generation" else name])
+        resolve(config)
         assert config.log.provenance == ("rehearsal" if config.device == "cpu" else "measured")
 
 
@@ -104,13 +102,13 @@ def test_a_node_has_as_deep_models_as_its_devices_hold(table):
         (2, dict.fromkeys(("7B", "350M"), 4)),
     ):
         for experiment in expand(table, Request("node", devices=devices)):
-            specs = specs_of(experiment.config)
+            models = resolve(experiment.config).models
             for role, name in (
                 ("actor", experiment.config.log.actor),
                 ("critic", experiment.config.log.critic),
             ):
-                assert specs[role].num_layers == layers.get(name, 4)
-    assert specs_of(expand(table, Request("paper"))[0].config)["actor"].num_layers == 32
+                assert models[role].spec.num_layers == layers.get(name, 4)
+    assert resolve(expand(table, Request("paper"))[0].config).actor.spec.num_layers == 32
 
 
 def test_iterations_of_the_request_win(table):

@@ -23,6 +23,7 @@ from puzzle.plan import memory
 from puzzle.plan.fused import StreamModel, fused_1f1b
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipelines import one_f_one_b
+from puzzle.resolve import resolve
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 
@@ -267,7 +268,7 @@ def test_every_published_experiment_has_a_table() -> None:
     runs = experiments.expand(table, experiments.Request("paper"))
     assert len(runs) > 20
     for run in runs:
-        ranks = footprint.estimate(run.config, fused=True)
+        ranks = footprint.estimate(resolve(run.config), fused=True)
         assert len(ranks) == run.config.world
         text = footprint.table(ranks)
         assert "weights" in text
@@ -326,7 +327,9 @@ def test_what_can_be_offloaded_is_offloaded_first(resident: dict, stages: dict, 
 def test_offloading_lowers_every_stage_but_its_own() -> None:
     config = load_config(None, words("--device", "cuda"))
     away = load_config(None, words("--device", "cuda", *(f"--offload.{k}=true" for k in OFFLOADS)))
-    for plain, less in zip(*(footprint.estimate(c, fused=True) for c in (config, away)), strict=True):
+    for plain, less in zip(
+        *(footprint.estimate(resolve(c), fused=True) for c in (config, away)), strict=True
+    ):
         assert less.total("training") == plain.total("training") - weights_of(plain, "reference", "reward")
         states = sum(size for name, size in plain.resident.items() if name.endswith(("moments", "masters")))
         assert less.total("inference") == plain.total("inference") - states

@@ -17,6 +17,7 @@ from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.model.weights import boxes
 from puzzle.plan.schedule import Op
+from puzzle.resolve import resolve
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
@@ -89,7 +90,8 @@ def run_case(world: World, case: Case) -> Watch:
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
-    models = build_models(config, world)
+    plan = resolve(config)
+    models = build_models(plan, world)
     watch = Watch()
     for model in (models.actor, models.critic):
         _watch_gradients(model, watch)
@@ -102,7 +104,7 @@ def run_case(world: World, case: Case) -> Watch:
 
     ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
     try:
-        trainer = Trainer(config, RunData(None, case.stop_ids, stream, None), models, world)
+        trainer = Trainer(plan, RunData(None, case.stop_ids, stream, None), models, world)
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None

@@ -12,6 +12,7 @@ from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.world import World
 from puzzle.model.weights import boxes
+from puzzle.resolve import resolve
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.trainer import Trainer
 from tests.rlhf.ppo_ranks import Case, Recorder, Watch
@@ -23,8 +24,9 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
-    models = build_models(config, world)
-    trainer = Trainer(config, RunData(None, case.stop_ids, stream, None), models, world)
+    plan = resolve(config)
+    models = build_models(plan, world)
+    trainer = Trainer(plan, RunData(None, case.stop_ids, stream, None), models, world)
     checkpoints = Checkpoints(Path(folder), (models.actor, models.critic))
     trainer.resume(checkpoints)
     watch = Watch()

@@ -9,6 +9,7 @@ import pytest
 from puzzle import footprint
 from puzzle.cli import main
 from puzzle.configio import load_config
+from puzzle.resolve import resolve
 from tests.rlhf.test_offload import CONFIG, same, trained
 
 GENERATION = ("--generation.layout.dp", "1", "--generation.layout.tp", "2")
@@ -73,7 +74,9 @@ def test_memory_counts_rows_on_their_way(folder: Path) -> None:
     """While it generates, a rank gathers both replicas' rows, beside the weights that they are for."""
     given = ["--layout.dp", "2", *GENERATION]
     gathered, shards = (
-        footprint.estimate(load_config(Path("run.yaml"), [*given, "--switch.fill", fill]), fused=False)
+        footprint.estimate(
+            resolve(load_config(Path("run.yaml"), [*given, "--switch.fill", fill])), fused=False
+        )
         for fill in ("gathered", "shards")
     )
     for before, after in zip(gathered, shards, strict=True):

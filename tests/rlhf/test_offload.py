@@ -11,6 +11,7 @@ import pytest
 from puzzle import footprint
 from puzzle.cli import main
 from puzzle.configio import load_config
+from puzzle.resolve import resolve
 from puzzle.runlog import Run, load_runs
 
 CONFIG = """\
@@ -83,7 +84,7 @@ def test_offloaded_recomputed_and_resumed(folder: Path) -> None:
     assert {record["iteration"] for record in run.offloads} == {0, 1, 2}
     # From the end of iteration 0 to that of 1: states leave for an evaluation, come for a checkpoint, leave
     # for generation, come for training; weights come for inference, the reward's for the evaluation, too.
-    (memory,) = footprint.estimate(load_config(Path("run.yaml"), ALL), fused=False)
+    (memory,) = footprint.estimate(resolve(load_config(Path("run.yaml"), ALL)), fused=False)
     states = sum(memory.stages["switch"].values())
     lent = {name: size for name, size in memory.stages["inference"].items() if name.endswith(" weights")}
     assert lent.keys() == {"reference weights", "reward weights"}

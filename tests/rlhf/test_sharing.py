@@ -9,10 +9,10 @@ from puzzle.config import PPOConfig, TrainConfig
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.plan.cost import CostTable
+from puzzle.resolve import resolve
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rollout import about_sequences
 from puzzle.rlhf.sharing import Sharing
-from puzzle.sources import check
 from tests.helpers import run_ranks
 from tests.rlhf.test_trainer_reference import Bench, Shape, run_all
 
@@ -97,7 +97,7 @@ def config(critic_pp: int, fuse: bool | str) -> TrainConfig:
 def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
     """What `auto` chooses under three tables of costs; passes as chosen give the results of before."""
     world = World(rank, 2, torch.device("cpu"), acknowledge=True)
-    models = build_models(config(2, False), world)
+    models = build_models(resolve(config(2, False)), world)
     assert models.reward is not None
     texts = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8]]
     found = []
@@ -132,6 +132,6 @@ def test_auto_follows_the_costs() -> None:
 
 def test_what_cannot_share_is_refused_before_the_run() -> None:
     with pytest.raises(UserError, match=r"intra.fuse_training: actor has pp=2 and critic has pp=1; give"):
-        check(config(1, True))
-    check(config(2, True))
-    check(config(1, "auto"))
+        resolve(config(1, True))
+    resolve(config(2, True))
+    resolve(config(1, "auto"))

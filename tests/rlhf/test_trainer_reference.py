@@ -147,7 +147,7 @@ class Bench:
             "batch": OPTIONS[option]["batch"],
             "seed": 11,
             "checkpoint": {"save": False},
-            "data": {"prompts": "given", "tokenizer": "bytes"},
+            "data": {"prompts": "given", "tokenizer": "bytes", "max_prompt_tokens": 32},
             **{role: dict(source) for role, source in self.folders(kind).items()},
             **options,
         }

@@ -22,9 +22,9 @@ from puzzle.model.logprobs import TokenStats
 from puzzle.model.packing import PackedBatch
 from puzzle.model.weights import random_tensor
 from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.resolve import RunPlan
 from puzzle.rlhf.generator import Generator
-from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate, optimizer_steps
-from puzzle.sources import specs_of
+from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate
 from puzzle.spec.model import ModelSpec
 
 Finish = Callable[[int, Tensor], Tensor]
@@ -258,17 +258,18 @@ class ZeroModel:
         return outputs.flatten(0, 1) if sum(batch.lengths) == count * width else outputs[used_RS]
 
 
-def build(config: TrainConfig, zero: ZeroOptions, world: World, hybrid: bool) -> Models:
+def build(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool) -> Models:
     """Every model in use, under DeepSpeed."""
     made: dict[Role, ZeroModel] = {}
-    rows = config.minibatch // world.size
+    config, steps = plan.config, plan.batch.all_steps
+    rows = plan.batch.minibatch // world.size
     passes = -(-rows // (config.ppo.microbatch or rows))
-    cuda, steps = world.device.type == "cuda", optimizer_steps(config)
-    for name, spec in specs_of(config).items():
-        role = cast(Role, name)
+    cuda = world.device.type == "cuda"
+    for role, planned in plan.models.items():
+        spec = planned.spec
         model = load_model(role, spec, config, world.device)
         rate = None
-        if role in ("actor", "critic"):
+        if planned.trained:
             told = trained_config(role, zero, config, passes, cuda)
             if role == "actor" and hybrid:
                 told["hybrid_engine"] = {

@@ -13,7 +13,7 @@ from puzzle.config import TrainConfig
 from puzzle.configio import load_config, merge, parse_overrides, read_yaml
 from puzzle.errors import UserError
 from puzzle.launch.local import identity
-from puzzle.sources import check
+from puzzle.resolve import check_files, check_packages, resolve
 
 STAGES = (0, 1, 2, 3)
 # An option that only has another name here: its key in the configuration, and what it holds.
@@ -101,7 +101,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, ZeroOptions, Path]:
     words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
     config = load_config(given.config, [*others, *words])
     zero = ZeroOptions(**{field.name: getattr(given, field.name) for field in fields(ZeroOptions)})
-    check(config)
+    check_packages(config)
+    resolve(config)
+    check_files(config)
     refuse(config, zero, given.output_dir)
     return config, zero, given.output_dir
 

@@ -26,13 +26,13 @@ from puzzle.engine.timing import StageClock
 from puzzle.engine.world import World
 from puzzle.model.packing import pack
 from puzzle.provenance import run_header
+from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
 from puzzle.rlhf.update import Update
 from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
-from puzzle.sources import specs_of
 
 SURPRISE = 0.5
 """Nats per token that rounding does not explain."""
@@ -42,9 +42,9 @@ CHANCE = 4.0
 
 def train(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
     """One process of a run; all of them call this. Raises UserError for what the user can mend."""
-    data = prepare(config, specs_of(config)["actor"].vocab_size)
     with World.start(config.device) as world, group_of_one(world):
-        run(config, zero, out, data, world)
+        plan = resolve(config, max(world.gather(world.per_node)))
+        run(plan, zero, out, prepare(config, plan.actor.spec.vocab_size), world)
 
 
 def process(resolved: dict[str, Any], zero: dict[str, Any], out: str) -> None:
@@ -66,8 +66,9 @@ def group_of_one(world: World) -> Generator[None]:
         dist.destroy_process_group()
 
 
-def run(config: TrainConfig, zero: ZeroOptions, out: Path, data: RunData, world: World) -> ChatTrainer:
+def run(plan: RunPlan, zero: ZeroOptions, out: Path, data: RunData, world: World) -> ChatTrainer:
     """All iterations on a world that has been joined; what they leave behind."""
+    config = plan.config
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     # DeepSpeed builds operators with ninja, which may be in an environment that is not activated.
@@ -88,9 +89,9 @@ def run(config: TrainConfig, zero: ZeroOptions, out: Path, data: RunData, world:
     obstacle = hybrid_obstacle(zero, world.device) if zero.enable_hybrid_engine else None
     hybrid = zero.enable_hybrid_engine and obstacle is None
     torch.manual_seed(config.seed + world.rank)
-    trainer = ChatTrainer(config, data, build(config, zero, world, hybrid), world)
+    trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world)
     trainer.synced = zero.actor_zero_stage == 3
-    with Recorder(out, config, world, header(config, zero, world, hybrid, obstacle)) as recorder:
+    with Recorder(out, config, world, header(plan, zero, world, hybrid, obstacle)) as recorder:
         if obstacle is not None and recorder.writer is not None:
             recorder.writer.warning(f"the Hybrid Engine was asked for but cannot engage: {obstacle}")
         recorder.ranks(describe_rank(trainer.models, world))
@@ -99,12 +100,10 @@ def run(config: TrainConfig, zero: ZeroOptions, out: Path, data: RunData, world:
     return trainer
 
 
-def header(
-    config: TrainConfig, zero: ZeroOptions, world: World, hybrid: bool, obstacle: str | None
-) -> RunHeader:
+def header(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool, obstacle: str | None) -> RunHeader:
     """The header of the log; `config.deepspeed` has ZeRO's settings and the fate of the Hybrid Engine."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-    made = run_header(config, {"device": device, "processes": world.size})
+    made = run_header(plan, {"device": device, "processes": world.size})
     engaged = {"hybrid_engine_engaged": hybrid, "hybrid_engine_obstacle": obstacle}
     return replace(
         made,

@@ -1,0 +1,225 @@
+"""From a configuration to the plan of a run: one frozen value that everything later reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from puzzle.capabilities import missing
+from puzzle.config import ROLES, Role, TrainConfig
+from puzzle.data.prompts import read_rows
+from puzzle.errors import UserError
+from puzzle.plan.cluster import Cluster
+from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
+from puzzle.rlhf.rewards import FunctionReward
+from puzzle.sources import layout_of, spec_of
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+TRAINED: tuple[Role, ...] = ("actor", "critic")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run, resolved: made once, by `resolve`, before any process starts.
+
+    `config` holds the options as they resolve. `models` are those in use, by role, in the order actor,
+    critic, reference, reward; `generation` is how the actor generates (its own placement where nothing is
+    switched); `switch` is what the switch is planned from, None without one.
+    """
+
+    config: TrainConfig
+    cluster: Cluster
+    models: Mapping[Role, ModelPlan]
+    generation: Placement
+    switch: SwitchRequest | None
+    training: SharedPipeline
+    inference: SharedPipeline
+    batch: BatchPlan
+
+    @property
+    def actor(self) -> ModelPlan:
+        """The model that is aligned."""
+        return self.models["actor"]
+
+    @property
+    def trained(self) -> list[ModelPlan]:
+        """Models with an optimizer."""
+        return [model for model in self.models.values() if model.trained]
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.actor.layout.world
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight in computations."""
+        return ITEMSIZE[self.config.dtype]
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON values: what `--dry-run` prints and the log's header carries."""
+        return {
+            "world": self.world,
+            "devices_per_node": self.cluster.devices_per_node,
+            "dtype": self.config.dtype,
+            "models": {role: model.describe() for role, model in self.models.items()},
+            "switch": None if self.switch is None else self.switch.describe(),
+            "pipelines": {"training": self.training.describe(), "inference": self.inference.describe()},
+            "batch": self.batch.describe(),
+        }
+
+    def table(self) -> str:
+        """The plan as lines for people."""
+        per_node = min(self.cluster.devices_per_node, self.world)
+        lines = [f"run plan {self.hash}: {self.world} processes, {per_node} per node, {self.config.dtype}"]
+        for role, model in self.models.items():
+            size = f"{model.spec.parameters / 1e9:.3f} B parameters, tp,pp,dp {model.layout}"
+            lines.append(f"  {role:<11}{size}{', trained' if model.trained else ''}")
+        how = "as it trains" if self.switch is None else f"by a {self.switch.strategy} switch"
+        lines.append(f"  {'generation':<11}tp,pp,dp {self.generation.layout}, {how}")
+        for stage, pipeline in (("training", self.training), ("inference", self.inference)):
+            lines.append(f"  {stage:<11}{pipeline}")
+        batch = self.batch
+        cut = f"{batch.sequences} sequences of at most {batch.prompt} + {batch.response} tokens an iteration"
+        lines.append(f"  {'batch':<11}{cut}, {batch.steps} optimizer steps on {batch.minibatch} each")
+        return "\n".join(lines)
+
+    @cached_property
+    def hash(self) -> str:
+        """Equal on ranks that made the same plan from the same options."""
+        values = {"plan": self.describe(), "config": self.config.resolved()}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve(config: TrainConfig, devices_per_node: int | None = None) -> RunPlan:
+    """The plan of the run that `config` describes.
+
+    `devices_per_node` is what the launcher knows of its hosts; `switch.gpus_per_node` wins, and without
+    either a host has up to eight. UserError for shapes, layouts or lengths that do not go together.
+    """
+    models = _models(config)
+    _check_heads(models)
+    _check_tokens(config, models)
+    cluster = Cluster(config.switch.gpus_per_node or devices_per_node or min(8, config.world))
+    generation = _generation(config, models["actor"])
+    plan = RunPlan(
+        config,
+        cluster,
+        models,
+        generation,
+        _switch(config, models["actor"], generation, cluster),
+        SharedPipeline(tuple(m for m in models.values() if m.trained), config.intra.fuse_training),
+        SharedPipeline(_inferred(config, models), config.intra.fuse_inference),
+        _batch(config),
+    )
+    for key, pipeline in (("fuse_training", plan.training), ("fuse_inference", plan.inference)):
+        if pipeline.fuse is True and pipeline.obstacle:
+            raise UserError(
+                f"intra.{key}: {pipeline.obstacle}; give all these models one pp, or set it to auto or false"
+            )
+    return plan
+
+
+def check_packages(config: TrainConfig) -> None:
+    """UserError for what the run asks for and this installation lacks."""
+    lacks = missing(config)
+    if lacks:
+        raise UserError(f"this version does not have: {'; '.join(lacks)}")
+    for role in TRAINED:
+        if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
+            raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
+
+
+def check_files(config: TrainConfig) -> None:
+    """UserError for prompt files that cannot be read and for a reward function that cannot be had; a run
+    finds the same before its log begins."""
+    for key in ("prompts", "eval_prompts"):
+        path = getattr(config.data, key)
+        if path is not None:
+            read_rows(Path(path), config.data.field, config.data.id_field)
+    if config.reward.function is not None:
+        FunctionReward(config.reward.function)
+
+
+def _models(config: TrainConfig) -> dict[Role, ModelPlan]:
+    made: dict[Role, ModelPlan] = {}
+    for role in ROLES:
+        if role in config.layouts():
+            section = getattr(config, role)
+            spec = spec_of(role, section)
+            placement = Placement.default(layout_of(role, section.layout, spec))
+            made[role] = ModelPlan(role, spec, placement, role in TRAINED)
+    return made
+
+
+def _generation(config: TrainConfig, actor: ModelPlan) -> Placement:
+    layout = layout_of("generation", config.generation.layout, actor.spec)
+    if config.switch.nest:
+        layout = Layout.nested(layout.tp, layout.pp, layout.dp, actor.layout)
+    return actor.placement if layout == actor.layout else Placement.default(layout)
+
+
+def _switch(
+    config: TrainConfig, actor: ModelPlan, generation: Placement, cluster: Cluster
+) -> SwitchRequest | None:
+    if generation == actor.placement:
+        return None
+    options = config.switch
+    return SwitchRequest(
+        actor.spec,
+        actor.placement,
+        generation,
+        cluster,
+        options.strategy,
+        ITEMSIZE[config.dtype],
+        options.staging_bytes,
+        options.fill == "shards",
+    )
+
+
+def _inferred(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> tuple[ModelPlan, ...]:
+    order: list[Role] = ["reference", "critic", "reward"]
+    if config.ppo.old_logprobs == "recompute":
+        order.insert(0, "actor")
+    return tuple(models[role] for role in order if role in models)
+
+
+def _batch(config: TrainConfig) -> BatchPlan:
+    prompt = config.data.random_tokens or config.data.max_prompt_tokens
+    response, samples = config.generation.max_new_tokens, config.generation.samples
+    return BatchPlan(
+        config.iterations, config.batch, samples, config.minibatch, config.ppo.epochs, prompt, response
+    )
+
+
+def _check_heads(models: Mapping[Role, ModelPlan]) -> None:
+    for role, model in models.items():
+        if model.spec.head == "value" and model.spec.num_labels != 1:
+            raise UserError(
+                f"{role}: its head has {model.spec.num_labels} labels, a score is 1; set num_labels to 1"
+            )
+
+
+def _check_tokens(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> None:
+    """Models that read the actor's token ids must know them, and positions for the longest sequence."""
+    retokenised = {"reward"} if config.reward.model and config.data.prompts else set()
+    batch, actor = _batch(config), models["actor"].spec
+    for role in sorted(models.keys() - retokenised):
+        spec = models[role].spec
+        if spec.vocab_size != actor.vocab_size:
+            sizes = f"{spec.vocab_size} tokens, the actor's {actor.vocab_size}"
+            raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
+    for role in sorted(models.keys() - retokenised):
+        positions = models[role].spec.max_positions
+        if batch.prompt + batch.response > positions:
+            raise UserError(
+                f"{role}: {batch.prompt} prompt and {batch.response} new tokens exceed its "
+                f"{positions} positions; lower generation.max_new_tokens or the prompts"
+            )

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Writes docs/configuration.md, every key of a run's configuration, from the schema itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from puzzle.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+HEAD = """\
+# Configuration
+
+Every key of `puzzle train --config FILE.yaml`. Each is an option of the command line, too
+(`--ppo.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the configuration as it
+resolves, and the plan of the run.
+
+The critic, the reference and generation take what is not given from the actor, and every model its `layout`
+from the run's. This page is written by `python scripts/config_reference.py`; a test holds it against the
+schema.
+"""
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, None for a plain value."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def kind(annotation: Any) -> str:
+    """A field's type in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return kind(args[0])
+    if origin is Literal:
+        return " or ".join(f"`{str(a).lower() if isinstance(a, bool) else a}`" for a in args)
+    if origin is tuple:
+        return f"list of {kind(args[0])}"
+    if args and (origin is Union or NoneType in args or origin.__name__ == "UnionType"):
+        return " or ".join(dict.fromkeys(kind(a) for a in args))
+    names = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", NoneType: "`null`"}
+    return names[annotation]
+
+
+def bounds(info: FieldInfo) -> str:
+    """What a number may be, in words: "> 0, <= 1"."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [f"{signs[n]} {getattr(m, n):g}" for m in info.metadata for n in signs if hasattr(m, n)]
+    return f", {', '.join(found)}" if found else ""
+
+
+def default(info: FieldInfo) -> str:
+    """A field's default as YAML would have it."""
+    value = info.get_default(call_default_factory=True)
+    return f"`{json.dumps(value)}`"
+
+
+def rows(model: type[BaseModel]) -> Iterator[str]:
+    """A line of the table for every plain field of a section."""
+    for name, info in model.model_fields.items():
+        if section_of(info.annotation) is None:
+            what = (info.description or "").replace("|", "\\|")
+            yield f"| `{name}` | {default(info)} | {kind(info.annotation)}{bounds(info)} | {what} |"
+
+
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section with its dotted name, parents first."""
+    yield prefix, model
+    for name, info in model.model_fields.items():
+        inner = section_of(info.annotation)
+        if inner is not None:
+            yield from sections(inner, f"{prefix}.{name}" if prefix else name)
+
+
+def page() -> str:
+    """The whole page. Sections of one type stand together, under all their names."""
+    named: dict[type[BaseModel], list[str]] = {}
+    for name, model in sections(TrainConfig):
+        named.setdefault(model, []).append(name)
+    parts = [HEAD]
+    for model, names in named.items():
+        title = ", ".join(f"`{name}`" for name in names) if names != [""] else "The run"
+        about = " ".join((model.__doc__ or "").split())
+        table = ["| key | default | value | meaning |", "|---|---|---|---|", *rows(model)]
+        parts.append(f"## {title}\n{about}\n\n" + "\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

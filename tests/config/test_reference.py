@@ -1,0 +1,22 @@
+"""docs/configuration.md is what the schema says."""
+
+from config_reference import PAGE, page, section_of
+
+from puzzle.config import TrainConfig
+from puzzle.configio import keys
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/config_reference.py"
+
+
+def test_every_key_says_what_it_is() -> None:
+    silent = []
+    for key, is_section in keys():
+        model = TrainConfig
+        for part in key[:-1]:
+            model = section_of(model.model_fields[part].annotation)
+            assert model is not None
+        if not is_section and not model.model_fields[key[-1]].description:
+            silent.append(".".join(key))
+    assert silent == []
