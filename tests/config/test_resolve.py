@@ -72,7 +72,7 @@ def test_the_switch_is_what_its_planner_says_of_the_same_question() -> None:
     )
     assert plan.switch.plan.hash == by_hand.hash
     assert plan.switch.plan is plan.switch.plan
-    assert resolve(configured(generation={"samples": 2})).switch is None
+    assert resolve(configured(generation={"samples": 2, "max_new_tokens": 4})).switch is None
 
 
 def test_what_launchers_know_counts_unless_it_was_given() -> None:
