@@ -32,6 +32,8 @@ STAGE_VALUES: Mapping[str, tuple[Values | None, ...]] = {
     "opt": (minus("generation", "reshard"), of("inference"), of("training"), of("reshard")),
 }
 """Per system the seconds of the four stages; None is zero by definition."""
+ONE_LAYOUT: Mapping[str, str] = {"opt": "base"}
+"""Whose stages a system has that generates in the layout it trains in: nothing is re-sharded."""
 
 
 def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
@@ -49,6 +51,8 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
 
 
 def _stages(variant: str, pool: Pool | None, reading: str) -> Iterator[Mean]:
+    if pool is not None and all(irregularities.reshards(run) is False for run in pool.runs):
+        variant = ONE_LAYOUT.get(variant, variant)
     for index, values in enumerate(STAGE_VALUES[variant]):
         if values is None:
             known = mean(pool, of("generation"))
@@ -62,10 +66,10 @@ def _stages(variant: str, pool: Pool | None, reading: str) -> Iterator[Mean]:
 def _mended(index: int, pool: Pool, values: Values) -> Mean:
     """DeepSpeed-Chat's stages with the gather counted once and one training time per iteration."""
     label = LABELS[index]
-    if label == LABELS[0]:
+    if label == LABELS[0] and all(selection.series(run, "gather") for run in pool.runs):
         note = "corrected: the gather is taken out of the generation, where it was counted a second time"
         return mean(pool.noted(note), minus("generation", "gather"))
-    if label == LABELS[2]:
+    if label == LABELS[2] and all(run.provenance == irregularities.PUBLISHED for run in pool.runs):
         note = (
             "corrected: one training time per iteration, the slowest rank's; as published every rank's line "
             "counts, glued lines as 0.0, and all but one of the warm-up's"
@@ -83,11 +87,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "PUZZLE-Base has none by definition."
     ]
     corrected = any("corrected" in note for row in rows for note in row.notes)
-    if not corrected and any(row.config.endswith(SYSTEMS[BASE]) and row.value for row in rows):
-        known.append(
-            "DS-Chat's gather is part of its generation time and shown a second time as communication. Its "
-            "training times are the lines of several ranks."
-        )
+    chat = [row for row in rows if row.config.endswith(SYSTEMS[BASE]) and row.value]
+    if not corrected and any(row.series == LABELS[3] for row in chat):
+        twice = "DS-Chat's gather is part of its generation time and shown a second time as communication."
+        lines = " Its training times are the lines of several ranks."
+        known.append(twice + lines * irregularities.has_published(chat))
     return known
 
 

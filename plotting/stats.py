@@ -26,7 +26,10 @@ def minus(whole: str, part: str) -> Values:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its spread; `value` is None where nothing was left to average, and `gap` says why."""
+    """A mean with its spread; `value` is None where nothing was left to average, and `gap` says why.
+
+    The gap of a quantity that no log gives, where logs give others, is "not timed".
+    """
 
     value: float | None
     n: int
@@ -59,7 +62,10 @@ def mean(pool: Pool | None, values: Values) -> Mean:
         elif len(pool.runs) > 1:
             notes.append(f"{run.source}: no value after the warm-up; this repeat is left out")
     if not kept:
-        return Mean(None, 0, None, pool.logs, tuple(notes), gap="no values")
+        timed = any(len(values(run)) > 0 for run in pool.runs)
+        others = any(given for run in pool.runs for given in run.printed.values())
+        gap = "not timed" if others and not timed else "no values"
+        return Mean(None, 0, None, pool.logs, tuple(notes), gap=gap)
     means = [fmean(good) for good in kept]
     over = means if len(means) > 1 else kept[0]
     spread = stdev(over) if len(over) > 1 else None

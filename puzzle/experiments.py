@@ -42,11 +42,13 @@ class Change(_Section):
 
 
 class Variant(_Section):
-    """Which layouts of a job the stages of a variant use, and what else it configures."""
+    """Which layouts of a job the stages of a variant use, its micro-batches (rows: all that a replica has at
+    once), and what else it configures."""
 
     training: Literal["train", "generate", "data"]
     generation: Literal["train", "generate", "data"]
-    decode: Literal["small", "large"]
+    decode: Literal["small", "large", "rows"]
+    microbatch: Literal["job", "rows"] = "job"
     config: dict[str, Any] = {}
 
 
@@ -198,6 +200,8 @@ def _experiment(
     layouts = {"train": job.train, "generate": job.generate, "data": (1, 1, prod(job.train))}
     actor, critic = pair.split("/")
     log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": request.cluster}
+    rows = -(-job.batch // layouts[variant.training][2])
+    decode = {"small": job.decode[0], "large": job.decode[1], "rows": rows}[variant.decode]
     most = table.most_layers(request.scale, request.devices)
     models = {role: _model(scale, name, most) for role, name in (("actor", actor), ("critic", critic))}
     data = merge(
@@ -210,11 +214,11 @@ def _experiment(
             "actor": {"init": models["actor"]},
             "critic": {"init": models["critic"]},
             "reward": {"init": models["critic"]},
-            "ppo": {"microbatch": job.microbatch},
+            "ppo": {"microbatch": rows if variant.microbatch == "rows" else job.microbatch},
             "generation": {
                 "layout": _axes(layouts[variant.generation]),
                 "prefill_microbatch": job.prefill,
-                "decode_microbatch": job.decode[variant.decode == "large"],
+                "decode_microbatch": decode,
             },
             "log": {**log, "figures": list(figures), "repeat": repeat},
         },

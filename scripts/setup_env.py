@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tiers import (
@@ -45,10 +45,12 @@ IN_DOUBT = ""  # in place of a digest: an installation began and has not ended w
 
 @dataclass
 class State:
-    """What `.venv` holds: the digest each built tier was made from, and the kind of torch build."""
+    """What `.venv` holds: the digest each built tier was made from, the kind of torch build, and the build
+    that was asked for by name (UV_TORCH_BACKEND)."""
 
     tiers: dict[str, str] = field(default_factory=dict)
     torch: str = ""
+    asked: str = ""
 
     @staticmethod
     def path(root: Path) -> Path:
@@ -66,13 +68,17 @@ class State:
     def save(self, root: Path) -> None:
         """Replaces the record at once."""
         temporary = self.path(root).with_suffix(".tmp")
-        temporary.write_text(json.dumps({"tiers": self.tiers, "torch": self.torch}))
+        temporary.write_text(json.dumps(asdict(self)))
         os.replace(temporary, self.path(root))
 
     def is_current(self, tier: str, root: Path) -> bool:
-        """Whether the tier was built from today's locks, with a torch that uses the GPU if there is one."""
+        """Whether the tier was built from today's locks, with the torch that is asked for, or else one that
+        uses the GPU if there is one."""
         if self.tiers.get(tier) != digest(tier, root):
             return False
+        asked = os.environ.get("UV_TORCH_BACKEND")
+        if needs_torch(tier) and asked:
+            return asked == self.asked
         # A CUDA build serves hosts without a GPU too (login nodes); a CPU build wastes hosts with one.
         return not (needs_torch(tier) and self.torch == "cpu" and has_gpu())
 
@@ -172,25 +178,31 @@ def uv_runs(root: Path) -> bool:
 
 
 def choose_arguments(
-    tier: str, root: Path, environ: Mapping[str, str], held: str
-) -> tuple[str, list[str], str]:
-    """The kind of torch to have instead of the `held` one, what uv shall install, and a failure's words."""
+    tier: str, root: Path, environ: Mapping[str, str], state: State
+) -> tuple[State, list[str], str]:
+    """The torch to have instead of the one of `state`, what uv shall install, and a failure's words."""
     arguments = ["-r", str(requirement_files(tier, root)[0])]
     failure = f"cannot install the tier {tier}"
+    if tier == "baseline":
+        failure += "; PUZZLE_ENV=engine does without DeepSpeed-Chat"
     if not needs_torch(tier):
-        return held, arguments, failure
+        return state, arguments, failure
     ranges = unlocked(tier, root)
     requirement = next(r for r in ranges if split_requirement(r)[0] == "torch")
     folders = environ.get("UV_FIND_LINKS", "").split(",")
     torch = choose_torch(environ, folders, requirement, sys.version_info[:2], has_gpu())
     arguments += [*ranges, *torch.options]
-    if torch.kind == "gpu" and held == "cpu":
-        arguments += ["--reinstall-package", "torch"]
+    asked = environ.get("UV_TORCH_BACKEND", "")
+    kind = torch.kind
+    if state.torch and not asked and (kind == "cpu" or state.torch != "cpu"):
+        kind = state.torch  # what is there serves, unless it wastes a GPU
+    if state.torch and (kind != state.torch or (asked and asked != state.asked)):
+        arguments += ["--reinstall-package", "torch"]  # uv takes any build of the right version for it
     if torch.options == CPU_INDEX:
         failure += (
             "; where PyTorch's index is out of reach, name a folder with its CPU wheel in UV_FIND_LINKS"
         )
-    return torch.kind, arguments, failure
+    return State(torch=kind, asked=asked or state.asked), arguments, failure
 
 
 def install(tier: str, root: Path) -> None:
@@ -204,7 +216,7 @@ def install(tier: str, root: Path) -> None:
     repair = IN_DOUBT in state.tiers.values()
     # Lesser tiers that are current stay usable meanwhile: their packages are not touched.
     touched = [t for t in (*state.tiers, tier) if repair or t == tier or not state.is_current(t, root)]
-    State({**state.tiers, **dict.fromkeys(touched, IN_DOUBT)}, state.torch).save(root)
+    replace(state, tiers={**state.tiers, **dict.fromkeys(touched, IN_DOUBT)}).save(root)
 
     python = root / ".venv/bin/python"
     environ = {**pip_settings(python), **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
@@ -214,12 +226,27 @@ def install(tier: str, root: Path) -> None:
     uv += ["--no-index", "--find-links", wheels] if wheels else []
     uv += [] if sys.stderr.isatty() else ["--quiet"]
     uv += ["--reinstall"] if repair else []
-    kind, arguments, failure = choose_arguments(tier, root, environ, state.torch)
+    made, arguments, failure = choose_arguments(tier, root, environ, state)
     command([*uv, *arguments], environ, failure)
+    if needs_torch(tier):
+        check_torch(root, environ)
     for extra_file in requirement_files(tier, root)[1:]:
         command([*uv, "--no-deps", "-r", str(extra_file)], environ, failure)
     built = {lesser: digest(lesser, root) for lesser in TIERS[: TIERS.index(tier) + 1]}
-    State({**state.tiers, **built}, kind).save(root)
+    replace(made, tiers={**state.tiers, **built}).save(root)
+
+
+def check_torch(root: Path, environ: Mapping[str, str]) -> None:
+    """Raises SetupError where the torch that came is of another kind than the one that was asked for."""
+    asked = environ.get("UV_TORCH_BACKEND", "auto")
+    for folder in (root / ".venv").glob("lib/python*/site-packages/torch-*.dist-info"):
+        version = folder.name.removeprefix("torch-").removesuffix(".dist-info")
+        build = version.partition("+")[2]  # empty: as PyPI has it
+        if asked != "auto" and (build not in ("", "cpu") if asked == "cpu" else build == "cpu"):
+            raise SetupError(
+                f"UV_TORCH_BACKEND={asked} is asked for, and what could be had is torch {version}; "
+                "look at the folders in UV_FIND_LINKS, PIP_FIND_LINKS and PUZZLE_WHEELS"
+            )
 
 
 def ensure(tier: str | None, root: Path = ROOT) -> None:

@@ -1,5 +1,6 @@
 """`puzzle campaign`: run the experiments of the paper's figures at some scale, then draw them."""
 
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,11 +14,12 @@ from pathlib import Path
 from rich.console import Console
 
 from puzzle import footprint
-from puzzle.capabilities import BASELINE
+from puzzle.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
 from puzzle.cli import Parser
 from puzzle.errors import UserError
 from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher, campaign, slurm
+from puzzle.launch.forecast import forecast
 from puzzle.launch.local import terminate_as_exit
 from puzzle.launch.machine import Machine, find_machine
 from puzzle.resolve import check_files, check_packages, resolve
@@ -44,10 +46,14 @@ def run(arguments: Sequence[str]) -> int:
         cluster = f"{request.cluster}, {devices} GPUs, at most {most} layers"
         request = replace(request, cluster=cluster)
     experiments = [_checked(experiment, machine) for experiment in expand(table, request)]
+    submits = options.launcher == "slurm" and not slurm.inside()
     if options.dry_run:
-        return _list(experiments, console)
-    if experiments[0].config.device == "cuda" and not machine.per_host:
-        raise UserError(f"--scale {scale} needs GPUs, and {machine.words}; use --scale cpu")
+        _list(experiments, console)
+        out = options.out or Path("outputs_from_exec_<time>")
+        words = _submitted(arguments, out)
+        _ahead(experiments, console, slurm.submission(words, _largest(experiments), out) if submits else [])
+        return 0
+    _require_devices(scale, experiments, machine, options.launcher)
     if all(experiment.lacks for experiment in experiments):
         _list(experiments, console)
         raise UserError("none of these runs can be run by this version here")
@@ -55,12 +61,11 @@ def run(arguments: Sequence[str]) -> int:
     out = options.out or campaign.unfinished(Path(), asked)
     if out is None:
         out = Path(f"outputs_from_exec_{datetime.now():%Y%m%d-%H%M%S}")
+    if submits:  # the job makes the folder its own
+        return slurm.submit(_submitted(arguments, out), _largest(experiments), out)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"into {out} (start again to go on there: finished runs are kept)", soft_wrap=True)
     campaign.record(out, asked, [])
-    if options.launcher == "slurm" and not slurm.inside():
-        command = [sys.executable, "-m", "puzzle.cli", "campaign", *arguments, "--out", str(out)]
-        return slurm.submit(command, _largest(experiments), out)
     with terminate_as_exit(), _launcher(options.launcher, experiments):
         outcomes = campaign.run_all(
             experiments, out, console, lambda one: campaign.command_of(one, options.launcher)
@@ -91,9 +96,38 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     return options
 
 
+def _submitted(arguments: Sequence[str], out: Path) -> list[str]:
+    """What a job runs for this command."""
+    given = [word for word in arguments if word != "--dry-run"]
+    return [sys.executable, "-m", "puzzle.cli", "campaign", *given, "--out", str(out)]
+
+
+def _require_devices(
+    scale: str, experiments: Sequence[Experiment], machine: Machine, launcher: Launcher
+) -> None:
+    """Raise UserError where runs on GPUs can have none, here or wherever the launcher leads."""
+    if experiments[0].config.device != "cuda":
+        return
+    if not machine.per_host:
+        remedy = "use --scale cpu"
+        if launcher == "slurm":
+            remedy = f"say in {slurm.file()} which gres a node has, as gpu:8"
+        elif launcher == "local" and slurm.is_here() and not slurm.inside():
+            remedy = "use --launcher slurm, which asks Slurm for nodes with them, or --scale cpu"
+        raise UserError(f"--scale {scale} needs GPUs, and {machine.words}; {remedy}")
+    if has_cpu_torch():
+        raise UserError(f"--scale {scale}: {OTHER_TORCH}")
+
+
+def _fits(experiment: Experiment) -> bool:
+    """Whether nothing is in the way of a run but the build of torch."""
+    return experiment.lacks in ((), (NO_CUDA,))
+
+
 def _largest(experiments: Sequence[Experiment]) -> int:
-    """Processes of the largest run that can be run."""
-    return max(experiment.config.world for experiment in experiments if not experiment.lacks)
+    """Processes of the largest run that can be run (of all, if none can)."""
+    able = [experiment for experiment in experiments if _fits(experiment)] or experiments
+    return max(experiment.config.world for experiment in able)
 
 
 def _launcher(launcher: Launcher, experiments: Sequence[Experiment]) -> AbstractContextManager[None]:
@@ -120,22 +154,44 @@ def _checked(experiment: Experiment, machine: Machine) -> Experiment:
             footprint.require(footprint.estimate(plan, fused=True), machine.memory)
     except UserError as error:
         return replace(experiment, lacks=(str(error),))
+    if config.device == "cuda" and has_cpu_torch():
+        return replace(experiment, lacks=(NO_CUDA,))
     return experiment
 
 
-def _list(experiments: Sequence[Experiment], console: Console) -> int:
+def _list(experiments: Sequence[Experiment], console: Console) -> None:
     for experiment in experiments:
         figures = ",".join(experiment.config.log.figures)
         state = "lacks " + "; ".join(experiment.lacks) if experiment.lacks else "can run"
         modelled = experiment.config.device == "cuda" and experiment.config.log.variant != BASELINE
-        if modelled and not experiment.lacks:
+        if modelled and _fits(experiment):
             most = max(footprint.estimate(resolve(experiment.config), fused=True), key=lambda rank: rank.peak)
             state += f", needs {most.peak / footprint.GIB:.1f} GiB in {most.worst}"
         line = f"{experiment.label}, {experiment.config.world} processes [{figures}]: {state}"
         console.print(line, markup=False, soft_wrap=True)
     able = sum(not experiment.lacks for experiment in experiments)
-    console.print(f"{len(experiments)} runs, {able} can run")
-    return 0
+    console.print(f"{len(experiments)} runs, {able} can run; in brackets layouts as tp,pp,dp", markup=False)
+
+
+def _ahead(experiments: Sequence[Experiment], console: Console, submission: Sequence[str]) -> None:
+    """Say what the campaign would ask for and take: the job, time and disk."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    able = [experiment for experiment in experiments if _fits(experiment)]
+    if any(NO_CUDA in experiment.lacks for experiment in experiments):
+        say(f"{NO_CUDA}: {OTHER_TORCH}")
+    if submission:
+        say(f"job: {slurm.settings().asked(_largest(experiments))}, as slurm.yaml says; submitted by")
+        say(f"  {shlex.join(submission)}")
+    if able:
+        how = (
+            "the start of its processes"
+            if able[0].config.device == "cpu"
+            else "the speed of the published runs"
+        )
+        say(f"estimated, by {how}: {forecast(able)}")
 
 
 def _summary(outcomes: Sequence[campaign.Outcome], out: Path, console: Console) -> int:
@@ -164,5 +220,5 @@ def _draw(outcomes: Sequence[campaign.Outcome], out: Path) -> bool:
     if not figures:
         return False
     logs = [word for e in finished for word in ("--logs", str(out / "logs" / e.name))]
-    command = [sys.executable, "-m", "plotting", *logs, "--out", str(out / "figures"), "--only", *figures]
+    command = [sys.executable, "-m", "plotting", *logs, "--out", str(out), "--only", *figures]
     return subprocess.run(command, check=False).returncode == 0

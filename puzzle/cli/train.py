@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import footprint
-from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
+from puzzle.capabilities import BASELINE, BASELINE_SCRIPT, require_device
 from puzzle.cli import Parser
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
@@ -66,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
+    require_device(config.device)
     if options.launcher == "slurm" and not slurm.inside():
         command = [sys.executable, "-m", "puzzle.cli", "train", *arguments]
         return slurm.submit(command, config.world, options.out)

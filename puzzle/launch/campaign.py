@@ -2,7 +2,7 @@
 
 OUT/campaign.json       what was asked, and whether all of it is done
 OUT/logs/NAME/          one run: config.json, console.log, what `puzzle train` writes, and `done` at the end
-OUT/figures/            pictures, CSVs and table
+OUT/                    pictures, CSVs and table
 """
 
 import hashlib
@@ -30,8 +30,12 @@ LAST_LINES = 5
 END_SECONDS = 45.0  # which a launcher needs at most to end what it started
 Command = Callable[[Path, Path], list[str]]  # from configuration file and folder of a run
 ROOT = Path(__file__).resolve().parents[2]
-# As the published runs: everything sharded; the Hybrid Engine where it engages (the log says if it does not).
-BASELINE_OPTIONS = ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_hybrid_engine")
+# As the published runs: everything sharded, both trained models checkpointed, the reference on the host; the
+# Hybrid Engine where it engages (the log says if it does not). Micro-batches and greedy: experiments.yaml.
+BASELINE_OPTIONS = (
+    *("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_hybrid_engine"),
+    *("--actor_gradient_checkpointing", "--critic_gradient_checkpointing", "--offload_reference_model"),
+)
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,15 @@ def _this_host() -> Machine:
         answer = subprocess.run(query, capture_output=True, text=True, check=False)
         listed = answer.stdout.strip().splitlines() if answer.returncode == 0 else []
     cores = len(os.sched_getaffinity(0))
+    elsewhere = "" if slurm.inside() or not slurm.is_here() else "; --launcher slurm runs on Slurm's nodes"
     if not listed:
-        return Machine(0, 0, None, f"this machine has no GPUs and {cores} cores")
+        return Machine(0, 0, None, f"this machine has no GPUs and {cores} cores{elsewhere}")
     name, _, mebibytes = listed[0].rpartition(", ")
     return Machine(
         len(listed),
         len(listed),
         int(mebibytes) << 20,
-        f"this machine has {len(listed)} GPUs ({name}) and {cores} cores",
+        f"this machine has {len(listed)} GPUs ({name}) and {cores} cores{elsewhere}",
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,19 +29,25 @@ from puzzle.launch.local import terminate_as_exit
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-u", "-m", "puzzle.launch.agent")
+LOG = "slurm.log"
 END_SECONDS = 15.0
 
 
 class Settings(BaseModel):
-    """slurm.yaml; None leaves it to Slurm. `gres` says how many devices a node has."""
+    """slurm.yaml; None leaves it to Slurm. `gres` says how many devices a node has, `preamble` holds shell
+    lines that a job runs first; the others are options of sbatch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
     time: str | None = None
     gres: str | None = None
+    constraint: str | None = None
     nodelist: str | None = None
+    reservation: str | None = None
+    preamble: str | None = None
 
     @property
     def devices(self) -> int:
@@ -49,15 +56,27 @@ class Settings(BaseModel):
             return 0
         found = re.fullmatch(r"gpu:(?:[\w.-]+:)?([1-9][0-9]*)", self.gres)
         if found is None:
-            raise UserError(f"{_file()}: gres {self.gres}: expected as gpu:8")
+            raise UserError(f"{file()}: gres {self.gres}: expected as gpu:8")
         return int(found[1])
 
     def options(self, world: int) -> list[str]:
         """sbatch's options for a job of `world` processes: whole nodes of devices, or a core for each."""
-        named = [f"--{name}={value}" for name, value in self if value is not None]
+        named = [f"--{name}={value}" for name, value in self if value is not None and name != "preamble"]
         if not self.devices:
             return [*named, f"--ntasks={world}"]
-        return [*named, f"--nodes={-(-world // self.devices)}", "--exclusive", "--mem=0"]
+        return [*named, f"--nodes={self.nodes(world)}", "--exclusive", "--mem=0"]
+
+    def nodes(self, world: int) -> int:
+        """How many nodes hold `world` processes, a device each; for nodes with devices."""
+        return -(-world // self.devices)
+
+    def asked(self, world: int) -> str:
+        """Nodes and limit of a job of `world` processes, in words."""
+        limit = f"limit {self.time}" if self.time is not None else "Slurm's own time limit"
+        if not self.devices:
+            return f"{world} cores, {limit}"
+        nodes = self.nodes(world)
+        return f"{nodes} node{'s' * (nodes > 1)} of {self.devices} GPUs, {limit}"
 
 
 @dataclass(frozen=True)
@@ -72,16 +91,31 @@ class Node:
 def settings() -> Settings:
     """slurm.yaml; raises UserError naming the key."""
     try:
-        return Settings.model_validate(read_yaml(_file()).data)
+        return Settings.model_validate(read_yaml(file()).data)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{_file()}: {key}: {problem['msg'].lower()}") from None
+        hint = "; put it in quotes" if problem["type"] == "string_type" else ""
+        raise UserError(f"{file()}: {key}: {problem['msg'].lower()}{hint}") from None
 
 
 def inside() -> bool:
     """Whether this process belongs to a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
+
+
+def is_here() -> bool:
+    """Whether jobs can be submitted from this host."""
+    return shutil.which("sbatch") is not None
+
+
+def require() -> None:
+    """Raise UserError where no job can be submitted."""
+    if not is_here():
+        raise UserError(
+            "--launcher slurm: there is no sbatch here; run this on a login node of the cluster, or use"
+            " --launcher local or ray"
+        )
 
 
 def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device: str) -> None:
@@ -147,11 +181,18 @@ def job_nodes(device: str) -> list[Node]:
     ]
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     if device == "cuda" and not gpus:
-        raise UserError(f"job {os.environ['SLURM_JOB_ID']} has no GPUs; say gres in {_file()}")
+        raise UserError(f"job {os.environ['SLURM_JOB_ID']} has no GPUs; say gres in {file()}")
     rooms = cores if device == "cpu" or not gpus else [gpus] * len(names)
     found = _answer("scontrol", "show", "node", "--oneliner", ",".join(names))
     addresses = dict(re.findall(r"^NodeName=(\S+) .*? NodeAddr=(\S+)", found, re.MULTILINE))
     return [Node(name, addresses[name], room) for name, room in zip(names, rooms, strict=True)]
+
+
+def submission(words: Sequence[str], world: int, out: Path) -> list[str]:
+    """The command that submits the command `words` as a job with room for `world` processes."""
+    how = ["--parsable", "--wait", "--open-mode=append", "--export=ALL"]
+    where = [f"--job-name={out.name}", f"--output={(out / LOG).resolve()}"]
+    return ["sbatch", *how, *where, *settings().options(world), str(ROOT / "scripts/slurm/job.sh"), *words]
 
 
 def submit(words: Sequence[str], world: int, out: Path) -> int:
@@ -159,14 +200,16 @@ def submit(words: Sequence[str], world: int, out: Path) -> int:
 
     Ctrl-C and SIGTERM end the job, and no other.
     """
+    require()
+    command = submission(words, world, out)
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "slurm.log"
-    options = [f"--job-name={out.name}", f"--output={log.resolve()}", *settings().options(world)]
-    script = [str(ROOT / "scripts/slurm/job.sh"), *words]
+    log = out / LOG
     log.write_bytes(b"")
     with terminate_as_exit():
         submitted = subprocess.Popen(
-            ["sbatch", "--parsable", "--wait", "--open-mode=append", *options, *script],
+            command,
+            env={**os.environ, "PUZZLE_PREAMBLE": settings().preamble or ""},
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -187,7 +230,11 @@ def submit(words: Sequence[str], world: int, out: Path) -> int:
                 _cancel(job)
             end_step(submitted)
     if not job:
-        raise UserError(f"sbatch refused the job (its words are above); asked for: {shlex.join(options)}")
+        if made:
+            shutil.rmtree(out)
+        raise UserError(
+            f"sbatch refused the job (its words are above); the command was: {shlex.join(command)}"
+        )
     return submitted.returncode
 
 
@@ -211,5 +258,6 @@ def _answer(*words: str) -> str:
         raise UserError(f"{shlex.join(words)}: {error.stderr.strip().splitlines()[-1:]}") from None
 
 
-def _file() -> Path:
+def file() -> Path:
+    """Where the settings are."""
     return Path(os.environ.get("PUZZLE_SLURM", SETTINGS))

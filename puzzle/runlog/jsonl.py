@@ -228,9 +228,10 @@ def printed_series(variant: str, iterations: Iterable[Iteration]) -> Mapping[str
         "training": tuple(stages["training"] for stages, _ in rows),
     }
     if variant == "dschat":
-        experience = tuple(
+        series["experience"] = tuple(
             stages["generation"] + stages["switch"] + stages["inference"] for stages, _ in rows
         )
-        return {**series, "experience": experience, "gather": switches}
-    series["inference"] = tuple(stages["inference"] for stages, _ in rows)
-    return {**series, "reshard": switches} if any(switches) else series
+    else:
+        series["inference"] = tuple(stages["inference"] for stages, _ in rows)
+    # Where nothing switched, or nobody timed it, there is no time of a switch: that is not a switch of 0 s.
+    return {**series, "gather" if variant == "dschat" else "reshard": switches} if any(switches) else series

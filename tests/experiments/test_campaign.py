@@ -1,12 +1,15 @@
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from rich.console import Console
@@ -15,8 +18,10 @@ from puzzle.cli import campaign as command
 from puzzle.cli import main
 from puzzle.errors import UserError
 from puzzle.experiments import Request, expand, read_table
-from puzzle.launch import campaign
+from puzzle.launch import campaign, slurm
+from puzzle.launch.forecast import forecast, iteration_seconds
 from puzzle.launch.machine import Machine
+from puzzle.runlog import load_runs
 
 ROOT = Path(__file__).parents[2]
 # Stands in for `puzzle train`: writes the log of a run with times that depend on the variant; some fail.
@@ -67,7 +72,7 @@ def test_failures_are_recorded_and_finished_runs_are_kept(tmp_path, experiments)
     assert {name: (out / "logs" / name / "run.jsonl").stat() for name in kept} == kept
     assert command._summary(second, out, console) == 0
     assert "2 run, 2 kept from before" in text.getvalue()
-    rows = (out / "figures/figure9.csv").read_text().splitlines()
+    rows = (out / "figure9.csv").read_text().splitlines()
     assert len(rows) == 1 + 4
     speedups = {tuple(row.split(",")[1:3]): float(row.split(",")[3]) for row in rows[1:]}
     assert speedups["7B/7B", "PUZZLE w/ ts"] == 2.0
@@ -142,6 +147,17 @@ def test_the_baseline_is_run_by_its_own_program():
     files = ["--config", "c.json", "--out", "out", "--launcher", "ray"]
     assert Path(words["dschat"][1]).is_file()
     assert words["dschat"][2:8] == files
+    published = {
+        "--enable_hybrid_engine",
+        "--actor_gradient_checkpointing",
+        "--critic_gradient_checkpointing",
+        "--offload_reference_model",
+    }
+    assert published < set(words["dschat"])
+    for one in (e.config for e in figure8 if e.config.log.variant == "dschat"):
+        rows = one.batch // one.world
+        assert one.ppo.microbatch == one.generation.decode_microbatch == rows
+        assert one.generation.greedy
     assert words["opt"] == words["base"] == [sys.executable, "-m", "puzzle.cli", "train", *files]
 
 
@@ -151,6 +167,7 @@ def test_a_node_runs_what_its_gpus_can_hold(monkeypatch, capsys):
 
     def listed(machine: Machine, *options: str) -> str:
         monkeypatch.setattr(command, "find_machine", lambda launcher: machine)
+        monkeypatch.setattr(command, "has_cpu_torch", lambda: False)
         assert main(["campaign", "--dry-run", *options]) == 0
         return capsys.readouterr().out
 
@@ -206,13 +223,74 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--iterations", "1"], "--iterations 1: at least 2"),
         (["--launcher", "mpi"], "invalid choice: 'mpi'"),
         (["--scale", "paper"], "--scale paper needs GPUs, and there are no GPUs; use --scale cpu"),
+        (["--scale", "cpu", "--launcher", "slurm"], "--launcher slurm: there is no sbatch here"),
+        (["--scale", "paper", "--launcher", "slurm"], "which gres a node has, as gpu:8"),
     ],
 )
 def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "find_machine", lambda launcher: Machine(0, 0, None, "there are no GPUs"))
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
     assert main(["campaign", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_login_node_is_told_how_to_reach_the_nodes(tmp_path, monkeypatch, capsys):
+    """No GPU, sbatch on the path; torch is a build for CPUs, then one with CUDA."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("PUZZLE_SLURM", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["campaign", "--scale", "paper"]) == 2
+    assert "use --launcher slurm, which asks Slurm for nodes" in capsys.readouterr().err
+    paper = ["campaign", "--scale", "paper", "--launcher", "slurm", "--only", "table3"]
+    for cpu_torch in (True, False):
+        monkeypatch.setattr(command, "has_cpu_torch", lambda built=cpu_torch: built)
+        assert main([*paper, "--dry-run"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (big,) = [line for line in lines if line.startswith("33B/7B opt (1,32,1 -> 2,16,1)")]
+        assert ("lacks a torch with CUDA" in big) is cpu_torch
+        assert " GiB in training" in big
+        assert any("layouts as tp,pp,dp" in line for line in lines)
+        assert "job: 4 nodes of 8 GPUs, limit 8:00:00, as slurm.yaml says; submitted by" in lines
+        (submitted,) = [line for line in lines if line.strip().startswith("sbatch ")]
+        assert " --export=ALL " in submitted
+        assert "--dry-run" not in submitted
+        assert re.search(r"estimated, .*: about \d+\.\d hours .*, \d+ MB of logs", lines[-1])
+    monkeypatch.setattr(command, "has_cpu_torch", lambda: True)
+    assert main(paper) == 2
+    assert "UV_TORCH_BACKEND=cu130" in capsys.readouterr().err
+    monkeypatch.setattr(command, "has_cpu_torch", lambda: False)
+    assert main(paper) == 2
+    assert "sbatch refused the job" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+def test_the_forecast_is_near_what_the_published_runs_took():
+    took = defaultdict(list)
+    for run in load_runs(ROOT / "logs/published").runs:
+        if run.variant != "theoretical" and "figure8" in run.figures and run.cluster == "orion":
+            took[run.actor, run.critic, run.variant].append(fmean(run.printed["e2e"][1:]))
+    experiments = [
+        e
+        for e in expand(read_table(), Request("paper", cluster="orion"))
+        if "figure8" in e.config.log.figures
+    ]
+    pairs = [
+        (
+            iteration_seconds(e.config),
+            fmean(took[e.config.log.actor, e.config.log.critic, e.config.log.variant]),
+        )
+        for e in experiments
+    ]
+    assert len(pairs) == 15
+    assert all(1 / 3 < ours / theirs < 3 for ours, theirs in pairs)
+    assert sum(ours for ours, _ in pairs) == pytest.approx(sum(theirs for _, theirs in pairs), rel=0.3)
+    several = forecast(experiments)
+    assert several.seconds == pytest.approx(sum(forecast([e]).seconds for e in experiments))
+    assert several.written == sum(forecast([e]).written for e in experiments)

@@ -58,11 +58,11 @@ def test_the_paper_scale_is_the_published_runs(table, cluster):
             pairs = {
                 "training": (axes(config.actor.layout), training),
                 "batch": (config.batch, run.config["global_batch_size"]),
+                "microbatch": (config.ppo.microbatch, run.config["micro_batch_size"]),
             }
             if run.variant != "dschat":
                 sizes, generation = config.generation, run.layouts["generation"]
                 pairs["generation"] = (axes(sizes.layout), generation)
-                pairs["microbatch"] = (config.ppo.microbatch, run.config["micro_batch_size"])
                 pairs["prefill"] = (sizes.prefill_microbatch, run.config["prefill_microbatch"])
                 pairs["decode"] = (sizes.decode_microbatch, run.config["decode_microbatch"])
             different = {name for name, (mine, theirs) in pairs.items() if mine != theirs}
@@ -149,7 +149,7 @@ def test_jobs_shrink_to_the_devices():
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("decode: small}", "decode: tiny}", "decode: input should be 'small' or 'large'"),
+        ("decode: small}", "decode: tiny}", "decode: input should be 'small', 'large' or 'rows'"),
         ("devices: 4", "devices: none", "scales.cpu.devices: input should be a valid integer"),
         ("pairs: [7B/7B]", "pears: [7B/7B]", "figures.figure12.pears: extra inputs are not permitted"),
         ("pairs: [7B/7B]", "pairs: [7B/8B]", "pair: 7B/8B is unknown; did you mean 7B/7B"),

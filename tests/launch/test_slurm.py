@@ -141,7 +141,7 @@ def test_a_campaign_cancelled_half_way_leaves_nothing_and_goes_on(folder: Path) 
     assert "4 run, 2 kept from before" in console(folder)
     assert {mark: mark.stat().st_mtime_ns for mark in kept} == kept
     assert len(done()) == 6
-    assert list(folder.glob("outputs_from_exec_*/figures/table3.csv"))
+    assert list(folder.glob("outputs_from_exec_*/table3.csv"))
 
 
 def test_settings_are_read_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from plotting import __main__ as page
 from plotting import ablation, figure10, figure12, table3
-from plotting.irregularities import PUBLISHED
+from plotting.irregularities import CORRECTED, PUBLISHED
 from plotting.selection import Pool
 from plotting.speedups import figure8, figure9, figure11
 from plotting.stats import mean, of
 from puzzle.errors import UserError
-from puzzle.runlog import UNFAITHFUL, Report
+from puzzle.runlog import UNFAITHFUL, Report, RunWriter, load_runs
 from tests.plotting import builders
 from tests.plotting.builders import run
+from tests.runlog import texts
 
 seconds = st.floats(0.001, 1e4)
 series = st.lists(seconds, min_size=3, max_size=9)
@@ -200,6 +201,34 @@ def test_figure12_and_table3():
 def test_figure12_without_a_base_run_has_a_gap_not_a_zero():
     rows = rows_of(figure12, [STAGED[0], STAGED[2]])
     assert rows["orion", "PUZZLE-Base", "Comm.", "s"].value is None
+
+
+@pytest.mark.parametrize("reading", [PUBLISHED, CORRECTED])
+def test_a_gather_that_was_not_timed_is_a_gap_and_not_0_s(tmp_path, reading):
+    """ZeRO-3 without the Hybrid Engine gathers inside generation, where nobody times it."""
+    for variant, switch in (("dschat", 0.0), ("opt", 0.25)):
+        header = texts.header(run_id=variant, variant=variant, figures=("figure12", "table3"))
+        with RunWriter(tmp_path / variant, header) as writer:
+            for index in range(3):
+                stages, e2e = texts.stages(2.0, 0.5, 1.0, switch)
+                writer.iteration(index, stages, e2e, {})
+    runs = load_runs(tmp_path).runs
+    assert {run.variant: "gather" in run.printed for run in runs} == {"dschat": False, "opt": False}
+    cells = {row.series: row for row in table3.numbers(runs, reading)}
+    assert (cells["DS-Chat"].value, cells["DS-Chat"].n, cells["DS-Chat"].gap) == (None, 0, "not timed")
+    assert cells["PUZZLE"].value == 0.25
+    stages = {(row.config, row.series): row for row in figure12.numbers(runs, reading)}
+    assert [stages["DSChat", label].value for label in figure12.LABELS] == [2.0, 0.5, 1.0, None]
+    assert stages["DSChat", figure12.LABELS[3]].gap == "not timed"
+    assert not any("gather" in note for note in figure12.notes(list(stages.values())))
+
+
+def test_a_system_that_generates_where_it_trains_communicates_nothing():
+    layout = {"tp": 1, "pp": 1, "dp": 1}
+    one = staged("opt", generation=(9.0, 3.0), inference=(9.0, 1.0), training=(9.0, 2.0))
+    one = replace(one, layouts={"training": layout, "generation": layout})
+    rows = {row.series: row.value for row in figure12.numbers([one], PUBLISHED) if row.config == "PUZZLE"}
+    assert list(rows.values()) == [3.0, 1.0, 2.0, 0.0]
 
 
 def test_figure12_with_several_pairs_names_them():

@@ -190,6 +190,35 @@ def test_cpu_build_is_replaced_once_there_is_a_gpu_and_not_back(checkout: Checko
     assert json.loads((checkout.root / ".venv/.puzzle.json").read_text())["torch"] == "gpu"
 
 
+def test_another_build_of_torch_replaces_the_one_that_is_there(checkout: Checkout) -> None:
+    """A login node without a GPU: an environment for CPUs is there, and the nodes have GPUs."""
+    checkout.shell('PUZZLE_ENV=engine; . "$ENV"')
+    assert "--reinstall-package" not in checkout.uv_calls()[0]
+    for _ in range(2):
+        result = checkout.shell('PUZZLE_ENV=engine; . "$ENV"; echo $?', UV_TORCH_BACKEND="cu130")
+        assert result.stdout == "0\n", result.stderr
+    calls = checkout.uv_calls()
+    assert len(calls) == 4  # two for each build: the tier, and what is installed without dependencies
+    assert "--reinstall-package torch" in calls[2]
+    # Without the word the build that was asked for stays; another word brings another one.
+    checkout.shell('PUZZLE_ENV=engine; . "$ENV"')
+    checkout.shell('. "$ENV"')
+    assert len(checkout.uv_calls()) == 4
+    checkout.shell('. "$ENV"', UV_TORCH_BACKEND="cpu")
+    assert "--reinstall-package torch" in checkout.uv_calls()[4]
+
+
+@pytest.mark.parametrize(("came", "asked"), [("2.13.0+cpu", "cu130"), ("2.13.0+cu130", "cpu")])
+def test_a_build_that_could_not_be_had_is_said(checkout: Checkout, came: str, asked: str) -> None:
+    packages = checkout.root / f".venv/lib/{CURRENT}/site-packages"
+    (packages / f"torch-{came}.dist-info").mkdir(parents=True)
+    result = checkout.shell('PUZZLE_ENV=engine; . "$ENV"; echo $?', UV_TORCH_BACKEND=asked)
+    assert result.stdout == "2\n"
+    assert f"UV_TORCH_BACKEND={asked} is asked for, and what could be had is torch {came}" in error_line(
+        result
+    )
+
+
 def test_wheels_folder_installs_without_index(checkout: Checkout) -> None:
     result = checkout.shell('. "$ENV"; echo $?', PUZZLE_WHEELS="/nowhere")
     assert result.stdout == "2\n"
