@@ -12,16 +12,14 @@ trap 'rm -rf "$work"' EXIT
 # ones it takes.
 compile() {
   uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --no-emit-package torch \
-    --no-emit-package setuptools --no-emit-package puzzle-rlhf "$@" pyproject.toml
+    --no-emit-package setuptools --no-emit-package puzzle-rlhf "$@"
 }
 
 [ $# = 0 ] || cp requirements/dev.txt "$work/dev.txt"
-compile "$@" --extra dev -o "$work/dev.txt" >/dev/null
-for tier in baseline engine plot; do
-  extras=(--extra "$tier")
-  [ "$tier" != engine ] || extras+=(--extra options)
-  compile "${extras[@]}" --constraint "$work/dev.txt" -o "$work/$tier.txt" >/dev/null
-done
+compile "$@" --extra dev pyproject.toml -o "$work/dev.txt" >/dev/null
+compile --extra baseline pyproject.toml --constraint "$work/dev.txt" -o "$work/baseline.txt" >/dev/null
+compile --extra options pyproject.toml --constraint "$work/dev.txt" -o "$work/engine.txt" >/dev/null
+compile --group plot --constraint "$work/dev.txt" -o "$work/plot.txt" >/dev/null
 for tier in plot engine baseline dev; do
   # The CUDA libraries come with the torch that wants them.
   grep -vE '^(nvidia-|cuda-|triton==)' "$work/$tier.txt" >"requirements/$tier.txt"

@@ -21,13 +21,17 @@ class SetupError(Exception):
 
 
 def extra(name: str, root: Path = ROOT) -> list[str]:
-    """Requirements (PEP 508, without markers) of an extra of pyproject.toml, the extras it names included."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    found: list[str] = []
-    for requirement in project["optional-dependencies"][name]:
+    """Requirements (PEP 508, without markers) of a tier, or of the options alone: pyproject.toml's group
+    plot, the package's own dependencies (engine), and with them an extra and the extras that it names."""
+    document = tomllib.loads((root / "pyproject.toml").read_text())
+    project = document["project"]
+    if name == "plot":
+        return document["dependency-groups"]["plot"]
+    found = [] if name == OPTIONS else [_bare(requirement) for requirement in project["dependencies"]]
+    for requirement in project["optional-dependencies"][name] if name != "engine" else ():
         inner = re.fullmatch(rf"{project['name']}\[(.+)\]", requirement)
         found += [r for p in inner[1].split(",") for r in extra(p, root)] if inner else [_bare(requirement)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _bare(requirement: str) -> str:

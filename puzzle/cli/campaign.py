@@ -35,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         machine = replace(machine, memory=footprint.parse_bytes(options.device_memory), total=total)
     scale = options.scale or ("node" if machine.per_host else "cpu")
     console.print(f"{machine.words}; scale {scale}, launcher {options.launcher}", soft_wrap=True)
+    if options.table == TABLE and not TABLE.is_file():
+        raise UserError(f"{TABLE.name} is not part of the installed package; run ./RUNME-b.sh in a checkout")
     table = read_table(options.table)
     devices = None
     if scale == "node" and scale in table.scales:

@@ -10,7 +10,13 @@ from typing import Any
 
 from puzzle.cli import Parser
 from puzzle.errors import UserError, describe
-from puzzle.plan.affinity import Estimate, choose, inference_candidates, training_candidates
+from puzzle.plan.affinity import (
+    Estimate,
+    choose,
+    inference_candidates,
+    trained_apart,
+    training_candidates,
+)
 from puzzle.plan.cost import CostTable
 from puzzle.plan.fused import StreamModel
 from puzzle.plan.measured import measured_costs
@@ -27,9 +33,11 @@ def run(arguments: list[str]) -> int:
     cost = _costs(given)
     streams = [StreamModel(name, count, tied=name in given.tied) for name, count in models.items()]
     if given.training:
+        cost.require(trained_apart(streams, given.pp, cost).schedules)
         candidates = training_candidates(streams, given.pp, cost)
     else:
         candidates = inference_candidates(streams, given.pp)
+        cost.require(candidates[0].schedules)
     estimates = choose(candidates, cost)
     apart = next(e for e in estimates if e.candidate is candidates[0])
     print(json.dumps([_row(e, apart) for e in estimates]) if given.json else _table(estimates, apart))
@@ -76,7 +84,7 @@ def _costs(given: argparse.Namespace) -> CostTable:
             return _traced(Timeline.from_perfetto(data), given)
         return CostTable({m: {k: _seconds(v) for k, v in costs.items()} for m, costs in data.items()})
     except OSError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        raise UserError(describe(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kind = "trace of a run" if given.trace else "table of costs"
         raise UserError(f"{path}: no {kind} ({type(error).__name__}: {error})") from None

@@ -29,6 +29,7 @@ from puzzle.launch.local import terminate_as_exit
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-u", "-m", "puzzle.launch.agent")
+JOB = ROOT / "scripts/slurm/job.sh"
 LOG = "slurm.log"
 END_SECONDS = 15.0
 
@@ -116,6 +117,10 @@ def require() -> None:
             "--launcher slurm: there is no sbatch here; run this on a login node of the cluster, or use"
             " --launcher local or ray"
         )
+    if not JOB.is_file():
+        raise UserError(
+            "--launcher slurm: its batch script is not part of the installed package; use a checkout"
+        )
 
 
 def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device: str) -> None:
@@ -192,7 +197,7 @@ def submission(words: Sequence[str], world: int, out: Path) -> list[str]:
     """The command that submits the command `words` as a job with room for `world` processes."""
     how = ["--parsable", "--wait", "--open-mode=append", "--export=ALL"]
     where = [f"--job-name={out.name}", f"--output={(out / LOG).resolve()}"]
-    return ["sbatch", *how, *where, *settings().options(world), str(ROOT / "scripts/slurm/job.sh"), *words]
+    return ["sbatch", *how, *where, *settings().options(world), str(JOB), *words]
 
 
 def submit(words: Sequence[str], world: int, out: Path) -> int:

@@ -91,16 +91,27 @@ def training_candidates(
     found in `trials` simulations; each fused one with the best of `DEFER` (see `fused_1f1b`). All
     that once more with split backwards where the costs of their parts are known, and with these alone where
     those of whole ones are not."""
-    names = [m.name for m in models]
-    splits = [False] if num_stages == 1 or cost.knows(names, Op.BACKWARD) else []
-    if num_stages > 1 and cost.knows(names, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
-        splits.append(True)
     candidates = []
-    for split in splits or [False]:
+    for split in _splits(models, num_stages, cost):
         build = partial(fused_1f1b, split=split)
         for found in _orders(models, num_stages, cost, build, trials):
             candidates.append(replace(found, name=f"{found.name}, split" if split else found.name))
     return candidates
+
+
+def trained_apart(models: Sequence[StreamModel], num_stages: int, cost: CostTable) -> Candidate:
+    """The first of `training_candidates`, whose schedules ask for every cost that the others' ask for."""
+    build = partial(fused_1f1b, split=_splits(models, num_stages, cost)[0])
+    return candidate("apart", apart(models), models, num_stages, build)
+
+
+def _splits(models: Sequence[StreamModel], num_stages: int, cost: CostTable) -> list[bool]:
+    """Whether backwards are split, by the costs that are known."""
+    names = [m.name for m in models]
+    splits = [False] if num_stages == 1 or cost.knows(names, Op.BACKWARD) else []
+    if num_stages > 1 and cost.knows(names, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
+        splits.append(True)
+    return splits or [False]
 
 
 def _orders(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
-from puzzle.plan.schedule import Action, Op
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Op, Schedule
 
 Seconds = float | tuple[float | None, ...]
 """The same for every stage, or one number per stage (of a transfer: of the sending stage), None where
@@ -37,6 +37,26 @@ class CostTable:
     def knows(self, models: Iterable[str], *ops: Op) -> bool:
         """Whether every model has costs of all these."""
         return all(op in self.seconds.get(model, {}) for model in models for op in ops)
+
+    def require(self, schedules: Iterable[Schedule]) -> None:
+        """UserError naming every cost that a simulation of these would ask for and that is unknown."""
+        stages: dict[tuple[str, str], list[int]] = {}
+        for schedule in schedules:
+            for stage, actions in enumerate(schedule.actions):
+                for action in actions:
+                    if action.op in COMPUTE or action.op in COLLECTIVES or action.op is Op.SEND:
+                        what = str(action.payload if action.op is Op.SEND else action.op)
+                        if self._find(stage, action.model, what) is None:
+                            named = stages.setdefault((action.model, what), [])
+                            named += [stage] if stage not in named else []
+        lacking: dict[str, list[str]] = {}
+        for (model, what), where in stages.items():
+            known = self.seconds.get(model, {}).get(what) is not None
+            place = f" on stage {', '.join(map(str, where))}" if known else ""
+            lacking.setdefault(model, []).append(what + place)
+        if lacking:
+            costs = "; ".join(f"{model}: {', '.join(names)}" for model, names in lacking.items())
+            raise UserError(f"no cost of {costs}; measure them or add them to the costs")
 
     def _find(self, stage: int, model: str, what: str) -> float | None:
         seconds = self.seconds.get(model, {}).get(what)

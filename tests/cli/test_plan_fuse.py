@@ -76,8 +76,18 @@ def test_costs_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--pp", "0", "--training", "actor=2", "--costs", "COSTS"], "--pp is 0"),
         (["--pp", "4", "--training", "actor", "--costs", "COSTS"], "write MODEL=N"),
         (["--pp", "4", "--training", "actor=0", "--costs", "COSTS"], "write MODEL=N"),
-        (["--pp", "4", "--training", "reward=2", "critic=1", "--costs", "COSTS"], "no cost of"),
-        (["--pp", "5", "--training", "actor=2", "critic=1", "--costs", "COSTS"], "on stage 4"),
+        (
+            ["--pp", "4", "--training", "reward=2", "critic=1", "--costs", "COSTS"],
+            "no cost of reward: forward, activation, backward, reduce, norm, step, gather, gradient; measure",
+        ),
+        (
+            ["--pp", "5", "--inference", "reward=2", "value=1", "--costs", "COSTS"],
+            "no cost of reward: forward, activation; value: forward, activation; measure",
+        ),
+        (
+            ["--pp", "5", "--training", "actor=2", "critic=1", "--costs", "COSTS"],
+            "actor: backward on stage 4;",
+        ),
         (["--pp", "4", "--training", "actor=2", "--trace", "COSTS"], "no trace of a run"),
         (["--pp", "4", "--training", "actor=2", "--costs", "missing.json"], "No such file"),
     ],

@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_locks_satisfy_pyproject(tier: str) -> None:
     for requirement in map(Requirement, extras):
         if requirement.name not in ("torch", "triton"):
             assert requirement.specifier.contains(locked[requirement.name.lower()]), requirement
+
+
+def test_the_installed_package_brings_what_it_needs() -> None:
+    """`pip install .` installs `dependencies`: all that the tier engine is made of, what draws included."""
+    document = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    own = set(document["project"]["dependencies"])
+    assert own == set(tiers.extra("engine"))
+    assert set(tiers.extra("plot")) < own
+    assert own < set(tiers.extra("baseline")) < set(tiers.extra("dev"))
+    assert not own & set(tiers.extra("options"))
 
 
 def test_locks_name_no_address_and_no_machine_dependent_package() -> None:

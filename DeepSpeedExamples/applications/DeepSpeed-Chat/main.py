@@ -12,19 +12,22 @@ from pathlib import Path
 # A script's own folder is on the path; the project's root is two folders above `applications`.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
-from dschat.options import parse
-
-from puzzle.errors import UserError
-from puzzle.launch import LAUNCHERS, launch, local, slurm
+from puzzle.errors import exit_code
 
 
 def main() -> int:
     """Run; 0 when it ended well, 2 after a user error, a worker's code when that died."""
+    from dschat.options import parse
+
+    from puzzle.capabilities import require_device
+    from puzzle.launch import LAUNCHERS, launch, local, slurm
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
     given, words = parser.parse_known_args()
     try:
         config, zero, out = parse(words)
+        require_device(config.device)
         if given.launcher == "slurm" and not slurm.inside():
             return slurm.submit([sys.executable, __file__, *sys.argv[1:]], config.world, out)
         if local.identity()[0] == 0:
@@ -34,9 +37,6 @@ def main() -> int:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         args = (config.resolved(), asdict(zero), str(out.resolve()))
         launch(given.launcher, "dschat.ppo_step:process", args, config.world, out / "ranks", config.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except local.WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
