@@ -152,6 +152,117 @@ def test_both_parts_of_a_split_backward_are_owed() -> None:
     assert without(1) == ["stage 1: reduce actor comes before backward_weight actor 1"]
 
 
+OPTIMIZER = [Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_every_optimizer_action_waits_for_all_before_it(split: bool) -> None:
+    """Each one brought forward in front of each that it needs, and of each backward pass."""
+    schedule = one_f_one_b(2, 2, optimizer=True, split=split)
+    for stage, actions in enumerate(schedule.actions):
+        for later, op in enumerate(OPTIMIZER):
+            action = Action(op, "actor")
+            rest = [a for a in actions if a != action]
+            backwards = [a for a in rest if a.op in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
+            for needed in [*backwards, *(Action(o, "actor") for o in OPTIMIZER[:later])]:
+                place = rest.index(needed)
+                found = check(mutated(schedule, stage, [*rest[:place], action, *rest[place:]]))
+                assert f"stage {stage}: {action.label} comes before {needed.label}" in found
+
+
+@pytest.mark.parametrize("op", [Op.FORWARD, Op.BACKWARD])
+def test_no_pass_comes_after_its_optimizer_step(op: Op) -> None:
+    """Not even where another model's may, and a step of another model forbids nothing."""
+    schedule = fused_1f1b([ACTOR, CRITIC], 1)
+    actions = [a for a in schedule.actions[0] if a != Action(op, "actor", 2)]
+    place = actions.index(Action(Op.STEP, "actor")) + 1
+    found = check(mutated(schedule, 0, [*actions[:place], Action(op, "actor", 2), *actions[place:]]))
+    assert f"stage 0: {op} actor 2 comes after the optimizer step" in found
+    assert not any("critic" in line and "after the optimizer step" in line for line in found)
+    alone = one_f_one_b(1, 2, optimizer=True).actions[0]
+    doubled = replace(schedule, actions=((*schedule.actions[0], Action(Op.STEP, "actor")),))
+    assert check(doubled) == ["stage 0: step actor comes twice"]
+    assert check(mutated(schedule, 0, [*schedule.actions[0], alone[0]])) != []
+
+
+def test_all_stages_sum_norms_in_one_order() -> None:
+    """Two models, whose norms one stage alone exchanges: sums of different models would meet."""
+    schedule = fused_1f1b([ACTOR, CRITIC], 3)
+    block = {name: [Action(op, name) for op in OPTIMIZER] for name in ("actor", "critic")}
+
+    def ordered(stage: int, names: list[str]) -> tuple[Action, ...]:
+        passes = [a for a in schedule.actions[stage] if a.op not in OPTIMIZER]
+        return (*passes, *(a for name in names for a in block[name]))
+
+    both = ["actor", "critic"]
+    same = replace(schedule, actions=tuple(ordered(s, both) for s in range(3)))
+    assert check(same) == []
+    for odd in range(3):
+        lists = tuple(ordered(s, both[::-1] if s == odd else both) for s in range(3))
+        found = check(replace(schedule, actions=lists))
+        orders = [both[::-1] if s == odd else both for s in range(3)]
+        assert f"the stages sum norms in different orders: {orders}" in found
+
+
+def test_backwards_keep_the_order_of_microbatches() -> None:
+    """Sums of gradients are the same bits in every stream because each adds up in one order."""
+    schedule = one_f_one_b(1, 3)
+    actions = list(schedule.actions[0])
+    forwards, backwards = [a for a in actions if a.op is Op.FORWARD], [Op.BACKWARD] * 3
+    swapped = [*forwards, *(Action(op, "actor", m) for op, m in zip(backwards, (0, 2, 1), strict=True))]
+    assert check(mutated(schedule, 0, swapped)) == ["stage 0: backward actor 2 comes before backward actor 1"]
+    right = [*forwards[::-1], *(Action(Op.BACKWARD, "actor", m) for m in range(3))]
+    assert check(mutated(schedule, 0, right)) == []  # forwards may come in any order
+
+
+def test_transfers_in_the_wrong_place_are_named() -> None:
+    schedule = one_f_one_b(2, 2)
+    first, last = (list(actions) for actions in schedule.actions)
+
+    def moved(actions: list[Action], label: str, before: str) -> list[Action]:
+        action = next(a for a in actions if a.label == label)
+        rest = [a for a in actions if a != action]
+        place = next(i for i, a in enumerate(rest) if a.label == before)
+        return [*rest[:place], action, *rest[place:]]
+
+    send, wait = "send actor 0 activation to 1", "wait_send actor 0 activation to 1"
+    assert f"stage 0: {send} comes before the pass that yields it" in check(
+        mutated(schedule, 0, moved(first, send, "forward actor 0"))
+    )
+    assert f"stage 0: {wait} comes before the send" in check(mutated(schedule, 0, moved(first, wait, send)))
+    recv, got = "recv actor 1 activation from 0", "wait_recv actor 1 activation from 0"
+    assert f"stage 1: {got} comes before the receive" in check(mutated(schedule, 1, moved(last, got, recv)))
+    assert f"stage 1: forward actor 1 comes before {got}" in check(
+        mutated(schedule, 1, moved(last, "forward actor 1", got))
+    )
+    lost = [a for a in first if a.label != wait]
+    assert f"stage 0: nobody waits for {send}" in check(mutated(schedule, 0, lost))
+    silent = [a for a in first if a.label not in (send, wait)]
+    assert any(
+        line.startswith("stage 0: nobody sends Message") for line in check(mutated(schedule, 0, silent))
+    )
+    crossed = check(mutated(schedule, 1, moved(last, recv, "recv actor 0 activation from 0")))
+    assert any("transfer 0 is sent as" in line and "and received as" in line for line in crossed)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "words"),
+    [
+        (((0, 2), (2, 4)), ((0, 4),), []),
+        (((0, 2), (2, 3)), ((0, 4),), ["prefill covers 3 sequences, decode 4"]),
+        (((0, 2), (3, 4)), ((0, 4),), ["prefill micro-batches ((0, 2), (3, 4)) do not cut the batch"]),
+        (((0, 4),), ((0, 2), (2, 2), (2, 4)), ["decode micro-batches ((0, 2), (2, 2), (2, 4)) do not"]),
+        (((1, 4),), ((0, 4),), ["prefill micro-batches ((1, 4),) do not cut the batch"]),
+        ((), (), ["prefill covers 0 sequences, decode 0"]),
+    ],
+)
+def test_micro_batches_of_a_generation_cut_its_batch(prefill: tuple, decode: tuple, words: list[str]) -> None:
+    ring = Ring(1, 4, 2, 4).unrolled(1)
+    found = check(replace(ring, work=(replace(ring.work[0], prefill=prefill, decode=decode),)))
+    assert len(found) == len(words)
+    assert all(line.startswith(start) for line, start in zip(found, words, strict=True))
+
+
 def test_promises() -> None:
     schedule = forward_only(1, 2)
     assert check(replace(schedule, work=(Work("actor", 3),))) == ["stage 0: forward actor 2 is missing"]

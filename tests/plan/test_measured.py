@@ -111,3 +111,57 @@ def test_spans_of_actions() -> None:
         ("wait", "wait_reduce", 3.0, 4.0),
         ("reduce", "reduce", 2.1, 4.0),
     ]
+
+
+def span(row: int, category: str, start: float, end: float, microbatch: int = -1) -> Span:
+    return Span(row, "any", category, start, end, category, "actor", microbatch)
+
+
+def test_passes_cost_their_mean_and_transfers_the_least_seen() -> None:
+    """Two ranks on each of two stages, by hand. What compute hides looks longer than it is, so of transfers
+    and collectives the shortest sample counts; of passes, all do."""
+    spans = [
+        # forward of stage 0: 1, 2, 3 and 6 seconds; of stage 1: 2 and 4
+        *(span(0, "forward", s, e, m) for m, (s, e) in enumerate([(0.0, 1.0), (1.0, 3.0)])),
+        *(span(1, "forward", s, e, m) for m, (s, e) in enumerate([(0.0, 3.0), (3.0, 9.0)])),
+        span(2, "forward", 10.0, 12.0, 0),
+        span(3, "forward", 10.0, 14.0, 0),
+        # hidden states: rank 0 to 2 takes 0.5 and 3.0, rank 1 to 3 takes 0.25 and none (the clocks differ)
+        *(span(2, "wait_recv activation", 1.0, e, m) for m, e in enumerate([1.5, 6.0])),
+        *(span(3, "wait_recv activation", 3.0, e, m) for m, e in enumerate([3.25, 8.75])),
+        # norms, summed over all: the last begins at 20, ranks go on at 20.5, 21, 22 and 23
+        *(
+            span(r, "norm", s, e)
+            for r, (s, e) in enumerate([(19.0, 20.5), (20.0, 21.0), (18.0, 22.0), (17.0, 23.0)])
+        ),
+        # gathers within a stage: stage 0 begins at 30 and 31, stage 1 at 40 and 44
+        *(
+            span(r, "gather", s, e)
+            for r, (s, e) in enumerate([(30.0, 33.0), (31.0, 32.0), (40.0, 45.0), (44.0, 46.0)])
+        ),
+        span(9, "forward", 0.0, 99.0, 0),  # of a rank of another pipeline
+    ]
+    table = measured_costs(Timeline(tuple(spans), "measured"), {0: 0, 1: 0, 2: 1, 3: 1}).seconds["actor"]
+    assert table["forward"] == (3.0, 3.0)
+    assert table["activation"] == (0.0, None)
+    assert table["norm"] == (0.5, 2.0)
+    assert table["gather"] == (1.0, 1.0)
+    assert "gradient" not in table
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_reduction_starts_with_the_last_of_both_ends(tied: bool) -> None:
+    """Three stages of a rank each; the first and the last sum the embedding's gradients."""
+    times = [(1.0, 6.0), (2.0, 3.0), (5.0, 7.0)]
+    spans = tuple(span(row, "reduce", *time) for row, time in enumerate(times))
+    table = measured_costs(Timeline(spans, "measured"), {0: 0, 1: 1, 2: 2}, {"actor"} if tied else ())
+    assert table.seconds["actor"]["reduce"] == ((1.0, 1.0, 2.0) if tied else (5.0, 1.0, 2.0))
+
+
+def test_spans_of_one_microbatch_pair_up_in_the_order_of_time() -> None:
+    """Two steps of one micro-batch: the first wait is of the first pass, in whatever order spans come."""
+    first = [span(0, "forward", 0.0, 1.0, 0), span(1, "wait_recv activation", 0.0, 1.5, 0)]
+    second = [span(0, "forward", 10.0, 11.0, 0), span(1, "wait_recv activation", 10.0, 12.0, 0)]
+    table = measured_costs(Timeline((*second, *first), "measured"), {0: 0, 1: 1}).seconds["actor"]
+    assert table["activation"] == (0.5, None)
+    assert table["forward"] == (1.0, None)

@@ -179,6 +179,36 @@ def test_activations_are_what_autograd_saves(
         assert one.saved() == pytest.approx(found, rel=0.1)
 
 
+def differences(rank: int, shapes: list[dict], dtype: torch.dtype) -> list[int]:
+    """Saved bytes of each shape more than of the first."""
+    layout = Layout.even(1, 1, 1, 4)
+    found = [saved(rank, spec_of(**shape), layout, dtype, False) for shape in shapes]
+    return [size - found[0] for size in found]
+
+
+SHAPES: list[dict] = [
+    {},
+    {"num_attention_heads": 16, "head_dim": 4, "num_key_value_heads": 4},  # as wide, twice the heads
+    {"num_attention_heads": 4, "head_dim": 8},  # half the queries
+    {"num_key_value_heads": 8},
+    {"num_key_value_heads": 1},
+    {"intermediate_size": 160},
+    {"vocab_size": 515},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_head_or_a_column_more_costs_is_what_autograd_saves(dtype: torch.dtype) -> None:
+    """To the byte, where sums of all terms would hide a small one: heads, keys, the width of the ffn."""
+    layout = Layout.even(1, 1, 1, 4)
+    sizes = []
+    for shape in SHAPES:
+        spec = spec_of(**shape)
+        use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, fused=False)
+        sizes.append(memory.Activations(use, 0, ROWS * LENGTH, ROWS * RESPONSE).saved())
+    assert [size - sizes[0] for size in sizes] == differences(0, SHAPES, dtype)
+
+
 def waiting(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> int:
     """Bytes that wait for the weights' gradients after the first part of a split backward of this stage."""
     model = built(rank, spec, layout, dtype)
