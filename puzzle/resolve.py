@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from puzzle.capabilities import missing
+from puzzle.capabilities import BASELINE, missing
 from puzzle.config import ROLES, Role, TrainConfig
 from puzzle.data.prompts import read_rows
 from puzzle.errors import UserError
@@ -213,7 +213,9 @@ def _check_tokens(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> None
     batch, actor = _batch(config), models["actor"].spec
     for role in sorted(models.keys() - retokenised):
         spec = models[role].spec
-        if spec.vocab_size != actor.vocab_size:
+        # Folders may be padded to other sizes (`rlhf.vocabulary`); the baseline draws without regard to that.
+        padded = getattr(config, role).model is not None and config.log.variant != BASELINE
+        if spec.vocab_size != actor.vocab_size and not padded:
             sizes = f"{spec.vocab_size} tokens, the actor's {actor.vocab_size}"
             raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
     for role in sorted(models.keys() - retokenised):

@@ -1,12 +1,12 @@
 """Where models come from: a section of the configuration to a `ModelSpec` and a `Layout`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from puzzle import jsonio
 from puzzle.config import LayoutConfig, ModelConfig, Role
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
@@ -23,23 +23,31 @@ def head_of(role: Role) -> Head:
 def spec_of(role: Role, source: ModelConfig) -> ModelSpec:
     """The model that `source` names, with the head of `role`; UserError naming key or file."""
     if source.model is not None:
-        config = read_model_config(f"{role}.model", Path(source.model))
+        spec = folder_spec(f"{role}.model", Path(source.model), head_of(role))
     elif source.init is not None:
         base: dict[str, Any] = {"model_type": "llama"}
         if source.init.preset is not None:
             base = {k: v for k, v in published(source.init.preset).to_hf().items() if k not in _DERIVED}
-        config = base | source.init.fields()
+        try:
+            spec = ModelSpec.from_hf(base | source.init.fields(), head_of(role))
+        except UserError as error:
+            raise UserError(f"{role}: init: {error}") from None
     else:
         raise UserError(f"{role}: no model; give {role}.model or {role}.init")
-    try:
-        spec = ModelSpec.from_hf(config, head_of(role))
-    except UserError as error:
-        raise UserError(f"{role}: {source.model or 'init'}: {error}") from None
     if source.layers is None:
         return spec
     if source.layers > spec.num_layers:
         raise UserError(f"{role}.layers is {source.layers}, but the model has only {spec.num_layers}")
     return replace(spec, num_layers=source.layers)
+
+
+def folder_spec(key: str, folder: Path, head: Head) -> ModelSpec:
+    """The model of a Hugging Face folder by its `config.json`; UserError naming `key` and folder."""
+    config = read_model_config(key, folder)
+    try:
+        return ModelSpec.from_hf(config, head)
+    except UserError as error:
+        raise UserError(f"{key}: {folder}: {error}") from None
 
 
 def read_model_config(key: str, folder: Path) -> dict[str, Any]:
@@ -54,14 +62,9 @@ def read_model_config(key: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{key}: {file} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise UserError(f"{key}: {describe(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {file} holds no object")
-    return config
+        return jsonio.read_object(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def layout_of(name: str, layout: LayoutConfig, spec: ModelSpec) -> Layout:

@@ -14,19 +14,28 @@ FILES = sorted(file.relative_to(ROOT) for package in PACKAGES for file in (ROOT 
 MAY_IMPORT = {
     "puzzle/errors.py": (),
     "puzzle/durable.py": (),
-    "puzzle/spec": ("puzzle.spec", "puzzle.errors"),
-    "puzzle/plan": ("puzzle.plan", "puzzle.spec", "puzzle.errors"),
-    "puzzle/model": ("puzzle.model", "puzzle.plan", "puzzle.spec", "puzzle.durable", "puzzle.errors"),
+    "puzzle/jsonio.py": ("puzzle.errors",),
+    "puzzle/spec": ("puzzle.spec", "puzzle.jsonio", "puzzle.errors"),
+    "puzzle/plan": ("puzzle.plan", "puzzle.jsonio", "puzzle.spec", "puzzle.errors"),
+    "puzzle/model": (
+        "puzzle.model",
+        "puzzle.jsonio",
+        "puzzle.plan",
+        "puzzle.spec",
+        "puzzle.durable",
+        "puzzle.errors",
+    ),
     "puzzle/engine": (
         "puzzle.engine",
         "puzzle.model",
         "puzzle.plan",
         "puzzle.spec",
         "puzzle.durable",
+        "puzzle.jsonio",
         "puzzle.errors",
     ),
-    "puzzle/runlog": ("puzzle.runlog", "puzzle.durable", "puzzle.errors"),
-    "plotting": ("plotting", "puzzle.runlog", "puzzle.durable", "puzzle.errors"),
+    "puzzle/runlog": ("puzzle.runlog", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
+    "plotting": ("plotting", "puzzle.runlog", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
 }
 NEVER = {
     "puzzle/spec": ("torch", "transformers"),

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from puzzle.cli import Parser
+from puzzle.data.tokenizers import foreign
 from puzzle.errors import UserError
 
 
@@ -55,13 +56,12 @@ def convert(source: Path, out: Path) -> None:
         from puzzle.model.gguf import GgufModel
     except ImportError:
         raise UserError("reading GGUF files needs the package gguf; pip install gguf") from None
-    if not source.is_file():
-        raise UserError(f"{source}: no such file")
     model = GgufModel(source)
     model.check_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        assert tokenizer is not None
-        tokenizer.save_pretrained(folder)
+        with foreign(f"{source}: its tokenizer cannot be loaded"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            assert tokenizer is not None
+            tokenizer.save_pretrained(folder)
         (Path(folder) / "config.json").write_text(json.dumps(model.token_ids()))
         save(out, model.spec, model.tensors(), Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text, stop_ids, stop_rule
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.sources import folder_spec
 
 if TYPE_CHECKING:
     from puzzle.engine.generate import Response
@@ -79,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--stop: an empty text would end every response; leave it out")
     if given.jsonl is not None and not given.jsonl.parent.is_dir():
         raise UserError(f"--jsonl {given.jsonl}: no folder {given.jsonl.parent}")
+    # Before the tokenizer: transformers reads config.json too, and says less of what is wrong with it.
+    folder_spec("model", given.model, "lm")
     tokenizer = load_tokenizer(str(given.model))
     data = DataConfig(
         field=given.field,
@@ -105,6 +109,9 @@ def run(arguments: Sequence[str]) -> int:
 def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     if path is not None:
         return load_prompts(path, data, tokenizer)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Whatever the terminal's encoding: bytes that are no UTF-8 are refused with their line, by `Row`.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = [line.rstrip("\r\n") for line in sys.stdin]
     rows = [Row(f"standard input, line {i}", None, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows:
@@ -163,8 +170,11 @@ def _load(job: Job, world: Any) -> ModelRuntime:
     half = job.dtype == "bf16" or (job.dtype == "auto" and world.device.type == "cuda")
     placement = Placement.default(Layout.even(*job.layout, spec.num_layers))
     dtype = torch.bfloat16 if half else torch.float32
+    hf.check_weights(job.model, spec)  # before memory is taken for what config.json alone says
     runtime = ModelRuntime("model", spec, placement, world, dtype)
-    hf.load(runtime.decoder, job.model)
+    loaded = hf.load(runtime.decoder, job.model)
+    if world.rank == 0:
+        loaded.warn(job.model)
     runtime.freeze()
     return runtime
 

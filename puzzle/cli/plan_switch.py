@@ -43,9 +43,9 @@ def model_spec(name: str) -> ModelSpec:
     """A published size or a Hugging Face folder, with a language model's head."""
     if name.lower() in PUBLISHED or not Path(name).exists():
         return published(name)
-    from puzzle.sources import read_model_config
+    from puzzle.sources import folder_spec
 
-    return ModelSpec.from_hf(read_model_config("--model", Path(name)), "lm")
+    return folder_spec("--model", Path(name), "lm")
 
 
 def _parser() -> Parser:

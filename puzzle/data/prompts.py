@@ -1,7 +1,7 @@
 """Prompts: read from files, turned into tokens, and dealt out in an order that a seed and a step fix."""
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,9 @@ import numpy as np
 from puzzle.config import DataConfig
 from puzzle.data.tokenizers import Tokenizer, encode, render
 from puzzle.errors import UserError, describe
+from puzzle.jsonio import Fields, parse, shown
+
+_BROKEN = re.compile("[\ud800-\udfff]")
 
 Messages = tuple[Mapping[str, str], ...]
 
@@ -23,6 +26,15 @@ class Row:
     place: str
     id: str | None
     value: Any
+
+    def __post_init__(self) -> None:
+        """UserError for what no UTF-8 text can hold: half of a surrogate pair, or a byte that was none."""
+        turns = self.value if isinstance(self.value, Sequence) and not isinstance(self.value, str) else ()
+        contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
+        for text in (self.id, self.value, *contents):
+            if isinstance(text, str) and (broken := _BROKEN.search(text)):
+                at = f"{broken[0]!a} at character {broken.start() + 1}"
+                raise UserError(f"{self.place}: {at} is no character that UTF-8 can hold; mend the text")
 
 
 @dataclass(frozen=True)
@@ -104,10 +116,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
+        record = parse(line, f"{path}:{number}")
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
         yield f"{path}:{number}", record
@@ -153,11 +162,14 @@ def tokenise(rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Toke
     dropped = 0
     for index, row in enumerate(rows):
         messages = _messages(row, data)
-        if messages is None:
-            text, tokens = row.value, encode(tokenizer, row.value)
-        else:
-            rendered, tokens = render(tokenizer, messages)
-            text = row.value if isinstance(row.value, str) else rendered
+        try:
+            if messages is None:
+                text, tokens = row.value, encode(tokenizer, row.value)
+            else:
+                rendered, tokens = render(tokenizer, messages)
+                text = row.value if isinstance(row.value, str) else rendered
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from None
         if not tokens:
             raise UserError(f"{row.place}: the prompt has no tokens")
         if len(tokens) > data.max_prompt_tokens:
@@ -249,9 +261,11 @@ class PromptStream:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; raises UserError if the prompts or the batch are others."""
-        if state["digest"] != self.prompts.digest:
+        fields = Fields(state, "the checkpoint's state of the data")
+        if fields.text("digest") != self.prompts.digest:
             raise UserError("the prompts or their tokens are not those of the checkpoint; restore the file")
         for name in ("batch", "seed"):
-            if state[name] != getattr(self, name):
-                raise UserError(f"{name} is {getattr(self, name)} but {state[name]} in the checkpoint")
-        self.step = int(state["step"])
+            if state.get(name) != getattr(self, name):
+                found = shown(state.get(name))
+                raise UserError(f"{name} is {getattr(self, name)} but {found} in the checkpoint")
+        self.step = fields.integer("step")

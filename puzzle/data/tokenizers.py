@@ -1,6 +1,5 @@
 """Tokenizers, through transformers: load, encode without a second BOS, render chats, tokenise again."""
 
-import json
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -15,6 +15,7 @@ else:
     Tokenizer = object
 
 BYTES = "bytes"
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
 
 StopRule = Callable[[], Callable[[int], bool]]
 """Makes a watcher for one response: given each of its tokens in turn, it says whether it is over."""
@@ -27,17 +28,43 @@ def load_tokenizer(name: str) -> Tokenizer:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder to take a tokenizer from")
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         raise UserError(f"{folder}: has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
+    for file in TOKENIZER_JSON:
+        if (folder / file).exists():
+            read_object(folder / file)
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(f"{folder}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
     if tokenizer is None:
         raise UserError(f"{folder}: transformers knows no tokenizer for this model")
+    with foreign(f"{folder}: its tokenizer cannot be used"):
+        tokenizer.decode(tokenizer("a text").input_ids, skip_special_tokens=True)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the files of a tokenizer."""
+    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+@contextmanager
+def foreign(what: str) -> Generator[None]:
+    """Whatever a tokenizer or a chat template raises becomes a UserError that begins with `what`.
+
+    Their files decide what runs; the library raises bare Exceptions, and of its Rust panics, which are none.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - what a file makes the library do has no narrower type
+        raise UserError(f"{what}: {_first_line(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {_first_line(error)}") from None
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -66,7 +93,8 @@ def tokenizer_folder(name: str | None) -> Generator[Path | None]:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text`, with the BOS that the tokenizer adds, once."""
-    tokens = list(tokenizer(text)["input_ids"])
+    with foreign("the tokenizer refuses a text"):
+        tokens = list(tokenizer(text)["input_ids"])
     bos = tokenizer.bos_token_id
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
@@ -80,26 +108,19 @@ def render(
     """
     if not tokenizer.chat_template:
         raise UserError("data.chat_template is set, but the tokenizer has no chat template; unset it")
-    from jinja2.exceptions import TemplateError
-
-    try:
+    with foreign("the chat template refuses a prompt"):
         turns = [dict(turn) for turn in messages]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer))
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses a prompt: {_first_line(error)}") from None
-    return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    with foreign("the tokenizer refuses what the chat template makes"):
+        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
     """Ids that end a response, sorted: the tokenizer's EOS and those of generation_config.json."""
     ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     file = folder / "generation_config.json" if folder is not None else None
-    if file is not None and file.is_file():
-        try:
-            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file}: not valid JSON: {error}") from None
-        ids.update(given if isinstance(given, list) else [] if given is None else [given])
+    if file is not None and file.exists():
+        ids.update(Fields(read_object(file), str(file)).ids("eos_token_id"))
     return tuple(sorted(ids))
 
 
@@ -190,5 +211,5 @@ def dialogue_ids(
     return encode(tokenizer, prompt + response)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -39,11 +39,16 @@ class Reader:
 
     def read(self, model: str, tensor: str, kind: str, box: Box) -> Tensor:
         """float32 values of `box`. UserError naming the tensor if the files do not hold it."""
-        values = torch.empty(box.shape)
+        values = torch.full(box.shape, torch.nan)
         try:
             for entry, part in manifest.covering(self._held[model, tensor, kind], box):
                 found = self._open(entry.file).get_slice(entry.key)
+                if (tuple(found.get_shape()), found.get_dtype()) != (entry.box.shape, "F32"):
+                    raise UserError(f"{entry.file} holds another shape or dtype of it")
                 values[_relative(part, box)] = found[_relative(part, entry.box)]
+            # Nor is anything left open where boxes overlap and their sizes happen to add up.
+            if not values.isfinite().all():
+                raise UserError("it has numbers that are missing or not finite")
         except (SafetensorError, OSError, UserError) as error:
             raise UserError(f"{self.folder}: {model}, {kind} of {tensor}: {error}") from None
         return values

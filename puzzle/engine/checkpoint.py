@@ -25,6 +25,7 @@ from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError, describe
+from puzzle.jsonio import read_text
 from puzzle.model.weights import fill
 from puzzle.plan import manifest
 from puzzle.plan.manifest import KINDS, Entry, Manifest, SavedFile, SavedModel
@@ -295,10 +296,8 @@ def _optimizer(model: ModelRuntime) -> ZeroAdamW:
 def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
     """The manifest, or what is wrong with it."""
     try:
-        return Manifest.loads((folder / MANIFEST).read_text(encoding="utf-8")), None
-    except OSError as error:
-        return None, describe(error)
-    except (ValueError, KeyError, TypeError) as error:
+        return Manifest.loads(read_text(folder / MANIFEST)), None
+    except UserError as error:
         return None, f"{MANIFEST}: {error}"
 
 

@@ -152,6 +152,9 @@ class Decoder(nn.Module):
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
         self.recompute, self.pointwise, self.later = recompute, Pointwise.eager(), Later()
+        # Tokens from this one on count as padding: they are in no distribution. Lower than the model's own
+        # where other models, padded to fewer rows, must read what this one draws.
+        self.vocabulary = spec.vocab_size
         self.storages: tuple[LocalParam, ...] = local_params(spec, layout, coord)
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
@@ -225,7 +228,7 @@ class Decoder(nn.Module):
         """float32 (N,) log-probabilities of `targets_N` after the tokens `rows_N` (of T), from (T/tp, D)."""
         chosen = gather_tokens(hidden, self.group).index_select(0, rows_N)
         return token_stats(
-            chosen, self.head_weight, targets_N, self.group, self.spec.vocab_size, temperature, entropy
+            chosen, self.head_weight, targets_N, self.group, self.vocabulary, temperature, entropy
         )
 
     def values(self, hidden: Tensor) -> Tensor:
@@ -239,7 +242,7 @@ class Decoder(nn.Module):
         No padded rows.
         """
         weight = self.head_weight
-        return project(hidden, weight[: max(0, self.spec.vocab_size - self.coord.t * weight.shape[0])])
+        return project(hidden, weight[: max(0, self.vocabulary - self.coord.t * weight.shape[0])])
 
     def _embedded(self, tokens_T: Tensor, sharded: bool) -> Tensor:
         if self.group.size == 1:

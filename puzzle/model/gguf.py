@@ -14,6 +14,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields
+from puzzle.model.ggufheader import check_header
 from puzzle.spec.model import ModelSpec
 
 # Mistral models are of the architecture "llama" in GGUF files.
@@ -47,6 +49,7 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+NO_TOKEN = (1 << 32) - 1
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -55,18 +58,22 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_header(path)
         try:
             self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: not a readable GGUF file ({error})") from None
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-        self.architecture = str(self._field("general.architecture"))
+        self.architecture = str(self._field("general.architecture"))[:60]
         if self.architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported; use {known}")
         if self._field(f"{self.architecture}.rope.scaling.type") not in (None, "none"):
             raise UserError(f"{path}: GGUF files with rope scaling are not supported; use safetensors")
-        self.spec = ModelSpec.from_hf(self.config())
+        try:
+            self.spec = ModelSpec.from_hf(self.config())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def config(self) -> dict[str, Any]:
         """`config.json` of the model."""
@@ -76,7 +83,10 @@ class GgufModel:
             if value is not None:
                 config[ours] = value
         # The file stores fp32; the decimal number that was meant has six digits.
-        config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        eps = Fields(config, "config").number("rms_norm_eps", least=0.0)
+        config["rms_norm_eps"] = float(f"{eps:.6g}")
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise UserError("it has no tensor token_embd.weight")
         config["vocab_size"] = int(self._tensors["model.embed_tokens.weight"].shape[-1])
         config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         return config
@@ -90,20 +100,42 @@ class GgufModel:
         """Beginning, end and padding tokens; what the file does not name is padded with the end token."""
         found = {}
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-            value = self._field(f"tokenizer.ggml.{theirs}_token_id")
+            key = f"tokenizer.ggml.{theirs}_token_id"
+            value = self._field(key)
             if value is not None:
-                found[f"{ours}_token_id"] = int(value)
+                if value == NO_TOKEN:
+                    continue
+                most = self.spec.vocab_size - 1
+                found[f"{ours}_token_id"] = Fields({key: value}, str(self.path)).integer(key, most=most)
         if "eos_token_id" in found:
             found.setdefault("pad_token_id", found["eos_token_id"])
         return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, float32 tensor) in the order of the spec."""
+        """(Hugging Face name, float32 tensor) in the order of the spec; UserError for any not used."""
+        unused = sorted(set(self._tensors) - {tensor.name for tensor in self.spec.tensors()})
+        if unused:
+            name = self._tensors[unused[0]].name
+            raise UserError(f"{self.path}: tensor {name} is no part of the model that the header describes")
         for wanted in self.spec.tensors():
             if wanted.name not in self._tensors:
                 raise UserError(f"{self.path}: has no tensor for {wanted.name}")
             tensor = self._tensors[wanted.name]
-            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(wanted.shape)
+            shape = tuple(int(extent) for extent in reversed(tensor.shape))
+            if shape != wanted.shape:
+                raise UserError(
+                    f"{self.path}: {tensor.name} has shape {shape}, the header's sizes say {wanted.shape}"
+                )
+            try:
+                values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            except NotImplementedError:
+                kind = tensor.tensor_type.name
+                raise UserError(
+                    f"{self.path}: {tensor.name} is quantised as {kind}, which is not read"
+                ) from None
+            if not np.isfinite(values).all():
+                raise UserError(f"{self.path}: {tensor.name} holds NaN or infinite numbers")
+            values = values.reshape(wanted.shape)
             yield wanted.name, self._unpermuted(wanted.name, torch.from_numpy(values))
 
     def _unpermuted(self, name: str, values: Tensor) -> Tensor:
@@ -116,7 +148,10 @@ class GgufModel:
 
     def _field(self, key: str) -> Any:
         field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: {key} is not UTF-8 text") from None
 
     def _hf_name(self, name: str) -> str:
         if name in _NAMES:

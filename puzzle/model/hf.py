@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from puzzle import durable
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields, read_object, shown
 from puzzle.model.decoder import Decoder
+from puzzle.model.rope import frequencies
 from puzzle.model.weights import Sliceable, fill, random_tensor
 from puzzle.spec.model import Head, ModelSpec
 
@@ -33,6 +38,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""What weights may be stored as: integers and 8-bit floats mean nothing without scales."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -48,7 +55,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    return _read_json(folder / "config.json")
+    return read_object(folder / "config.json")
+
+
+class Loaded(NamedTuple):
+    """Names of tensors: those `initialised` instead of read, and those in the files that nothing reads."""
+
+    initialised: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def warn(self, folder: Path) -> None:
+        """Say on standard error what is not read."""
+        if self.unused:
+            print(
+                f"warning: {folder}: {_count(list(self.unused))} not used: {self.unused[0]}", file=sys.stderr
+            )
 
 
 class Checkpoint:
@@ -63,7 +84,14 @@ class Checkpoint:
                 self._files[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
-            self._file_of |= dict.fromkeys(self._files[file].keys(), file)
+            for name in self._files[file].keys():  # noqa: SIM118 - no dictionary
+                if name in self._file_of:
+                    both = f"{self._file_of[name]} and {file}"
+                    raise UserError(f"{folder}: {both} both hold {shown(name)}; remove one of them")
+                self._file_of[name] = file
+        absent = [name for name, file in _weight_map(folder).items() if self._file_of.get(name) != file]
+        if absent:
+            raise UserError(f"{folder / INDEX}: {shown(absent[0])} is not in the file that it names")
 
     @property
     def names(self) -> set[str]:
@@ -85,18 +113,81 @@ class Checkpoint:
         missing = [name for name in wanted if name not in self.names | optional]
         if missing:
             raise UserError(f"{self.folder}: {_count(missing)} missing from the weights: {missing[0]}")
-        ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
-        if spec.tied or spec.head == "value":
-            ignored.add("lm_head.weight")
-        # The caller may have asked for the first layers of a deeper model.
-        ignored |= {tensor.name for tensor in read_spec(self.folder, spec.head).tensors()}
-        extra = sorted(self.names - set(wanted) - ignored)
+        extra = sorted(self.names - set(wanted) - self._known(spec))
         if extra:
-            raise UserError(f"{self.folder}: {_count(extra)} in the weights but not in the model: {extra[0]}")
-        for name in wanted.keys() & self.names:
-            if self.shape(name) != wanted[name]:
-                found = self.shape(name)
-                raise UserError(f"{self.folder}: {name} has shape {found}, config.json says {wanted[name]}")
+            raise UserError(
+                f"{self.folder}: {_count(extra)} in the weights but not in the model: {shown(extra[0])}"
+            )
+        for name in (name for name in wanted if name in self.names):
+            file = self.folder / self._file_of[name]
+            tensor = self._files[self._file_of[name]].get_slice(name)
+            if tuple(tensor.get_shape()) != wanted[name]:
+                found = tuple(tensor.get_shape())
+                raise UserError(f"{file}: {name} has shape {found}, config.json says {wanted[name]}")
+            if tensor.get_dtype() not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise UserError(f"{file}: {name} is stored as {tensor.get_dtype()}; weights must be {known}")
+        if spec.tied and "lm_head.weight" in self.names:
+            self._check_shape_of_tied(wanted["model.embed_tokens.weight"])
+
+    def _known(self, spec: ModelSpec) -> set[str]:
+        """What may be in the files without being read, and why it changes nothing or was asked for."""
+        # Buffers that follow from config.json, as old versions of transformers saved them.
+        known = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
+        # The caller may have asked for the first layers of a deeper model.
+        known |= {tensor.name for tensor in read_spec(self.folder, spec.head).tensors()}
+        # `_Weights` compares a tied head with the embedding; a value head takes its place.
+        if spec.tied or spec.head == "value":
+            known.add("lm_head.weight")
+        return known
+
+    def unused(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Tensors that nothing reads though they may mean something: a language head beside a value head, or
+        rotary frequencies that are not those of config.json."""
+        beside = spec.head == "value" and {"score.weight", "lm_head.weight"} <= self.names
+        found = ["lm_head.weight"] if beside else []
+        plain = replace(spec.rope, scaling="default")
+        known = [frequencies(rope, spec.head_dim) for rope in (spec.rope, plain)]
+        for name in sorted(name for name in self.names if name.endswith("rotary_emb.inv_freq")):
+            values = self[name][(slice(None),)].float()
+            # Half precision keeps the smallest ones to a few percent.
+            if not any(values.shape == f.shape and torch.allclose(values, f, 0.02, 1e-6) for f in known):
+                found.append(name)
+        return tuple(found)
+
+    def _check_shape_of_tied(self, wanted: tuple[int, ...]) -> None:
+        if self.shape("lm_head.weight") != wanted:
+            raise UserError(_untied(self.folder))
+
+
+class _Weights:
+    """A tensor of a folder, whose boxes are checked as they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, twin: str | None) -> None:
+        """Boxes are given in `dtype`; `twin` names a tensor that must be the same."""
+        self._checkpoint, self._name, self._dtype, self._twin = checkpoint, name, dtype, twin
+
+    def __getitem__(self, slices: tuple[slice, ...], /) -> Tensor:
+        """The box cut out by one slice per dimension. UserError for numbers that are not finite."""
+        box = self._checkpoint[self._name][slices]
+        if self._twin is not None and not torch.equal(box, self._checkpoint[self._twin][slices]):
+            raise UserError(_untied(self._checkpoint.folder))
+        values = box.to(self._dtype)
+        # The sum is not finite if any value is not; finite ones may have such a sum too.
+        if not values.float().sum().isfinite() and not values.isfinite().all():
+            kind = str(self._dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self._checkpoint.folder}: {self._name} holds NaN or infinite numbers as {kind}; "
+                "no model comes of such weights"
+            )
+        return values
+
+
+def _untied(folder: Path) -> str:
+    return (
+        f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding; "
+        "set it to false to use both"
+    )
 
 
 @contextmanager
@@ -109,23 +200,32 @@ def open_checkpoint(folder: Path) -> Generator[Checkpoint]:
         yield Checkpoint(folder, stack)
 
 
-def load(decoder: Decoder, folder: Path, head_seed: int | None = None) -> tuple[str, ...]:
-    """Read this stage's boxes from a folder; the names of tensors that were initialised instead.
+def check_weights(folder: Path, spec: ModelSpec, new_head: bool = False) -> None:
+    """UserError unless the folder holds what `load` will read, by names, shapes and dtypes."""
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check(spec, new_head)
+
+
+def load(decoder: Decoder, folder: Path, head_seed: int | None = None) -> Loaded:
+    """Read this stage's boxes from a folder.
 
     Given `head_seed`, a value head that the folder lacks starts at random from (head_seed, name).
     """
     tensors = {tensor.name: tensor for tensor in decoder.spec.tensors()}
     with open_checkpoint(folder) as checkpoint:
         checkpoint.check(decoder.spec, new_head=head_seed is not None)
+        tied = decoder.spec.tied and "lm_head.weight" in checkpoint.names
+        twins = {"model.embed_tokens.weight": "lm_head.weight"} if tied else {}
 
         def source(name: str) -> Sliceable:
             if name in checkpoint.names:
-                return checkpoint[name]
+                return _Weights(checkpoint, name, decoder.dtype, twins.get(name))
             assert head_seed is not None
             return random_tensor(tensors[name], head_seed, decoder.device)
 
         fill(decoder, source)
-        return tuple(name for name in tensors if name not in checkpoint.names)
+        initialised = tuple(name for name in tensors if name not in checkpoint.names)
+        return Loaded(initialised, checkpoint.unused(decoder.spec))
 
 
 def save(
@@ -166,7 +266,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     total, dtype = 0, torch.float32
 
     def flush() -> None:
-        save_file(held, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        part = folder / f"part-{len(shards)}"
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
+        save_file(held, part, metadata={"format": "pt"})
+        part.chmod(mode)  # safetensors puts a temporary file in its place, which others cannot read
         shards.append(list(held))
         held.clear()
 
@@ -189,32 +293,31 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     return str(dtype).removeprefix("torch.")
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """File by tensor, as the index of a folder with several files says; empty where there is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    found = Fields(read_object(path), str(path)).section("weight_map")
+    if not found.values:
+        raise UserError(f"{path}: its weight_map is empty")
+    for name in found:
+        file = found.text(name)
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(f"{path}: {shown(file)} must be a file of the same folder")
+    return dict(found.values)
+
+
 def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX).exists():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX}: has no weight_map")
-        files = sorted(set(map(str, weight_map.values())))
-    else:
-        files = [SINGLE]
+    files = sorted(set(_weight_map(folder).values())) or [SINGLE]
     absent = [file for file in files if not (folder / file).is_file()]
     if absent and any(folder.glob("*.bin")):
         raise UserError(f"{folder}: pickled weights (*.bin) can run code; convert them to safetensors first")
     if absent:
         raise UserError(f"{folder / absent[0]}: no such file; a model folder needs safetensors weights")
+    if files != [SINGLE] and (folder / SINGLE).exists():
+        raise UserError(f"{folder}: has {SINGLE} and {INDEX}, which names other files; remove one of them")
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a model folder needs it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read it as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return content
 
 
 def _count(names: list[str]) -> str:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields, parse, shown
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.shards import Box, Piece, local_params, sharers, zero_rows
 from puzzle.spec.model import ModelSpec
 
 FORMAT = 1
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+_RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 
 
@@ -88,23 +91,28 @@ class Manifest:
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
-        """Read what `dumps` wrote; ValueError, saying why, for anything else."""
+        """Read what `dumps` wrote; UserError, saying why, for anything else.
+
+        The checksum is no proof: every value is taken as one that a person may have edited.
+        """
         lines = text.split("\n")
         if len(lines) != 4 or not lines[0].startswith('{"crc": '):
-            raise ValueError("it is cut or no manifest")
-        found = json.loads(text)
-        if zlib.crc32(lines[1].encode()) != found["crc"]:
-            raise ValueError("its checksum is wrong")
-        body = found["manifest"]
-        if body["format"] != FORMAT:
-            raise ValueError(f"its format is {body['format']}, this version reads {FORMAT}")
-        entries = tuple(
-            Entry(model, tensor, kind, Box(tuple((a, b) for a, b in intervals)), file, key)
-            for model, tensor, kind, intervals, file, key in body["boxes"]
-        )
-        models = {name: SavedModel(**model) for name, model in body["models"].items()}
-        files = {name: SavedFile(**file) for name, file in body["files"].items()}
-        return cls(body["state"], models, files, entries, body["versions"])
+            raise UserError("it is cut or no manifest")
+        found = Fields(parse(text, "it"), "it")
+        if zlib.crc32(lines[1].encode()) != found.integer("crc"):
+            raise UserError("its checksum is wrong")
+        body = found.section("manifest")
+        if body.integer("format") != FORMAT:
+            raise UserError(f"its format is {body.integer('format')}, this version reads {FORMAT}")
+        files = {
+            name: _saved_file(name, body.section("files").section(name)) for name in body.section("files")
+        }
+        models = {name: _saved_model(body.section("models").section(name)) for name in body.section("models")}
+        boxes = body.values.get("boxes")
+        if not isinstance(boxes, list):
+            body.refuse("boxes", "a list")
+        entries = tuple(_entry(number, box, files) for number, box in enumerate(boxes))
+        return cls(body.section("state").values, models, files, entries, body.section("versions").values)
 
     def check_model(self, name: str, spec: ModelSpec) -> None:
         """UserError unless `name` was saved with the shape `spec`, completely."""
@@ -115,14 +123,50 @@ class Manifest:
                 f"{name}: the checkpoint is of a model of another shape; resume with the model it had"
             )
         sizes: dict[tuple[str, str], int] = {}
+        shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
         for entry in self.entries:
             if entry.model == name:
+                shape = shapes.get(entry.tensor, ())
+                if len(shape) != len(entry.box.intervals) or any(
+                    stop > extent for (_, stop), extent in zip(entry.box.intervals, shape, strict=True)
+                ):
+                    raise UserError(f"{name}: the checkpoint has a box outside of {shown(entry.tensor)}")
                 key = (entry.tensor, entry.kind)
                 sizes[key] = sizes.get(key, 0) + entry.box.size
         wanted = {(tensor.name, kind): tensor.size for tensor in spec.tensors() for kind in KINDS}
         if sizes != wanted:
             wrong = next(key for key in (*wanted, *sizes) if sizes.get(key) != wanted.get(key))
             raise UserError(f"{name}: the checkpoint does not hold {wrong[1]} of {wrong[0]} exactly once")
+
+
+def _saved_file(name: str, fields: Fields) -> SavedFile:
+    """A file beside the manifest: a path that leads elsewhere could be a device, which never ends."""
+    if not _RANK_FILE.fullmatch(name):
+        raise UserError(f"{fields.place}: is no name of a rank's file")
+    return SavedFile(fields.integer("bytes"), fields.integer("crc", most=(1 << 32) - 1))
+
+
+def _saved_model(fields: Fields) -> SavedModel:
+    return SavedModel(fields.text("identity"), fields.integer("steps"))
+
+
+def _entry(number: int, box: Any, files: Mapping[str, SavedFile]) -> Entry:
+    place = f"its box {number}"
+    if not isinstance(box, list) or len(box) != 6 or not isinstance(box[3], list):
+        raise UserError(f"{place} must list model, tensor, kind, intervals, file and key, found {shown(box)}")
+    fields = Fields(dict(zip(("model", "tensor", "kind", "box", "file", "key"), box, strict=True)), place)
+    intervals = []
+    for interval in box[3]:
+        if not isinstance(interval, list) or len(interval) != 2:
+            fields.refuse("box", "a list of [start, stop]")
+        pair = Fields({"start": interval[0], "stop": interval[1]}, place)
+        start = pair.integer("start")
+        intervals.append((start, pair.integer("stop", least=start)))
+    file = fields.text("file")
+    if file not in files:
+        raise UserError(f"{place}: its file {shown(file)} is none of the checkpoint's")
+    texts = (fields.text(name) for name in ("model", "tensor", "kind"))
+    return Entry(*texts, Box(tuple(intervals)), file, fields.text("key"))
 
 
 def identity(spec: ModelSpec) -> str:

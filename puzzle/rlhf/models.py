@@ -99,15 +99,20 @@ def build_models(plan: RunPlan, world: World) -> Models:
     config, host = plan.config, _host_memory(plan, world)
     made: dict[str, ModelRuntime] = {}
     for role, model in plan.models.items():
-        recompute = config.recompute and model.trained
+        section, recompute = getattr(config, role), config.recompute and model.trained
+        folder = Path(section.model or "")
+        if section.model is not None:  # before memory is taken for what config.json alone says
+            hf.check_weights(folder, model.spec, new_head=role == "critic")
         runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[config.dtype], recompute)
         if config.compile:
             runtime.decoder.compile_layers()
-        section, seed = getattr(config, role), config.seed + ROLE_SEEDS[role]
+        seed = config.seed + ROLE_SEEDS[role]
         if section.model is None:
             initialise(runtime.decoder, seed)
         else:
-            hf.load(runtime.decoder, Path(section.model), head_seed=seed if role == "critic" else None)
+            loaded = hf.load(runtime.decoder, folder, head_seed=seed if role == "critic" else None)
+            if world.rank == 0:
+                loaded.warn(folder)
         made[role] = runtime
     for role, model in plan.models.items():
         if model.trained:

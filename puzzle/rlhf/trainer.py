@@ -24,6 +24,7 @@ from puzzle.engine.tracing import Clock, gathered, stage_records
 from puzzle.engine.watchdog import Watch
 from puzzle.engine.world import World
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields
 from puzzle.launch import local
 from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
@@ -45,6 +46,7 @@ from puzzle.rlhf.rollout import (
 )
 from puzzle.rlhf.sharing import Sharing
 from puzzle.rlhf.update import Update
+from puzzle.rlhf.vocabulary import agree_on_vocabulary
 from puzzle.runlog import STAGES
 
 
@@ -58,7 +60,9 @@ def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") 
         try:
             plan = resolve(config, max(world.gather(world.per_node)))
             agree(plan, world)
-            data = prepare(config, plan.actor.spec.vocab_size)
+            sizes = [model.spec.vocab_size for model in plan.models.values()]
+            # Random tokens are read by every model as they are.
+            data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0])
             _check_memory(plan, world)
             world.pulse.mark("loading models")
             trainer = Trainer(plan, data, build_models(plan, world), world)
@@ -115,6 +119,7 @@ class Trainer:
         self.params = sampling_params(config, data.stop_ids)
         self.function = FunctionReward(config.reward.function) if config.reward.function else None
         self.reward_tokenizer = self._reward_tokenizer()
+        agree_on_vocabulary(config, data, models, self.reward_tokenizer is not None)
         self.best = -math.inf
         self.done = 0
         self._ran = 0
@@ -141,11 +146,13 @@ class Trainer:
         restored = checkpoints.restore()
         if restored is None:
             return Resumed(notes=("there is no checkpoint to resume from: the run begins again",))
-        state = restored.state
-        self.data.train.restore(state["data"])
-        self.kl_coef, self.done = state["kl_coef"], restored.number
-        self.scores_seen = ppo.RunningMoments(**state["scores_seen"])
-        self.best = -math.inf if state["best"] is None else state["best"]
+        state = Fields(restored.state, f"{restored.folder}: state")
+        self.data.train.restore(state.section("data").values)
+        self.kl_coef, self.done = state.number("kl_coef"), restored.number
+        seen = state.section("scores_seen")
+        names = [field.name for field in dataclasses.fields(ppo.RunningMoments)]
+        self.scores_seen = ppo.RunningMoments(**{name: seen.number(name) for name in names})
+        self.best = -math.inf if state.values.get("best") is None else state.number("best")
         return Resumed(restored.number, restored.folder, restored.notes)
 
     def _reward_tokenizer(self) -> Tokenizer | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from puzzle.errors import UserError
+from puzzle.jsonio import Fields, shown
 
 if TYPE_CHECKING:
     from puzzle.spec.model import ModelSpec, Rope
@@ -40,36 +41,54 @@ _ROPE_KEYS = {
 }
 
 
+# Far above any model, and low enough that plans and tables are made at once. A drawn token's number must be
+# exact in float32, hence the vocabulary's.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 40,
+    "sliding_window": 1 << 40,
+    "num_labels": 1 << 20,
+}
+
+
 def read_config(config: Mapping[str, Any], head: str | None) -> dict[str, Any]:
     """Fields of `ModelSpec` (`rope` as a dictionary of `Rope`'s fields) from a parsed `config.json`.
 
-    Raises UserError, in one line, for whatever is missing or not computed by the decoder.
+    Raises UserError, in one line, for whatever is missing, of another type or size than a model's, or not
+    computed by the decoder.
     """
-    family, declared_head = _family_and_head(config)
+    fields = Fields(config, "config")
+    family, declared_head = _family_and_head(fields)
     defaults = _FAMILIES[family]
-    act = config.get("hidden_act", "silu")
+    act = fields.text("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UserError(f"config: hidden_act {act!r} is not supported; the decoder computes silu")
-    heads = _count(config, "num_attention_heads")
-    hidden = _count(config, "hidden_size")
-    kv_heads = config.get("num_key_value_heads", defaults.kv_heads) or heads
+    heads = _count(fields, "num_attention_heads")
+    hidden = _count(fields, "hidden_size")
+    kv_heads = _optional(fields, "num_key_value_heads", defaults.kv_heads) or heads
     values: dict[str, Any] = {
         "family": family,
-        "vocab_size": _count(config, "vocab_size"),
+        "vocab_size": _count(fields, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": _count(config, "intermediate_size"),
-        "num_layers": _count(config, "num_hidden_layers"),
+        "intermediate_size": _count(fields, "intermediate_size"),
+        "num_layers": _count(fields, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": config.get("head_dim", defaults.head_dim) or hidden // heads,
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "max_positions": config.get("max_position_embeddings", defaults.max_positions),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "sliding_window": _window(config, family),
+        "head_dim": _head_dim(fields, defaults.head_dim, hidden, heads),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6, least=0.0),
+        "max_positions": _count(fields, "max_position_embeddings", defaults.max_positions),
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "sliding_window": _window(fields, family),
         "head": head or declared_head,
-        "num_labels": _labels(config) if declared_head == "value" else 1,
-        "rope": _rope(config),
-        **_biases(config, family),
+        "num_labels": _labels(fields) if declared_head == "value" else 1,
+        "rope": _rope(fields),
+        **_biases(fields, family),
     }
     if heads % kv_heads:
         raise UserError(
@@ -112,79 +131,104 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
-def _family_and_head(config: Mapping[str, Any]) -> tuple[str, str]:
-    names = config.get("architectures") or []
+def _family_and_head(fields: Fields) -> tuple[str, str]:
+    names = fields.texts("architectures", None, nullable=True) or []
     for name in names:
         for family, row in _FAMILIES.items():
             for suffix, head in _SUFFIXES.items():
                 if name == row.prefix + suffix:
                     return family, head
-    family = config.get("model_type")
-    if not names and family in _FAMILIES:
-        return str(family), "lm"
-    what = ", ".join(names) or f"model_type {family!r}"
+    family = fields.text("model_type") if not names else None
+    if family in _FAMILIES:
+        return family, "lm"
+    what = f"architectures {shown(names)}" if names else f"model_type {shown(family)}"
     known = ", ".join(row.prefix for row in _FAMILIES.values())
     raise UserError(
         f"config: {what} is not supported; use {known} as ForCausalLM or ForSequenceClassification"
     )
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"config: {key} must be a positive integer, found {value!r}")
-    return value
+def _count(fields: Fields, key: str, *default: int) -> int:
+    return fields.integer(key, *default, least=1, most=_MOST[key])
 
 
-def _labels(config: Mapping[str, Any]) -> int:
-    if "id2label" in config:
-        return len(config["id2label"])
-    return int(config.get("num_labels", 2))
+def _optional(fields: Fields, key: str, default: int | None) -> int | None:
+    return fields.integer(key, default, least=1, most=_MOST[key], nullable=True)
 
 
-def _biases(config: Mapping[str, Any], family: str) -> dict[str, bool]:
-    attention = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3")
+def _head_dim(fields: Fields, default: int | None, hidden: int, heads: int) -> int:
+    size = _optional(fields, "head_dim", default)
+    if size is None and hidden % heads:
+        raise UserError(f"config: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    size = size or hidden // heads
+    if size % 2:
+        raise UserError(f"config: head_dim is {size}; rotary embeddings need an even one")
+    return size
+
+
+def _labels(fields: Fields) -> int:
+    """How many labels a classifier has: of those that are named, else by number, else transformers' two."""
+    named = fields.optional_section("id2label")
+    return len(list(named)) if named is not None else _count(fields, "num_labels", 2)
+
+
+def _biases(fields: Fields, family: str) -> dict[str, bool]:
+    attention = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
     return {
         "qkv_bias": attention or family == "qwen2",
         "out_bias": attention,
-        "mlp_bias": bool(config.get("mlp_bias", False)) and family == "llama",
+        "mlp_bias": family == "llama" and fields.flag("mlp_bias", False),
         "qk_norm": family == "qwen3",
     }
 
 
-def _window(config: Mapping[str, Any], family: str) -> int | None:
+def _window(fields: Fields, family: str) -> int | None:
     """The one attention window of all layers; refuses models whose layers differ."""
-    window = config.get("sliding_window", _FAMILIES[family].window)
-    if family == "llama" or window is None:
+    if family == "llama":
         return None
-    if family == "mistral":
-        return int(window)
-    if not config.get("use_sliding_window", False):
+    window = _optional(fields, "sliding_window", _FAMILIES[family].window)
+    if window is None or family == "mistral":
+        return window
+    if not fields.flag("use_sliding_window", False):
         return None
-    layers = _count(config, "num_hidden_layers")
-    full = min(int(config.get("max_window_layers", 28)), layers)
-    kinds = config.get("layer_types")
+    layers = _count(fields, "num_hidden_layers")
+    kinds = fields.texts("layer_types", None, nullable=True)
     if kinds is None:
+        full = min(fields.integer("max_window_layers", 28), layers)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        fields.refuse("layer_types", f"full_attention or sliding_attention for each of {layers} layers")
     if len(set(kinds)) > 1:
         raise UserError("config: layers with and without a sliding window in one model are not supported")
-    return int(window) if kinds[0] == "sliding_attention" else None
+    return window if kinds[0] == "sliding_attention" else None
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _rope(fields: Fields) -> dict[str, Any]:
+    """Where both stand, transformers 5 takes `rope_scaling` before `rope_parameters`."""
+    scaling = fields.optional_section("rope_scaling")
+    if scaling is None or not scaling.values:
+        scaling = fields.optional_section("rope_parameters") or Fields({}, "config: rope_parameters")
+    if any(isinstance(value, Mapping) for value in scaling.values.values()):
+        raise UserError(f"{scaling.place}: rotary embeddings that differ between layers are not supported")
+    kind = scaling.text("rope_type", scaling.values.get("type", "default"))
     if kind not in _ROPE_KEYS:
         known = ", ".join(_ROPE_KEYS)
-        raise UserError(f"config: rope scaling {kind!r} is not supported; the decoder computes {known}")
-    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("config: partial_rotary_factor other than 1 is not supported")
-    out: dict[str, Any] = {"theta": float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))}
-    out["scaling"] = kind
+        raise UserError(f"config: rope scaling {shown(kind)} is not supported; the decoder computes {known}")
+    for place in (fields, scaling):
+        given = place.values.get("partial_rotary_factor")
+        if given is not None and place.number("partial_rotary_factor") != 1.0:
+            raise UserError("config: partial_rotary_factor other than 1 is not supported")
+    source = scaling if "rope_theta" in scaling else fields
+    out: dict[str, Any] = {"theta": source.number("rope_theta", 10000.0, above=0.0), "scaling": kind}
     for ours, theirs in _ROPE_KEYS[kind].items():
         if theirs not in scaling:
             raise UserError(f"config: rope scaling {kind!r} lacks {theirs}")
-        out[ours] = int(scaling[theirs]) if ours == "original_max_positions" else float(scaling[theirs])
+        if ours == "original_max_positions":
+            out[ours] = scaling.integer(theirs, least=1, most=_MOST["max_position_embeddings"])
+        else:
+            out[ours] = scaling.number(theirs, above=0.0)
+    if kind == "llama3" and out["low_freq_factor"] >= out["high_freq_factor"]:
+        raise UserError(f"{scaling.place}: low_freq_factor must be below high_freq_factor")
     return out
 
 

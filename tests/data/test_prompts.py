@@ -52,6 +52,13 @@ BAD_LINES = [
     (b'{"prompt": "fine"}\n["prompt"]\n', ":2: expected a JSON object, found list"),
     (b'{"text": "x"}\n', ":1: no field 'prompt'; it has text"),
     (b'{"prompt": "  "}\n', ":1: the prompt is empty"),
+    (b'{"prompt": "fine"}\n{"prompt": "half \\ud83d"}\n', r":2: '\ud83d' at character 6 is no character"),
+    (
+        b'{"prompt": [{"role": "user", "content": "\\udc00"}]}\n',
+        r":1: '\udc00' at character 1 is no character",
+    ),
+    (b'{"prompt": ' + b"[" * 100_000, ":1: not valid JSON: nested too deeply"),
+    (b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}\n", ":1: not valid JSON: an integer of 5000 digits"),
     (b'{"prompt": 5}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user"}]}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user", "content": "x"}]}\n', ":1: prompt is a chat; set data.chat_template"),

@@ -55,7 +55,7 @@ def test_every_layout_reads_the_whole_model(variant, tmp_path):
     for tp, pp in LAYOUTS:
         decoders = list(every_stage(spec, Layout.even(tp, pp, 1, spec.num_layers)))
         for decoder in decoders:
-            assert load(decoder, folder) == ()
+            assert load(decoder, folder) == ((), ())
         found = put_together(decoders)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -157,7 +157,7 @@ def test_a_value_head_may_start_anew(tmp_path):
     decoder = Decoder(spec, Layout.even(1, 1, 1, 4), Coord(0, 0, 0), TensorGroup())
     with pytest.raises(UserError, match=r"1 tensor is missing.*score\.weight"):
         load(decoder, folder)
-    assert load(decoder, folder, head_seed=5) == ("score.weight",)
+    assert load(decoder, folder, head_seed=5) == (("score.weight",), ())
     assert 0 < decoder.head_weight.std() < 1
     assert torch.equal(decoder.embed, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
 
@@ -183,10 +183,10 @@ def broken_index(folder):
 
 WRONG = {
     "no folder": (lambda f: shutil.rmtree(f), "no such model folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: No such file"),
     "config is not JSON": (
         lambda f: (f / "config.json").write_text("{"),
-        r"config\.json: cannot read it as JSON",
+        r"config\.json: not valid JSON",
     ),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
@@ -194,14 +194,17 @@ WRONG = {
     "truncated": (truncate, "not a whole safetensors file"),
     "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a whole safetensors file"),
     "index names no file": (broken_index, r"gone\.safetensors: no such file"),
-    "index is empty": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+    "index is empty": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "weight_map is missing; it must be an object",
+    ),
     "missing": (
         lambda f: edit_tensors(f, lambda t: [t.pop("model.norm.weight"), t.pop("lm_head.weight")]),
         r"2 tensors are missing from the weights: model\.norm\.weight",
     ),
     "extra": (
         lambda f: edit_tensors(f, lambda t: t.update({"extra.weight": torch.zeros(2)})),
-        r"1 tensor is in the weights but not in the model: extra\.weight",
+        r"1 tensor is in the weights but not in the model: 'extra\.weight'",
     ),
     "shape": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(65)})),

@@ -104,11 +104,11 @@ def test_defaults_of_left_out_keys_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures \['GPT2LMHeadModel'\] is not supported"),
         ({"architectures": [], "model_type": "opt"}, "'opt' is not supported"),
-        ({"hidden_size": None}, "hidden_size must be a positive integer"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
-        ({"vocab_size": "many"}, "vocab_size must be a positive integer"),
+        ({"hidden_size": None}, "hidden_size must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to"),
+        ({"vocab_size": "many"}, "vocab_size must be a whole number from 1 to 16777216, found 'many'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
