@@ -19,7 +19,8 @@ from puzzle.runlog.run import Loaded, Report
 
 FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
 SHOWN = 20
-"""Reports printed per kind; report.txt holds all."""
+"""Missing values printed; report.txt holds all, with notes and what readers say of logs."""
+REPORT = "report.txt"
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +63,7 @@ def with_constants(loaded: Loaded, published: Path) -> Loaded:
     if not wanted or not published.is_dir():
         return loaded
     found = figure10.constants(load([published]).runs, wanted)
-    report = Report(str(published), None, f"{len(found)} theoretical values of figure 10 come from here")
+    report = Report("logs/published", None, f"{len(found)} theoretical values of figure 10 come from there")
     return Loaded(loaded.runs + tuple(found), loaded.reports + (report,) * bool(found))
 
 
@@ -155,23 +156,21 @@ def run(arguments: Sequence[str]) -> None:
     with whole(options.out) as folder:
         found = draw(loaded, wanted, options.reading, folder)
         told = remarks(found) + reported(loaded.reports)
-        (folder / "report.txt").write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
-    shown = [
-        line
-        for kind in ("missing", "note", "log")
-        for line in _few([one for one in told if one.startswith(f"{kind}:")])
-    ]
+        (folder / REPORT).write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
+    kinds = {kind: [one for one in told if one.startswith(f"{kind}:")] for kind in ("missing", "note", "log")}
     logs = {
         name: len({log for row in rows if row.n for log in row.logs + row.base_logs})
         for name, rows in found.items()
     }
     print(f"reading: {options.reading}; logs: {', '.join(map(str, folders))}")
-    print("\n".join([*shown, *table(found, logs, options.out)]), flush=True)
+    notes, remarked = len(kinds["note"]), len(kinds["log"])
+    rest = f"{notes} notes on numbers and {remarked} on logs: {options.out / REPORT}"
+    print("\n".join([*_few(kinds["missing"]), *table(found, logs, options.out), rest]), flush=True)
 
 
 def _few(lines: list[str]) -> list[str]:
     rest = len(lines) - SHOWN
-    return lines if rest <= 0 else [*lines[:SHOWN], f"... and {rest} more of these, in report.txt"]
+    return lines if rest <= 0 else [*lines[:SHOWN], f"... and {rest} more of these, in {REPORT}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """Training curves: reward, KL, losses and lengths over iterations, several seeds with their 95 % intervals.
 
 `python -m plotting.curves --logs DIR ... --out DIR`. Runs that differ in nothing but their seed are one line:
-the mean over seeds of each seed's means over five iterations, with Student's interval. The interval of a
-single run's held-out reward is the one over prompts that its log gives (`reward_ci95`, half its width).
+the mean over seeds of each seed's means over five iterations (of short runs, of each iteration), with
+Student's interval. The interval of a single run's held-out reward is the one over prompts that its log gives
+(`reward_ci95`, half its width).
 """
 
 import argparse
@@ -27,7 +28,8 @@ from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Run
 
 NAME = "curves"
-BLOCK = 5
+BLOCK, SHORT = 5, 20
+"""Iterations that make a point; runs of fewer than SHORT have a point each."""
 HELD_OUT = "held-out reward"
 # What is drawn where a run has it, with the label of its axis.
 METRICS: Mapping[str, str] = {
@@ -97,8 +99,13 @@ def lines(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def values(run: Run, metric: str) -> list[tuple[float, float]]:
-    """(iteration, finite value) of a run: held-out as it is, others as means over five iterations."""
+def block_of(runs: Iterable[Run]) -> int:
+    """How many iterations make a point of these lines."""
+    return BLOCK if max((len(run.iterations) for run in runs), default=0) >= SHORT else 1
+
+
+def values(run: Run, metric: str, block: int) -> list[tuple[float, float]]:
+    """(iteration, finite value) of a run: held-out as it is, others as means over `block` iterations."""
     if metric == HELD_OUT:
         found = [(float(e.iteration), e.metrics.get("reward", math.nan)) for e in run.evaluations]
         return [(at, value) for at, value in found if math.isfinite(value)]
@@ -106,15 +113,15 @@ def values(run: Run, metric: str) -> list[tuple[float, float]]:
     for one in run.iterations:
         value = one.metrics.get(metric, math.nan)
         if math.isfinite(value):
-            blocks.setdefault(one.iteration // BLOCK, []).append((float(one.iteration), value))
-    return [(fmean(at for at, _ in block), fmean(v for _, v in block)) for _, block in sorted(blocks.items())]
+            blocks.setdefault(one.iteration // block, []).append((float(one.iteration), value))
+    return [(fmean(at for at, _ in some), fmean(v for _, v in some)) for _, some in sorted(blocks.items())]
 
 
-def points(name: str, runs: Sequence[Run], metric: str) -> list[Point]:
+def points(name: str, runs: Sequence[Run], metric: str, block: int) -> list[Point]:
     """The line of one metric over several seeds; `seeds` counts the runs that reach an iteration."""
     at: dict[float, list[float]] = {}
     for run in runs:
-        for iteration, value in values(run, metric):
+        for iteration, value in values(run, metric, block):
             at.setdefault(iteration, []).append(value)
     own: dict[float, float] = {}
     if metric == HELD_OUT and len(runs) == 1:
@@ -131,8 +138,9 @@ def points(name: str, runs: Sequence[Run], metric: str) -> list[Point]:
     return found
 
 
-def draw(grouped: Mapping[str, Sequence[Run]], found: Sequence[Point]) -> Figure:
-    """One panel per metric; behind each line its seeds, thin, and its interval, shaded."""
+def draw(grouped: Mapping[str, Sequence[Run]], found: Sequence[Point], block: int) -> Figure:
+    """One panel per metric, all over the same iterations; behind each line its seeds, thin, and its interval,
+    shaded."""
     metrics = [metric for metric in METRICS if any(point.metric == metric for point in found)]
     top = 0.12 * len(grouped) + 0.1
     figure = style.page([HEIGHT + GAP] * len(metrics), top, 0.12)
@@ -140,11 +148,10 @@ def draw(grouped: Mapping[str, Sequence[Run]], found: Sequence[Point]) -> Figure
     for row, metric in enumerate(metrics):
         bottom = height - top - (row + 1) * (HEIGHT + GAP) + GAP
         box = (left / style.COLUMN, bottom / height, 1 - (left + 0.06) / style.COLUMN, HEIGHT / height)
-        _panel(figure.add_axes(box), metric, grouped, found)
+        _panel(figure.add_axes(box), metric, grouped, found, block)
         if row == len(metrics) - 1:
-            figure.axes[-1].set_xlabel(
-                f"iteration (means over {BLOCK}; shaded: 95 % interval)", size=style.SMALL
-            )
+            means = f"means over {block}; " if block > 1 else ""
+            figure.axes[-1].set_xlabel(f"iteration ({means}shaded: 95 % interval)", size=style.SMALL)
     for index, (name, runs) in enumerate(grouped.items()):
         y = (height - 0.12 * (index + 1)) / height
         seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
@@ -153,21 +160,25 @@ def draw(grouped: Mapping[str, Sequence[Run]], found: Sequence[Point]) -> Figure
     return figure
 
 
-def _panel(axes: Axes, metric: str, grouped: Mapping[str, Sequence[Run]], found: Sequence[Point]) -> None:
+def _panel(
+    axes: Axes, metric: str, grouped: Mapping[str, Sequence[Run]], found: Sequence[Point], block: int
+) -> None:
     for index, (name, runs) in enumerate(grouped.items()):
         colour = COLOURS[index % len(COLOURS)]
         own = [point for point in found if point.line == name and point.metric == metric]
         for run in runs if len(runs) > 1 else ():
-            axes.plot(*zip(*values(run, metric), strict=True), color=colour, linewidth=0.4, alpha=0.5)
+            axes.plot(*zip(*values(run, metric, block), strict=True), color=colour, linewidth=0.4, alpha=0.5)
         bounded = [(p.iteration, p.low, p.high) for p in own if p.low is not None and p.high is not None]
         if bounded:
             at, low, high = zip(*bounded, strict=True)
             axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-        marker = "o" if metric == HELD_OUT or len(own) == 1 else None
+        marker = "o" if metric == HELD_OUT or block == 1 or len(own) == 1 else None
         axes.plot(
             [p.iteration for p in own], [p.value for p in own], color=colour, marker=marker, markersize=2
         )
     axes.set_ylabel(METRICS[metric], size=style.SMALL)
+    last = max(point.iteration for point in found)
+    axes.set_xlim(-0.04 * max(last, 1.0), 1.04 * max(last, 1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=style.TINY, length=2)
     axes.grid(color=style.FAINT, linewidth=0.3)
@@ -176,8 +187,11 @@ def _panel(axes: Axes, metric: str, grouped: Mapping[str, Sequence[Run]], found:
 
 def write(runs: Sequence[Run], folder: Path) -> None:
     """Write curves.pdf, .png and .csv into `folder`; raises UserError where no run has a metric."""
-    grouped = lines(run for run in runs if any(one.metrics for one in run.iterations))
-    found = [p for name, group in grouped.items() for metric in METRICS for p in points(name, group, metric)]
+    shown = [run for run in runs if any(one.metrics for one in run.iterations)]
+    grouped, block = lines(shown), block_of(shown)
+    found = [
+        p for name, group in grouped.items() for metric in METRICS for p in points(name, group, metric, block)
+    ]
     if not found:
         raise UserError("the logs hold no metrics to draw")
     with (folder / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -185,7 +199,7 @@ def write(runs: Sequence[Run], folder: Path) -> None:
         writer.writerow(Point.__annotations__)
         writer.writerows([getattr(p, column) for column in Point.__annotations__] for p in found)
     with style.applied():
-        style.save(draw(grouped, found), folder / NAME)
+        style.save(draw(grouped, found, block), folder / NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -161,9 +161,17 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "one standard deviation over repeats). Under the bars: (PP,DP,TP), global batch, and n, the "
         "iterations averaged with ts."
     ]
-    if irregularities.has_published(rows):
+    published = irregularities.has_published(rows)
+    mended = any(note.startswith(CORRECTED) for row in rows for note in row.notes)
+    if published and not mended:
         known.append(
             "The published theoretical values are constants; how they were derived was not published."
+        )
+    if published and mended:
+        known.append(
+            "Theoretical values without a mark are the published constants, whose derivation was not "
+            "published: the formula is for two models of equal cost. Published bars above a corrected value "
+            "leave out the critic's optimizer step."
         )
     if any(row.series == "Theoretical" and row.provenance in ("measured", "rehearsal") for row in rows):
         known.append(

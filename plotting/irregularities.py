@@ -5,7 +5,7 @@ Each function looks at one kind of irregularity and returns the grid with remark
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from plotting.rows import Row
 from plotting.selection import Grid, Panel, Pool, difference, is_time, late_mean, log_name, pair, series
@@ -67,6 +67,39 @@ def altered_copies(pools: Grid, runs: Sequence[Run], mend: bool) -> Grid:
         return _answer(pool, better, mend, said, "the other", "reshard") if better else pool
 
     return each(pools, "opt", fix)
+
+
+def other_names(pools: Grid, baseline: str) -> Grid:
+    """Without pairs that have no baseline and whose logs are also there as logs of a pair that has one."""
+    return {
+        panel: _named_once(configs, baseline) if panel.provenance == PUBLISHED else configs
+        for panel, configs in pools.items()
+    }
+
+
+def _named_once(configs: Mapping[str, Mapping[str, Pool]], baseline: str) -> dict[str, dict[str, Pool]]:
+    kept = {config: dict(by_variant) for config, by_variant in configs.items()}
+    for config in [config for config in configs if baseline not in configs[config]]:
+        copies = {
+            variant: [
+                other
+                for other, theirs in configs.items()
+                if baseline in theirs and variant in theirs and _one_log(pool, theirs[variant])
+            ]
+            for variant, pool in configs[config].items()
+        }
+        if all(copies.values()):
+            del kept[config]
+            for variant, others in copies.items():
+                said = f"the same log as {configs[config][variant].logs[0]}, of a pair that has no baseline"
+                kept[others[0]][variant] = kept[others[0]][variant].noted(said)
+    return kept
+
+
+def _one_log(pool: Pool, other: Pool) -> bool:
+    """Whether two pools are of one log under two names."""
+    one, two = pool.runs[0], other.runs[0]
+    return (one.started, one.printed, one.config) == (two.started, two.printed, two.config)
 
 
 def other_jobs(pools: Grid, runs: Sequence[Run], baseline: str, quantity: str, mend: bool) -> Grid:

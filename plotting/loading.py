@@ -1,5 +1,6 @@
 """Reading log folders into one list of runs."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from puzzle.runlog.run import Loaded, Report, Run
 def load(folders: Sequence[Path]) -> Loaded:
     """All runs of `folders` together; a run that several folders hold alike counts once.
 
+    Logs are named from the deepest folder that holds all of these: what is drawn from equal logs is equal,
+    wherever they lie.
+
     Raises UserError where a folder is missing, is none, or holds no run.
     """
     runs: list[Run] = []
@@ -23,7 +27,7 @@ def load(folders: Sequence[Path]) -> Loaded:
             what = "is a file" if folder.exists() else "no such folder"
             raise UserError(f"{folder}: {what}; --logs takes a folder of logs")
         try:
-            loaded = load_runs(folder)
+            loaded = _renamed(load_runs(Path(os.path.abspath(folder))), folder, folders)
         except OSError as error:
             raise UserError(f"{folder}: cannot read the logs: {describe(error)}") from None
         reports += loaded.reports
@@ -46,6 +50,25 @@ def load(folders: Sequence[Path]) -> Loaded:
                     "disagree; remove one, or give them different repeat ids"
                 )
     return Loaded(tuple(runs), tuple(reports))
+
+
+def _renamed(loaded: Loaded, folder: Path, folders: Sequence[Path]) -> Loaded:
+    """With the paths of logs in `folder` as they are from the deepest folder that holds all `folders`."""
+    top = os.path.commonpath([os.path.abspath(one) for one in folders])
+    here = os.path.abspath(folder)
+    old, new = f"{here}{os.sep}", os.path.relpath(here, top) + os.sep
+    new = "" if new == f".{os.sep}" else new
+
+    def name(text: str) -> str:
+        return text.replace(old, new)
+
+    def report(one: Report) -> Report:
+        return replace(one, source=name(one.source), what=name(one.what))
+
+    runs = [
+        replace(run, source=name(run.source), reports=tuple(map(report, run.reports))) for run in loaded.runs
+    ]
+    return Loaded(tuple(runs), tuple(map(report, loaded.reports)))
 
 
 def _printable(run: Run) -> Run:

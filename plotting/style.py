@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.textpath import text_to_path
 
 COLUMN = 3.33
@@ -53,10 +53,20 @@ class Look:
 @contextmanager
 def applied() -> Generator[None]:
     """The project's look, for drawing and for saving."""
+    _own_font_first()
     with matplotlib.rc_context():
         for name, value in RC.items():
             matplotlib.rcParams[name] = value
         yield
+
+
+def _own_font_first() -> None:
+    """Of equally good fonts matplotlib takes the first; its own shall be it, or files depend on the host's
+    fonts, and on matplotlib's cache of them, which all environments of a user share."""
+    own = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    if all(font.fname != own for font in fontManager.ttflist):
+        fontManager.addfont(own)
+    fontManager.ttflist.sort(key=lambda font: font.fname != own)
 
 
 def width_of(text: str, size: float) -> float:

@@ -26,6 +26,7 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
     """Mean seconds of a switch per cluster, pair and system."""
     mend = reading == CORRECTED
     grid = selection.grid(runs, NAME, SYSTEMS, order=_by_actor)
+    grid = irregularities.other_names(grid, BASE)
     grid = irregularities.other_jobs(grid, runs, BASE, "reshard", mend)
     grid = irregularities.altered_copies(grid, runs, mend)
     names = selection.titles(grid)

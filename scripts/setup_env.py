@@ -198,10 +198,8 @@ def choose_arguments(
         kind = state.torch  # what is there serves, unless it wastes a GPU
     if state.torch and (kind != state.torch or (asked and asked != state.asked)):
         arguments += ["--reinstall-package", "torch"]  # uv takes any build of the right version for it
-    if torch.options == CPU_INDEX:
-        failure += (
-            "; where PyTorch's index is out of reach, name a folder with its CPU wheel in UV_FIND_LINKS"
-        )
+    if torch.options == CPU_INDEX or asked:
+        failure += "; where PyTorch's index is out of reach, name a folder with its wheel in UV_FIND_LINKS"
     return State(torch=kind, asked=asked or state.asked), arguments, failure
 
 

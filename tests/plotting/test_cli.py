@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -235,7 +236,7 @@ def test_a_missing_variant_is_a_gap(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "missing: figure8 local (rehearsal) 7B/350M PUZZLE-Base: no log" in out
     assert "missing: figure9: no log of this figure" in out
-    assert out.splitlines()[-7].split() == ["figure8", "2", "1", "2", "figure8.pdf", ".png", ".csv"]
+    assert out.splitlines()[-8].split() == ["figure8", "2", "1", "2", "figure8.pdf", ".png", ".csv"]
 
 
 def test_a_cut_off_log_is_drawn_and_said(tmp_path, capsys, logs):
@@ -243,9 +244,10 @@ def test_a_cut_off_log_is_drawn_and_said(tmp_path, capsys, logs):
     data = path.read_bytes()
     path.write_bytes(data[: data.rindex(b'"seq":3') + 20])
     assert draw("--logs", logs, "--out", tmp_path / "out", "--only", "figure8") == 0
-    out = capsys.readouterr().out
-    assert f"log: {path}:4: line dropped" in out
-    assert f"log: {path}: the run has not ended, or its log is cut off" in out
+    assert "0 notes on numbers and 2 on logs: " in capsys.readouterr().out
+    report = (tmp_path / "out/report.txt").read_text()
+    assert "log: opt/run.jsonl:4: line dropped" in report
+    assert "log: opt/run.jsonl: the run has not ended, or its log is cut off" in report
     assert read(tmp_path / "out/figure8.csv")["local (rehearsal)", "7B/350M", "PUZZLE"]["n"] == "1"
 
 
@@ -258,22 +260,26 @@ def test_names_of_any_bytes_are_written(tmp_path, capsys):
     capsys.readouterr().out.encode()
 
 
-def test_what_the_reader_noted_is_said_once(tmp_path, capsys):
+def test_what_the_reader_noted_is_said_once(tmp_path):
     lines = [line.replace("stage 2(infer.)", "stage 12infer.)") for line in texts.puzzle_lines()]
     tree = raw(tmp_path / "logs", texts.as_bytes(lines))
     assert draw("--logs", tree, "--out", tmp_path / "out") == 0
-    assert capsys.readouterr().out.count("iteration 1: other text inside its line") == 1
+    report = (tmp_path / "out/report.txt").read_text()
+    assert report.count("iteration 1: other text inside its line") == 1
 
 
-def test_several_trees_are_drawn_together(tmp_path, capsys):
+def test_several_trees_are_drawn_together(tmp_path):
     for repeat in range(3):
         figure8(tmp_path / f"try{repeat}", repeat=repeat)
     trees = [argument for repeat in range(3) for argument in ("--logs", tmp_path / f"try{repeat}")]
     assert draw(*trees, "--logs", tmp_path / "try0", "--out", tmp_path / "out") == 0
-    assert "the same run as" in capsys.readouterr().out
+    report = (tmp_path / "out/report.txt").read_text()
+    assert report.count("log: try0/opt/run.jsonl: the same run as try0/opt/run.jsonl; counted once") == 1
     row = read(tmp_path / "out/figure8.csv")["local (rehearsal)", "7B/350M", "PUZZLE"]
     assert (float(row["value"]), row["n"], float(row["spread"])) == (2.0, "3", 0.0)
-    assert row["source"].count("run.jsonl") == 6
+    assert row["source"] == "; ".join(f"try{i}/dschat/run.jsonl" for i in range(3)) + " over " + "; ".join(
+        f"try{i}/opt/run.jsonl" for i in range(3)
+    )
 
 
 def test_trees_that_disagree_are_refused(tmp_path, capsys):
@@ -282,6 +288,51 @@ def test_trees_that_disagree_are_refused(tmp_path, capsys):
     assert draw("--logs", tmp_path / "a", "--logs", tmp_path / "b", "--out", tmp_path / "out") == 2
     refused(capsys, "are both repeat 0 of opt and disagree")
     assert not (tmp_path / "out").exists()
+
+
+def test_equal_logs_give_equal_bytes_from_any_folder(tmp_path, monkeypatch):
+    """Also where they are named from another folder, and with remarks and damage that name logs."""
+    drawn = []
+    for place, named in (("here", "logs"), ("far/away from here", "."), ("third", None)):
+        logs = tmp_path / place / "logs"
+        figure8(logs)
+        damaged = logs / "base/run.jsonl"
+        lines = damaged.read_text().splitlines()
+        lines[2] = lines[2].replace('"e2e_seconds":6.0', '"e2e_seconds":NaN')
+        damaged.write_text("\n".join(lines) + "\n")
+        monkeypatch.chdir(logs if named == "." else logs.parent)
+        out = tmp_path / f"out {place.replace('/', ' ')}"
+        assert draw("--logs", named or logs, "--out", out) == 0
+        drawn.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert drawn[0].keys() == drawn[1].keys() > {"figure8.pdf", "figure8.png", "report.txt"}
+    assert b"base/run.jsonl" in drawn[0]["report.txt"]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert not [name for name, data in drawn[0].items() if bytes(tmp_path) in data]
+
+
+def test_the_hosts_fonts_do_not_matter(tmp_path, logs, monkeypatch):
+    """Matplotlib's list of fonts is of the host, and a cache of all environments."""
+    from matplotlib.font_manager import fontManager
+
+    assert draw("--logs", logs, "--out", tmp_path / "first") == 0
+    (own,) = [
+        font for font in fontManager.ttflist if font.fname.endswith("mpl-data/fonts/ttf/DejaVuSans.ttf")
+    ]
+    other = replace(own, fname=own.fname.replace("DejaVuSans", "DejaVuSansMono"))
+    for fonts in ([other, own], [other]):
+        monkeypatch.setattr(fontManager, "ttflist", fonts)
+        vars(type(fontManager))["_findfont_cached"].cache_clear()
+        assert draw("--logs", logs, "--out", tmp_path / "second") == 0
+        for path in (tmp_path / "first").iterdir():
+            assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
+def test_the_results_are_not_buried(tmp_path, capsys):
+    """Of the published logs: two lines, the six results with their head, and where the notes are."""
+    assert draw("--out", tmp_path / "out", "--only", "figure9", "table3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["reading:", "figure", "figure9", "table3", "in", "4"]
+    assert lines[-1] == f"4 notes on numbers and 11 on logs: {tmp_path / 'out/report.txt'}"
 
 
 def test_old_files_are_replaced_and_others_kept(tmp_path, logs):
@@ -307,7 +358,7 @@ def test_by_default_into_a_new_folder_here(tmp_path, logs, monkeypatch):
     assert (out / "figure8.pdf").exists()
 
 
-def test_constants_of_figure10_come_with_raw_logs(tmp_path, capsys):
+def test_constants_of_figure10_come_with_raw_logs(tmp_path):
     name = "llama_7b_7b_128_8_1_2_{}_bulk_2024-05-05T16:00:37+0800.log"
     for variant in ("w", "wo"):
         path = tmp_path / "logs/figure10" / name.format(variant)
@@ -317,7 +368,8 @@ def test_constants_of_figure10_come_with_raw_logs(tmp_path, capsys):
     rows = read(tmp_path / "out/figure10.csv")
     assert float(rows["orion", "7B/7B bs128 (8,1,2)", "Theoretical"]["value"]) == 1.1483
     assert len(rows) == 2
-    assert "1 theoretical values of figure 10 come from here" in capsys.readouterr().out
+    report = (tmp_path / "out/report.txt").read_text()
+    assert "log: logs/published: 1 theoretical values of figure 10 come from there" in report
 
 
 def test_no_torch_and_no_traceback(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from plotting import curves
 from plotting.selection import pair
-from puzzle.runlog import RunHeader, RunWriter
+from puzzle.runlog import RunHeader, RunWriter, load_runs
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -63,6 +63,29 @@ def test_means_over_five_iterations_and_seeds(tmp_path):
     assert (tmp_path / "out/curves.pdf").exists()
 
 
+@pytest.mark.parametrize(("count", "ats"), [(3, [0, 1, 2]), (19, list(range(19))), (20, [2, 7, 12, 17])])
+def test_short_runs_have_a_point_for_each_iteration(tmp_path, count, ats):
+    """Three iterations in one point say nothing; the panels of a picture share their iterations."""
+    write_run(
+        tmp_path / "logs", list(range(count)), evaluations=[(0, {"reward": 1.0}), (count, {"reward": 2.0})]
+    )
+    assert curves.main(["--logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out")]) == 0
+    rows = [row for row in read(tmp_path / "out") if row["metric"] == "reward"]
+    assert [float(row["iteration"]) for row in rows] == ats
+    assert [float(row["value"]) for row in rows] == ats  # the reward is the number of the iteration
+    runs = load_runs(tmp_path / "logs").runs
+    block = curves.block_of(runs)
+    grouped = curves.lines(runs)
+    (name,) = grouped
+    found = [p for metric in curves.METRICS for p in curves.points(name, grouped[name], metric, block)]
+    figure = curves.draw(grouped, found, block)
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    assert ("means over 5" in figure.axes[-1].get_xlabel()) is (count >= 20)
+    assert {str(axes.lines[0].get_marker()) for axes in figure.axes} <= (
+        {"o"} if count < 20 else {"o", "None"}
+    )
+
+
 def test_one_run_has_the_interval_of_its_log_and_gaps_stay_gaps(tmp_path):
     held_out = [(0, {"reward": 0.1, "reward_ci95": 0.05}), (2, {"reward": 0.5})]
     write_run(tmp_path / "a", [1.0, math.nan], evaluations=held_out)
@@ -86,8 +109,6 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
 
 
 def test_lines_of_other_configurations_are_told_apart(tmp_path):
-    from puzzle.runlog import load_runs
-
     write_run(tmp_path / "a", [1.0])
     write_run(tmp_path / "b", [1.0, 2.0], seed=1)
     grouped = curves.lines(load_runs(tmp_path).runs)

@@ -1,6 +1,7 @@
 """Every published number, through the command line, from shipped logs and from logs in published formats."""
 
 import csv
+import shutil
 
 import pytest
 
@@ -14,7 +15,12 @@ RATIOS = FIGURES[:4]
 
 @pytest.fixture(scope="module", params=["shipped", "raw"])
 def drawn(request, tmp_path_factory):
-    logs = PUBLISHED if request.param == "shipped" else raw_tree(tmp_path_factory.mktemp("raw"))
+    logs = PUBLISHED
+    if request.param == "raw":
+        logs = raw_tree(tmp_path_factory.mktemp("raw"))
+        # The artifact has this log under two names; the table has no row for the second.
+        (first,) = (logs / "table3/orion").glob("llama_7b_7b_opt_*")
+        shutil.copy(first, first.with_name(first.name.replace("7b_7b", "7b_350m")))
     out = tmp_path_factory.mktemp("drawn") / "figures"
     assert main(["--logs", str(logs), "--out", str(out)]) == 0
     return out
