@@ -23,6 +23,7 @@ from puzzle.cli import Parser
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.passes import StagePasses
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
@@ -203,11 +204,12 @@ def _logprobs(folder: Path, placement: Placement, world: World, truth: Truth) ->
                 if world.device.type == "cpu" or dtype == torch.float32 or folder.name not in COMPILED:
                     continue  # compiling takes its time; a CPU does it in the tests
                 runtime.decoder.compile_layers()
-            results = runtime.infer(batches, token_logprobs(runtime, batches)).results
+            asked = PipelineInput(runtime, batches, token_logprobs(runtime, batches))
+            (found_logprobs,) = Pipeline([runtime]).infer([asked])
             largest = mean = 0.0
             if runtime.decoder.last:
                 mine = [truth.logprobs[row] for row in runtime.rows(len(truth.texts))]
-                ours = torch.cat(results)
+                ours = torch.cat(found_logprobs.results)
                 largest = float((ours - torch.cat(mine)).abs().max())
                 mean = _mean_gap([ours], [torch.cat(mine)])
             if dtype == torch.float32:
@@ -231,14 +233,15 @@ def _training(folder: Path, placement: Placement, world: World, truth: Truth) ->
         optimizer = runtime.optimizer
         assert optimizer is not None
         batches = microbatches(runtime, truth.texts, 2)
+        pipeline = Pipeline([runtime])
+        loss = PipelineInput(runtime, batches, mean_loss(runtime, batches, truth.total))
         loss_gap = norm_gap = 0.0
         for step in range(STEPS):
-            result = runtime.train(batches, mean_loss(runtime, batches, truth.total))
+            (result,) = pipeline.train([loss])
             own = torch.zeros((), device=world.device)
             if runtime.owns_results:
                 own = own + torch.stack(result.results).sum()
-            loss = float(world.sum(own))
-            loss_gap = max(loss_gap, abs(loss / truth.losses[step] - 1))
+            loss_gap = max(loss_gap, abs(float(world.sum(own)) / truth.losses[step] - 1))
             norm_gap = max(norm_gap, abs(optimizer.take_norms()[-1] / truth.norms[step] - 1))
         name = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
         found.append((f"{STEPS} steps {name}, losses", loss_gap, limit))

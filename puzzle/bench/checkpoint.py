@@ -21,6 +21,7 @@ from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.bench.texts import mean_loss, random_batches
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -72,10 +73,11 @@ def measured(bench: CheckpointBench, world: World) -> dict[str, Any]:
     runtime = bench.runtime(world, bench.recompute)
     runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-4))
     count, batches = random_batches(runtime, bench.microbatches, bench.rows, bench.length)
-    loss = mean_loss(runtime, batches, count * (bench.length - 1))
+    loss = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (bench.length - 1)))
+    pipeline = Pipeline([runtime])
 
     def step() -> None:
-        runtime.train(batches, loss)
+        pipeline.train([loss])
 
     device.measure(world, step, 2)
     alone = device.measure(world, step, bench.repeats)

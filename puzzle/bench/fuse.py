@@ -1,7 +1,7 @@
 """`puzzle bench fuse`: several models in one pipeline, timed beside one after the other.
 
-Costs come from the runs one after the other alone; what they let expect of one stream is simulated. The costs
-of both parts of a split backward come from runs one after the other that split them.
+Costs come from the runs one after the other alone; what they let expect of one pipeline is simulated. The
+costs of both parts of a split backward come from runs one after the other that split them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, Bench, parser
 from puzzle.bench.texts import mean_loss, mean_square_value, random_batches, token_logprobs
 from puzzle.cli.plan_switch import model_spec
-from puzzle.engine.fusion import Pass, Stream
 from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.runtime import ModelRuntime, StageResult
-from puzzle.engine.stage import Finish
+from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.stage import OutputFn
 from puzzle.engine.tracing import Clock, gathered
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -46,7 +46,7 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "training": ("actor", "critic"),
     "inference": ("reference", "critic", "reward"),
 }
-Way = Callable[[Sequence[Pass]], list[StageResult]]
+Way = Callable[[Sequence[PipelineInput]], list[PipelineOutput]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,27 +144,27 @@ class Team:
             runtime.decoder.compile_layers()
         return runtime
 
-    def _pass(self, stage: Stage, role: str, count: int) -> Pass:
+    def _input(self, stage: Stage, role: str, count: int) -> PipelineInput:
         model, batches = self.models[role], self.batches[role][:count]
         sequences = count * self.bench.rows * model.placement.layout.dp
-        finish: Finish
+        output_fn: OutputFn
         if stage == "training":
             loss = mean_loss if model.spec.head == "lm" else mean_square_value
-            finish = loss(model, batches, sequences * (self.bench.length - 1))
+            output_fn = loss(model, batches, sequences * (self.bench.length - 1))
         elif model.spec.head == "lm":
-            finish = token_logprobs(model, batches)
+            output_fn = token_logprobs(model, batches)
         else:
 
-            def finish(index: int, hidden: Tensor) -> Tensor:
+            def output_fn(index: int, hidden: Tensor) -> Tensor:
                 return model.decoder.values(hidden)[batches[index].last_rows]
 
-        return Pass(model, batches, finish, count)
+        return PipelineInput(model, batches, output_fn)
 
     def ways(self, stage: Stage) -> dict[str, Way]:
-        """How to run the passes of a stage; the first is what one stream is compared with."""
-        stream = Stream([self.models[role] for role in STAGES[stage]])
+        """How to run the passes of a stage; the first is what sharing is compared with."""
+        shared = Pipeline([self.models[role] for role in STAGES[stage]])
         if stage == "training":
-            ways: dict[str, Way] = {"apart": _trained, "fused": partial(stream.train, order=self.bench.order)}
+            ways: dict[str, Way] = {"apart": _trained, "fused": partial(shared.train, order=self.bench.order)}
             more = {f"{name} split": partial(_split, way) for name, way in ways.items()}
             return ways | more if self.bench.split else ways
         # Without a collective between them, models apart follow each other without a flush on devices.
@@ -172,7 +172,7 @@ class Team:
         return {
             "flushed": flushed,
             "apart": _inferred,
-            "fused": partial(stream.infer, order=self.bench.order),
+            "fused": partial(shared.infer, order=self.bench.order),
         }
 
     def _flush(self) -> None:
@@ -180,19 +180,19 @@ class Team:
 
     def measured(self, stage: Stage, count: int) -> dict[str, Any]:
         """All ways of a stage with `count` micro-batches per model and replica, in alternation."""
-        passes = [self._pass(stage, role, count) for role in STAGES[stage]]
+        inputs = [self._input(stage, role, count) for role in STAGES[stage]]
         ways = self.ways(stage)
         peaks = {}
         for name, way in ways.items():  # compiles, connects, allocates
             device.reset_peak(self.world.device)
-            device.measure(self.world, partial(way, passes), 1)
+            device.measure(self.world, partial(way, inputs), 1)
             peaks[name] = device.peak_bytes(self.world)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         spans: dict[str, list[list[Span]]] = {name: [] for name in ways}
-        results: dict[str, list[StageResult]] = {}
+        results: dict[str, list[PipelineOutput]] = {}
         for _ in range(self.bench.repeats):
             for name, way in ways.items():
-                taken, marked, results[name] = self._timed(partial(way, passes))
+                taken, marked, results[name] = self._timed(partial(way, inputs))
                 seconds[name].append(taken)
                 spans[name].append(marked)
         base = next(iter(ways))
@@ -241,9 +241,11 @@ class Team:
     def _of(self, stage: Stage) -> dict[str, ModelRuntime]:
         return {role: self.models[role] for role in STAGES[stage]}
 
-    def _timed(self, work: Callable[[], list[StageResult]]) -> tuple[float, list[Span], list[StageResult]]:
+    def _timed(
+        self, work: Callable[[], list[PipelineOutput]]
+    ) -> tuple[float, list[Span], list[PipelineOutput]]:
         """Seconds from when all start until the last device is done, this rank's spans, and results."""
-        results: list[StageResult] = []
+        results: list[PipelineOutput] = []
 
         def clocked() -> None:
             self.world.clock = Clock(self.world.device)
@@ -276,32 +278,34 @@ class Team:
                 file.write_text(json.dumps(timeline.to_perfetto(), separators=(",", ":")))
 
 
-def _trained(passes: Sequence[Pass]) -> list[StageResult]:
-    return [p.runtime.train(p.batches, p.finish) for p in passes]
+def _trained(inputs: Sequence[PipelineInput]) -> list[PipelineOutput]:
+    return [Pipeline([i.model]).train([i])[0] for i in inputs]
 
 
-def _split(way: Way, passes: Sequence[Pass]) -> list[StageResult]:
+def _split(way: Way, inputs: Sequence[PipelineInput]) -> list[PipelineOutput]:
     """The same with split backwards."""
     try:
-        for p in passes:
-            p.runtime.split_backward = True
-        return way(passes)
+        for i in inputs:
+            i.model.split_backward = True
+        return way(inputs)
     finally:
-        for p in passes:
-            p.runtime.split_backward = False
+        for i in inputs:
+            i.model.split_backward = False
 
 
-def _inferred(passes: Sequence[Pass], flush: Callable[[], None] = lambda: None) -> list[StageResult]:
+def _inferred(
+    inputs: Sequence[PipelineInput], flush: Callable[[], None] = lambda: None
+) -> list[PipelineOutput]:
     results = []
-    for p in passes:
-        results.append(p.runtime.infer(p.batches, p.finish))
+    for i in inputs:
+        results += Pipeline([i.model]).infer([i])
         flush()
     return results
 
 
-def _schedules(results: Sequence[StageResult]) -> list[Schedule]:
-    """What ran; models of one stream have one schedule."""
-    return list(dict.fromkeys(r.schedule for r in results if r.schedule is not None))
+def _schedules(results: Sequence[PipelineOutput]) -> list[Schedule]:
+    """What ran; models of one pipeline have one schedule."""
+    return list(dict.fromkeys(r.schedule for r in results))
 
 
 def _compared(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.stage import Finish
+from puzzle.engine.stage import OutputFn
 from puzzle.model.packing import PackedBatch, pack
 
 
@@ -37,19 +37,19 @@ def random_batches(
     return total, microbatches(runtime, texts.tolist(), rows)
 
 
-def token_logprobs(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> Finish:
+def token_logprobs(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> OutputFn:
     """Log-probabilities of every next token of a micro-batch."""
     wanted = [next_tokens(batch) for batch in batches]
     return lambda index, hidden: runtime.decoder.token_stats(hidden, *wanted[index]).logprobs
 
 
-def mean_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> Finish:
+def mean_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> OutputFn:
     """A micro-batch's share of the mean loss over `total` next tokens of all micro-batches and replicas."""
     logprobs = token_logprobs(runtime, batches)
     return lambda index, hidden: -logprobs(index, hidden).sum() / total
 
 
-def mean_square_value(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> Finish:
+def mean_square_value(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> OutputFn:
     """A micro-batch's share of the mean squared value of `total` states that are followed by a token."""
     rows = [next_tokens(batch)[0] for batch in batches]
     return lambda index, hidden: runtime.decoder.values(hidden)[rows[index]].square().sum() / total

@@ -16,12 +16,11 @@ from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.bench.texts import mean_loss, random_batches, token_logprobs
 from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.stage import StageRun
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.world import World
 from puzzle.launch import local
 from puzzle.model.decoder import Decoder
 from puzzle.model.products import Weight, accumulate
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import Op
 from puzzle.spec.flops import forward_flops, train_flops
 
@@ -65,25 +64,18 @@ def rows(bench: TrainBench, world: World) -> list[dict[str, Any]]:
     runtime = bench.runtime(world, bench.recompute)
     if bench.optimizer:
         runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-6))
-        gradients = runtime.optimizer
-    else:
-        gradients = GradientSum(runtime.decoder)
+    gradients = None if bench.optimizer else [GradientSum(runtime.decoder)]
     count, batches = random_batches(runtime, bench.microbatches, bench.rows, bench.length)
-    loss = mean_loss(runtime, batches, count * (bench.length - 1))
-    logprobs = token_logprobs(runtime, batches)
-    pp = bench.layout[1]
-    training = one_f_one_b(pp, len(batches), "model", optimizer=bench.optimizer)
-    scoring = forward_only(pp, len(batches), "model")
+    loss = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (bench.length - 1)))
+    logprobs = PipelineInput(runtime, batches, token_logprobs(runtime, batches))
+    pipeline = Pipeline([runtime])
     losses: list[Tensor] = []
 
     def train() -> None:
-        stage = StageRun(runtime.stage, batches, loss, gradients)
-        runtime.runner.run(training, {"model": stage})
-        losses[:] = [r for r in stage.results if r is not None]
+        losses[:] = pipeline.train([loss], gradients=gradients)[0].results
 
     def score() -> None:
-        stage = StageRun(runtime.stage, batches, logprobs)
-        runtime.runner.run(scoring, {"model": stage})
+        pipeline.infer([logprobs])
 
     found = []
     for mode in bench.modes:

@@ -1,4 +1,4 @@
-"""`puzzle plan fuse`: which models share a stream, in which order, and what it saves, by simulation."""
+"""`puzzle plan fuse`: which models share a pipeline, in which order, and what it saves, by simulation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 from puzzle.cli import Parser
 from puzzle.errors import UserError, describe
-from puzzle.plan.affinity import (
+from puzzle.plan.cost import CostTable
+from puzzle.plan.measured import measured_costs
+from puzzle.plan.schedules import PipelineModel
+from puzzle.plan.search import (
     Estimate,
-    choose,
+    choose_fusion,
     inference_candidates,
     trained_apart,
     training_candidates,
 )
-from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import StreamModel
-from puzzle.plan.measured import measured_costs
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Timeline
 
@@ -31,14 +31,14 @@ def run(arguments: list[str]) -> int:
     if given.pp < 1:
         raise UserError(f"--pp is {given.pp}; it must be at least 1")
     cost = _costs(given)
-    streams = [StreamModel(name, count, tied=name in given.tied) for name, count in models.items()]
+    planned = [PipelineModel(name, count, tied=name in given.tied) for name, count in models.items()]
     if given.training:
-        cost.require(trained_apart(streams, given.pp, cost).schedules)
-        candidates = training_candidates(streams, given.pp, cost)
+        cost.require(trained_apart(planned, given.pp, cost).schedules)
+        candidates = training_candidates(planned, given.pp, cost)
     else:
-        candidates = inference_candidates(streams, given.pp)
+        candidates = inference_candidates(planned, given.pp)
         cost.require(candidates[0].schedules)
-    estimates = choose(candidates, cost)
+    estimates = choose_fusion(candidates, cost)
     apart = next(e for e in estimates if e.candidate is candidates[0])
     print(json.dumps([_row(e, apart) for e in estimates]) if given.json else _table(estimates, apart))
     if given.out:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.noise import row_stems
-from puzzle.plan.check import check
+from puzzle.plan.check import checked
 from puzzle.plan.ring import Ring, ring_channels
 from puzzle.plan.schedule import Action, Op, Payload
 
@@ -130,17 +129,12 @@ def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int)
 
 
 def ring_of(stages: int, lengths: Sequence[int], prefill: int | None, decode: int | None) -> Ring:
-    """The ring for prompts of `lengths`, checked."""
+    """The ring for prompts of `lengths`, checked with two rounds: all further ones are the second's like."""
     count = len(lengths)
     even = -(-count // stages)
     most = max(1, PREFILL_TOKENS // max(lengths))
-    return _checked(Ring(stages, count, min(prefill or even, most, count), min(decode or even, count)))
-
-
-@lru_cache
-def _checked(ring: Ring) -> Ring:
-    if broken := check(ring.unrolled(2)):
-        raise RuntimeError(f"decode ring: {'; '.join(broken)}")
+    ring = Ring(stages, count, min(prefill or even, most, count), min(decode or even, count))
+    checked(Ring.unrolled, ring, 2)
     return ring
 
 

@@ -6,18 +6,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.engine.tracing import stage_name
 from puzzle.engine.world import World
 from puzzle.plan.schedule import COLLECTIVES, TRANSFERS, Action, Channel, Message, Op, Schedule
 
 WAITS = frozenset({Op.WAIT_SEND, Op.WAIT_RECV, *COLLECTIVES.values()})
 """Actions in which a rank may have to wait for others."""
-ACK = 1
-"""Tag of the one-byte note by which a gloo receiver says that its receive is posted."""
 
 
 class StageWork(Protocol):
@@ -46,15 +42,6 @@ class Runner:
         self.stage = ranks.index(world.rank)
         self.pipelines = pipelines
 
-    def run(self, schedule: Schedule, models: Mapping[str, StageWork]) -> None:
-        """Execute this stage's actions in order, timed if the world has a clock.
-
-        A failed transfer raises RuntimeError that names it.
-        """
-        execution = self.begin(stage_name(schedule), schedule.channels)
-        execution.run(schedule, models)
-        execution.finish(schedule)
-
     def begin(self, stage: str, channels: Iterable[Channel]) -> Execution:
         """A stage of the log whose schedule comes in parts; all ranks of the run name the same channels."""
         ends = [(p[c.src], p[c.dst], c) for c in channels for p in self.pipelines]
@@ -74,7 +61,6 @@ class Execution:
         self.under_way: dict[Message, tuple[Tensor, dist.Work]] = {}
         self.arrived: list[Tensor] = []
         self.leaving: deque[Tensor] = deque()
-        self.acks: list[dist.Work] = []
 
     def run(self, part: Schedule, models: Mapping[str, StageWork]) -> None:
         """This stage's actions of the part, in order."""
@@ -95,8 +81,6 @@ class Execution:
         """All parts together were `schedule`, for the log; None if nothing ran."""
         if self.world.clock is not None and schedule is not None:
             self.world.clock.end(schedule)
-        for ack in self.acks:
-            ack.wait()
         assert not self.under_way, "the schedule ended with transfers under way"
 
     def _do(self, action: Action) -> None:
@@ -119,7 +103,6 @@ class Execution:
     def _transfer(self, action: Action) -> None:
         message = action.message(self.stage)
         group, peer = self.groups[message.channel], self.runner.ranks[action.peer or 0]
-        acknowledge = self.world.acknowledge and self.world.device.type == "cpu"
         if action.op is Op.SEND:
             assert self.leaving, f"{action.label}: nothing to send"
             tensor = self.leaving.popleft().contiguous()
@@ -131,15 +114,9 @@ class Execution:
             tensor = self.models[action.model].buffer(action)
             work = dist.irecv(tensor, peer, group=group)
             assert work is not None
-            if acknowledge:
-                ack = dist.isend(torch.zeros(1, dtype=torch.uint8), peer, group=group, tag=ACK)
-                assert ack is not None
-                self.acks.append(ack)
             self.under_way[message] = (tensor, work)
         else:
             tensor, work = self.under_way.pop(message)
-            if action.op is Op.WAIT_SEND and acknowledge:
-                dist.recv(torch.zeros(1, dtype=torch.uint8), peer, group=group, tag=ACK)
             work.wait()
             if action.op is Op.WAIT_RECV:
                 self.arrived.append(tensor)

@@ -1,36 +1,17 @@
-"""One model of one process: its stage, its groups, its optimizer, and the passes that callers ask for."""
+"""One model of one process: its stage, its groups, its optimizer. `Pipeline` runs it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from puzzle.engine.optimizer import BUCKET, AdamWSettings, ZeroAdamW
 from puzzle.engine.runner import Runner
-from puzzle.engine.stage import Finish, StageRun
 from puzzle.engine.world import World
 from puzzle.model.decoder import Decoder
-from puzzle.model.packing import PackedBatch
 from puzzle.model.parallel import TensorGroup
-from puzzle.plan.check import check
 from puzzle.plan.layout import Coord, Placement
-from puzzle.plan.pipelines import forward_only, one_f_one_b
-from puzzle.plan.schedule import Schedule
 from puzzle.spec.model import ModelSpec
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a pass of batches gave: the schedule that ran, results per micro-batch (last stage alone).
-
-    Without batches no schedule runs.
-    """
-
-    schedule: Schedule | None
-    results: list[Tensor]
 
 
 class ModelRuntime:
@@ -63,7 +44,6 @@ class ModelRuntime:
         self.optimizer: ZeroAdamW | None = None
         self.split_backward = False
         """Whether gradients of matrices are computed apart, where pipelines of several stages would idle."""
-        self._schedules: dict[tuple[bool, bool, int], Schedule] = {}
 
     def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
         """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
@@ -92,42 +72,6 @@ class ModelRuntime:
     def rows(self, count: int) -> range:
         """This replica's share of `count` rows of a global batch: contiguous, sizes differ by one at most."""
         return share(count, self.placement.layout.dp, self.coord.d)
-
-    def infer(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
-        """Forward passes without gradients; `finish` results on every rank of the last stage."""
-        if not batches:
-            return StageResult(None, [])
-        schedule = self._schedule(False, len(batches))
-        return self._run(schedule, StageRun(self.stage, batches, finish))
-
-    def train(self, batches: Sequence[PackedBatch], finish: Finish) -> StageResult:
-        """Forward and backward passes under 1F1B, then an optimizer step.
-
-        `finish` gives losses whose sum over micro-batches and replicas is the minibatch's loss.
-        """
-        schedule = self._schedule(True, len(batches))
-        return self._run(schedule, StageRun(self.stage, batches, finish, self.optimizer))
-
-    def _schedule(self, train: bool, microbatches: int) -> Schedule:
-        """1F1B or forwards alone; checked when it is made, kept for the next time."""
-        key = (train, self.split_backward, microbatches)
-        if key not in self._schedules:
-            stages = self.placement.layout.pp
-            if train:
-                tied = self.spec.tied and stages > 1
-                made = one_f_one_b(
-                    stages, microbatches, self.name, optimizer=True, tied=tied, split=self.split_backward
-                )
-            else:
-                made = forward_only(stages, microbatches, self.name)
-            if broken := check(made):
-                raise RuntimeError(f"{made.name} of {self.name}: {'; '.join(broken)}")
-            self._schedules[key] = made
-        return self._schedules[key]
-
-    def _run(self, schedule: Schedule, stage: StageRun) -> StageResult:
-        self.runner.run(schedule, {self.name: stage})
-        return StageResult(schedule, [r for r in stage.results if r is not None])
 
     def collect(self, local_RS: Tensor | None, rows: range, shape: tuple[int, ...]) -> Tensor:
         """Every replica's rows of a global tensor on every rank of the run.

@@ -12,8 +12,8 @@ from puzzle.model.decoder import Decoder
 from puzzle.model.packing import PackedBatch
 from puzzle.plan.schedule import Action, Op
 
-Finish = Callable[[int, Tensor], Tensor]
-"""(micro-batch, final hidden states (T/tp, D)) -> 0-d loss when training, any result otherwise."""
+OutputFn = Callable[[int, Tensor], Tensor]
+"""(micro-batch, final hidden states (T/tp, D)) -> 0-d loss when training, any output otherwise."""
 
 
 class Gradients(Protocol):
@@ -31,17 +31,17 @@ class Gradients(Protocol):
 class StageRun:
     """Forwards, and if `optimizer` is given backwards, of `batches` through one stage.
 
-    On the last stage `finish` turns final hidden states into a loss or a result; `results` keeps it detached.
+    On the last stage `output_fn` turns final hidden states into a loss or an output, kept in `results`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         batches: Sequence[PackedBatch],
-        finish: Finish,
+        output_fn: OutputFn,
         optimizer: Gradients | None = None,
     ) -> None:
-        self.decoder, self.batches, self.finish, self.optimizer = decoder, batches, finish, optimizer
+        self.decoder, self.batches, self.output_fn, self.optimizer = decoder, batches, output_fn, optimizer
         self.results: list[Tensor | None] = [None] * len(batches)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._products: dict[int, list[Callable[[], None]]] = {}
@@ -77,7 +77,7 @@ class StageRun:
         with torch.set_grad_enabled(train):
             out = self.decoder(x, batch)
             if self.decoder.last:
-                out = self.finish(index, out)
+                out = self.output_fn(index, out)
                 self.results[index] = out.detach()
         if train:
             self._kept[index] = (x, out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puzzle.plan.measured import action_spans
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Generation, Schedule, Work
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Generation, Schedule
 from puzzle.plan.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -99,12 +99,6 @@ class Clock:
             times = (start - self._origin, end - self._origin)
             found.append(Span(row, lane, name, *times, category="collective", model=model))
         return found
-
-
-def stage_name(schedule: Schedule) -> str:
-    """What a schedule of training or inference is called in the log, such as `training.actor`."""
-    trains = any(isinstance(work, Work) and work.backward for work in schedule.work)
-    return f"{'training' if trains else 'inference'}.{'+'.join(work.model for work in schedule.work)}"
 
 
 def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:

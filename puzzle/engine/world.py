@@ -32,13 +32,11 @@ class World:
         size: int,
         device: torch.device,
         *,
-        acknowledge: bool = False,
         per_node: int | None = None,
         timeout: float | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.per_node = per_node or size
-        self.acknowledge = acknowledge
         # Groups do not inherit it from the default group.
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.moved: Counter[str] = Counter()
@@ -53,13 +51,11 @@ class World:
         device: str = "auto",
         *,
         timeout: float = 600.0,
-        acknowledge: bool = False,
         watch: Watch | None = None,
     ) -> World:
         """Join the run that torchrun's variables (RANK, WORLD_SIZE, ...) describe; alone without them.
 
-        With `watch`, hangs are ended; groups wait longer than that takes. `acknowledge` makes gloo sends wait
-        for their receiver, as NCCL's do: a debugging aid. UserError if the device is absent.
+        With `watch`, hangs are ended; groups wait longer than that takes. UserError if the device is absent.
         """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", rank))
@@ -90,7 +86,7 @@ class World:
                 device_id=place if kind == "cuda" else None,
             )
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        world = cls(rank, size, place, acknowledge=acknowledge, per_node=per_node, timeout=timeout)
+        world = cls(rank, size, place, per_node=per_node, timeout=timeout)
         if watch is not None and size > 1:
             world.watchdog = Watchdog(watch, rank, size, world.pulse, world.moved)
         return world

@@ -4,7 +4,8 @@ lists."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
+from functools import lru_cache
 from itertools import zip_longest
 
 from puzzle.plan.schedule import (
@@ -17,31 +18,37 @@ from puzzle.plan.schedule import (
     Message,
     Op,
     Schedule,
-    Sizes,
     Work,
     transfer,
 )
 from puzzle.plan.simulate import Execution
-from puzzle.plan.wiring import flow_of
+from puzzle.plan.transfers import flow_of
 
 _BACKWARDS = GRADIENTS | {Op.BACKWARD_WEIGHT}
 _OPTIMIZER = (Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER)
 
 
-def check(
-    schedule: Schedule,
-    cap: Sequence[float] | None = None,
-    weight: Sizes | None = None,
-    deferred: Sizes | None = None,
-) -> list[str]:
+@lru_cache(maxsize=256)
+def checked(build: Callable[..., Schedule], *arguments: Hashable, **options: Hashable) -> Schedule:
+    """`build(*arguments, **options)`, made and checked once, then kept: all schedules that run are.
+
+    RuntimeError with all violations.
+    """
+    schedule = build(*arguments, **options)
+    if broken := check(schedule):
+        names = ", ".join(work.model for work in schedule.work)
+        raise RuntimeError(f"{schedule.name} of {names}: {'; '.join(broken)}")
+    return schedule
+
+
+def check(schedule: Schedule) -> list[str]:
     """Every violation, one line each; an empty list for a right schedule.
 
     Complete: each stage runs each promised pass and optimizer action once, after what it depends on.
     Messages are sent after the pass that yields them, received before the pass that needs them, once, and
     waited for. Both ends of a channel issue its messages in one order, all stages issue the sums of norms
     in one order, and an execution in which a transfer ends only when both sides have started it reaches
-    the end. `cap` bounds what every stage holds between forward and backward (see
-    `Schedule.peak_in_flight` for `weight` and `deferred`).
+    the end.
     """
     broken = [*_promises(schedule), *_well_formed(schedule)]
     if broken:
@@ -50,13 +57,6 @@ def check(
         broken += _Stage(schedule, stage).violations()
     broken += _orders(schedule)
     broken += [f"deadlock: {line}" for line in Execution(schedule, lambda stage, action: 0.0).run()]
-    if cap is not None:
-        peaks = schedule.peak_in_flight(weight, deferred)
-        broken += [
-            f"stage {s} holds {peak:g} activations, its cap is {limit:g}"
-            for s, (peak, limit) in enumerate(zip(peaks, cap, strict=True))
-            if peak > limit
-        ]
     return broken
 
 

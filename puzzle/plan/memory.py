@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from puzzle.plan.layout import Coord, Layout, Placement
-from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.shards import local_params
 from puzzle.spec.model import ModelSpec
 
@@ -242,12 +241,6 @@ def _limited(rows: int, limit: int | None) -> int:
     return max(1, min(rows, limit or rows))
 
 
-@lru_cache
-def _held(stages: int, microbatches: int) -> tuple[float, ...]:
-    """Micro-batches that each stage keeps at once; more than there are stages change nothing."""
-    return one_f_one_b(stages, min(microbatches, stages), "model").peak_in_flight()
-
-
 def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
     """One of those of an optimizer step, and how many there are."""
     rows = -(-work.minibatch // use.placement.layout.dp)
@@ -258,7 +251,7 @@ def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B; then logits, and after them one layer's gradients."""
     one, count = _microbatches(use, work, p)
-    held = int(_held(use.placement.layout.pp, count)[p])
+    held = min(use.placement.layout.pp - p, count)  # see `schedules.one_f_one_b`
     return {"activations": one.held(held, min(p, count - held)), **one.passing()}
 
 

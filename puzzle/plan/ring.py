@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from puzzle.errors import UserError
 from puzzle.plan.schedule import Action, Channel, Generation, Message, Op, Payload, Schedule
-from puzzle.plan.wiring import Wiring, ring_flow
+from puzzle.plan.transfers import TransferBuilder, ring_flow
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Ring:
 
     def prefill(self) -> Schedule:
         """All prompts, up to the sends of every decode micro-batch's first token ids."""
-        return self._schedule("ring prefill", lambda stage: self._wiring(stage).part(self._prefills()))
+        return self._schedule("ring prefill", lambda stage: self._transfers(stage).part(self._prefills()))
 
     def round(self, step: int) -> Schedule:
         """One decode step of every decode micro-batch."""
 
         def actions(stage: int) -> list[Action]:
-            wiring = self._wiring(stage)
+            transfers = self._transfers(stage)
             if stage == self.num_stages - 1:
-                wiring.resume(self._tokens(step - 1))
-            return wiring.part(self._decodes(step))
+                transfers.resume(self._tokens(step - 1))
+            return transfers.part(self._decodes(step))
 
         return self._schedule("ring round", actions)
 
@@ -65,10 +65,10 @@ class Ring:
         token ids."""
 
         def actions(stage: int) -> list[Action]:
-            wiring = self._wiring(stage)
+            transfers = self._transfers(stage)
             if stage == self.num_stages - 1:
-                wiring.resume(self._tokens(step))
-            return wiring.drain(self._tokens(step) if stage == 0 else ())
+                transfers.resume(self._tokens(step))
+            return transfers.drain(self._tokens(step) if stage == 0 else ())
 
         return self._schedule("ring drain", actions)
 
@@ -76,18 +76,18 @@ class Ring:
         """Prefill, `rounds` rounds and the end as one schedule, to check, simulate and draw."""
 
         def actions(stage: int) -> list[Action]:
-            wiring = self._wiring(stage)
-            out = wiring.part(self._prefills())
+            transfers = self._transfers(stage)
+            out = transfers.part(self._prefills())
             for step in range(1, rounds + 1):
-                out += wiring.part(self._decodes(step))
-            return out + wiring.drain(self._tokens(rounds) if stage == 0 else ())
+                out += transfers.part(self._decodes(step))
+            return out + transfers.drain(self._tokens(rounds) if stage == 0 else ())
 
         whole = self._schedule("ring", actions)
         return Schedule(whole.name, whole.num_stages, whole.actions, (self.promise(rounds),))
 
-    def _wiring(self, stage: int) -> Wiring:
+    def _transfers(self, stage: int) -> TransferBuilder:
         flow = ring_flow(self.num_stages, self.promise(0))
-        return Wiring(stage, flow, token_sends=self.decode_microbatches)
+        return TransferBuilder(stage, flow, token_sends=self.decode_microbatches)
 
     def _schedule(self, name: str, actions: Callable[[int], list[Action]]) -> Schedule:
         return Schedule(name, self.num_stages, tuple(tuple(actions(s)) for s in range(self.num_stages)))

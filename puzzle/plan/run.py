@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from puzzle.plan.cluster import Cluster
-from puzzle.plan.fused import why_not_fused
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.schedules import why_not_fused
 from puzzle.plan.switch import Strategy, SwitchPlan, plan_switch
 from puzzle.spec.model import ModelSpec
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -115,30 +115,6 @@ class Action:
         return " ".join(words)
 
 
-Sizes = Mapping[str, Sequence[float]]
-"""Model -> bytes of one micro-batch on every stage."""
-
-
-def most_held(
-    actions: Iterable[Action], stage: int, weight: Sizes | None = None, deferred: Sizes | None = None
-) -> float:
-    """`Schedule.peak_in_flight` of one stage's passes, all of trained models."""
-    held = peak = 0.0
-    for action in actions:
-        if action.op not in (Op.FORWARD, *GRADIENTS, Op.BACKWARD_WEIGHT):
-            continue
-        whole = weight[action.model][stage] if weight else 1.0
-        later = deferred[action.model][stage] if deferred else whole
-        held += {
-            Op.FORWARD: whole,
-            Op.BACKWARD: -whole,
-            Op.BACKWARD_INPUT: later - whole,
-            Op.BACKWARD_WEIGHT: -later,
-        }[action.op]
-        peak = max(peak, held)
-    return peak
-
-
 def transfer(op: Op, message: Message, stage: int) -> Action:
     """The action by which `stage` starts or waits for its end of `message`."""
     src, dst, payload = message.channel
@@ -196,11 +172,6 @@ class Schedule:
         ]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
-    @property
-    def channels(self) -> tuple[Channel, ...]:
-        """Every channel in use, sorted: the communicators that an execution needs."""
-        return tuple(sorted({a.message(s).channel for s, a in self.walk() if a.op in TRANSFERS}))
-
     def walk(self) -> Iterator[tuple[int, Action]]:
         """Every (stage, action), stage by stage."""
         return ((s, a) for s, stage in enumerate(self.actions) for a in stage)
@@ -220,17 +191,3 @@ class Schedule:
             in_flight += (action.op is Op.FORWARD) - (action.op in GRADIENTS)
             flushes += action.op in GRADIENTS and in_flight == 0
         return flushes
-
-    def peak_in_flight(self, weight: Sizes | None = None, deferred: Sizes | None = None) -> tuple[float, ...]:
-        """Per stage the most micro-batches held between forward and (all of) backward. With `weight` the most
-        bytes, where `deferred` (default: `weight`) is held between both parts of a split backward. Models
-        without backward hold nothing."""
-        trained = {w.model for w in self.work if isinstance(w, Work) and w.backward}
-        return tuple(
-            most_held([a for a in actions if a.model in trained], stage, weight, deferred)
-            for stage, actions in enumerate(self.actions)
-        )
-
-    def renamed(self, name: str) -> Schedule:
-        """The same schedule under another name."""
-        return replace(self, name=name)

@@ -11,8 +11,8 @@ from torch import Tensor
 from puzzle.config import GenerationConfig, PPOConfig, TrainConfig
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import StopRule, Tokenizer, dialogue_ids, response_text
-from puzzle.engine.fusion import Pass
 from puzzle.engine.generate import Request, Tally, generate
+from puzzle.engine.pipeline import PipelineInput
 from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.errors import UserError
@@ -167,9 +167,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked in inference: its passes, and how their results make the answer for all rows."""
+    """What a model is asked in inference: its micro-batches, and how results make the answer for all rows."""
 
-    work: Pass
+    input: PipelineInput
     answer: Callable[[list[Tensor]], Tensor]
 
 
@@ -180,7 +180,7 @@ def about_tokens(
     count, device = len(experience), model.world.device
     cut = Cut(model, range(count), [experience.sequence(row) for row in range(count)], config)
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def output_fn(index: int, hidden: Tensor) -> Tensor:
         states_N = cut.states_N(experience, index)
         if temperature is None:
             return model.decoder.values(hidden)[states_N]
@@ -194,7 +194,7 @@ def about_tokens(
             own = torch.cat(parts) if parts else None
         return model.collect(own, model.rows(count), (count, experience.mask_BS.shape[1]))
 
-    return Question(Pass(model, cut.batches, finish, max(cut.passes)), answer)
+    return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
 
 def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Question:
@@ -213,14 +213,14 @@ def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], con
         )
     cut = Cut(model, range(count), sequences, config)
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def output_fn(index: int, hidden: Tensor) -> Tensor:
         return model.decoder.values(hidden)[cut.last_rows(index)]
 
     def answer(results: list[Tensor]) -> Tensor:
         own = torch.cat(results) if model.owns_results and results else None
         return model.collect(own, model.rows(count), (count,))
 
-    return Question(Pass(model, cut.batches, finish, max(cut.passes)), answer)
+    return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
 
 def with_advantages(

@@ -18,6 +18,7 @@ from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from puzzle.engine.checkpoint import Checkpoints
+from puzzle.engine.pipeline import Pipeline
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.timing import StageClock
 from puzzle.engine.tracing import Clock, gathered, stage_records
@@ -31,6 +32,7 @@ from puzzle.provenance import run_header
 from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics
 from puzzle.rlhf.rewards import FunctionReward
@@ -44,7 +46,6 @@ from puzzle.rlhf.rollout import (
     texts,
     with_advantages,
 )
-from puzzle.rlhf.sharing import Sharing
 from puzzle.rlhf.update import Update
 from puzzle.rlhf.vocabulary import agree_on_vocabulary
 from puzzle.runlog import STAGES
@@ -111,6 +112,9 @@ def _device_name(world: World) -> str:
 class Trainer:
     """The state that an iteration changes: weights, data position, KL coefficient, reward scale."""
 
+    make_pipeline: MakePipeline = Pipeline
+    """How models are run; another engine's trainer has its own."""
+
     def __init__(self, plan: RunPlan, data: RunData, models: Models, world: World) -> None:
         self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
         config = plan.config
@@ -128,7 +132,9 @@ class Trainer:
         self._to_time = True
         self._peaks: dict[str, int] = {}
         self.training, self.inference = (
-            Sharing(pipeline.fuse, [getattr(models, role) for role in pipeline.roles])
+            FusedPipeline(
+                pipeline.fuse, [getattr(models, role) for role in pipeline.roles], self.make_pipeline
+            )
             for pipeline in (plan.training, plan.inference)
         )
 
@@ -253,26 +259,28 @@ class Trainer:
             recorder.stages([fields for fields in found if fields["name"] not in self._stages_known])
             self._stages_known |= {fields["name"] for fields in found}
             stages = ((self.training, "training"), (self.inference, "inference"))
-            fused = [self._simulate(clock, sharing, stage, iteration, recorder) for sharing, stage in stages]
+            fused = [
+                self._simulate(clock, pipeline, stage, iteration, recorder) for pipeline, stage in stages
+            ]
             self._to_time = any(fused)
         if iteration in self.config.log.trace:
             rank = self.world.rank
             recorder.trace(iteration, gathered(self.world, [*watch.spans(rank), *clock.spans(rank)]))
 
     def _simulate(
-        self, clock: Clock, sharing: Sharing, stage: str, iteration: int, recorder: Recorder
+        self, clock: Clock, pipeline: FusedPipeline, stage: str, iteration: int, recorder: Recorder
     ) -> bool:
         """Log what the costs of this iteration let expect of the stage, and choose where `auto` waits
-        for it; whether models share from now."""
-        if not sharing.possible or (sharing.stages == 1 and not sharing.undecided):
+        for it; whether models share a pipeline from now."""
+        if not pipeline.can_fuse or (pipeline.num_stages == 1 and not pipeline.undecided):
             return False
         spans = clock.passes(self.world.rank, f"{stage}.")
-        placement = next(iter(sharing.runtimes.values())).placement
+        placement = next(iter(pipeline.models.values())).placement
         stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
-        tied = [name for name, runtime in sharing.runtimes.items() if runtime.spec.tied]
+        tied = [name for name, model in pipeline.models.items() if model.spec.tied]
         cost = measured_costs(gathered(self.world, spans), stage_of, tied)
-        recorder.simulation(iteration, stage, sharing.expected(cost, stage == "training"))
-        return sharing.undecided and sharing.decide(cost, stage == "training")
+        recorder.simulation(iteration, stage, pipeline.simulated(cost, stage == "training"))
+        return pipeline.undecided and pipeline.decide(cost, stage == "training")
 
     def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
         """The experience with all that training needs, and the raw scores (B,)."""
@@ -286,7 +294,7 @@ class Trainer:
         asked["values_BS"] = about_tokens(models.critic, experience, c, None)
         if models.reward is not None:
             asked["scores"] = self._about_rewards(models.reward, experience, prompts)
-        results = self.inference.infer([question.work for question in asked.values()])
+        results = self.inference.infer([question.input for question in asked.values()])
         answers = {
             name: question.answer(stage.results)
             for (name, question), stage in zip(asked.items(), results, strict=True)
@@ -311,9 +319,8 @@ class Trainer:
         """float32 (B,): the reward of every row."""
         if self.models.reward is not None:
             question = self._about_rewards(self.models.reward, experience, prompts)
-            return question.answer(
-                self.models.reward.infer(question.work.batches, question.work.finish).results
-            )
+            (output,) = self.make_pipeline([self.models.reward]).infer([question.input])
+            return question.answer(output.results)
         assert self.function is not None
         found: list[float] | UserError = []
         if self.world.rank == 0:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from puzzle.config import TrainConfig
-from puzzle.engine.fusion import Pass
+from puzzle.engine.pipeline import PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import Models
 from puzzle.rlhf.rollout import Cut
-from puzzle.rlhf.sharing import Sharing
 
 
 class Part(NamedTuple):
@@ -30,10 +30,15 @@ class Update:
     """The optimizer steps of one iteration; `metrics()` afterwards, on every rank."""
 
     def __init__(
-        self, models: Models, config: TrainConfig, experience: Experience, kl_coef: float, sharing: Sharing
+        self,
+        models: Models,
+        config: TrainConfig,
+        experience: Experience,
+        kl_coef: float,
+        pipeline: FusedPipeline,
     ) -> None:
         self.models, self.config, self.experience, self.kl_coef = models, config, experience, kl_coef
-        self.sharing = sharing
+        self.pipeline = pipeline
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         # Of the first step: ratios' sum, how many they are, and the furthest from 1.
@@ -48,7 +53,7 @@ class Update:
         for number, rows in enumerate(cuts, 1):
             if number == len(cuts):
                 before_last()
-            self.sharing.train([self._pass(model, rows) for model in trained])
+            self.pipeline.train([self._input(model, rows) for model in trained])
             self._steps += 1
 
     def metrics(self) -> dict[str, float]:
@@ -86,7 +91,7 @@ class Update:
         fields = {"actor": ppo.ActorSums._fields, "critic": ppo.CriticSums._fields}
         return [f"{role}.{field}" for role, names in fields.items() for field in names]
 
-    def _pass(self, model: ModelRuntime, rows: Sequence[int]) -> Pass:
+    def _input(self, model: ModelRuntime, rows: Sequence[int]) -> PipelineInput:
         """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
         cut = Cut(model, rows, [self.experience.sequence(row) for row in rows], self.config.ppo)
         weights = self._weights(rows, cut)
@@ -94,14 +99,14 @@ class Update:
         last = model.coord.p == model.placement.layout.pp - 1
         parts = [self._part(actor, cut, i) for i in range(len(cut.rows))] if last else []
 
-        def finish(index: int, hidden: Tensor) -> Tensor:
+        def loss_fn(index: int, hidden: Tensor) -> Tensor:
             sums = self._actor(hidden, parts[index]) if actor else self._critic(hidden, parts[index])
             loss = sums.loss * weights[index]
             if model.owns_results:
                 self._add(model.name, sums._replace(loss=loss.detach()))
             return loss
 
-        return Pass(model, cut.batches, finish, max(cut.passes))
+        return PipelineInput(model, cut.batches, loss_fn, max(cut.passes))
 
     def _weights(self, rows: Sequence[int], cut: Cut) -> list[float]:
         """What each micro-batch's sum is multiplied with; over all replicas they make the loss an average."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
+from puzzle.plan import schedules
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward
-from puzzle.plan.pipelines import forward_only, one_f_one_b
+from puzzle.plan.schedules import PipelineModel
 from puzzle.plan.simulate import makespan
 from puzzle.plan.timeline import Timeline
 from tests.bench.test_switch import TINY
+from tests.plan.single import forward_only, one_f_one_b
 
 CPU = ["--rows", "1", "--length", "8", "--repeats", "2", "--dtype", "fp32", "--device", "cpu"]
 
@@ -32,11 +33,11 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
     training, inference = (json.loads(line) for line in (tmp_path / "rows").read_text().splitlines())
 
     cost = table(training)
-    counts = [StreamModel("actor", 3), StreamModel("critic", 3)]
+    counts = [PipelineModel("actor", 3), PipelineModel("critic", 3)]
     apart = [one_f_one_b(2, 3, m.name, optimizer=True) for m in counts]
     assert training["simulated"]["apart"] == pytest.approx(sum(makespan(s, cost) for s in apart))
-    assert training["simulated"]["fused"] == pytest.approx(makespan(fused_1f1b(counts, 2), cost))
-    split = makespan(fused_1f1b(counts, 2, split=True), cost)
+    assert training["simulated"]["fused"] == pytest.approx(makespan(schedules.one_f_one_b(counts, 2), cost))
+    split = makespan(schedules.one_f_one_b(counts, 2, split=True), cost)
     assert training["simulated"]["fused split"] == pytest.approx(split)
     split = sum(makespan(one_f_one_b(2, 3, m.name, optimizer=True, split=True), cost) for m in counts)
     assert training["simulated"]["apart split"] == pytest.approx(split)
@@ -47,7 +48,7 @@ def test_rows_and_traces_fit_together(tmp_path: Path) -> None:
     cost = table(inference)
     names = ("reference", "critic", "reward")
     flushed = sum(makespan(forward_only(2, 3, name), cost) for name in names)
-    stream = makespan(fused_forward([StreamModel(name, 3) for name in names], 2), cost)
+    stream = makespan(schedules.forward_only([PipelineModel(name, 3) for name in names], 2), cost)
     assert inference["simulated"] == pytest.approx({"flushed": flushed, "fused": stream})
 
     for row in (training, inference):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Timeline
 from tests.plan.costs import uniform
+from tests.plan.single import one_f_one_b
 
 SHARED = {"activation": 0.0, "gradient": 0.0, "reduce": 0.25, "norm": 0.0, "step": 0.5, "gather": 0.25}
 COSTS = {

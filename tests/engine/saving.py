@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -46,7 +47,7 @@ def train(model: ModelRuntime, steps: int) -> list[float]:
     rows = list(model.rows(len(TEXTS)))
     batches = [pack([TEXTS[r]], model.placement.layout.tp) for r in rows]
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def loss_fn(index: int, hidden: Tensor) -> Tensor:
         text = TEXTS[rows[index]]
         if model.spec.head == "value":
             return (model.decoder.values(hidden)[: len(text)] - 1.0).square().sum() / 19
@@ -55,8 +56,8 @@ def train(model: ModelRuntime, steps: int) -> list[float]:
 
     losses = []
     for _ in range(steps):
-        results = model.train(batches, finish).results
-        own = torch.stack(results).sum() if model.owns_results else torch.zeros(())
+        (output,) = Pipeline([model]).train([PipelineInput(model, batches, loss_fn)])
+        own = torch.stack(output.results).sum() if model.owns_results else torch.zeros(())
         losses.append(float(model.world.sum(own.clone())))
     return losses
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from puzzle.engine import offload
 from puzzle.engine.offload import HostMemory, Offload, offload_states, offload_weights
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -107,12 +108,16 @@ def test_an_optimizer_fetches_what_it_needs(world: World, dtype: torch.dtype) ->
         model.attach_optimizer(AdamWSettings(lambda step: 1e-2))
         optimizer = model.optimizer
         assert optimizer is not None
+
+        def loss_fn(index: int, hidden: Tensor) -> Tensor:
+            return model.stage.logits(hidden).square().mean()
+
         states = offload_states(HostMemory(world.device), optimizer) if away else None
         for _ in range(3):
             if states is not None:
                 states.leave()
                 assert held(optimizer.state_tensors()) == 0
-            model.train([batch], lambda index, hidden: model.stage.logits(hidden).square().mean())
+            Pipeline([model]).train([PipelineInput(model, [batch], loss_fn)])
         if states is not None:
             states.leave()
             assert states.away

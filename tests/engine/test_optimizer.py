@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puzzle.engine.buckets import Bucket, fill_buckets
 from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.model.decoder import Decoder
@@ -45,12 +46,12 @@ def runtime(settings: AdamWSettings, dtype: torch.dtype, spec: ModelSpec | None 
 def train(model: ModelRuntime, factor: float = 1.0) -> None:
     """A step on the three texts, one a pass."""
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def loss_fn(index: int, hidden: Tensor) -> Tensor:
         places = torch.arange(len(TEXTS[index]) - 1)
         targets = torch.tensor(TEXTS[index][1:])
         return -factor * model.decoder.token_stats(hidden, places, targets).logprobs.sum()
 
-    model.train([pack([text]) for text in TEXTS], finish)
+    Pipeline([model]).train([PipelineInput(model, [pack([text]) for text in TEXTS], loss_fn)])
 
 
 def optimizer_of(model: ModelRuntime) -> ZeroAdamW:

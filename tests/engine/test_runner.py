@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
 from puzzle.engine.runner import Runner
 from puzzle.engine.world import World
-from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.schedule import Action, Op, Schedule
 from tests.helpers import run_ranks
+from tests.plan.measures import channels
+from tests.plan.single import one_f_one_b
 
 
 class Numbers:
@@ -38,11 +38,13 @@ class Numbers:
         raise AssertionError(op)
 
 
-def run(rank: int, schedule: Schedule, acknowledge: bool) -> list[float] | str:
-    world = World(rank, 2, torch.device("cpu"), acknowledge=acknowledge, timeout=3.0)
+def run(rank: int, schedule: Schedule) -> list[float] | str:
+    world = World(rank, 2, torch.device("cpu"), timeout=3.0)
     numbers = Numbers(2, rank)
     try:
-        Runner(world, (0, 1), ((0, 1),)).run(schedule, {"actor": numbers})
+        execution = Runner(world, (0, 1), ((0, 1),)).begin("training.actor", channels(schedule))
+        execution.run(schedule, {"actor": numbers})
+        execution.finish(schedule)
     except RuntimeError as error:
         return str(error)
     return numbers.got
@@ -65,15 +67,13 @@ RIGHT = one_f_one_b(2, 4)
 STUCK = replace(RIGHT, actions=tuple(blocking(stage) for stage in RIGHT.actions))
 
 
-@pytest.mark.parametrize("acknowledge", [True, False])
-def test_messages_arrive_in_order(acknowledge: bool) -> None:
-    found = run_ranks(run, 2, RIGHT, acknowledge)
+def test_messages_arrive_in_order() -> None:
+    found = run_ranks(run, 2, RIGHT)
     assert found == [[100.0, 101.0, 102.0, 103.0], [0.0, 1.0, 2.0, 3.0]]
 
 
-@pytest.mark.parametrize("acknowledge", [True, False])
-def test_a_deadlock_ends_and_is_named(acknowledge: bool) -> None:
-    """A send to another gloo process is over when its receive has begun, acknowledged or not."""
-    first, second = run_ranks(run, 2, STUCK, acknowledge)
+def test_a_deadlock_ends_and_is_named() -> None:
+    """A send to another gloo process is over when its receive has begun."""
+    first, second = run_ranks(run, 2, STUCK)
     assert "wait_send actor 1 activation to 1 (rank 1) failed: " in first
     assert "wait_send actor 0 gradient to 0 (rank 0) failed: " in second

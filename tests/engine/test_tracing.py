@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.tracing import Clock, gathered, stage_records
 from puzzle.engine.world import World
@@ -33,13 +34,14 @@ def timed(rank: int, folder: str, layout: Layout, steps: int = 1) -> tuple[Timel
         return -runtime.decoder.token_stats(hidden, places, places + 3).logprobs.mean()
 
     batches = [pack([[1 + i, 2, 3, 4, 5 + rank] * 8], layout.tp) for i in range(3)]
-    runtime.train(batches, loss)
+    pipeline, inputs = Pipeline([runtime]), [PipelineInput(runtime, batches, loss)]
+    pipeline.train(inputs)
     world.sum(torch.zeros(1))
     assert runtime.optimizer is not None
     runtime.optimizer.release()
     world.clock = clock = Clock(world.device)
     for _ in range(steps):
-        runtime.train(batches, loss)
+        pipeline.train(inputs)
     runtime.optimizer.release()
     world.clock = None
     return gathered(world, clock.spans(rank)), stage_records(world, clock)
@@ -88,9 +90,3 @@ def test_the_measured_bubble_share_is_that_of_the_timeline(folder: Path) -> None
     assert record["bubble_share"] == pytest.approx(actions.bubble_share(), abs=0.02)
     assert 0 < record["bubble_share"] < 1
     assert record["flushes"] == 1
-
-
-def test_no_batches_no_schedule(folder: Path) -> None:
-    world = World(0, 1, torch.device("cpu"))
-    runtime = ModelRuntime("actor", hf.read_spec(folder), Placement.default(Layout.even(1, 1, 1, 4)), world)
-    assert runtime.infer([], lambda index, hidden: hidden).results == []

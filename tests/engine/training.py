@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -23,7 +24,7 @@ Texts = list[list[int]]
 def overflowing(rank: int, layout: Layout) -> tuple[list[bool], list[float], str]:
     """Whether each of three steps, the second with a loss of NaN, changed any weight; the norm of the first;
     what reading the norms says."""
-    world = World(rank, layout.world, torch.device("cpu"), acknowledge=True)
+    world = World(rank, layout.world, torch.device("cpu"))
     sizes = {"model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     runtime = ModelRuntime("actor", ModelSpec.from_hf(sizes), Placement.default(layout), world)
@@ -35,12 +36,12 @@ def overflowing(rank: int, layout: Layout) -> tuple[list[bool], list[float], str
     first: list[float] = []
     for factor in (1.0, float("nan"), 1.0):
 
-        def finish(index: int, hidden: Tensor, factor: float = factor) -> Tensor:
+        def loss_fn(index: int, hidden: Tensor, factor: float = factor) -> Tensor:
             places = torch.arange(3)
             return -factor * runtime.decoder.token_stats(hidden, places, places + 2).logprobs.sum()
 
         before = [p.detach().clone() for p in runtime.decoder.parameters()]
-        runtime.train([batch], finish)
+        Pipeline([runtime]).train([PipelineInput(runtime, [batch], loss_fn)])
         first = first or optimizer.take_norms()
         changed.append(
             any(not torch.equal(*p) for p in zip(before, runtime.decoder.parameters(), strict=True))
@@ -56,7 +57,7 @@ def run(
     rank: int, folder: str, layout: Layout, texts: Texts, per_pass: int, steps: int, bucket: int, value: bool
 ) -> dict:
     """Weights after `steps` steps as (name, box, values), and what the first step measured."""
-    world = World(rank, layout.world, torch.device("cpu"), acknowledge=True)
+    world = World(rank, layout.world, torch.device("cpu"))
     path = Path(folder)
     runtime = ModelRuntime("actor", hf.read_spec(path), Placement.default(layout), world)
     hf.load(runtime.decoder, path)
@@ -68,7 +69,7 @@ def run(
     parts = [rows[i : i + per_pass] for i in range(0, len(rows), per_pass)]
     batches = [pack([texts[r] for r in part], layout.tp) for part in parts]
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def loss_fn(index: int, hidden: Tensor) -> Tensor:
         places, targets, start = [], [], 0
         for r in parts[index]:
             places += range(start, start + len(texts[r]) - 1)
@@ -82,9 +83,10 @@ def run(
 
     optimizer = runtime.optimizer
     assert optimizer is not None
+    pipeline = Pipeline([runtime])
     norms, losses = [], []
     for _ in range(steps):
-        result = runtime.train(batches, finish)
+        (result,) = pipeline.train([PipelineInput(runtime, batches, loss_fn)])
         own = torch.stack(result.results).sum() if runtime.owns_results else torch.zeros(())
         losses.append(float(world.sum(own.clone())))
         norms += optimizer.take_norms()

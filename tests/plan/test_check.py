@@ -6,18 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puzzle.plan import schedules
 from puzzle.plan.check import check
-from puzzle.plan.fused import StreamModel, fused_1f1b, fused_forward
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.ring import Ring
 from puzzle.plan.schedule import Action, Op, Schedule, Work
+from puzzle.plan.schedules import PipelineModel
 from tests.plan.interpreter import play
+from tests.plan.single import forward_only, one_f_one_b
 
-ACTOR, CRITIC = StreamModel("actor", 3), StreamModel("critic", 2, tied=True)
+ACTOR, CRITIC = PipelineModel("actor", 3), PipelineModel("critic", 2, tied=True)
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
+def built(draw: st.DrawFn) -> Schedule:
     p, m = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     kind = draw(st.sampled_from(["train", "step", "forward", "fused", "alternating", "inference", "ring"]))
     split = draw(st.booleans())
@@ -30,10 +31,10 @@ def schedules(draw: st.DrawFn) -> Schedule:
             ring = Ring(p, m, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
             return ring.unrolled(draw(st.integers(0, 3)))
         case "inference":
-            return fused_forward([ACTOR, CRITIC], p)
+            return schedules.forward_only([ACTOR, CRITIC], p)
         case _:
             order = "alternating" if kind == "alternating" else "sequential"
-            return fused_1f1b([ACTOR, CRITIC], p, order, split=split)
+            return schedules.one_f_one_b([ACTOR, CRITIC], p, order, split=split)
 
 
 def mutated(schedule: Schedule, stage: int, actions: list[Action]) -> Schedule:
@@ -42,13 +43,13 @@ def mutated(schedule: Schedule, stage: int, actions: list[Action]) -> Schedule:
     return replace(schedule, actions=tuple(lists))
 
 
-@given(schedules(), st.integers(0, 99))
+@given(built(), st.integers(0, 99))
 def test_built_schedules_are_right(schedule: Schedule, seed: int) -> None:
     assert check(schedule) == []
     assert play(schedule, seed) is None
 
 
-@given(schedules(), st.data())
+@given(built(), st.data())
 @settings(max_examples=300)
 def test_moved_actions_are_judged_as_the_interpreter_does(schedule: Schedule, data: st.DataObject) -> None:
     """Some moves are harmless (a receive posted earlier): no fault is missed, none invented."""
@@ -65,7 +66,7 @@ def test_moved_actions_are_judged_as_the_interpreter_does(schedule: Schedule, da
     assert bool(found) == bool(truth), (found, truth)
 
 
-@given(schedules(), st.data())
+@given(built(), st.data())
 @settings(max_examples=300)
 def test_lost_doubled_and_altered_actions_are_found(schedule: Schedule, data: st.DataObject) -> None:
     stage = data.draw(st.integers(0, schedule.num_stages - 1))
@@ -126,17 +127,6 @@ def test_sends_that_wait_for_each_other_deadlock() -> None:
     assert all(line.startswith("deadlock: stage ") for line in found)
 
 
-def test_caps() -> None:
-    schedule = one_f_one_b(4, 8)
-    assert check(schedule, cap=[4, 3, 2, 1]) == []
-    assert check(schedule, cap=[4, 2, 2, 1]) == ["stage 1 holds 3 activations, its cap is 2"]
-    weight = {"actor": [10.0, 10, 10, 20]}
-    assert check(schedule, cap=[40, 30, 20, 20], weight=weight) == []
-    assert check(schedule, cap=[40, 30, 20, 10], weight=weight) == [
-        "stage 3 holds 20 activations, its cap is 10"
-    ]
-
-
 def test_both_parts_of_a_split_backward_are_owed() -> None:
     schedule = one_f_one_b(2, 2, optimizer=True, split=True)
     last = Action(Op.BACKWARD_WEIGHT, "actor", 1)
@@ -173,7 +163,7 @@ def test_every_optimizer_action_waits_for_all_before_it(split: bool) -> None:
 @pytest.mark.parametrize("op", [Op.FORWARD, Op.BACKWARD])
 def test_no_pass_comes_after_its_optimizer_step(op: Op) -> None:
     """Not even where another model's may, and a step of another model forbids nothing."""
-    schedule = fused_1f1b([ACTOR, CRITIC], 1)
+    schedule = schedules.one_f_one_b([ACTOR, CRITIC], 1)
     actions = [a for a in schedule.actions[0] if a != Action(op, "actor", 2)]
     place = actions.index(Action(Op.STEP, "actor")) + 1
     found = check(mutated(schedule, 0, [*actions[:place], Action(op, "actor", 2), *actions[place:]]))
@@ -187,7 +177,7 @@ def test_no_pass_comes_after_its_optimizer_step(op: Op) -> None:
 
 def test_all_stages_sum_norms_in_one_order() -> None:
     """Two models, whose norms one stage alone exchanges: sums of different models would meet."""
-    schedule = fused_1f1b([ACTOR, CRITIC], 3)
+    schedule = schedules.one_f_one_b([ACTOR, CRITIC], 3)
     block = {name: [Action(op, name) for op in OPTIMIZER] for name in ("actor", "critic")}
 
     def ordered(stage: int, names: list[str]) -> tuple[Action, ...]:

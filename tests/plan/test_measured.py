@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
+from puzzle.plan import schedules
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import StreamModel, fused_1f1b
 from puzzle.plan.measured import action_spans, measured_costs
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import COLLECTIVES, Action, Op, Schedule
+from puzzle.plan.schedules import PipelineModel
 from puzzle.plan.simulate import Execution, makespan, simulate
 from puzzle.plan.timeline import Span, Timeline
 from tests.plan.costs import uniform
+from tests.plan.single import forward_only, one_f_one_b
 
 PASSES = {"forward": (1.0, 2.0, 1.5), "backward": (2.0, 3.0, 2.5)}
 OTHERS = {
@@ -86,7 +87,7 @@ def test_costs_of_separate_runs_predict_the_fused_one(p: int, a: int, c: int, ei
         timeline, stage_of = run(schedule, cost, copies=1)
         seconds |= measured_costs(timeline, stage_of).seconds
         assert timeline.makespan == pytest.approx(makespan(schedule, cost))
-    fused = fused_1f1b([StreamModel("actor", a), StreamModel("critic", c)], p, "alternating")
+    fused = schedules.one_f_one_b([PipelineModel("actor", a), PipelineModel("critic", c)], p, "alternating")
     assert makespan(fused, CostTable(seconds)) == pytest.approx(simulate(fused, cost).makespan)
 
 

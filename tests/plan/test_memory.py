@@ -13,19 +13,21 @@ from puzzle import experiments, footprint
 from puzzle.cli import main
 from puzzle.configio import load_config
 from puzzle.engine.optimizer import AdamWSettings
+from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.stage import StageRun
 from puzzle.engine.world import World
 from puzzle.model.packing import pack
 from puzzle.model.products import Weight
 from puzzle.model.weights import initialise
-from puzzle.plan import memory
-from puzzle.plan.fused import StreamModel, fused_1f1b
+from puzzle.plan import memory, schedules
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.pipelines import one_f_one_b
+from puzzle.plan.schedules import PipelineModel
 from puzzle.resolve import resolve
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
+from tests.plan.measures import peak_in_flight
+from tests.plan.single import one_f_one_b
 
 SHAPE = {
     "model_type": "llama",
@@ -56,17 +58,17 @@ def built(
     return model
 
 
-def finish_of(model: ModelRuntime, tokens_T: Tensor):
+def loss_of(model: ModelRuntime, tokens_T: Tensor):
     """Losses of the answers of ROWS full sequences."""
     rows = len(tokens_T) // LENGTH
     where = torch.cat([torch.arange(r * LENGTH + PROMPT - 1, (r + 1) * LENGTH - 1) for r in range(rows)])
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def loss_fn(index: int, hidden: Tensor) -> Tensor:
         if model.spec.head == "value":
             return model.decoder.values(hidden)[where].square().sum()
         return -model.decoder.token_stats(hidden, where, tokens_T[where + 1]).logprobs.sum()
 
-    return finish
+    return loss_fn
 
 
 def batch_of(model: ModelRuntime):
@@ -80,7 +82,7 @@ def held(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict
     model = built(rank, spec, layout, dtype)
     model.attach_optimizer(SETTINGS, bucket=20_000)
     batch = batch_of(model)
-    model.train([batch], finish_of(model, batch.tokens_T))
+    Pipeline([model]).train([PipelineInput(model, [batch], loss_of(model, batch.tokens_T))])
     optimizer = model.optimizer
     assert optimizer is not None
     weights = list(model.decoder.parameters())
@@ -149,7 +151,7 @@ def saved(
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         out = decoder(x, batch)
         if decoder.last:
-            out = finish_of(model, batch.tokens_T)(0, out)
+            out = loss_of(model, batch.tokens_T)(0, out)
         else:
             pack_hook(out)  # kept for the gradient that comes back
     return sum(sizes.values())
@@ -226,7 +228,7 @@ def waiting(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> i
     out = decoder(x, batch)
     received = None if decoder.last else torch.randn_like(out)
     if decoder.last:
-        out = finish_of(model, batch.tokens_T)(0, out)
+        out = loss_of(model, batch.tokens_T)(0, out)
     with decoder.later.deferring() as products:
         torch.autograd.backward(out, received)
     assert not sizes
@@ -251,7 +253,7 @@ def test_split_backwards_hold_what_their_schedule_keeps(minibatch: int) -> None:
     use = memory.Use("actor", spec_of(), Placement.default(Layout.even(1, 4, 1, 4)), 2, True, split=True)
     one = [memory.Activations(use, p, 32, 16) for p in range(4)]
     weight, deferred = {"actor": [x.saved() for x in one]}, {"actor": [x.deferred() for x in one]}
-    kept = one_f_one_b(4, minibatch, split=True).peak_in_flight(weight, deferred)
+    kept = peak_in_flight(one_f_one_b(4, minibatch, split=True), weight, deferred)
     ranks = [memory.rank_memory(rank, [use], use, work) for rank in range(4)]
     found = [rank.stages["training"]["actor activations"] for rank in ranks]
     assert all(a >= b for a, b in zip(found, kept, strict=True))
@@ -281,13 +283,13 @@ def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, micro
         use.name: [memory.Activations(use, p, 32 * rows, 16 * rows).saved() for p in range(4)]
         for use in (actor, critic)
     }
-    models = [StreamModel(name, minibatch // microbatch) for name in sizes]
+    models = [PipelineModel(name, minibatch // microbatch) for name in sizes]
     found = []
     for rank in range(4):
         terms = memory.rank_memory(rank, [actor, critic], actor, work, shared=True).stages["training"]
         found.append(sum(size for name, size in terms.items() if name.endswith("activations")))
     for order in ("sequential", "alternating"):
-        peaks = fused_1f1b(models, 4, order).peak_in_flight(sizes)
+        peaks = peak_in_flight(schedules.one_f_one_b(models, 4, order), sizes)
         assert all(peak <= limit for peak, limit in zip(peaks, found, strict=True))
         if order == "sequential":
             assert list(peaks) == found

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle.plan import schedules
 from puzzle.plan.check import check
-from puzzle.plan.fused import StreamModel, fused_1f1b
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import Action, Channel, Op, Payload, Schedule
+from puzzle.plan.schedules import PipelineModel
+from tests.plan.measures import channels, peak_in_flight
+from tests.plan.single import forward_only, one_f_one_b
 
 
 def test_1f1b_passes_of_three_stages() -> None:
@@ -45,8 +47,8 @@ def test_receives_are_started_one_pass_early() -> None:
 def test_1f1b_keeps_its_cap(num_stages: int, microbatches: int) -> None:
     schedule = one_f_one_b(num_stages, microbatches)
     caps = [min(num_stages - s, microbatches) for s in range(num_stages)]
-    assert schedule.peak_in_flight() == tuple(caps)
-    assert check(schedule, cap=caps) == []
+    assert peak_in_flight(schedule) == tuple(caps)
+    assert check(schedule) == []
 
 
 def test_counts_channels_and_flushes() -> None:
@@ -54,16 +56,19 @@ def test_counts_channels_and_flushes() -> None:
     assert schedule.counts()["forward"] == schedule.counts()["backward"] == 12
     assert schedule.counts()["send"] == schedule.counts()["wait_recv"] == 16
     hops = [(0, 1, "activation"), (1, 0, "gradient"), (1, 2, "activation"), (2, 1, "gradient")]
-    assert schedule.channels == tuple(Channel(a, b, Payload(p)) for a, b, p in hops)
+    assert channels(schedule) == tuple(Channel(a, b, Payload(p)) for a, b, p in hops)
     assert schedule.flushes == forward_only(3, 4).flushes == one_f_one_b(1, 4).flushes == 1
-    pair = [StreamModel("actor", 2, (1.0,) * 3), StreamModel("critic", 2, (1.0,) * 3)]
-    assert fused_1f1b(pair, 3).flushes == 1
-    assert fused_1f1b(pair, 3, cap_bytes=[1, 1, 1]).flushes == 4
+    pair = [PipelineModel("actor", 2), PipelineModel("critic", 2)]
+    fused = schedules.one_f_one_b(pair, 3)
+    assert fused.flushes == 1
+    ops = (Op.FORWARD, Op.BACKWARD)
+    turns = tuple(Action(op, name, m) for name in ("actor", "critic") for m in range(2) for op in ops)
+    assert replace(fused, actions=(turns, *fused.actions[1:])).flushes == 4
 
 
 def test_the_hash_is_of_the_behaviour() -> None:
     schedule = one_f_one_b(2, 3)
-    assert schedule.hash == one_f_one_b(2, 3).renamed("another").hash
+    assert schedule.hash == replace(one_f_one_b(2, 3), name="another").hash
     assert schedule.hash == pickle.loads(pickle.dumps(schedule)).hash
     others = [
         one_f_one_b(2, 4),

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from puzzle.errors import UserError
 from puzzle.plan.cost import CostTable
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.schedule import Op
 from puzzle.plan.simulate import simulate
 from tests.plan.costs import uniform
+from tests.plan.single import forward_only, one_f_one_b
 
 costs = st.integers(1, 5)
 

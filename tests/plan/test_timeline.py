@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Span, Timeline
 from tests.plan.costs import uniform
+from tests.plan.single import one_f_one_b
 
 
 def test_busy_counts_overlap_once() -> None:

@@ -82,7 +82,7 @@ class Recorder:
 
 def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[Watch]:
     """Every case in the same processes, with models of its own."""
-    world = World(rank, world_size, torch.device("cpu"), acknowledge=True)
+    world = World(rank, world_size, torch.device("cpu"))
     return [run_case(world, case) for case in cases]
 
 

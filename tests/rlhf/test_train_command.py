@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan.pipelines import forward_only, one_f_one_b
 from puzzle.plan.ring import Ring
 from puzzle.plan.timeline import Timeline
 from puzzle.runlog import load_runs
+from tests.plan.single import forward_only, one_f_one_b
 
 ROOT = Path(__file__).parents[2]
 VOCAB, D, F, LAYERS, HEADS, KV = 258, 32, 64, 4, 8, 2

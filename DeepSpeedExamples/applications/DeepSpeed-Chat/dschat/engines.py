@@ -1,4 +1,4 @@
-"""The four models as DeepSpeed engines, with the passes that the project's algorithm asks of a model."""
+"""The four models as DeepSpeed engines, and what the project's algorithm asks of models and of a pipeline."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dschat.options import ZeroOptions
 from puzzle.config import Role, TrainConfig
+from puzzle.engine.stage import OutputFn
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.hf import open_checkpoint
@@ -27,7 +28,6 @@ from puzzle.rlhf.generator import Generator
 from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate
 from puzzle.spec.model import ModelSpec
 
-Finish = Callable[[int, Tensor], Tensor]
 # The last transformers whose LLaMA layers the Hybrid Engine's kernels can replace.
 HYBRID_TRANSFORMERS = (4, 35)
 
@@ -189,7 +189,7 @@ class Outputs:
 
 
 class ZeroModel:
-    """A model under ZeRO, with the calls of `puzzle.engine.runtime.ModelRuntime` that the algorithm makes."""
+    """A model under ZeRO, with what the algorithm asks of a `puzzle.engine.runtime.ModelRuntime`."""
 
     owns_results = True
 
@@ -217,11 +217,11 @@ class ZeroModel:
         return self.world.sum(whole)
 
     @torch.no_grad()
-    def infer(self, batches: Sequence[PackedBatch], finish: Finish) -> Passed:
-        """`finish(index, outputs)` of every batch."""
-        return Passed([finish(i, self._forward(batch)) for i, batch in enumerate(batches)])
+    def infer(self, batches: Sequence[PackedBatch], output_fn: OutputFn) -> Passed:
+        """`output_fn(index, outputs)` of every batch."""
+        return Passed([output_fn(i, self._forward(batch)) for i, batch in enumerate(batches)])
 
-    def train(self, batches: Sequence[PackedBatch], finish: Finish) -> Passed:
+    def train(self, batches: Sequence[PackedBatch], loss_fn: OutputFn) -> Passed:
         """Add the gradients of all batches over all replicas, and step once."""
         self.engine.train()
         losses = []
@@ -231,7 +231,7 @@ class ZeroModel:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate(self._steps)
         for i, batch in enumerate(batches):
-            loss = finish(i, self._forward(batch))
+            loss = loss_fn(i, self._forward(batch))
             self.engine.backward(loss * scale)
             self.engine.step()
             losses.append(loss.detach())

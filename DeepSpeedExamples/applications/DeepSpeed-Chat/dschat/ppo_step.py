@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -112,9 +112,25 @@ def header(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool, obstacl
     )
 
 
+class ZeroPipeline:
+    """What the algorithm asks of a `puzzle.engine.pipeline.Pipeline`; models run one after the other."""
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        """Whatever the models: each is run by itself."""
+
+    def infer(self, inputs: Sequence[Any], order: object = None) -> list[Any]:
+        """Forward passes of every model."""
+        return [i.model.infer(i.batches, i.output_fn) for i in inputs]
+
+    def train(self, inputs: Sequence[Any], order: object = None, defer: int = 1) -> list[Any]:
+        """An optimizer step of every model."""
+        return [i.model.train(i.batches, i.output_fn) for i in inputs]
+
+
 class ChatTrainer(Trainer):
     """The iteration of DeepSpeed-Chat; `synced` keeps replicas in step where parameters are sharded."""
 
+    make_pipeline: Any = ZeroPipeline
     synced = False
     _gathered = 0.0
 
@@ -158,7 +174,7 @@ class ChatTrainer(Trainer):
         """By how many nats the tokens of this replica's first response are less likely than the weights' own,
         in sum, the variance of that where the weights' own are drawn, and how many they are: float64 (3,).
         """
-        actor, greedy = self.models.actor, self.params.greedy
+        actor, greedy = cast(Any, self.models.actor), self.params.greedy
         row = actor.rows(len(experience))[0]
         sequence, start = experience.sequence(row), len(experience.prompt(row))
         (logits_TV,) = actor.infer([pack([sequence], 1, self.world.device)], lambda _, out: out).results

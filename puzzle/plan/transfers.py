@@ -1,4 +1,4 @@
-"""Which messages passes need and yield, and where their transfers stand: builders only order passes."""
+"""Which messages passes need and yield, and where transfers start and end; builders only order passes."""
 
 from __future__ import annotations
 
@@ -76,8 +76,12 @@ def ring_flow(num_stages: int, generation: Generation) -> Flow:
     return flow
 
 
-class Wiring:
-    """Adds the transfers of one stage, part after part.
+class TransferBuilder:
+    """Adds the transfers of one stage, part after part. The last of two stages in 1F1B:
+
+        from 0    recv 0 wait       recv 1 ~~~~~~~~~ wait       recv 2 ~~~~~~~~~~~~~~~~~~~~~~~ wait
+        stage 1               F0 |           B0           F1 |           B1                         F2
+        to 0                                   send 0 ~~~~~~~~~~~~~~~~~~~~~ wait  send 1 ~~~~~~~~~~~~~~
 
     A receive is started a pass before the one that needs it, and before that earlier pass's own waits, so
     that the transfer runs beside compute; never before its part. At most one send of a channel is

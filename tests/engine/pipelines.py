@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.engine.fusion import Pass, Stream
 from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.runtime import ModelRuntime, StageResult, share
+from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
+from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.model.packing import pack
 from puzzle.model.weights import initialise
-from puzzle.plan.fused import Order
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.schedule import Schedule
+from puzzle.plan.schedules import Order
 from puzzle.spec.model import Head, ModelSpec
 
 STEPS = 3
@@ -87,7 +87,7 @@ def models(world: World, case: Case) -> list[ModelRuntime]:
     return made
 
 
-def work(runtime: ModelRuntime, rows: list[list[int]], per_pass: int) -> Pass:
+def work(runtime: ModelRuntime, rows: list[list[int]], per_pass: int) -> PipelineInput:
     """A language model's loss, or a value model's, as sums over the tokens of all rows."""
     total = sum(len(r) - 1 for r in rows)
     sizes = [
@@ -96,7 +96,7 @@ def work(runtime: ModelRuntime, rows: list[list[int]], per_pass: int) -> Pass:
     own = [rows[i] for i in runtime.rows(len(rows))]
     parts = [own[i : i + per_pass] for i in range(0, len(own), per_pass)]
 
-    def finish(index: int, hidden: Tensor) -> Tensor:
+    def loss_fn(index: int, hidden: Tensor) -> Tensor:
         places, targets, start = [], [], 0
         for row in parts[index]:
             places += range(start, start + len(row) - 1)
@@ -108,7 +108,7 @@ def work(runtime: ModelRuntime, rows: list[list[int]], per_pass: int) -> Pass:
         return -runtime.decoder.token_stats(hidden, where, torch.tensor(targets)).logprobs.sum() / total
 
     batches = [pack(part, runtime.placement.layout.tp) for part in parts]
-    return Pass(runtime, batches, finish, -(-max(sizes) // per_pass))
+    return PipelineInput(runtime, batches, loss_fn, -(-max(sizes) // per_pass))
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
@@ -132,21 +132,21 @@ def steps(world: World, case: Case, fused: bool, split: bool = False) -> dict[st
     for runtime in made:
         runtime.split_backward = split
     rows = texts(case.rows)
-    passes = [work(runtime, rows, size) for runtime, size in zip(made, case.per_pass, strict=True)]
-    stream = Stream(made) if fused else None
+    inputs = [work(runtime, rows, size) for runtime, size in zip(made, case.per_pass, strict=True)]
+    pipelines = [Pipeline(made)] if fused else [Pipeline([model]) for model in made]
     start = {runtime.name: weights(runtime) for runtime in made}
 
-    def infer() -> list[StageResult]:
-        if stream is not None:
-            return stream.infer(passes, case.order)
-        return [p.runtime.infer(p.batches, p.finish) for p in passes]
+    def infer() -> list[PipelineOutput]:
+        if fused:
+            return pipelines[0].infer(inputs, case.order)
+        return [pipeline.infer([i])[0] for pipeline, i in zip(pipelines, inputs, strict=True)]
 
-    def train() -> list[StageResult]:
-        if stream is not None:
-            return stream.train(passes, case.order, case.defer)
-        return [p.runtime.train(p.batches, p.finish) for p in passes]
+    def train() -> list[PipelineOutput]:
+        if fused:
+            return pipelines[0].train(inputs, case.order, case.defer)
+        return [pipeline.train([i])[0] for pipeline, i in zip(pipelines, inputs, strict=True)]
 
-    trained: list[StageResult] = []
+    trained: list[PipelineOutput] = []
     norms, losses = [], []
     for _ in range(STEPS):
         trained = train()
@@ -169,7 +169,7 @@ def steps(world: World, case: Case, fused: bool, split: bool = False) -> dict[st
 
 def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[tuple[dict[str, Any], ...]]:
     """Per case what training apart, as one stream and, if it says so, apart with split backwards gave."""
-    world = World(rank, world_size, torch.device("cpu"), acknowledge=True)
+    world = World(rank, world_size, torch.device("cpu"))
     return [
         (
             steps(world, case, fused=False),
@@ -180,11 +180,20 @@ def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[tuple[dict[st
     ]
 
 
+def few(rank: int, world_size: int, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """What the models answer apart and in one pipeline, where replicas may have no text at all."""
+    world = World(rank, world_size, torch.device("cpu"))
+    made = models(world, case)
+    inputs = [work(m, texts(case.rows), size) for m, size in zip(made, case.per_pass, strict=True)]
+    apart = [result for i in inputs for result in Pipeline([i.model]).infer([i])[0].results]
+    return apart, [result for output in Pipeline(made).infer(inputs) for result in output.results]
+
+
 def refusal(rank: int, case: Case) -> str:
     world = World(rank, 4, torch.device("cpu"))
     made = models(world, case)
     try:
-        Stream(made)
+        Pipeline(made)
     except UserError as error:
         return str(error)
     return ""

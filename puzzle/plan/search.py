@@ -1,4 +1,4 @@
-"""Which models share a stream, in which order, and whether it pays: candidates are simulated with measured
+"""Which models share a pipeline, in which order, and whether it pays: candidates are simulated with measured
 costs."""
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from functools import partial
 from itertools import permutations
 
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import Order, StreamModel, fused_1f1b, fused_forward, stream
 from puzzle.plan.schedule import Op, Schedule
+from puzzle.plan.schedules import Order, PipelineModel, forward_only, microbatch_order, one_f_one_b
 from puzzle.plan.simulate import makespan, simulate
 
 
 @dataclass(frozen=True)
-class Part:
-    """One model, or several in a stream: the model of every place in it, and `defer` of `fused_1f1b`."""
+class FusionGroup:
+    """One model, or several in one pipeline: the model of every place in it, and `defer` of `one_f_one_b`."""
 
     order: tuple[str, ...]
     defer: int = 1
@@ -24,12 +24,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Parts that run one after the other and together do the work of a stage of the iteration; a schedule of
+    """Groups that run one after the other and together do the work of a stage of the iteration; a schedule of
     each."""
 
     name: str
     schedules: tuple[Schedule, ...]
-    parts: tuple[Part, ...]
+    groups: tuple[FusionGroup, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Estimate:
     bubble_share: float
 
 
-def choose(candidates: Sequence[Candidate], cost: CostTable) -> tuple[Estimate, ...]:
+def choose_fusion(candidates: Sequence[Candidate], cost: CostTable) -> tuple[Estimate, ...]:
     """Estimates from best to worst; among equals the earlier candidate comes first."""
     return tuple(sorted((estimate(c, cost) for c in candidates), key=lambda e: e.seconds))
 
@@ -57,55 +57,55 @@ def estimate(candidate: Candidate, cost: CostTable) -> Estimate:
 
 
 DEFER = (1, 2, 4)
-"""Values of `Part.defer` that are tried."""
+"""Values of `FusionGroup.defer` that are tried."""
 
 Build = Callable[..., Schedule]
-"""A schedule of `(models, num_stages, order)`, of a training stream also by `defer`."""
+"""A schedule of `(models, num_stages, order)`, when training also by `defer`."""
 
 
 def candidate(
-    name: str, parts: Sequence[Part], models: Sequence[StreamModel], num_stages: int, build: Build
+    name: str, groups: Sequence[FusionGroup], models: Sequence[PipelineModel], num_stages: int, build: Build
 ) -> Candidate:
-    """The candidate of some parts. UserError if an order does not fit the models' micro-batches."""
+    """The candidate of some groups. UserError if an order does not fit the models' micro-batches."""
     schedules = []
-    for part in parts:
-        members = [m for m in models if m.name in part.order]
-        options = {} if part.defer == 1 else {"defer": part.defer}
-        schedules.append(build(members, num_stages, part.order, **options))
-    return Candidate(name, tuple(schedules), tuple(parts))
+    for group in groups:
+        members = [m for m in models if m.name in group.order]
+        options = {} if group.defer == 1 else {"defer": group.defer}
+        schedules.append(build(members, num_stages, group.order, **options))
+    return Candidate(name, tuple(schedules), tuple(groups))
 
 
-def apart(models: Sequence[StreamModel]) -> list[Part]:
+def apart(models: Sequence[PipelineModel]) -> list[FusionGroup]:
     """Every model by itself."""
-    return [Part((m.name,) * m.microbatches) for m in models]
+    return [FusionGroup((m.name,) * m.microbatches) for m in models]
 
 
 def training_candidates(
-    models: Sequence[StreamModel],
+    models: Sequence[PipelineModel],
     num_stages: int,
     cost: CostTable,
     *,
     trials: int = 200,
 ) -> list[Candidate]:
     """Apart, one after the other in every order, alternating from every first model, and the best order
-    found in `trials` simulations; each fused one with the best of `DEFER` (see `fused_1f1b`). All
+    found in `trials` simulations; each fused one with the best of `DEFER` (see `one_f_one_b`). All
     that once more with split backwards where the costs of their parts are known, and with these alone where
     those of whole ones are not."""
     candidates = []
     for split in _splits(models, num_stages, cost):
-        build = partial(fused_1f1b, split=split)
+        build = partial(one_f_one_b, split=split)
         for found in _orders(models, num_stages, cost, build, trials):
             candidates.append(replace(found, name=f"{found.name}, split" if split else found.name))
     return candidates
 
 
-def trained_apart(models: Sequence[StreamModel], num_stages: int, cost: CostTable) -> Candidate:
+def trained_apart(models: Sequence[PipelineModel], num_stages: int, cost: CostTable) -> Candidate:
     """The first of `training_candidates`, whose schedules ask for every cost that the others' ask for."""
-    build = partial(fused_1f1b, split=_splits(models, num_stages, cost)[0])
+    build = partial(one_f_one_b, split=_splits(models, num_stages, cost)[0])
     return candidate("apart", apart(models), models, num_stages, build)
 
 
-def _splits(models: Sequence[StreamModel], num_stages: int, cost: CostTable) -> list[bool]:
+def _splits(models: Sequence[PipelineModel], num_stages: int, cost: CostTable) -> list[bool]:
     """Whether backwards are split, by the costs that are known."""
     names = [m.name for m in models]
     splits = [False] if num_stages == 1 or cost.knows(names, Op.BACKWARD) else []
@@ -115,7 +115,7 @@ def _splits(models: Sequence[StreamModel], num_stages: int, cost: CostTable) -> 
 
 
 def _orders(
-    models: Sequence[StreamModel],
+    models: Sequence[PipelineModel],
     num_stages: int,
     cost: CostTable,
     build: Build,
@@ -128,26 +128,29 @@ def _orders(
     for kind in ("sequential", "alternating"):
         for arranged in permutations(models):
             name = f"{kind} {' '.join(m.name for m in arranged)}"
-            orders[name] = [model for model, _ in stream(arranged, kind)]
+            orders[name] = [model for model, _ in microbatch_order(arranged, kind)]
 
     def seconds(order: Order) -> float:
         return makespan(build(models, num_stages, order), cost)
 
     orders["searched"] = search_order(min(orders.values(), key=seconds), seconds, trials)
     for name, order in orders.items():
-        variants = [candidate(name, [Part(tuple(order), d)], models, num_stages, build) for d in DEFER]
+        variants = [candidate(name, [FusionGroup(tuple(order), d)], models, num_stages, build) for d in DEFER]
         candidates.append(min(variants, key=lambda c: makespan(c.schedules[0], cost)))
     return candidates
 
 
-def inference_candidates(models: Sequence[StreamModel], num_stages: int) -> list[Candidate]:
-    """Every way to group the models into forward-only streams, each stream in every order."""
+def inference_candidates(models: Sequence[PipelineModel], num_stages: int) -> list[Candidate]:
+    """Every way to group the models into forward-only pipelines, each in every order."""
     candidates = []
-    for groups in _partitions(list(models)):
-        for arranged in _arrangements(groups):
-            name = " | ".join(" ".join(m.name for m in group) for group in arranged)
-            parts = [Part(tuple(m.name for m in group for _ in range(m.microbatches))) for group in arranged]
-            candidates.append(candidate(name, parts, models, num_stages, fused_forward))
+    for partition in _partitions(list(models)):
+        for arranged in _arrangements(partition):
+            name = " | ".join(" ".join(m.name for m in members) for members in arranged)
+            groups = [
+                FusionGroup(tuple(m.name for m in members for _ in range(m.microbatches)))
+                for members in arranged
+            ]
+            candidates.append(candidate(name, groups, models, num_stages, forward_only))
     return candidates
 
 
@@ -180,7 +183,7 @@ def _moves(order: list[str], stride: int) -> Iterator[list[str]]:
                 yield moved
 
 
-def _partitions(models: list[StreamModel]) -> Iterator[list[list[StreamModel]]]:
+def _partitions(models: list[PipelineModel]) -> Iterator[list[list[PipelineModel]]]:
     if not models:
         yield []
         return
@@ -191,7 +194,7 @@ def _partitions(models: list[StreamModel]) -> Iterator[list[list[StreamModel]]]:
             yield [*groups[:i], [first, *group], *groups[i + 1 :]]
 
 
-def _arrangements(groups: list[list[StreamModel]]) -> Iterator[list[list[StreamModel]]]:
+def _arrangements(groups: list[list[PipelineModel]]) -> Iterator[list[list[PipelineModel]]]:
     if not groups:
         yield []
         return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.engine import fusing
-from tests.engine.fusing import Case
+from tests.engine import pipelines
+from tests.engine.pipelines import Case
 from tests.helpers import run_ranks
 
 MIXED = ["critic", "actor", "actor", "critic", "critic", "actor", "critic", "critic", "critic"]
@@ -53,7 +54,7 @@ LONG: dict[int, list[Case]] = {
 
 
 def compare(cases: list[Case], world: int) -> None:
-    found = run_ranks(fusing.run, world, world, cases, timeout=900.0)
+    found = run_ranks(pipelines.run, world, world, cases, timeout=900.0)
     for case, answers in zip(cases, zip(*found, strict=True), strict=True):
         for apart, fused, *split in answers:
             for what in ("start", "weights", "norms", "losses", "results"):
@@ -63,7 +64,7 @@ def compare(cases: list[Case], world: int) -> None:
                 assert all(bool(parts) is case.split for _, _, parts in ran["trained"])
             assert apart["weights"]["critic"] != apart["start"]["critic"]
             assert apart["weights"]["actor"] != apart["start"]["actor"]
-            assert all(actor > fusing.CLIP for actor, _ in apart["norms"])
+            assert all(actor > pipelines.CLIP for actor, _ in apart["norms"])
             assert len(apart["trained"]) == len(apart["asked"]) == 2
             for stage in ("trained", "asked"):
                 ((flushes, hash_, _),) = fused[stage]
@@ -84,6 +85,14 @@ def test_every_split(world: int) -> None:
     compare(LONG[world], world)
 
 
+def test_replicas_without_rows_let_the_others_answer() -> None:
+    """One text: of two pipelines the second is idle, but its ranks, too, make the others' channels."""
+    found = run_ranks(pipelines.few, 4, 4, Case((1, 2, 2), (1, 2, 2), rows=1), timeout=60.0)
+    assert [[len(way) for way in answers] for answers in found] == [[0, 0], [0, 0], [2, 2], [0, 0]]
+    apart, fused = found[2]
+    assert all(map(torch.equal, apart, fused))
+
+
 def test_models_of_other_pipelines_are_refused() -> None:
-    lines = run_ranks(fusing.refusal, 4, Case((1, 4, 1), (2, 2, 1)))
+    lines = run_ranks(pipelines.refusal, 4, Case((1, 4, 1), (2, 2, 1)))
     assert set(lines) == {"actor and critic cannot share a pipeline: actor has pp=4 and critic has pp=2"}

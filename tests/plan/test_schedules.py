@@ -1,4 +1,4 @@
-"""Several models in one stream: slots, caps, orders, optimizers beside the stream, refusals."""
+"""Several models in one pipeline: slots, orders, optimizers beside other models, refusals."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,23 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
+from puzzle.plan import schedules
 from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import (
-    StreamModel,
-    fused_1f1b,
-    fused_forward,
-    shortened,
-    stream,
-    stretched,
-    why_not_fused,
-)
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.pipelines import one_f_one_b
 from puzzle.plan.schedule import Op, Schedule, Work
+from puzzle.plan.schedules import PipelineModel, microbatch_order, pipeline_channels, stretched, why_not_fused
 from puzzle.plan.simulate import simulate
 from tests.plan.costs import uniform
 from tests.plan.interpreter import play
+from tests.plan.measures import channels, peak_in_flight
+from tests.plan.single import forward_only, one_f_one_b
 
 NAMES = ("actor", "critic")
 costs = st.integers(1, 4)
@@ -41,11 +35,11 @@ costs = st.integers(1, 4)
 )
 def test_slots(p: int, m: int, f: int, b: int, order: str, defer: int, tied: bool) -> None:
     """2M + P - 1 slots of forward and backward, although every optimizer action is in; apart 2(M + P - 1)."""
-    models = [StreamModel(name, m, tied=tied) for name in NAMES]
+    models = [PipelineModel(name, m, tied=tied) for name in NAMES]
     cost = uniform(NAMES, f, b)
-    fused = fused_1f1b(models, p, order, defer=defer)
+    fused = schedules.one_f_one_b(models, p, order, defer=defer)
     assert simulate(fused, cost).makespan == (2 * m + p - 1) * (f + b)
-    assert fused.peak_in_flight() == tuple(min(p - s, 2 * m) for s in range(p))
+    assert peak_in_flight(fused) == tuple(min(p - s, 2 * m) for s in range(p))
     apart = sum(simulate(one_f_one_b(p, m, name, optimizer=True), cost).makespan for name in NAMES)
     assert apart == 2 * (m + p - 1) * (f + b)
 
@@ -58,45 +52,47 @@ def test_slots_of_split_backwards(p: int, n: int, defer: int, weight: int, more_
     parts = {"backward_input": b, "backward_weight": weight}
     cost = uniform(NAMES, f, b + weight, **parts)
     one = one_f_one_b(p, m, "actor", optimizer=True, split=True)
-    two = fused_1f1b([StreamModel(name, m) for name in NAMES], p, split=True, defer=defer)
+    two = schedules.one_f_one_b([PipelineModel(name, m) for name in NAMES], p, split=True, defer=defer)
     for schedule, count in ((one, m), (two, 2 * m)):
         slots = count * (f + b + weight) + (p - 1) * (f + b - weight)
         assert simulate(schedule, cost).makespan == slots
-        assert schedule.peak_in_flight() == (p,) * p
+        assert peak_in_flight(schedule) == (p,) * p
     plain = one_f_one_b(p, m, "actor", optimizer=True)
     assert simulate(plain, cost).makespan - simulate(one, cost).makespan == 2 * weight * (p - 1)
 
 
 def test_one_stage_has_nothing_to_fill() -> None:
     assert one_f_one_b(1, 4, optimizer=True, split=True) == one_f_one_b(1, 4, optimizer=True)
-    models = [StreamModel(name, 3) for name in NAMES]
-    assert fused_1f1b(models, 1, split=True) == fused_1f1b(models, 1)
+    models = [PipelineModel(name, 3) for name in NAMES]
+    assert schedules.one_f_one_b(models, 1, split=True) == schedules.one_f_one_b(models, 1)
 
 
 @st.composite
-def streams(draw: st.DrawFn) -> tuple[list[StreamModel], int, list[str]]:
+def streams(draw: st.DrawFn) -> tuple[list[PipelineModel], int, list[str]]:
     p = draw(st.integers(1, 5))
-    sizes = st.tuples(*[st.integers(1, 9).map(float)] * p)
     counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    models = [
-        StreamModel(f"m{i}", n, draw(sizes), draw(st.booleans()), draw(sizes)) for i, n in enumerate(counts)
-    ]
+    models = [PipelineModel(f"m{i}", n, draw(st.booleans())) for i, n in enumerate(counts)]
     order = draw(st.permutations([m.name for m in models for _ in range(m.microbatches)]))
     return models, p, order
 
 
+def for_replica(models: list[PipelineModel], counts: dict[str, int]) -> list[PipelineModel]:
+    return [replace(m, own=counts[m.name]) for m in models]
+
+
 @given(streams(), st.data())
 def test_pipelines_with_fewer_microbatches_keep_one_order(
-    case: tuple[list[StreamModel], int, list[str]], data: st.DataObject
+    case: tuple[list[PipelineModel], int, list[str]], data: st.DataObject
 ) -> None:
     """Still right; the last backwards of all models and the optimizers' actions keep their order."""
     models, p, order = case
     counts = {m.name: data.draw(st.integers(1, m.microbatches)) for m in models}
     split = data.draw(st.booleans())
-    whole = fused_1f1b(models, p, order, split=split)
-    short = shortened(whole, counts)
+    whole = schedules.one_f_one_b(models, p, order, split=split)
+    short = schedules.one_f_one_b(for_replica(models, counts), p, order, split=split)
     assert check(short) == []
-    assert shortened(whole, {m.name: m.microbatches for m in models}) == whole
+    everything = for_replica(models, {m.name: m.microbatches for m in models})
+    assert schedules.one_f_one_b(everything, p, order, split=split) == whole
 
     def fixed(schedule: Schedule, stage: int) -> list[tuple[Op, str]]:
         last = {w.model: w.microbatches - 1 for w in schedule.work if isinstance(w, Work)}
@@ -110,50 +106,60 @@ def test_pipelines_with_fewer_microbatches_keep_one_order(
         assert fixed(short, stage) == fixed(whole, stage)
 
 
-@given(streams(), st.floats(0, 3), st.integers(1, 4), st.integers(0, 9), st.booleans())
-@settings(max_examples=300)
-def test_any_stream_is_right_and_keeps_its_cap(
-    case: tuple[list[StreamModel], int, list[str]],
-    slack: float,
-    defer: int,
-    seed: int,
-    split: bool,
+@given(st.integers(1, 5), st.integers(1, 8), st.data())
+def test_a_replica_with_fewer_runs_one_model_as_if_all_had_as_many(
+    p: int, most: int, data: st.DataObject
 ) -> None:
-    """Any order of any models, uneven stages, any cap that holds one micro-batch before and between the parts
-    of its backward."""
+    """One model needs no agreement between pipelines: receives are as early as anywhere."""
+    own = data.draw(st.integers(1, most))
+    optimizer, split, tied = (data.draw(st.booleans()) for _ in range(3))
+    models = [PipelineModel("actor", most, tied, own)]
+    short = schedules.one_f_one_b(models, p, optimizer=optimizer, split=split)
+    assert short == one_f_one_b(p, own, optimizer=optimizer, tied=tied, split=split)
+    assert schedules.forward_only(models, p) == forward_only(p, own)
+
+
+def test_a_replica_without_microbatches_has_nothing_to_run_and_cannot_train() -> None:
+    models = [PipelineModel("a", 2, own=0), PipelineModel("b", 3, own=1)]
+    schedule = schedules.forward_only(models, 3)
+    assert check(schedule) == []
+    assert schedule.counts()["forward"] == 3
+    assert schedules.forward_only(models[:1], 3).actions == ((), (), ())
+    with pytest.raises(ValueError, match="needs a micro-batch of every model"):
+        schedules.one_f_one_b(models, 3)
+    with pytest.raises(ValueError, match="at most as many micro-batches"):
+        schedules.forward_only([PipelineModel("a", 2, own=3)], 3)
+
+
+@pytest.mark.parametrize("p", range(1, 5))
+def test_channels_are_known_beforehand(p: int) -> None:
+    assert pipeline_channels(p, backward=True) == channels(one_f_one_b(p, 2))
+    assert pipeline_channels(p, backward=False) == channels(forward_only(p, 2))
+
+
+@given(streams(), st.integers(1, 4), st.integers(0, 9), st.booleans())
+@settings(max_examples=300)
+def test_any_order_is_right_and_holds_no_more_than_1f1b(
+    case: tuple[list[PipelineModel], int, list[str]], defer: int, seed: int, split: bool
+) -> None:
     models, p, order = case
-    held = [max(max(m.activation_bytes[s], m.deferred_bytes[s] * split) for m in models) for s in range(p)]
-    cap = [most * (1 + slack) for most in held]
-    schedule = fused_1f1b(models, p, order, cap_bytes=cap, defer=defer, split=split)
-    weight, deferred = (
-        {m.name: x for m, x in zip(models, sizes, strict=True)}
-        for sizes in zip(*((m.activation_bytes, m.deferred_bytes) for m in models), strict=True)
-    )
-    assert check(schedule, cap, weight, deferred) == []
+    schedule = schedules.one_f_one_b(models, p, order, defer=defer, split=split)
+    assert check(schedule) == []
     assert play(schedule, seed) is None
+    assert all(held <= (p if split else p - s) for s, held in enumerate(peak_in_flight(schedule)))
     forwards = [a.model for a in schedule.actions[0] if a.op is Op.FORWARD]
     assert forwards == list(order)
     alone = [Counter(a.op for a in stage)[Op.STEP] for stage in schedule.actions]
     assert alone == [len(models)] * p
 
 
-def test_the_cap_holds_only_as_much_as_it_says() -> None:
-    models = [StreamModel("actor", 8, (4.0,) * 4), StreamModel("critic", 8, (1.0,) * 4)]
-    free = fused_1f1b(models, 4, "alternating")
-    weight = {m.name: m.activation_bytes for m in models}
-    assert free.peak_in_flight(weight) == (10, 9, 5, 4)
-    assert fused_1f1b(models, 4, "alternating", cap_bytes=[6] * 4).peak_in_flight(weight) == (6, 6, 5, 4)
-    with pytest.raises(UserError, match="one micro-batch of actor holds 4 bytes on stage 2, the cap is 3"):
-        fused_1f1b(models, 4, cap_bytes=[4, 4, 3, 4])
-
-
 def test_the_first_optimizer_runs_beside_the_second_model() -> None:
     """With 8 micro-batches to follow, the first model's step, norm and gather cost only the step itself."""
-    models = [StreamModel(name, 8) for name in NAMES]
+    models = [PipelineModel(name, 8) for name in NAMES]
     passes = {"forward": 1.0, "backward": 2.0, "activation": 0.0, "gradient": 0.0}
     optimizer = {"reduce": 2.0, "norm": 1.0, "step": 0.5, "gather": 6.0}
     cost = CostTable(dict.fromkeys(NAMES, passes | optimizer))
-    timeline = simulate(fused_1f1b(models, 4), cost)
+    timeline = simulate(schedules.one_f_one_b(models, 4), cost)
     slots, tail = (16 + 3) * 3.0, 2.0 + 1.0 + 0.5 + 6.0
     assert timeline.makespan == slots + 0.5 + tail
     gathers = {(s.row, s.model): s.end for s in timeline.spans if s.category == "gather"}
@@ -162,39 +168,41 @@ def test_the_first_optimizer_runs_beside_the_second_model() -> None:
 
 
 def test_orders() -> None:
-    models = [StreamModel("a", 4), StreamModel("b", 2)]
+    models = [PipelineModel("a", 4), PipelineModel("b", 2)]
 
     def names(order: object) -> str:
-        return "".join(model for model, _ in stream(models, order))  # ty: ignore[invalid-argument-type]
+        return "".join(model for model, _ in microbatch_order(models, order))  # ty: ignore[invalid-argument-type]
 
     assert names("sequential") == "aaaabb"
     assert names("alternating") == "abaaba"
     assert names("babaaa") == "babaaa"
-    assert stream(models, "babaaa")[:3] == [("b", 0), ("a", 0), ("b", 1)]
-    with pytest.raises(UserError, match="stream order"):
-        stream(models, "aaab")
+    assert microbatch_order(models, "babaaa")[:3] == [("b", 0), ("a", 0), ("b", 1)]
+    with pytest.raises(UserError, match="the order has"):
+        microbatch_order(models, "aaab")
 
 
 @given(streams(), st.data())
-def test_a_mix_for_other_counts(case: tuple[list[StreamModel], int, list[str]], data: st.DataObject) -> None:
+def test_a_mix_for_other_counts(
+    case: tuple[list[PipelineModel], int, list[str]], data: st.DataObject
+) -> None:
     """As many of each as asked for; what has the same counts stays; one after the other stays so."""
     models, _, order = case
     own = {m.name: m.microbatches for m in models}
     assert stretched(order, own) == tuple(order)
     counts = {m.name: data.draw(st.integers(1, 9)) for m in models}
     assert Counter(stretched(order, counts)) == counts
-    other = [StreamModel(name, n) for name, n in counts.items()]
+    other = [PipelineModel(name, n) for name, n in counts.items()]
     for kind in ("sequential", "alternating") if len(set(own.values())) == 1 else ("sequential",):
-        names = [model for model, _ in stream(models, kind)]
+        names = [model for model, _ in microbatch_order(models, kind)]
         if kind == "sequential" or len(set(counts.values())) == 1:
-            assert stretched(names, counts) == tuple(model for model, _ in stream(other, kind))
+            assert stretched(names, counts) == tuple(model for model, _ in microbatch_order(other, kind))
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(0, 9))
 def test_fused_inference(p: int, counts: list[int], seed: int) -> None:
     """One stream: one fill for all models."""
-    models = [StreamModel(f"m{i}", n) for i, n in enumerate(counts)]
-    schedule = fused_forward(models, p)
+    models = [PipelineModel(f"m{i}", n) for i, n in enumerate(counts)]
+    schedule = schedules.forward_only(models, p)
     assert check(schedule) == []
     assert play(schedule, seed) is None
     timeline = simulate(schedule, uniform([m.name for m in models]))

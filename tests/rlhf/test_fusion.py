@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from puzzle.config import PPOConfig, TrainConfig
+from puzzle.engine.pipeline import Pipeline
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.plan.cost import CostTable
 from puzzle.resolve import resolve
+from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rollout import about_sequences
-from puzzle.rlhf.sharing import Sharing
 from tests.helpers import run_ranks
 from tests.rlhf.test_trainer_reference import Bench, Shape, run_all
 
@@ -96,30 +97,30 @@ def config(critic_pp: int, fuse: bool | str) -> TrainConfig:
 
 def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
     """What `auto` chooses under three tables of costs; passes as chosen give the results of before."""
-    world = World(rank, 2, torch.device("cpu"), acknowledge=True)
+    world = World(rank, 2, torch.device("cpu"))
     models = build_models(resolve(config(2, False)), world)
     assert models.reward is not None
     texts = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8]]
     found = []
     for critic, reward in ([(1.0, 5.0), (5.0, 1.0)], [(5.0, 1.0), (1.0, 5.0)], [(0.0, 0.0), (0.0, 0.0)]):
         asked = [about_sequences(m, texts, PPOConfig(microbatch=1)) for m in (models.critic, models.reward)]
-        sharing = Sharing("auto", [models.critic, models.reward])
+        fused = FusedPipeline("auto", [models.critic, models.reward])
         apart = [
-            q.answer(r.results) for q, r in zip(asked, sharing.infer([q.work for q in asked]), strict=True)
+            q.answer(r.results) for q, r in zip(asked, fused.infer([q.input for q in asked]), strict=True)
         ]
-        assert sharing.undecided
+        assert fused.undecided
         costs = {"critic": critic, "reward": reward}
         table = CostTable({m: {"forward": seconds, "activation": 0.0} for m, seconds in costs.items()})
-        shared = sharing.decide(table, train=False)
-        again = sharing.infer([q.work for q in asked])
+        shared = fused.decide(table, train=False)
+        again = fused.infer([q.input for q in asked])
         for question, result, before in zip(asked, again, apart, strict=True):
             assert torch.equal(question.answer(result.results), before)
         assert (again[0].schedule is again[1].schedule) is shared
-        more = [about_sequences(q.work.runtime, [*texts, *texts[1:]], PPOConfig(microbatch=1)) for q in asked]
-        for question, result in zip(more, sharing.infer([q.work for q in more]), strict=True):
-            alone = question.work.runtime.infer(question.work.batches, question.work.finish)
+        more = [about_sequences(q.input.model, [*texts, *texts[1:]], PPOConfig(microbatch=1)) for q in asked]
+        for question, result in zip(more, fused.infer([q.input for q in more]), strict=True):
+            (alone,) = Pipeline([question.input.model]).infer([question.input])
             assert torch.equal(question.answer(result.results), question.answer(alone.results))
-        found.append((shared, [part.order for part in sharing.parts]))
+        found.append((shared, [group.order for group in fused.groups]))
     return found
 
 

@@ -2,10 +2,11 @@
 
 from itertools import permutations
 
-from puzzle.plan.affinity import choose, inference_candidates, search_order, training_candidates
+from puzzle.plan import schedules
 from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
-from puzzle.plan.fused import Order, StreamModel, fused_1f1b
+from puzzle.plan.schedules import Order, PipelineModel
+from puzzle.plan.search import choose_fusion, inference_candidates, search_order, training_candidates
 from puzzle.plan.simulate import simulate
 from tests.plan.costs import uniform
 
@@ -18,8 +19,8 @@ def costs(**forward: float) -> CostTable:
 
 
 def training(cost: CostTable, microbatches: int = 4, num_stages: int = 4) -> list[str]:
-    models = [StreamModel("actor", microbatches), StreamModel("critic", microbatches)]
-    estimates = choose(training_candidates(models, num_stages, cost), cost)
+    models = [PipelineModel("actor", microbatches), PipelineModel("critic", microbatches)]
+    estimates = choose_fusion(training_candidates(models, num_stages, cost), cost)
     for estimate in estimates:
         assert all(check(schedule) == [] for schedule in estimate.candidate.schedules)
         assert estimate.seconds == sum(simulate(s, cost).makespan for s in estimate.candidate.schedules)
@@ -47,13 +48,13 @@ def test_sharing_does_not_pay_on_one_stage() -> None:
 
 
 def test_split_backwards_are_tried_where_their_costs_are_known() -> None:
-    models = [StreamModel("actor", 4), StreamModel("critic", 4)]
+    models = [PipelineModel("actor", 4), PipelineModel("critic", 4)]
     whole = {"forward": 1.0, "backward": 2.0, "activation": 0.0, "gradient": 0.0, "reduce": 0.0}
     whole |= {"norm": 0.0, "step": 0.0, "gather": 0.0}
 
     def names(**parts: float) -> list[str]:
         cost = CostTable({m.name: {**whole, **parts} for m in models})
-        return [e.candidate.name for e in choose(training_candidates(models, 4, cost, trials=1), cost)]
+        return [e.candidate.name for e in choose_fusion(training_candidates(models, 4, cost, trials=1), cost)]
 
     assert not any("split" in name for name in names())
     cheap = names(backward_input=1.0, backward_weight=1.0)
@@ -68,10 +69,10 @@ def test_split_backwards_are_tried_where_their_costs_are_known() -> None:
 
 def test_search_finds_the_best_of_all_orders() -> None:
     """Brute force over the 35 orders of 4 + 3 micro-batches."""
-    models, cost = [StreamModel("a", 4), StreamModel("b", 3)], costs(a=1.0, b=0.3)
+    models, cost = [PipelineModel("a", 4), PipelineModel("b", 3)], costs(a=1.0, b=0.3)
 
     def seconds(order: Order) -> float:
-        return simulate(fused_1f1b(models, 3, order), cost).makespan
+        return simulate(schedules.one_f_one_b(models, 3, order), cost).makespan
 
     every = {seconds(order) for order in set(permutations("aaaabbb"))}
     found = seconds(search_order("aaaabbb", seconds, trials=400))
@@ -86,9 +87,9 @@ def test_the_search_keeps_to_its_trials() -> None:
 
 
 def test_inference_groups() -> None:
-    models = [StreamModel("reference", 4), StreamModel("critic", 4), StreamModel("reward", 4)]
+    models = [PipelineModel("reference", 4), PipelineModel("critic", 4), PipelineModel("reward", 4)]
     cost = uniform([m.name for m in models])
-    every = choose(inference_candidates(models, 4), cost)
+    every = choose_fusion(inference_candidates(models, 4), cost)
     assert len(every) == 6 + 3 * 2 + 1
     assert every[0].flushes == 1
     assert every[0].seconds == 12 + 3
