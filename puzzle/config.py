@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from puzzle.limits import MOST_SEQUENCES
 from puzzle.sections import (
     CheckpointConfig,
     Count,
@@ -27,11 +28,12 @@ from puzzle.sections import (
     LayoutConfig,
     LogConfig,
     ModelConfig,
-    Natural,
     OffloadConfig,
     PPOConfig,
     RewardConfig,
     Section,
+    Seed,
+    Sequences,
     SwitchConfig,
     TrainedConfig,
 )
@@ -70,9 +72,9 @@ def _inherit(data: Any) -> Any:
 class TrainConfig(Section):
     """One PPO run."""
 
-    seed: Natural = Field(0, description="of random weights, sampling and the order of prompts")
+    seed: Seed = Field(0, description="of random weights, sampling and the order of prompts")
     iterations: Count = Field(100, description="rollouts, each followed by training")
-    batch: Count = Field(32, description="prompts per iteration")
+    batch: Sequences = Field(32, description="prompts per iteration")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where torch sees any")
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
@@ -179,6 +181,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _sizes(self) -> TrainConfig:
         sequences = self.batch * self.generation.samples
+        if sequences > MOST_SEQUENCES:
+            raise ValueError(f"batch x generation.samples = {sequences} sequences; at most {MOST_SEQUENCES}")
         if sequences % self.minibatch:
             raise ValueError(
                 f"ppo.minibatch {self.minibatch} does not divide batch x generation.samples = {sequences}"

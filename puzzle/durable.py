@@ -64,6 +64,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Let `writer` make a file under another name beside `path` (the same suffix), then put it there."""
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
+        writer(path)
+        return
     part = path.with_name(f".partial-{path.name}")
     try:
         writer(part)

@@ -1,8 +1,21 @@
 """The one exception that means: the user can mend this; and how a command ends."""
 
+import contextlib
+import io
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+
+LONGEST_LINE = 1000
+"""Characters of an error line; a longer one, which quotes something huge, loses its middle."""
+TERMINATED = 128 + signal.SIGTERM
+
+
+# How torch says it, of a CPU and of a device.
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory")
 
 
 class UserError(Exception):
@@ -41,27 +54,98 @@ def absent(error: ModuleNotFoundError) -> str | None:
     return f"the package {package} is not installed; {how}"
 
 
-def exit_code(command: Callable[[], int | None]) -> int:
-    """Runs a command. Its own code (None: 0), 2 after a user error, 130 interrupted, 141 no one reads on."""
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error that means too little memory, on the host or a device; None for others."""
+    text = str(error).strip().splitlines()
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, RuntimeError) and text and _NO_MEMORY.search(text[0])
+    ):
+        return None
+    return f"not enough memory{f' ({text[0]})' if text else ''}; ask for fewer or smaller things at a time"
+
+
+def one_line(text: str) -> str:
+    """`text` without line ends or what a terminal would obey, and not longer than LONGEST_LINE."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+
+
+def print_anything() -> None:
+    """Let stdout and stderr print characters that the terminal's encoding lacks, as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def terminate_as_exit() -> Generator[None]:
+    """SIGTERM (a scheduler's cancel) unwinds like an exception: workers and logs are ended properly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        return command() or 0
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave(number: int, _frame: object) -> None:
+    """Handles SIGTERM: as an exception, so that what was begun is ended."""
+    sys.exit(128 + number)
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Runs a command and says in one line why it failed.
+
+    Gives back its own code (None: 0), 2 after a user error, 130 interrupted, 141 no one reads on, 143 ended
+    by SIGTERM.
+    """
+    print_anything()
+    try:
+        with terminate_as_exit():
+            code = command() or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what cannot be written is known here, not when the interpreter ends
+            return code
     except UserError as error:
-        message = " ".join(str(error).split())
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left, as in `... | head`; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except ModuleNotFoundError as error:
-        lacking = absent(error)
-        if lacking is None:
+        code, message = 130, "interrupted"
+    except SystemExit as end:
+        if end.code != TERMINATED:
             raise
-        message = lacking
+        code, message = TERMINATED, "terminated"
+    except BrokenPipeError:
+        code, message = 141, ""
+    except ModuleNotFoundError as error:
+        if (lacking := absent(error)) is None:
+            raise
+        code, message = 2, f"error: {lacking}"
     except OSError as error:
         if error.errno is None:
             raise
-        message = describe(error)
-    print(f"error: {message.encode('utf-8', 'backslashreplace').decode()}", file=sys.stderr)
-    return 2
+        code, message = 2, f"error: {describe(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if (lack := out_of_memory(error)) is None:
+            raise
+        code, message = 2, f"error: {lack}"
+    _drop_output()
+    if message and sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(one_line(message), file=sys.stderr, flush=True)
+    return code
+
+
+def _drop_output() -> None:
+    """Write what stdout still holds; what nobody reads, or no disk has room for, must not be tried again."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

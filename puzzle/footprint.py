@@ -38,7 +38,7 @@ OFFLOADS = {
 
 def parse_bytes(text: str) -> int:
     """Bytes of "80GB" (1e9) or "74.5GiB" (2**30). UserError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?) ?([GM]i?B)", text)
     if match is None:
         raise UserError(f"--device-memory {text}: give a number and GB, GiB, MB or MiB, such as 80GB")
     return int(float(match[1]) * UNITS[match[2]])

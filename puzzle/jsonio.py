@@ -9,35 +9,19 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError
+from puzzle.reading import MOST_BYTES, read_text
 
-MOST_BYTES = 1 << 30
 MOST_DIGITS = 400
 """Longer integers than any double are no quantities; Python would refuse those of 4,300 digits by itself."""
 
 _UNBOUNDED = (1 << 63) - 1
 _ABSENT: Any = object()
 _WORDS = {None: "null", True: "true", False: "false"}
-
-
-def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
-    """A regular file as UTF-8; UserError for anything else (a pipe would be waited for without end)."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: is no regular file")
-        if found.st_size > most_bytes:
-            raise UserError(f"{path}: {found.st_size} bytes are too many; at most {most_bytes} are read")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(describe(error)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def parse(text: str | bytes, place: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -14,10 +15,36 @@ from pydantic import (
     model_validator,
 )
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+from puzzle.limits import (
+    LARGEST,
+    MOST,
+    MOST_BYTES,
+    MOST_LAYERS,
+    MOST_PROCESSES,
+    MOST_SEED,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    SMALLEST,
+)
+
+
+def _no_float32_zero(value: float) -> float:
+    if value < SMALLEST:
+        raise ValueError(f"expected at least {SMALLEST:g}")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
+Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Bytes = Annotated[int, Field(ge=1, le=MOST_BYTES)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_no_float32_zero)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -49,9 +76,9 @@ def _stages(value: Any) -> Any:
 class LayoutConfig(Section):
     """Tensor x pipeline x data parallelism of one model; their product is the number of processes."""
 
-    tp: Count = Field(1, description="tensor-parallel ranks")
-    pp: Count = Field(1, description="pipeline stages")
-    dp: Count = Field(1, description="data-parallel replicas")
+    tp: Processes = Field(1, description="tensor-parallel ranks")
+    pp: Processes = Field(1, description="pipeline stages")
+    dp: Processes = Field(1, description="data-parallel replicas")
     stages: Annotated[str | tuple[int, ...], BeforeValidator(_stages)] = Field(
         "even", description="layers per stage: even, balanced (counts embedding and head) or a list"
     )
@@ -62,7 +89,10 @@ class LayoutConfig(Section):
         return self.tp * self.pp * self.dp
 
     @model_validator(mode="after")
-    def _one_count_per_stage(self) -> LayoutConfig:
+    def _possible(self) -> LayoutConfig:
+        if self.world > MOST_PROCESSES:
+            product = f"tp x pp x dp = {self.tp} x {self.pp} x {self.dp} = {self.world}"
+            raise ValueError(f"{product} processes; at most {MOST_PROCESSES} are planned for")
         if isinstance(self.stages, tuple) and len(self.stages) != self.pp:
             raise ValueError(f"stages lists {len(self.stages)} stages but pp is {self.pp}")
         return self
@@ -76,7 +106,7 @@ class InitConfig(Section):
     vocab_size: Count | None = Field(None, description="rows of the embedding")
     hidden_size: Count | None = Field(None, description="width of hidden states")
     intermediate_size: Count | None = Field(None, description="width inside the MLP")
-    num_hidden_layers: Count | None = Field(None, description="decoder layers")
+    num_hidden_layers: Layers | None = Field(None, description="decoder layers")
     num_attention_heads: Count | None = Field(None, description="query heads")
     num_key_value_heads: Count | None = Field(None, description="default: as many as query heads")
     head_dim: Count | None = Field(None, description="default: hidden_size / num_attention_heads")
@@ -124,7 +154,7 @@ class ModelConfig(Section):
 
     model: str | None = Field(None, description="Hugging Face model folder")
     init: InitConfig | None = Field(None, description="random initialisation instead of a folder")
-    layers: Count | None = Field(None, description="keep only the first N layers")
+    layers: Layers | None = Field(None, description="keep only the first N layers")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the run's layout")
 
 
@@ -145,13 +175,13 @@ class DataConfig(Section):
 
     prompts: str | None = Field(None, description=".jsonl, .parquet, .txt or a Hugging Face dataset folder")
     eval_prompts: str | None = Field(None, description="held-out prompts in the same formats")
-    random_tokens: Count | None = Field(None, description="prompts of N random ids (timing runs), no text")
-    field: str = Field("prompt", description="name of the prompt's field")
-    id_field: str | None = Field(None, description="field of a stable id; default: position in the file")
+    random_tokens: Tokens | None = Field(None, description="prompts of N random ids (timing runs), no text")
+    field: Name = Field("prompt", description="name of the prompt's field")
+    id_field: Name | None = Field(None, description="field of a stable id; default: position in the file")
     tokenizer: str | None = Field(None, description="folder, or bytes; default: the actor's folder")
     chat_template: bool = Field(False, description="render prompts as user turns of a chat")
     system: str | None = Field(None, description="system turn before each prompt (chat_template only)")
-    max_prompt_tokens: Count = Field(256, description="longest prompt; memory is counted for it")
+    max_prompt_tokens: Tokens = Field(256, description="longest prompt; memory is counted for it")
     too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer prompts")
     shuffle: bool = Field(True, description="a new order of prompts in every epoch")
 
@@ -160,17 +190,17 @@ class GenerationConfig(Section):
     """Sampling of responses."""
 
     min_new_tokens: Natural = Field(0, description="nothing ends a response before it has so many")
-    max_new_tokens: Count = Field(128, description="a response is cut here")
+    max_new_tokens: Tokens = Field(128, description="a response is cut here")
     temperature: Positive = Field(1.0, description="logits are divided by it, in training too")
     top_k: Natural = Field(0, description="0: no limit")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest set of tokens of this probability"
     )
     greedy: bool = Field(False, description="the likeliest token, nothing is drawn")
-    samples: Count = Field(1, description="responses per prompt")
+    samples: Sequences = Field(1, description="responses per prompt")
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
-    prefill_microbatch: Count | None = Field(None, description="sequences per prefill micro-batch")
-    decode_microbatch: Count | None = Field(None, description="sequences per decode micro-batch")
+    prefill_microbatch: Sequences | None = Field(None, description="sequences per prefill micro-batch")
+    decode_microbatch: Sequences | None = Field(None, description="sequences per decode micro-batch")
     graphs: bool = Field(True, description="replay decode passes as CUDA graphs (not on a CPU)")
     early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
@@ -202,8 +232,8 @@ class PPOConfig(Section):
     """Proximal policy optimisation (Schulman et al. 2017) on responses."""
 
     epochs: Count = Field(1, description="passes over the batch in one iteration")
-    minibatch: Count | None = Field(None, description="sequences per optimizer step; default: all")
-    microbatch: Count | None = Field(None, description="sequences per forward and backward pass")
+    minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
+    microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
     microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
     packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
     clip: Positive = Field(0.2, description="how far the probability ratio may leave 1")
@@ -246,7 +276,7 @@ class SwitchConfig(Section):
     transport: Literal["auto", "peer", "messages"] = Field(
         "auto", description="peer: copies out of peers' memory (auto: where devices allow it)"
     )
-    staging_bytes: Count = Field(256 << 20, description="most memory for packing messages, per device")
+    staging_bytes: Bytes = Field(256 << 20, description="most memory for packing messages, per device")
     verify: bool = Field(False, description="compare checksums of every tensor after each switch")
     gpus_per_node: Count | None = Field(None, description="default: as the launcher says")
     nest: bool = Field(False, description="stages of generation begin and end where the actor's do")

@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from puzzle.config import TrainConfig
+from puzzle.limits import LARGEST, MOST
 
 ROOT = Path(__file__).resolve().parents[1]
+UNTOLD = (MOST, LARGEST)  # of nearly every number: the page says so once
 PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
@@ -22,6 +24,8 @@ HEAD = """\
 Every key of `puzzle train --config FILE.yaml`. Each is an option of the command line, too
 (`--ppo.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the configuration as it
 resolves, and the plan of the run.
+
+Whole numbers are at most 2147483647, others at most 1e30, where nothing less is said.
 
 The critic, the reference and generation take what is not given from the actor, and every model its `layout`
 from the run's. This page is written by `python scripts/config_reference.py`; a test holds it against the
@@ -53,7 +57,8 @@ def kind(annotation: Any) -> str:
 def bounds(info: FieldInfo) -> str:
     """What a number may be, in words: "> 0, <= 1"."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [f"{signs[n]} {getattr(m, n):g}" for m in info.metadata for n in signs if hasattr(m, n)]
+    limits = [(sign, getattr(m, n)) for m in info.metadata for n, sign in signs.items() if hasattr(m, n)]
+    found = [f"{sign} {limit}" for sign, limit in limits if limit not in UNTOLD]
     return f", {', '.join(found)}" if found else ""
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from puzzle.cli import Parser
+from puzzle.cli import Parser, new_file, whole
 from puzzle.cli.plan_switch import model_spec, triple
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.world import World
+from puzzle.errors import UserError
+from puzzle.limits import MOST_LAYERS, MOST_MICROBATCHES, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
@@ -20,16 +23,26 @@ from puzzle.spec.model import ModelSpec
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": "7b", "help": "published size or Hugging Face folder"},
-    "layers": {"type": int, "default": 0, "metavar": "N", "help": "keep N decoder layers only"},
+    "layers": {
+        "type": whole(0, MOST_LAYERS),
+        "default": 0,
+        "metavar": "N",
+        "help": "keep N decoder layers only",
+    },
     "layout": {"type": triple, "default": (1, 1, 1), "metavar": "TP,PP,DP"},
-    "rows": {"type": int, "default": 4, "help": "sequences of a micro-batch"},
-    "length": {"type": int, "default": 512, "help": "tokens of a sequence"},
-    "microbatches": {"type": int, "default": 4, "metavar": "M", "help": "per replica and step"},
+    "rows": {"type": whole(1, MOST_SEQUENCES), "default": 4, "help": "sequences of a micro-batch"},
+    "length": {"type": whole(1, MOST_TOKENS), "default": 512, "help": "tokens of a sequence"},
+    "microbatches": {
+        "type": whole(1, MOST_MICROBATCHES),
+        "default": 4,
+        "metavar": "M",
+        "help": "per replica and step",
+    },
     "recompute": {"action": "store_true", "help": "keep only layer inputs for the backward"},
-    "repeats": {"type": int, "default": 5, "metavar": "K", "help": "the median of K is reported"},
+    "repeats": {"type": whole(1), "default": 5, "metavar": "K", "help": "the median of K is reported"},
     "dtype": {"default": "bf16", "choices": sorted(DTYPES)},
     "device": {"default": "auto", "choices": ("auto", "cuda", "cpu")},
-    "out": {"type": Path, "metavar": "FILE", "help": "add the results to FILE, one JSON per line"},
+    "out": {"type": new_file, "metavar": "FILE", "help": "add the results to FILE, one JSON per line"},
 }
 
 
@@ -59,6 +72,18 @@ class Bench:
             file.write(json.dumps({"bench": what, **settings, **row}, default=str) + "\n")
 
 
+def cut(model: str, layers: int, layouts: Sequence[tuple[int, int, int]] = ()) -> ModelSpec:
+    """A model with `layers` decoder layers (0: its own number). UserError if it has fewer, or cannot be laid
+    out in one of `layouts`."""
+    spec = model_spec(model)
+    if layers > spec.num_layers:
+        raise UserError(f"--layers {layers}: {model} has {spec.num_layers}")
+    spec = replace(spec, num_layers=layers or spec.num_layers)
+    for layout in layouts:
+        Layout.even(*layout, spec.num_layers).check(spec)
+    return spec
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelBench(Bench):
     """A measurement of one model; `layers` 0 keeps the model's own number."""
@@ -69,8 +94,7 @@ class ModelBench(Bench):
     @property
     def spec(self) -> ModelSpec:
         """The model, cut to `layers` layers if that is asked for."""
-        spec = model_spec(self.model)
-        return replace(spec, num_layers=self.layers or spec.num_layers)
+        return cut(self.model, self.layers)
 
     def leave(self, what: str, row: dict[str, Any]) -> None:
         """Add a result with the settings to the file, if there is one."""
@@ -82,6 +106,10 @@ class LayoutBench(ModelBench):
     """A measurement of a model in one layout (tp, pp, dp)."""
 
     layout: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        """Raise UserError, before any process starts, for a model that cannot be laid out so."""
+        cut(self.model, self.layers, (self.layout,))
 
     @property
     def title(self) -> str:

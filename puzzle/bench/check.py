@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from puzzle.bench import kernels
 from puzzle.bench.models import MODELS, save_random, sentences
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
-from puzzle.cli import Parser
+from puzzle.cli import Parser, whole
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.passes import StagePasses
@@ -29,6 +29,7 @@ from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import MOST_PROCESSES
 from puzzle.model import hf
 from puzzle.model.weights import boxes
 from puzzle.plan.layout import Layout, Placement
@@ -59,7 +60,9 @@ class Row:
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start the processes."""
     parser = Parser("puzzle bench check", description="Compare the engine with transformers on this device.")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="processes, one per device")
+    parser.add_argument(
+        "--world", type=whole(1, MOST_PROCESSES), default=1, metavar="N", help="processes, one per device"
+    )
     parser.add_argument("--models", default=",".join(MODELS), help="of: %(default)s")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     given = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from torch import Tensor
 from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.bench.texts import mean_loss, random_batches
+from puzzle.cli import named, whole
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.pipeline import Pipeline, PipelineInput
@@ -48,13 +49,15 @@ def run(arguments: Sequence[str]) -> int:
     made = parser(
         "checkpoint", "Time training steps while a checkpoint is written.", options, model="350m", repeats=9
     )
-    made.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to be measured")
-    made.add_argument("--saves", type=int, default=3, metavar="K", help="checkpoints after the first one")
+    made.add_argument("--folder", type=named, required=True, help="a new folder on the disk to be measured")
+    made.add_argument(
+        "--saves", type=whole(1), default=3, metavar="K", help="checkpoints after the first one"
+    )
     bench = CheckpointBench(**vars(made.parse_args(arguments)))
     if bench.folder.exists():
         raise UserError(f"--folder {bench.folder}: exists already; name a new one, it will be removed")
-    if min(bench.saves, bench.repeats) < 1:
-        raise UserError("--saves and --repeats: at least 1")
+    if not bench.folder.absolute().parent.is_dir():
+        raise UserError(f"--folder {bench.folder}: no folder {bench.folder.parent}")
     local.run("puzzle.bench.checkpoint:work", (bench,), math.prod(bench.layout))
     return 0
 

@@ -20,9 +20,9 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from puzzle.bench import device
-from puzzle.bench.arguments import DTYPES, Bench, parser
+from puzzle.bench.arguments import DTYPES, Bench, cut, parser
 from puzzle.bench.texts import mean_loss, mean_square_value, random_batches, token_logprobs
-from puzzle.cli.plan_switch import model_spec
+from puzzle.cli import named, whole
 from puzzle.engine.optimizer import AdamWSettings
 from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
 from puzzle.engine.runtime import ModelRuntime
@@ -31,6 +31,7 @@ from puzzle.engine.tracing import Clock, gathered
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import MOST_MICROBATCHES
 from puzzle.model.weights import initialise
 from puzzle.plan.cost import CostTable
 from puzzle.plan.layout import Layout, Placement
@@ -71,9 +72,8 @@ class FuseBench(Bench):
     def spec(self, role: str) -> ModelSpec:
         """The model of a role: the reference is the actor's size, the reward model the critic's."""
         language = role in ("actor", "reference")
-        spec = model_spec(self.actor if language else self.critic)
-        layers = self.layers or spec.num_layers
-        return replace(spec, num_layers=layers, head="lm" if language else "value")
+        spec = cut(self.actor if language else self.critic, self.layers, (self.layout,))
+        return replace(spec, head="lm" if language else "value")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -88,17 +88,27 @@ def run(arguments: Sequence[str]) -> int:
     made.add_argument("--actor", default="7b", help="published size or Hugging Face folder; also reference")
     made.add_argument("--critic", default="7b", help="the same for critic and reward model")
     made.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    made.add_argument("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M")
+    made.add_argument(
+        "--microbatches",
+        nargs="+",
+        type=whole(1, MOST_MICROBATCHES),
+        default=[4, 8, 16, 32],
+        metavar="M",
+    )
     made.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
     made.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
     made.add_argument("--split", action="store_true", help="train with split backwards, too, both ways")
-    made.add_argument("--traces", type=Path, metavar="DIR", help="leave Perfetto traces there")
-    made.add_argument("--traced", type=int, default=8, metavar="M", help="micro-batches of the traces")
+    made.add_argument("--traces", type=named, metavar="DIR", help="leave Perfetto traces there")
+    made.add_argument(
+        "--traced", type=whole(1, MOST_MICROBATCHES), default=8, metavar="M", help="micro-batches of traces"
+    )
     bench = FuseBench(**vars(made.parse_args(arguments)))
-    if bench.repeats < 2 or min(bench.microbatches) < 1:
-        raise UserError("--repeats must be at least 2 (the spread is reported), --microbatches at least 1")
+    if bench.repeats < 2:
+        raise UserError("--repeats must be at least 2: the spread is reported")
     if bench.split and bench.layout[1] == 1:
         raise UserError("--split: one stage has nothing to fill; give --layout a pp of at least 2")
+    for role in ("actor", "critic"):
+        bench.spec(role)
     local.run("puzzle.bench.fuse:work", (bench,), math.prod(bench.layout))
     return 0
 

@@ -17,12 +17,14 @@ import torch
 
 from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
+from puzzle.cli import whole
 from puzzle.engine.generate import Request, StopRule, Tally, generate
 from puzzle.engine.passes import StagePasses, cache_bytes, fitting_rows
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import MOST_SEQUENCES, MOST_TOKENS
 
 ARMS = {"early stop": True, "to the end": False}
 
@@ -55,10 +57,16 @@ class GenerateBench(LayoutBench):
 def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start the processes of the layout."""
     made = parser("generate", "Time prefill and decoding of random prompts.", "model layers layout repeats")
-    made.add_argument("--batches", nargs="+", type=int, default=[32, 64, 128, 256], help="of all replicas")
-    made.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    made.add_argument(
+        "--batches",
+        nargs="+",
+        type=whole(1, MOST_SEQUENCES),
+        default=[32, 64, 128, 256],
+        help="of all replicas",
+    )
+    made.add_argument("--prompt", type=whole(1, MOST_TOKENS), default=256, help="tokens of a prompt")
     made.add_argument("--ragged", action="store_true", help="prompts of an eighth of that to all of it")
-    made.add_argument("--new", type=int, default=256, help="most new tokens of a sequence")
+    made.add_argument("--new", type=whole(1, MOST_TOKENS), default=256, help="most new tokens of a sequence")
     made.add_argument("--greedy", action="store_true", help="argmax instead of drawing at temperature 1")
     modes, lengths = ("eager", "graphs"), ("fixed", "exponential")
     made.add_argument("--modes", nargs="+", choices=modes, default=modes, help="graphs: of decode passes")

@@ -6,16 +6,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from puzzle import footprint
-from puzzle.cli import Parser
+from puzzle.cli import Parser, named, whole
 from puzzle.cli.plan_switch import triple
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, merge, parse_overrides
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import MOST_LAYERS
 from puzzle.plan.memory import RankMemory
 from puzzle.resolve import check_packages, resolve
 from puzzle.runlog import Run, load_runs
@@ -64,8 +64,10 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--layouts", nargs="+", type=triple, default=[(1, 1, 1)], metavar="TP,PP,DP")
     parser.add_argument("--models", nargs=2, default=["7b", "350m"], metavar=("ACTOR", "CRITIC"))
-    parser.add_argument("--layers", type=int, metavar="N", help="keep N decoder layers of each model only")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for logs and memory.jsonl")
+    parser.add_argument(
+        "--layers", type=whole(1, MOST_LAYERS), metavar="N", help="keep N decoder layers of each model only"
+    )
+    parser.add_argument("--out", type=named, required=True, metavar="DIR", help="for logs and memory.jsonl")
     options, overrides = parser.parse_known_args(arguments)
     configs = {
         ",".join(map(str, layout)): configured(layout, options.models, options.layers, overrides)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from puzzle.bench import device
-from puzzle.bench.arguments import DTYPES, ModelBench, parser
+from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
 from puzzle.bench.switch import SECONDS, Pair, one_size, pair_of, tidy
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
@@ -43,6 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     made = parser("overlap", "Time the way to generation, in turn and beside.", options, **sizes)
     made.add_argument("--pairs", nargs="+", type=pair_of, required=True, metavar="TP,PP,DP:TP,PP,DP")
     bench = OverlapBench(**vars(made.parse_args(arguments)))
+    cut(bench.model, bench.layers, [layout for pair in bench.pairs for layout in pair])
     local.run("puzzle.bench.overlap:work", (bench,), one_size(bench.pairs))
     return 0
 

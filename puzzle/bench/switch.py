@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puzzle.bench import device
-from puzzle.bench.arguments import DTYPES, ModelBench, parser
+from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
+from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.switcher import Switcher, lends_pages
@@ -24,6 +25,7 @@ from puzzle.engine.transports import LANES, Unreachable, open_peers
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import MOST_BYTES
 from puzzle.model.weights import initialise
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
@@ -55,13 +57,14 @@ def run(arguments: Sequence[str]) -> int:
     """Parse the command line and start as many processes as the layouts have."""
     made = parser("switch", "Time switches of a model's layout.", "model layers repeats", repeats=7)
     made.add_argument("--pairs", nargs="+", type=pair_of, required=True, metavar="TP,PP,DP:TP,PP,DP")
-    made.add_argument("--staging-bytes", type=int, default=512 * MIB, metavar="BYTES")
-    made.add_argument("--rate-bytes", type=int, default=1024 * MIB, help="message that measures links")
-    made.add_argument("--gpus-per-node", type=int, default=None, metavar="N")
+    made.add_argument("--staging-bytes", type=whole(1, MOST_BYTES), default=512 * MIB, metavar="BYTES")
+    made.add_argument(
+        "--rate-bytes", type=whole(1, MOST_BYTES), default=1024 * MIB, help="message that measures links"
+    )
+    made.add_argument("--gpus-per-node", type=whole(1), default=None, metavar="N")
     bench = SwitchBench(**vars(made.parse_args(arguments)))
     processes = one_size(bench.pairs)
-    if bench.repeats < 1:
-        raise UserError(f"--repeats {bench.repeats}: at least 1")
+    cut(bench.model, bench.layers, [layout for pair in bench.pairs for layout in pair])
     local.run("puzzle.bench.switch:work", (bench,), processes)
     return 0
 

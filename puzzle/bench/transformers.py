@@ -13,10 +13,12 @@ import torch
 
 from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, Bench, parser
+from puzzle.cli import named, whole
 from puzzle.engine.generate import Request, generate
 from puzzle.engine.passes import StagePasses
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
+from puzzle.limits import MOST_SEQUENCES, MOST_TOKENS
 from puzzle.model import hf
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup
@@ -38,11 +40,11 @@ class TransformersBench(Bench):
 def run(arguments: Sequence[str]) -> int:
     """Time both, run by run in turn; greedy, a fixed number of new tokens."""
     made = parser("transformers", "Time generation beside transformers' own.", "repeats", dtype="fp32")
-    made.add_argument("model", type=Path, help="Hugging Face model folder")
-    made.add_argument("--batch", type=int, default=8, help="prompts")
-    made.add_argument("--prompt", type=int, default=32, help="tokens of the longest prompt")
+    made.add_argument("model", type=named, help="Hugging Face model folder")
+    made.add_argument("--batch", type=whole(1, MOST_SEQUENCES), default=8, help="prompts")
+    made.add_argument("--prompt", type=whole(1, MOST_TOKENS), default=32, help="tokens of the longest prompt")
     made.add_argument("--ragged", action="store_true", help="prompts of half to all of these tokens")
-    made.add_argument("--new", type=int, default=64, help="new tokens of every sequence")
+    made.add_argument("--new", type=whole(1, MOST_TOKENS), default=64, help="new tokens of every sequence")
     bench = TransformersBench(**vars(made.parse_args(arguments)))
     world = World.start(bench.device)
     spec = hf.read_spec(bench.model, "lm")

@@ -1,13 +1,17 @@
 """The command line: `puzzle COMMAND ...`. Commands are imported when they run: help needs no torch."""
 
 import argparse
+import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from puzzle import __version__
-from puzzle.errors import UserError, exit_code
+from puzzle.errors import UserError, describe, exit_code
+from puzzle.limits import MOST
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
@@ -26,6 +30,65 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UserError(f"{self.prog}: {message}")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that is a whole number in [least, most], in ASCII digits."""
+
+    def read(text: str) -> int:
+        wanted = f"at least {least}" if most == MOST else f"from {least} to {most}"
+        # The digits are counted first: Python is slow with thousands of them.
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not least <= int(text) <= most:
+            if re.fullmatch(r"\+?[0-9]{10,}", text):
+                wanted = f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {wanted}")
+        return int(text)
+
+    return read
+
+
+def real(above: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option that is a finite number above `above` and at most `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() else math.nan
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and above < value <= most):
+            limit = f" and at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: give a finite number above {above:g}{limit}")
+        return value
+
+    return read
+
+
+def filled(text: str) -> str:
+    """The type of an option that is a text, and not an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def named(text: str) -> Path:
+    """The type of an option that names a file or a folder: an empty name is not the folder one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """The type of an option that names a file to write: known to be none before work is done for it."""
+    path = named(text)
+    try:
+        if path.is_dir() or text.endswith("/"):
+            raise argparse.ArgumentTypeError(f"{text}: is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: no folder {path.parent}")
+        path.exists()
+    except OSError as error:  # a name that is too long, say
+        raise argparse.ArgumentTypeError(describe(error)) from None
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

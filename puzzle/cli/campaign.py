@@ -15,14 +15,15 @@ from rich.console import Console
 
 from puzzle import footprint
 from puzzle.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
-from puzzle.cli import Parser
-from puzzle.errors import UserError
+from puzzle.cli import Parser, named, whole
+from puzzle.errors import UserError, terminate_as_exit
 from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher, campaign, slurm
 from puzzle.launch.forecast import forecast
-from puzzle.launch.local import terminate_as_exit
 from puzzle.launch.machine import Machine, find_machine
 from puzzle.resolve import check_files, check_packages, resolve
+
+MOST_REPEATS = 1000
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -83,19 +84,20 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="FIGURE", help="e.g. figure9"
     )
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each, with other seeds")
-    parser.add_argument("--iterations", type=int, metavar="N", help="of each run, the first warming up")
+    parser.add_argument(
+        "--repeats",
+        type=whole(1, MOST_REPEATS),
+        default=1,
+        metavar="N",
+        help="runs of each, with other seeds",
+    )
+    parser.add_argument("--iterations", type=whole(2), metavar="N", help="of each run, the first warming up")
     parser.add_argument("--cluster", default="local", metavar="NAME", help="what figures call this machine")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the unfinished one, or a new one")
+    parser.add_argument("--out", type=named, metavar="DIR", help="default: the unfinished one, or a new one")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what cannot run yet")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
-    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help=f"default: {TABLE.name}")
-    options = parser.parse_args(arguments)
-    for name, least in (("repeats", 1), ("iterations", 2)):
-        given = getattr(options, name)
-        if given is not None and given < least:
-            raise UserError(f"--{name} {given}: at least {least}")
-    return options
+    parser.add_argument("--table", type=named, default=TABLE, metavar="FILE", help=f"default: {TABLE.name}")
+    return parser.parse_args(arguments)
 
 
 def _submitted(arguments: Sequence[str], out: Path) -> list[str]:

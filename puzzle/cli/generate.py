@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle import durable
-from puzzle.cli import Parser
+from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config import DataConfig
 from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text, stop_ids, stop_rule
 from puzzle.errors import UserError
 from puzzle.launch import local
+from puzzle.limits import LARGEST, MOST_PROCESSES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
+from puzzle.plan.layout import Layout, Placement
 from puzzle.sources import folder_spec
 
 if TYPE_CHECKING:
@@ -45,26 +47,30 @@ class Job:
 def parser() -> Parser:
     """The command's arguments."""
     made = Parser(prog="puzzle generate", description="Answer prompts with a model folder.")
-    made.add_argument("model", type=Path, help="Hugging Face model folder")
+    made.add_argument("model", type=named, help="Hugging Face model folder")
     made.add_argument(
-        "--prompts", type=Path, help=".jsonl, .parquet, .txt or dataset folder; else stdin lines"
+        "--prompts", type=named, help=".jsonl, .parquet, .txt or dataset folder; else stdin lines"
     )
-    made.add_argument("--field", default="prompt", help="name of the prompt's field")
+    made.add_argument("--field", type=filled, default="prompt", help="name of the prompt's field")
     made.add_argument("--plain", action="store_true", help="no chat template, even if there is one")
-    made.add_argument("--jsonl", type=Path, metavar="FILE", help="a line per prompt, in order")
+    made.add_argument("--jsonl", type=new_file, metavar="FILE", help="a line per prompt, in order")
     made.add_argument("--greedy", action="store_true")
-    made.add_argument("--temperature", type=float, default=1.0)
-    made.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    made.add_argument("--top-p", type=float, default=1.0)
-    made.add_argument("--min-new-tokens", type=int, default=0)
-    made.add_argument("--max-new-tokens", type=int, default=128)
+    made.add_argument("--temperature", type=real(0, LARGEST), default=1.0)
+    made.add_argument("--top-k", type=whole(0), default=0, help="0: no limit")
+    made.add_argument("--top-p", type=real(0, 1), default=1.0)
+    made.add_argument("--min-new-tokens", type=whole(0, MOST_TOKENS), default=0)
+    made.add_argument("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128)
     made.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends a response; repeatable"
     )
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--batch", type=int, default=32, help="prompts at a time, of all replicas")
+    made.add_argument("--seed", type=whole(0, MOST_SEED), default=0)
+    made.add_argument(
+        "--batch", type=whole(1, MOST_SEQUENCES), default=32, help="prompts at a time, of all replicas"
+    )
     for name, meaning in (("tp", "tensor-parallel ranks"), ("pp", "pipeline stages"), ("dp", "replicas")):
-        made.add_argument(f"--layout.{name}", type=int, default=1, dest=name, metavar="N", help=meaning)
+        made.add_argument(
+            f"--layout.{name}", type=whole(1, MOST_PROCESSES), default=1, dest=name, metavar="N", help=meaning
+        )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on cuda")
     return made
@@ -73,21 +79,17 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
-    for name in ("batch", "tp", "pp", "dp"):
-        if getattr(given, name) < 1:
-            option = name if name == "batch" else f"layout.{name}"
-            raise UserError(f"--{option} is {getattr(given, name)}; it must be at least 1")
     if "" in given.stop:
         raise UserError("--stop: an empty text would end every response; leave it out")
-    if given.jsonl is not None and not given.jsonl.parent.is_dir():
-        raise UserError(f"--jsonl {given.jsonl}: no folder {given.jsonl.parent}")
     # Before the tokenizer: transformers reads config.json too, and says less of what is wrong with it.
-    folder_spec("model", given.model, "lm")
+    spec = folder_spec("model", given.model, "lm")
+    layout = Layout.even(given.tp, given.pp, given.dp, spec.num_layers)
+    layout.check(spec)  # before any process starts
     tokenizer = load_tokenizer(str(given.model))
     data = DataConfig(
         field=given.field,
         chat_template=bool(tokenizer.chat_template) and not given.plain,
-        max_prompt_tokens=1 << 30,  # the model's positions are the limit
+        max_prompt_tokens=MOST_TOKENS,  # the model's positions are the limit
     )
     names = ("greedy", "temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "seed")
     sampling = {name: getattr(given, name) for name in names}
@@ -102,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
         given.device,
         given.dtype,
     )
-    local.run("puzzle.cli.generate:work", (job,), given.tp * given.pp * given.dp)
+    local.run("puzzle.cli.generate:work", (job,), layout.world)
     return 0
 
 
@@ -159,7 +161,6 @@ def _load(job: Job, world: Any) -> ModelRuntime:
 
     from puzzle.engine.runtime import ModelRuntime
     from puzzle.model import hf
-    from puzzle.plan.layout import Layout, Placement
 
     spec = hf.read_spec(job.model, "lm")
     largest = max(max(prompt.tokens) for prompt in job.prompts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from puzzle.cli import Parser
+from puzzle.cli import Parser, named, real, whole
+from puzzle.limits import MOST_BYTES, MOST_PROCESSES
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.describe import fill_table, switch_json, switch_table
 from puzzle.plan.layout import Layout, Placement
@@ -32,16 +34,22 @@ def run(arguments: list[str]) -> int:
 
 def triple(text: str) -> tuple[int, int, int]:
     """tp,pp,dp from the command line."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: write tp,pp,dp, three whole numbers such as 2,8,1")
+    parts = [part.strip() for part in text.split(",")]
+    # Counted before they are read: Python is slow with thousands of digits.
+    if len(parts) != 3 or not all(re.fullmatch("[0-9]{1,30}", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write tp,pp,dp, three whole numbers such as 2,8,1")
     tp, pp, dp = map(int, parts)
+    if min(tp, pp, dp) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: tp, pp and dp are each at least 1")
+    if tp * pp * dp > MOST_PROCESSES:
+        most = f"at most {MOST_PROCESSES} are planned for"
+        raise argparse.ArgumentTypeError(f"{text!r}: {tp * pp * dp} processes; {most}")
     return tp, pp, dp
 
 
 def model_spec(name: str) -> ModelSpec:
     """A published size or a Hugging Face folder, with a language model's head."""
-    if name.lower() in PUBLISHED or not Path(name).exists():
+    if name.lower() in PUBLISHED or not name or not Path(name).exists():
         return published(name)
     from puzzle.sources import folder_spec
 
@@ -53,16 +61,16 @@ def _parser() -> Parser:
     parser.add_argument("--from", dest="source", type=triple, required=True, metavar="TP,PP,DP")
     parser.add_argument("--to", dest="destination", type=triple, required=True, metavar="TP,PP,DP")
     parser.add_argument("--model", required=True, help=f"{', '.join(PUBLISHED)}, or a Hugging Face folder")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    parser.add_argument("--intra-gbs", type=float, default=Cluster.intra_gbs, help="GB/s inside a node")
-    parser.add_argument("--inter-gbs", type=float, default=Cluster.inter_gbs, help="GB/s between nodes")
+    parser.add_argument("--gpus-per-node", type=whole(1), default=8, metavar="N")
+    parser.add_argument("--intra-gbs", type=real(0), default=Cluster.intra_gbs, help="GB/s inside a node")
+    parser.add_argument("--inter-gbs", type=real(0), default=Cluster.inter_gbs, help="GB/s between nodes")
     parser.add_argument("--strategy", choices=STRATEGIES, default="planned")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--staging-bytes", type=int, default=256 * MIB, metavar="BYTES")
+    parser.add_argument("--staging-bytes", type=whole(1, MOST_BYTES), default=256 * MIB, metavar="BYTES")
     parser.add_argument("--nest", action="store_true", help="stage borders on those of the layout before")
     parser.add_argument("--zero", action="store_true", help="out of ZeRO-1 shards, before they are gathered")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="draw who sends what to whom")
+    parser.add_argument("--out", type=named, metavar="DIR", help="draw who sends what to whom")
     return parser
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from puzzle import footprint
 from puzzle.capabilities import BASELINE, BASELINE_SCRIPT, require_device
-from puzzle.cli import Parser
+from puzzle.cli import Parser, named
 from puzzle.config import TrainConfig
 from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
 from puzzle.errors import UserError
@@ -31,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this and every key")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for all that the run writes")
+    parser.add_argument("--config", type=named, metavar="FILE", help="YAML file")
+    parser.add_argument("--out", type=named, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.help:
         print(parser.format_help() + "\n" + option_help())
         return 0
+    memory = None if options.device_memory is None else footprint.parse_bytes(options.device_memory)
     if options.profile is not None:
         overrides += ["--log.profile", options.profile]
     if options.resume and options.config is None:
@@ -54,14 +55,14 @@ def run(arguments: Sequence[str]) -> int:
     plan = resolve(config)
     if options.dry_run or config.world > 1:  # a single process reads its files at once
         check_files(config)
-    if options.dry_run or options.device_memory:
+    if options.dry_run or memory is not None:
         ranks = footprint.estimate(plan, fused=config.device != "cpu")
     if options.dry_run:
         print(json.dumps(config.resolved(), indent=2))
         print(plan.table(), file=sys.stderr)
         print(footprint.table(ranks), file=sys.stderr)
-    if options.device_memory:
-        footprint.require(ranks, footprint.parse_bytes(options.device_memory))
+    if memory is not None:
+        footprint.require(ranks, memory)
     if options.dry_run:
         return 0
     if options.out is None:

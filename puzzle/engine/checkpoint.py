@@ -25,10 +25,10 @@ from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes
 from puzzle.engine.optimizer import ZeroAdamW
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError, describe
-from puzzle.jsonio import read_text
 from puzzle.model.weights import fill
 from puzzle.plan import manifest
 from puzzle.plan.manifest import KINDS, Entry, Manifest, SavedFile, SavedModel
+from puzzle.reading import read_text
 
 MANIFEST = "manifest.json"
 POLL_SECONDS = 0.02

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError, describe, leave, out_of_memory, print_anything, terminate_as_exit
 from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
@@ -31,6 +31,7 @@ REPORT = "PUZZLE_REPORT"
 """Variable that tells a worker the file descriptor on which its launcher listens."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
+MOST_PER_CORE = 16
 
 
 class WorkerError(Exception):
@@ -102,6 +103,10 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 
 def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if world > MOST_PER_CORE * cores:
+        most = f"at most {MOST_PER_CORE * cores} are started on its {cores} cores"
+        raise UserError(f"{world} processes are too many for this host: {most}; lower tp, pp or dp")
     store = listen(LOOPBACK)
     death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs)
     if death is not None:
@@ -154,6 +159,7 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+    print_anything()
     interface = interface_towards(share.address)
     values = {
         "RANK": share.first + local_rank,
@@ -180,6 +186,9 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
         if isinstance(error, OSError) and error.errno in MENDABLE:
             report.send((time.time(), "user", describe(error)))
             raise SystemExit(2) from None
+        if (lack := out_of_memory(error)) is not None:
+            report.send((time.time(), "user", f"rank {share.first + local_rank}: {lack}"))
+            raise SystemExit(2) from None
         text = str(error).strip().splitlines()
         report.send((time.time(), "error", f"{type(error).__name__}: {text[0] if text else ''}"))
         raise
@@ -193,11 +202,6 @@ def tell(line: str, first: bool) -> None:
         report.send((time.time(), "hang", line))
     elif first:
         print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def leave(number: int, _frame: Any) -> None:
-    """Handles SIGTERM: as an exception, so that what was begun is ended."""
-    sys.exit(128 + number)
 
 
 def peer_ended(_number: int, _frame: Any) -> None:
@@ -290,16 +294,3 @@ def _environment(values: Mapping[str, str]) -> Generator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def terminate_as_exit() -> Generator[None]:
-    """SIGTERM (a scheduler's cancel) unwinds like an exception: workers and logs are ended properly."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

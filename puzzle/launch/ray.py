@@ -20,10 +20,10 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, leave, terminate_as_exit
 from puzzle.launch import slurm
 from puzzle.launch.hosts import STOPPED, Watch, filled
-from puzzle.launch.local import WorkerError, leave, terminate_as_exit
+from puzzle.launch.local import WorkerError
 from puzzle.launch.network import LOOPBACK, address_towards
 
 STORE_BYTES = 100_000_000  # for objects, of which there are hardly any

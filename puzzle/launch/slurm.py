@@ -22,9 +22,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle.configio import read_yaml
-from puzzle.errors import UserError
+from puzzle.errors import UserError, terminate_as_exit
 from puzzle.launch.hosts import Watch, filled
-from puzzle.launch.local import terminate_as_exit
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from puzzle.errors import UserError
+from puzzle.limits import MOST_PROCESSES
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.tensors import Place
 
@@ -37,6 +38,10 @@ class Layout:
         for name, value in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)):
             if value < 1:
                 raise UserError(f"layout.{name} is {value}; it must be at least 1")
+        if self.world > MOST_PROCESSES:
+            raise UserError(
+                f"layout {self} is {self.world} processes; at most {MOST_PROCESSES} are planned for"
+            )
         if len(self.stage_layers) != self.pp or min(self.stage_layers) < 1:
             found = ",".join(map(str, self.stage_layers))
             raise UserError(f"layout.stage_layers {found}: give pp={self.pp} numbers, each at least 1")

@@ -58,7 +58,12 @@ def test_table_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"--to": "3,4,1"}, "layout.tp=3 does not divide 40 query heads; use one of 1, 2, 4, 8"),
         ({"--to": "1,64,1"}, "layout.pp=64 is more than the model's 40 layers"),
         ({"--model": "14b"}, "no published model size '14b'"),
-        ({"--gpus-per-node": "0"}, "0 devices per node; give at least 1"),
+        ({"--gpus-per-node": "0"}, "--gpus-per-node: '0': give a whole number, at least 1"),
+        ({"--from": "1,1,10000"}, "10000 processes; at most 1024 are planned for"),
+        ({"--to": "9" * 5000 + ",1,1"}, "write tp,pp,dp, three whole numbers"),
+        ({"--to": "\u00b2,1,1"}, "write tp,pp,dp, three whole numbers"),
+        ({"--inter-gbs": "nan"}, "give a finite number above 0"),
+        ({"--staging-bytes": "9" * 30}, "give a whole number, from 1 to 9223372036854775807"),
     ],
 )
 def test_errors_in_one_line(changed: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

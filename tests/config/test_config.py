@@ -143,7 +143,29 @@ WRONG_FILES = [
     ("layout: {stages: [4, 0], pp: 2}\n", ":1: layout.stages: expected even, balanced or a list"),
     ("", ": actor: no model; give actor.model, actor.init"),
     ("seed: 1\x00\n", ": not valid YAML"),
-    ("a: &a [*a]\n", ":1: a: unknown key"),
+    ("a: &a [*a]\n", ":1: not valid YAML: an alias of what it stands in"),
+    ("a: 1\nb: " + "[" * 3000 + "]" * 3000, ": not valid YAML: nested deeper than 64 levels"),
+    (
+        "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{f'*a{n},' * 4}]\n" for n in range(20)),
+        "more than 100000",
+    ),
+    ("seed: " + "9" * 5000, "... is no int"),
+    ("seed: 0x" + "f" * 5000, "... is no int"),
+    ("seed: 1\nbatch: 2020-99-99\n", ":2: not valid YAML: '2020-99-99' is no timestamp"),
+    ("seed: !!bool x\n", ":1: not valid YAML: 'x' is no bool"),
+    ("seed: !!float x\n", ":1: not valid YAML: 'x' is no float"),
+    ('data: {system: "\\UFFFFFFFF"}\n', ": not valid YAML: an escape in it is no character"),
+    ("seed: 1\n5: 6\n", ":2: '5' is no text, and keys are"),
+    ("? [a]\n: b\n", ":1: "),
+    ("seed: -1\n", ":1: seed: expected at least 0, got -1"),
+    ("seed: 18446744073709551616\n", ":1: seed: expected at most 9223372036854775807"),
+    ("layout: {tp: 1000000000}\n", ":1: layout.tp: expected at most 1024"),
+    ("layout: {tp: 64, dp: 64}\n", ":1: layout: tp x pp x dp = 64 x 1 x 64 = 4096 processes; at most 1024"),
+    ("batch: 1000000000\n", ":1: batch: expected at most 1048576"),
+    ("actor: {optimizer: {lr: .inf}}\n", ":1: actor.optimizer.lr: expected a finite number"),
+    ("actor: {optimizer: {lr: 1.0e+300}}\n", ":1: actor.optimizer.lr: expected at most"),
+    ("generation: {temperature: 1.0e-300}\n", ":1: generation.temperature: expected at least 1e-30"),
+    ("data: {field: ''}\n", ":1: data.field: expected text that is not empty"),
 ]
 
 
@@ -163,7 +185,7 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(UserError, match=words):
             load_config(path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         load_config(tmp_path / "binary")
 
 
