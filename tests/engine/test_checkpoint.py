@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from puzzle.engine.boxfiles import checksum
 from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from tests.engine import saving
@@ -201,3 +204,45 @@ def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path: Path, tr
         last = state["number"]
         weights = [values for _, _, kind, _, values in held if kind == "weight"]
         assert all(bool((values == last).all()) for values in weights)
+
+
+def test_numbers_that_somebody_edited_are_refused_though_the_checksums_hold(saved: Path) -> None:
+    """A file of other shapes, dtypes or numbers, boxes that overlap: the manifest agrees with all of them."""
+    last, alone = saved / "saved" / "state-2", Layout.even(1, 1, 1, 4)
+    shutil.rmtree(saved / "saved" / "state-1")
+    shutil.copytree(last, saved / "whole")
+    name = "rank-00000.safetensors"
+
+    def change(tensors: dict[str, Tensor], key: str, kind: str) -> None:
+        if kind == "shape":
+            tensors[key] = tensors[key][:-1].clone()
+        elif kind == "dtype":
+            tensors[key] = tensors[key].double()
+        elif kind == "number":
+            tensors[key].view(-1)[-1] = torch.inf
+        else:
+            del tensors[key]
+
+    for kind, words in (
+        ("shape", "another shape or dtype"),
+        ("dtype", "another shape or dtype"),
+        ("number", "missing or not finite"),
+        ("key", "weight of model.norm.weight"),
+    ):
+        shutil.rmtree(last)
+        shutil.copytree(saved / "whole", last)
+        tensors = load_file(last / name)
+        change(
+            tensors, next(key for key in tensors if key.startswith("actor/model.norm.weight/weight")), kind
+        )
+        save_file(tensors, last / name)
+        body = json.loads((last / "manifest.json").read_text())["manifest"]
+        size, crc = checksum(last / name)
+        body["files"][name] = {"bytes": size, "crc": crc}
+        text = json.dumps(body)
+        (last / "manifest.json").write_text(
+            f'{{"crc": {zlib.crc32(text.encode())}, "manifest":\n{text}\n}}\n'
+        )
+        line = saving.refused(0, str(saved), alone)
+        assert words in line
+        assert "\n" not in line

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out, every layout's boxes, random weights, folders that are wrong."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -222,6 +223,21 @@ def test_wrong_folders_are_refused_in_one_line(case, tmp_path):
         stage(folder)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_new_files(umask, tmp_path):
+    """Whoever may read config.json may read the weights, of one file or several."""
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "one", decoder.spec, logical_tensors(decoder))
+        save(tmp_path / "many", decoder.spec, logical_tensors(decoder), shard_bytes=50_000)
+    finally:
+        os.umask(before)
+    files = [file for name in ("one", "many") for file in (tmp_path / name).iterdir()]
+    assert len(files) > 6
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
