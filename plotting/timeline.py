@@ -2,7 +2,6 @@
 axis. `python -m plotting.timeline OUT TITLE=TRACE.json ...` draws traces that runs left."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from plotting.output import whole
 from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, save, width_of
-from puzzle.errors import UserError, describe, exit_code
+from puzzle.errors import UserError, exit_code
+from puzzle.jsonio import Fields, read_object
 
 WIDTH = 2 * COLUMN
 LEFT, RIGHT, TOP, BOTTOM = 0.55, 0.08, 0.42, 0.34
@@ -37,7 +37,7 @@ def gantt(traces: Mapping[str, Mapping[str, Any]]) -> Figure:
 
     ValueError where no trace holds a span of a compute lane.
     """
-    panels = {title: _lanes(trace) for title, trace in traces.items()}
+    panels = {title: _lanes(title, trace) for title, trace in traces.items()}
     models = sorted({e["args"]["model"] for rows in panels.values() for row in rows.values() for e in row})
     if not models:
         raise ValueError(f"no spans of a {LANE} lane in {', '.join(traces)}")
@@ -60,20 +60,30 @@ def gantt(traces: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _lanes(trace: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _lanes(title: str, trace: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The spans of every row's compute lane by the row's name, times in seconds from the trace's first
-    span."""
-    events: Sequence[Mapping[str, Any]] = trace["traceEvents"]
-    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    span. UserError for values that no trace has."""
+    events = Fields(trace, title).objects("traceEvents")
+    kinds = {kind: [e for e in events if e.text("name") == kind] for kind in ("process_name", "thread_name")}
+    names = {e.integer("pid"): e.section("args").text("name") for e in kinds["process_name"]}
     threads = {
-        (e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and e["args"]["name"] == LANE
+        (e.integer("pid"), e.integer("tid"))
+        for e in kinds["thread_name"]
+        if e.section("args").text("name") == LANE
     }
-    spans = [e for e in events if e["ph"] == "X"]
-    first = min((e["ts"] for e in spans), default=0.0)
+    spans = [e for e in events if e.text("ph") == "X"]
+    first = min((e.number("ts") for e in spans), default=0.0)
     rows: dict[str, list[dict[str, Any]]] = {names[pid]: [] for pid, _ in sorted(threads)}
     for e in spans:
-        if (e["pid"], e["tid"]) in threads:
-            rows[names[e["pid"]]].append({**e, "ts": (e["ts"] - first) / 1e6, "dur": e["dur"] / 1e6})
+        if (e.integer("pid"), e.integer("tid")) in threads:
+            args = e.section("args")
+            span = {
+                "ts": (e.number("ts") - first) / 1e6,
+                "dur": e.number("dur", least=0.0) / 1e6,
+                "cat": e.text("cat"),
+                "args": {"model": args.text("model"), "microbatch": args.integer("microbatch", least=-1)},
+            }
+            rows[names[e.integer("pid")]].append(span)
     return rows
 
 
@@ -128,12 +138,9 @@ def run(arguments: Sequence[str]) -> None:
     traces: dict[str, Any] = {}
     for word in given.traces:
         title, _, file = word.partition("=")
-        try:
-            traces[title] = json.loads(Path(file).read_text())
-        except OSError as error:
-            raise UserError(f"{word}: {describe(error)}; write TITLE=TRACE.json") from None
-        except ValueError as error:
-            raise UserError(f"{file}: no JSON ({error})") from None
+        if not file:
+            raise UserError(f"{word}: write TITLE=TRACE.json")
+        traces[title] = read_object(Path(file))
     try:
         figure = gantt(traces)
     except (KeyError, TypeError, ValueError) as error:

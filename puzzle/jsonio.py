@@ -164,6 +164,17 @@ class Fields:
         """An object; None where it is left out or null."""
         return None if self.values.get(key) is None else self.section(key)
 
+    def sections(self) -> list[tuple[str, Fields]]:
+        """All fields, which must be objects."""
+        return [(key, self.section(key)) for key in self]
+
+    def objects(self, key: str) -> list[Fields]:
+        """A list of objects."""
+        value = self.values.get(key)
+        if not isinstance(value, list):
+            self.refuse(key, "a list of objects")
+        return [Fields(item, f"{self.place}: {key}[{i}]") for i, item in enumerate(value)]
+
     def ids(self, key: str, most: int = (1 << 31) - 1) -> tuple[int, ...]:
         """Token ids: one, a list of them, or none (null, or left out)."""
         value = self.values.get(key)

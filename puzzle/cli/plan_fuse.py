@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from puzzle import jsonio
 from puzzle.cli import Parser
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError
 from puzzle.plan.cost import CostTable
 from puzzle.plan.measured import measured_costs
 from puzzle.plan.schedules import PipelineModel
@@ -78,16 +79,19 @@ def _count(text: str) -> tuple[str, int]:
 
 def _costs(given: argparse.Namespace) -> CostTable:
     path: Path = given.costs or given.trace
-    try:
-        data = json.loads(path.read_text())
-        if given.trace:
-            return _traced(Timeline.from_perfetto(data), given)
-        return CostTable({m: {k: _seconds(v) for k, v in costs.items()} for m, costs in data.items()})
-    except OSError as error:
-        raise UserError(describe(error)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        kind = "trace of a run" if given.trace else "table of costs"
-        raise UserError(f"{path}: no {kind} ({type(error).__name__}: {error})") from None
+    found = jsonio.read(path)
+    if given.trace:
+        try:
+            return _traced(Timeline.from_perfetto(found, str(path)), given)
+        except (ValueError, KeyError) as error:  # spans that are no passes of a schedule
+            raise UserError(f"{path}: no trace of a run ({type(error).__name__}: {error})") from None
+    table = jsonio.Fields(found, str(path))
+    return CostTable(
+        {
+            model: {what: _seconds(costs, what, given.pp) for what in costs}
+            for model, costs in table.sections()
+        }
+    )
 
 
 def _traced(timeline: Timeline, given: argparse.Namespace) -> CostTable:
@@ -100,8 +104,13 @@ def _traced(timeline: Timeline, given: argparse.Namespace) -> CostTable:
     )
 
 
-def _seconds(value: Any) -> float | tuple[float, ...]:
-    return tuple(float(x) for x in value) if isinstance(value, list) else float(value)
+def _seconds(costs: jsonio.Fields, what: str, stages: int) -> float | tuple[float, ...]:
+    value = costs.values[what]
+    if not isinstance(value, list):
+        return costs.number(what, least=0.0)
+    if len(value) > stages:
+        costs.refuse(what, f"seconds, or at most {stages} of them, one per stage")
+    return tuple(jsonio.Fields({what: x}, costs.place).number(what, least=0.0) for x in value)
 
 
 def _row(estimate: Estimate, apart: Estimate) -> dict[str, Any]:

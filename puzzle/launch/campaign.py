@@ -24,6 +24,7 @@ from puzzle.capabilities import BASELINE, BASELINE_SCRIPT
 from puzzle.config import TrainConfig
 from puzzle.errors import UserError, describe
 from puzzle.experiments import Experiment
+from puzzle.jsonio import read_object
 from puzzle.launch import Launcher
 
 LAST_LINES = 5
@@ -164,8 +165,8 @@ def unfinished(parent: Path, asked: dict[str, object]) -> Path | None:
     """The newest folder in `parent` of a campaign that asked for the same and did not complete."""
     for folder in sorted(parent.glob("outputs_from_exec_*"), reverse=True):
         try:
-            found = json.loads((folder / "campaign.json").read_text())
-        except (OSError, ValueError):
+            found = read_object(folder / "campaign.json")
+        except UserError:
             continue
         if found.get("asked") == asked and not found.get("complete"):
             return folder

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from puzzle.jsonio import Fields
+
 COMPUTE_LANE = "compute"
 
 
@@ -96,24 +98,37 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"source": self.source}}
 
     @classmethod
-    def from_perfetto(cls, trace: Mapping[str, Any]) -> Timeline:
-        """Reads back what `to_perfetto` wrote, to a nanosecond. KeyError or TypeError for other JSON."""
-        events: Sequence[Mapping[str, Any]] = trace["traceEvents"]
-        lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-        spans = tuple(
-            Span(
-                e["pid"],
-                lanes[e["pid"], e["tid"]],
-                e["name"],
-                e["ts"] / 1e6,
-                (e["ts"] + e["dur"]) / 1e6,
-                e["cat"],
-                **e["args"],
-            )
+    def from_perfetto(cls, trace: Any, place: str = "trace") -> Timeline:
+        """Reads back what `to_perfetto` wrote, to a nanosecond. UserError at `place` for others."""
+        fields = Fields(trace, place)
+        events = fields.objects("traceEvents")
+        lanes = {
+            (e.integer("pid"), e.integer("tid")): e.section("args").text("name")
             for e in events
-            if e["ph"] == "X"
-        )
-        return cls(spans, trace["otherData"]["source"])
+            if e.text("name") == "thread_name"
+        }
+        spans = tuple(_span(e, lanes) for e in events if e.text("ph") == "X")
+        source = fields.section("otherData").text("source")
+        if source not in ("simulated", "measured"):
+            fields.section("otherData").refuse("source", "simulated or measured")
+        return cls(spans, source)
+
+
+def _span(event: Fields, lanes: Mapping[tuple[int, int], str]) -> Span:
+    row, thread = event.integer("pid"), event.integer("tid")
+    if (row, thread) not in lanes:
+        event.refuse("tid", "that of a thread with a name")
+    start, args = event.number("ts"), event.section("args")
+    return Span(
+        row,
+        lanes[row, thread],
+        event.text("name"),
+        start / 1e6,
+        (start + event.number("dur", least=0.0)) / 1e6,
+        event.text("cat"),
+        args.text("model", ""),
+        args.integer("microbatch", -1, least=-1),
+    )
 
 
 def _metadata(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from puzzle.cli import main
 from puzzle.plan.simulate import simulate
-from puzzle.plan.timeline import Timeline
+from puzzle.plan.timeline import Span, Timeline
 from tests.plan.costs import uniform
 from tests.plan.single import one_f_one_b
 
@@ -88,7 +88,7 @@ def test_costs_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             ["--pp", "5", "--training", "actor=2", "critic=1", "--costs", "COSTS"],
             "actor: backward on stage 4;",
         ),
-        (["--pp", "4", "--training", "actor=2", "--trace", "COSTS"], "no trace of a run"),
+        (["--pp", "4", "--training", "actor=2", "--trace", "COSTS"], "traceEvents is missing"),
         (["--pp", "4", "--training", "actor=2", "--costs", "missing.json"], "No such file"),
     ],
 )
@@ -100,3 +100,59 @@ def test_bad_input(arguments: list[str], words: str, costs: str, capsys: pytest.
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [],
+        "text",
+        {"actor": 3},
+        {"actor": {"forward": "1", "activation": 0}},
+        {"actor": {"forward": True, "activation": 0}},
+        {"actor": {"forward": -1, "activation": 0}},
+        {"actor": {"forward": None, "activation": 0}},
+        {"actor": {"forward": float("nan"), "activation": 0}},
+        {"actor": {"forward": 10**399, "activation": 0}},
+        {"actor": {"forward": [1, 2, 3], "activation": 0}},
+        {"actor": {"forward": [1, "2"], "activation": 0}},
+        {"actor": {"forward": {"a": 1}, "activation": 0}},
+    ],
+    ids=str,
+)
+def test_tables_that_hold_no_seconds(table: object, tmp_path: Path, capsys) -> None:
+    (tmp_path / "costs.json").write_text(json.dumps(table))
+    words = ["--pp", "2", "--inference", "actor=2", "--costs", str(tmp_path / "costs.json")]
+    assert main(["plan", "fuse", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/costs.json: ")
+    assert said.count("\n") == 1
+
+
+TRACE = Timeline((Span(0, "compute", "forward", 0.0, 1.0, "forward", "actor", 0),)).to_perfetto()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pid", "0"),
+        ("tid", 99),
+        ("ts", None),
+        ("ts", "1"),
+        ("dur", -1),
+        ("dur", float("inf")),
+        ("cat", 3),
+        ("args", None),
+        ("args", {"model": 3}),
+        ("args", {"model": "actor", "microbatch": 0.5}),
+        ("ph", 1),
+    ],
+)
+def test_traces_that_hold_no_spans(key: str, value: object, tmp_path: Path, capsys) -> None:
+    events = [event | ({key: value} if event["ph"] == "X" else {}) for event in TRACE["traceEvents"]]
+    (tmp_path / "trace.json").write_text(json.dumps(TRACE | {"traceEvents": events}))
+    words = ["--pp", "1", "--inference", "actor=2", "--trace", str(tmp_path / "trace.json")]
+    assert main(["plan", "fuse", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/trace.json: traceEvents[")
+    assert said.count("\n") == 1
