@@ -278,6 +278,11 @@ def _show(value: Any) -> str:
 
 def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig:
     """The run that `file` and the command line describe; raises UserError naming the file and line."""
+    return load_given(file, arguments)[0]
+
+
+def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
+    """The same, and what was given of it, as nested values without defaults."""
     document = read_yaml(file) if file else Document(Path("defaults"), {})
     overrides = parse_overrides(arguments)
 
@@ -292,7 +297,33 @@ def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig
         )
         return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
 
-    return build(merge(_replaced_sources(document.data, overrides), overrides), place)
+    given = merge(_replaced_sources(document.data, overrides), overrides)
+    return build(given, place), given
+
+
+def go_on(
+    before: Mapping[str, Any], log: Path, arguments: Sequence[str]
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The run that `before`, given at its start as `log` has it, and the command line describe; and both."""
+    overrides = parse_overrides(arguments)
+    given = merge(_replaced_sources(before, overrides), overrides)
+    return build(given, lambda key: f"{log} and the command line"), given
+
+
+def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what its roles took over from the actor and the run: what may have
+    been given, for logs that do not say what was."""
+    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    actor = config.get("actor", {})
+    for role in (*ROLES, "generation"):
+        section = kept.get(role, {})
+        if section.get("layout") == (actor if role == "generation" else config).get("layout"):
+            section.pop("layout", None)
+        names = ("model", "init", "layers") if role == "reference" else ("model", "init")
+        if role in ("critic", "reference") and all(section.get(name) == actor.get(name) for name in names):
+            for name in names:
+                section.pop(name, None)
+    return kept
 
 
 def _replaced_sources(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ rename, and the rename is when `put` returns. Modes are those that the writer ga
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,13 @@ def settle(folder: Path) -> None:
     """Undo what a `put` of folders into `folder` left half done when its process was killed."""
     for old in folder.glob(".*.old"):
         _back(old, old.with_name(old.name[1 : -len(".old")]))
+
+
+def numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """The folders KIND-N in `folder` by their numbers, ascending; other names, as of copies, are none."""
+    # Numbers as a program prints them: no copy bears another spelling of one.
+    matches = ((re.fullmatch(f"{kind}-(0|[1-9][0-9]{{0,17}})", one.name), one) for one in folder.glob("*"))
+    return dict(sorted((int(match[1]), one) for match, one in matches if match and one.is_dir()))
 
 
 def _old(target: Path) -> Path:

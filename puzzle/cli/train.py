@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,25 @@ from puzzle import footprint
 from puzzle.capabilities import BASELINE, BASELINE_SCRIPT, require_device
 from puzzle.cli import Parser, named
 from puzzle.config import TrainConfig
-from puzzle.configio import Key, build, load_config, merge, option_help, parse_overrides
+from puzzle.configio import go_on, load_given, option_help, without_inherited
 from puzzle.errors import UserError
-from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
+from puzzle.identity import launched
+from puzzle.launch import LAUNCHERS, Launcher, folders, launch, local, lock, slurm
 from puzzle.resolve import check_files, check_packages, resolve
-from puzzle.runlog import load_runs
+from puzzle.runlog.past import Past, past_of, read_records
 
 FRUITLESS = 2
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all processes of a run are told, as JSON values: its configuration, the part of it that was given,
+    its folder, and when it began, at first (ISO 8601)."""
+
+    resolved: dict[str, Any]
+    given: dict[str, Any] | None
+    out: str
+    moment: str
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,9 +60,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.profile is not None:
         overrides += ["--log.profile", options.profile]
     if options.resume and options.config is None:
-        config = _configured(options.out, overrides)
+        config, given = _configured(options.out, overrides)
     else:
-        config = load_config(options.config, overrides)
+        config, given = load_given(options.config, overrides)
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
@@ -69,51 +83,84 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
     require_device(config.device)
     if options.launcher == "slurm" and not slurm.inside():
-        command = [sys.executable, "-m", "puzzle.cli", "train", *arguments]
+        command = [sys.executable, "-P", "-m", "puzzle.cli", "train", *arguments]
         return slurm.submit(command, config.world, options.out)
-    return start(config, options.out, options.resume, options.launcher)
+    return start(config, options.out, options.resume, options.launcher, given)
 
 
-def _configured(out: Path | None, overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of the run in `out`, as its log has it, below the command line."""
+def _configured(out: Path | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration of the run in `out`, as it was given at last, below the command line; and both."""
     if out is None:
         raise UserError("--resume needs --out DIR: the folder of the run that goes on")
-    log = out / "run.jsonl"
-    runs = load_runs(log).runs if log.is_file() else []
-    if not runs:
+    past = _past(out)
+    before = past.given
+    if before is None:
+        whole = {name: value for name, value in past.config.items() if name != "global_batch_size"}
+        before = without_inherited(whole)
+    return go_on(before, out / "run.jsonl", overrides)
+
+
+def _past(out: Path) -> Past:
+    """What the run in `out` was; UserError if there is none."""
+    past = past_of(read_records(out / "run.jsonl"))
+    if past is None:
         raise UserError(f"--resume: {out} holds no run; without --resume one begins")
-    config = {name: value for name, value in runs[0].config.items() if name != "global_batch_size"}
-
-    def place(key: Key) -> str:
-        return f"{log} and the command line"
-
-    return build(merge(config, parse_overrides(overrides)), place)
+    return past
 
 
-def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launcher = "local") -> int:
-    """Run `config` into `out`; if it dies, resume it, `launch.max_restarts` times at most, but not again
-    after FRUITLESS restarts in a row without a new checkpoint.
+def start(
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    launcher: Launcher = "local",
+    given: Mapping[str, Any] | None = None,
+) -> int:
+    """Run `config`, of which the user gave `given`, into `out`, which no other command may write meanwhile.
 
     A folder of our making does not outlive a refusal before the log began.
     """
-    rank, _ = local.identity()
-    made = rank == 0 and not out.exists()
-    if rank == 0:
-        _prepare(out, resume)
-    most = config.launch.max_restarts
-    if most and "RANK" in os.environ:
+    place = launched()
+    if config.launch.max_restarts and place is not None:
         raise UserError("launch.max_restarts: another launcher started this process and restarts it: use 0")
+    made = not os.path.lexists(out)
+    began = datetime.now().astimezone()
+    if resume and (said := _past(out).run["started"]) is not None:
+        try:
+            began = datetime.fromisoformat(said)
+        except ValueError:
+            raise UserError(f"{out / 'run.jsonl'}: started {said!r} is no time; write ISO 8601") from None
+    moment = began.isoformat(timespec="seconds")
+    start = Start(config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
+    if place is not None and place.rank > 0:
+        return _attempts(config, out, resume, launcher, start, None)
+    folders.check(out)
+    with lock.hold(out) as keep:
+        try:
+            folders.prepare(out, resume, config.checkpoint.save)
+            return _attempts(config, out, resume, launcher, start, keep)
+        except UserError:
+            if made and not (out / "run.jsonl").exists():
+                shutil.rmtree(out)
+            raise
+
+
+def _attempts(
+    config: TrainConfig, out: Path, resume: bool, launcher: Launcher, start: Start, keep: int | None
+) -> int:
+    """Run it; if it dies, resume it, `launch.max_restarts` times at most, but not again after FRUITLESS
+    restarts in a row without a new checkpoint."""
     target, logs, note = "puzzle.cli.train:process", out / "ranks", ""
+    most = config.launch.max_restarts
     reached, fruitless = -1, 0
     for restarts in range(most + 1):
-        args = (config.resolved(), str(out.resolve()), resume, note)
+        args = (asdict(start), resume, note)
         try:
             if launcher == "local":
-                local.run(target, args, config.world, logs, apart=most > 0)
+                local.run(target, args, config.world, logs, apart=most > 0, keep=keep)
             else:
-                launch(launcher, target, args, config.world, logs, config.device)
+                launch(launcher, target, args, config.world, logs, config.device, keep)
         except local.WorkerError as error:
-            before, reached = reached, _newest_checkpoint(out)
+            before, reached = reached, max(folders.states(out / "checkpoints"), default=0)
             fruitless = fruitless + 1 if reached == before else 0
             ends = fruitless == FRUITLESS and restarts < most
             why = f"; given up: {FRUITLESS} restarts brought no new checkpoint" if ends else ""
@@ -122,34 +169,14 @@ def start(config: TrainConfig, out: Path, resume: bool = False, launcher: Launch
                 return error.code
             note = f"restart {restarts + 1} of {most} after: {error}"
             resume = (out / "run.jsonl").exists()
-        except UserError:
-            if made and not (out / "run.jsonl").exists():
-                shutil.rmtree(out)
-            raise
         else:
             break
     return 0
 
 
-def _newest_checkpoint(out: Path) -> int:
-    found = (path.name.removeprefix("state-") for path in (out / "checkpoints").glob("state-*"))
-    return max((int(number) for number in found if number.isdigit()), default=0)
-
-
-def process(resolved: dict[str, Any], out: str, resume: bool, note: str) -> None:
+def process(start: dict[str, Any], resume: bool = False, note: str = "") -> None:
     """One process of the run; its arguments are JSON values, which any launcher can bring to any host."""
     from puzzle.rlhf.trainer import train
 
-    train(TrainConfig.model_validate(resolved), Path(out), resume, note)
-
-
-def _prepare(out: Path, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file, not a folder")
-    if resume and not (out / "run.jsonl").exists():
-        raise UserError(f"--resume: {out} holds no run; without --resume one begins")
-    if not resume and (out / "run.jsonl").exists():
-        raise UserError(f"--out {out}: already holds a run; choose another folder, or go on with --resume")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written")
+    one = Start(**start)
+    train(TrainConfig.model_validate(one.resolved), Path(one.out), resume, note, one.given, one.moment)

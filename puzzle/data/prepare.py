@@ -1,6 +1,7 @@
 """Everything a run needs of its data, made and checked in one call before the run's log begins."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from puzzle.config import TrainConfig
@@ -20,8 +21,9 @@ class RunData:
     stop_rule: StopRule | None = None
 
 
-def prepare(config: TrainConfig, vocab_size: int) -> RunData:
-    """Load tokenizer and prompts of a run; `vocab_size` is the actor's. Raises UserError."""
+def prepare(config: TrainConfig, vocab_size: int, began: datetime | None = None) -> RunData:
+    """Load tokenizer and prompts of a run; `vocab_size` is the actor's; chat templates take `began`
+    for now. Raises UserError."""
     data = config.data
     if data.random_tokens is not None:
         count = config.batch * config.iterations
@@ -31,8 +33,10 @@ def prepare(config: TrainConfig, vocab_size: int) -> RunData:
     name = data.tokenizer or config.actor.model
     assert name is not None, "validated by TrainConfig"
     tokenizer = load_tokenizer(name)
-    train = load_prompts(Path(data.prompts), data, tokenizer)
-    held_out = None if data.eval_prompts is None else load_prompts(Path(data.eval_prompts), data, tokenizer)
+    train = load_prompts(Path(data.prompts), data, tokenizer, began)
+    held_out = None
+    if data.eval_prompts is not None:
+        held_out = load_prompts(Path(data.eval_prompts), data, tokenizer, began)
     for prompts in filter(None, (train, held_out)):
         largest = max(max(prompt.tokens) for prompt in prompts.prompts)
         if largest >= vocab_size:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,18 @@ def _dataset_folder(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from ((f"{path} row {number}", record) for number, record in enumerate(records))
 
 
-def load_prompts(path: Path, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
+def load_prompts(
+    path: Path, data: DataConfig, tokenizer: Tokenizer, now: datetime | None = None
+) -> PromptSet:
     """Read and tokenise the prompts of `path`; raises UserError naming the place of what is wrong."""
-    return tokenise(read_rows(path, data.field, data.id_field), str(path), data, tokenizer)
+    return tokenise(read_rows(path, data.field, data.id_field), str(path), data, tokenizer, now)
 
 
-def tokenise(rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
-    """Turn rows into prompts; raises UserError naming the place of what is wrong."""
+def tokenise(
+    rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Tokenizer, now: datetime | None = None
+) -> PromptSet:
+    """Turn rows into prompts, with `now` where a chat template writes the time; raises UserError naming the
+    place of what is wrong."""
     kept: list[Prompt] = []
     dropped = 0
     for index, row in enumerate(rows):
@@ -166,7 +172,7 @@ def tokenise(rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Toke
             if messages is None:
                 text, tokens = row.value, encode(tokenizer, row.value)
             else:
-                rendered, tokens = render(tokenizer, messages)
+                rendered, tokens = render(tokenizer, messages, now=now)
                 text = row.value if isinstance(row.value, str) else rendered
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None

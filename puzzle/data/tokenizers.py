@@ -3,9 +3,11 @@
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from puzzle.data.clock import at
 from puzzle.errors import UserError
 from puzzle.jsonio import Fields, read_object
 
@@ -100,17 +102,26 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    answer: bool = True,
+    now: datetime | None = None,
 ) -> tuple[str, list[int]]:
     """The chat as the tokenizer's template renders it, and its ids; `answer` opens the assistant's turn.
 
-    The template writes the special tokens, BOS among them; none are added. Raises UserError without one.
+    `now` is the time that a template may write, the clock's by default. The template writes the special
+    tokens, BOS among them; none are added. Raises UserError without one.
     """
     if not tokenizer.chat_template:
         raise UserError("data.chat_template is set, but the tokenizer has no chat template; unset it")
     with foreign("the chat template refuses a prompt"):
         turns = [dict(turn) for turn in messages]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer))
+        template = None if now is None else at(str(tokenizer.get_chat_template()), now)
+        text = str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=answer
+            )
+        )
     with foreign("the tokenizer refuses what the chat template makes"):
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -8,7 +8,6 @@ their own boxes. Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import threading
 import time
@@ -224,8 +223,7 @@ class Checkpoints:
 
     def _numbers(self) -> list[int]:
         """The numbers of all that bear a checkpoint's name, ascending."""
-        matches = (re.fullmatch(r"state-(\d+)", path.name) for path in self.folder.glob("state-*"))
-        return sorted(int(match[1]) for match in matches if match)
+        return list(durable.numbered(self.folder, "state"))
 
     def restore(self) -> Restored | None:
         """Load the newest undamaged checkpoint into the models; None if there never was one.

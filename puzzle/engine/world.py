@@ -15,6 +15,7 @@ from torch import Tensor
 from puzzle.engine.tracing import Clock
 from puzzle.engine.watchdog import LAST_RESORT, Pulse, Watch, Watchdog
 from puzzle.errors import UserError
+from puzzle.identity import Identity, launched
 from puzzle.plan.schedule import Channel
 
 
@@ -57,8 +58,8 @@ class World:
 
         With `watch`, hangs are ended; groups wait longer than that takes. UserError if the device is absent.
         """
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local = int(os.environ.get("LOCAL_RANK", rank))
+        place = launched() or Identity()
+        rank, size, local = place.rank, place.world, place.local_rank
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if kind == "cuda":
             if not torch.cuda.is_available():
@@ -68,10 +69,10 @@ class World:
                 raise UserError(
                     f"layout: process {local} of this host has no GPU ({count} here); shrink tp, pp or dp"
                 )
-            place = torch.device("cuda", local)
-            torch.cuda.set_device(place)
+            where = torch.device("cuda", local)
+            torch.cuda.set_device(where)
         else:
-            place = torch.device("cpu")
+            where = torch.device("cpu")
         if watch is not None:
             timeout = LAST_RESORT * watch.seconds
         if size > 1:
@@ -83,10 +84,9 @@ class World:
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout),
-                device_id=place if kind == "cuda" else None,
+                device_id=where if kind == "cuda" else None,
             )
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        world = cls(rank, size, place, per_node=per_node, timeout=timeout)
+        world = cls(rank, size, where, per_node=place.per_node, timeout=timeout)
         if watch is not None and size > 1:
             world.watchdog = Watchdog(watch, rank, size, world.pulse, world.moved)
         return world

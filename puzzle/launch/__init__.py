@@ -10,14 +10,20 @@ LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
 
 
 def launch(
-    launcher: Launcher, target: str, args: Sequence[Any], world: int, logs: Path | None, device: str
+    launcher: Launcher,
+    target: str,
+    args: Sequence[Any],
+    world: int,
+    logs: Path | None,
+    device: str,
+    keep: int | None = None,
 ) -> None:
     """Run `target` ("module:function") as `world` processes on devices of kind `device` (auto, cpu, cuda).
 
-    `args` are JSON values. Raises UserError or local.WorkerError with the first failure's line, all others
-    gone.
+    `args` are JSON values; processes of this host keep the file descriptor `keep` open (`local`). Raises
+    UserError or local.WorkerError with the first failure's line, all others gone.
     """
     if launcher == "local":
-        import_module("puzzle.launch.local").run(target, args, world, logs)
+        import_module("puzzle.launch.local").run(target, args, world, logs, keep=keep)
     else:
         import_module(f"puzzle.launch.{launcher}").run(target, args, world, logs, device)

@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from puzzle.errors import UserError, describe, leave, out_of_memory, print_anything, terminate_as_exit
+from puzzle.identity import launched
 from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
@@ -29,6 +32,8 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
 PEER_ENDED = signal.SIGUSR1
 REPORT = "PUZZLE_REPORT"
 """Variable that tells a worker the file descriptor on which its launcher listens."""
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Variable that keeps the working folder off a new interpreter's path."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 MOST_PER_CORE = 16
@@ -44,13 +49,17 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Death:
-    """Why a worker ended: `kind` is user, hang, signal or error; `when` is the host's clock in seconds."""
+    """Why a worker ended: `kind` is user, hang, signal or error; `when` is the host's clock in seconds.
+
+    `trace` is for programmers, where there is no file for it.
+    """
 
     rank: int
     kind: str
     line: str
     code: int
     when: float
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,6 @@ class Share:
     port: int
 
 
-def identity() -> tuple[int, int]:
-    """(rank, world) of this process as its launcher says; (0, 1) when nothing launched it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def threads_per_worker(world: int) -> int:
     """Cores of this host that each of `world` workers may use, unless OMP_NUM_THREADS says otherwise."""
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -76,25 +80,34 @@ def threads_per_worker(world: int) -> int:
 
 
 def run(
-    target: str, args: Sequence[Any], world: int, logs: Path | None = None, *, apart: bool = False
+    target: str,
+    args: Sequence[Any],
+    world: int,
+    logs: Path | None = None,
+    *,
+    apart: bool = False,
+    keep: int | None = None,
 ) -> None:
     """Run `target` ("module:function") as `world` processes; returns when all have ended well.
 
     In one process, or in a process of torchrun, it is a plain call; one process is started, too, if it shall
-    live `apart` from this one. Otherwise `logs` receives the output of every rank but the first. Raises
+    live `apart` from this one. Otherwise `logs` receives the output of every rank but the first, and what the
+    first has for programmers; every process keeps the file descriptor `keep` open while it lives. Raises
     UserError or WorkerError with the first failure's line, all others gone.
     """
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        started = int(os.environ["WORLD_SIZE"])
-        if started != world:
-            raise UserError(f"{started} processes were started but tp x pp x dp is {world}; change layout.dp")
+    if (place := launched()) is not None:
+        if place.world != world:
+            raise UserError(
+                f"{place.world} processes were started (WORLD_SIZE) but tp x pp x dp is {world}; change"
+                " layout.dp, or unset WORLD_SIZE and RANK"
+            )
         with terminate_as_exit():
             _resolve(target)(*args)
     elif world == 1 and not apart:
         with terminate_as_exit():
             _resolve(target)(*args)
     else:
-        _launch(target, args, world, logs)
+        _launch(target, args, world, logs, keep)
 
 
 def _resolve(target: str) -> Callable[..., Any]:
@@ -102,24 +115,28 @@ def _resolve(target: str) -> Callable[..., Any]:
     return getattr(import_module(module), name)
 
 
-def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None) -> None:
+def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None, keep: int | None) -> None:
     cores = len(os.sched_getaffinity(0))
     if world > MOST_PER_CORE * cores:
         most = f"at most {MOST_PER_CORE * cores} are started on its {cores} cores"
         raise UserError(f"{world} processes are too many for this host: {most}; lower tp, pp or dp")
     store = listen(LOOPBACK)
-    death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs)
+    death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs, keep)
     if death is not None:
         raise_death(death, socket.gethostname(), logs)
 
 
-def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> Death | None:
+def host(
+    target: str, args: Sequence[Any], share: Share, logs: Path | None, keep: int | None = None
+) -> Death | None:
     """Run this host's `share` of a run; the first failure, or None when all its processes ended well."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     threads = threads_per_worker(share.count)
-    with _environment({"OMP_NUM_THREADS": str(threads)}):
-        multiprocessing.forkserver.ensure_running()
+    # The server is `python -c`, which would find modules in the working folder first.
+    with _environment({"OMP_NUM_THREADS": str(threads), SAFE_PATH: "1"}):
+        _ensure_server()
+    kept = None if keep is None else Connection(os.dup(keep), writable=False)
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
     reports: list[Connection] = []
@@ -129,9 +146,10 @@ def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> D
             for local_rank in range(share.count):
                 receive, send = context.Pipe(duplex=False)
                 rank = share.first + local_rank
-                log = None if logs is None or rank == 0 else logs / f"rank-{rank:03d}.txt"
-                place = (share, local_rank, threads, log)
-                worker = context.Process(target=_work, args=(target, tuple(args), place, send, alive))
+                log = None if logs is None else logs / f"rank-{rank:03d}.txt"
+                place = (share, local_rank, threads, log, os.environ.get(SAFE_PATH))
+                pipes = (send, alive, kept)
+                worker = context.Process(target=_work, args=(target, tuple(args), place, pipes))
                 worker.start()
                 send.close()
                 workers.append(worker)
@@ -143,22 +161,43 @@ def host(target: str, args: Sequence[Any], share: Share, logs: Path | None) -> D
             raise
         finally:
             _end(workers, ending)
-            held.close()
-            alive.close()
+            for pipe in (held, alive, kept):
+                if pipe is not None:
+                    pipe.close()
     return death
 
 
-def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, alive: Connection) -> None:
-    share, local_rank, threads, log = place
+def _ensure_server() -> None:
+    """Have the fork server, with its socket out of the temporary directory, where a kill would leave it.
+
+    A descriptor still leads there. The attributes are multiprocessing's own, the same in 3.11 to 3.14.
+    """
+    server: Any = multiprocessing.forkserver._forkserver
+    process: Any = multiprocessing.current_process()
+    own = process._config
+    before = own.get("tempdir")
+    with tempfile.TemporaryDirectory(prefix="puzzle-") as folder:
+        own["tempdir"] = folder
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            own["tempdir"] = before
+        if Path(server._forkserver_address).parent == Path(folder):  # else it was running already
+            descriptor = os.open(server._forkserver_address, os.O_PATH | os.O_CLOEXEC)
+            server._forkserver_address = f"/proc/self/fd/{descriptor}"
+
+
+def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> None:
+    share, local_rank, threads, log, safe_path = place
+    report, alive, _kept = pipes  # which is held while this function runs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, leave)
     signal.signal(PEER_ENDED, peer_ended)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
+    if safe_path is None:  # what the run's functions start finds its modules as ever
+        os.environ.pop(SAFE_PATH, None)
     if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        _redirect(log, share.first + local_rank == 0)
     print_anything()
     interface = interface_towards(share.address)
     values = {
@@ -180,18 +219,37 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, report: Connection, 
     try:
         _resolve(target)(*args)
     except UserError as error:
-        report.send((time.time(), "user", str(error)))
+        report.send((time.time(), "user", str(error), ""))
         raise SystemExit(2) from None
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in MENDABLE:
-            report.send((time.time(), "user", describe(error)))
+            report.send((time.time(), "user", describe(error), ""))
             raise SystemExit(2) from None
         if (lack := out_of_memory(error)) is not None:
-            report.send((time.time(), "user", f"rank {share.first + local_rank}: {lack}"))
+            report.send((time.time(), "user", f"rank {share.first + local_rank}: {lack}", ""))
             raise SystemExit(2) from None
         text = str(error).strip().splitlines()
-        report.send((time.time(), "error", f"{type(error).__name__}: {text[0] if text else ''}"))
-        raise
+        trace = traceback.format_exc()
+        if log is not None:
+            os.write(2, trace.encode("utf-8", "backslashreplace"))
+        line = f"{type(error).__name__}: {text[0] if text else ''}"
+        report.send((time.time(), "error", line, "" if log is not None else trace))
+        raise SystemExit(1) from error
+    finally:
+        if log is not None and log.stat().st_size == 0 and share.first + local_rank == 0:
+            log.unlink()
+
+
+def _redirect(log: Path, first: bool) -> None:
+    """Send this process's output to `log`; of the `first` rank what Python does not say, such as a library's
+    stacks: it talks to people."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        if first:
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        else:
+            os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def tell(line: str, first: bool) -> None:
@@ -199,7 +257,7 @@ def tell(line: str, first: bool) -> None:
     where that is another program, on stderr, if `first`."""
     if REPORT in os.environ:
         report = Connection(os.dup(int(os.environ[REPORT])), readable=False)
-        report.send((time.time(), "hang", line))
+        report.send((time.time(), "hang", line, ""))
     elif first:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
@@ -235,8 +293,8 @@ def _death(rank: int, worker: Any, report: Connection) -> Death | None:
     code = worker.exitcode
     if report.poll():
         with contextlib.suppress(EOFError):
-            when, kind, line = report.recv()
-            return Death(rank, kind, line, 2 if kind == "user" else 1, when)
+            when, kind, line, trace = report.recv()
+            return Death(rank, kind, line, 2 if kind == "user" else 1, when, trace)
     if not code:
         return None
     if code < 0:
@@ -278,7 +336,10 @@ def raise_death(death: Death, where: str, logs: Path | None) -> NoReturn:
         raise UserError(death.line)
     if death.kind == "hang":  # names the rank that hangs, which others noticed
         raise WorkerError(death.line + (f"; stacks: {logs}" if logs is not None else ""), death.code)
-    log = f"; its log: {logs / f'rank-{death.rank:03d}.txt'}" if logs is not None and death.rank else ""
+    file = None if logs is None else logs / f"rank-{death.rank:03d}.txt"
+    told = file is not None and (death.rank > 0 or (file.exists() and file.stat().st_size > 0))
+    log = f"; its log: {file}" if told else ""
+    sys.stderr.write(death.trace)
     raise WorkerError(f"rank {death.rank} on {where}: {death.line}{log}", death.code)
 
 

@@ -110,6 +110,19 @@ class Resumed:
     notes: tuple[str, ...] = ()
 
 
+def _changes(settings: Mapping[str, tuple[Any, Any]], most: int = 12) -> list[str]:
+    """One line about settings that are other than before, none without."""
+    told = [f"{key} {_shown(old)} -> {_shown(new)}" for key, (old, new) in settings.items()]
+    if len(told) > most:
+        told[most:] = [f"{len(told) - most} more (run.jsonl has them)"]
+    return [f"resumed with other settings: {', '.join(told)}"] if told else []
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class Recorder:
     """The log of a run. All ranks hold one; rank 0 writes."""
 
@@ -126,9 +139,14 @@ class Recorder:
         if self.writer is not None and resumed is not None:
             folder = resumed.folder
             self.writer.resume(done, None if folder is None else str(folder.relative_to(out)))
-            for note in resumed.notes:
+            for note in (*resumed.notes, *_changes(self.writer.settings)):
                 self.writer.warning(note)
                 print(f"warning: {note}", file=sys.stderr)
+
+    def sync(self) -> None:
+        """What the log says is on the disk, whatever happens next."""
+        if self.writer is not None:
+            self.writer.sync()
 
     def __enter__(self) -> Self:
         return self
@@ -276,11 +294,9 @@ class Recorder:
 
     def _prune(self) -> None:
         """Keep the newest `checkpoint.keep` numbered folders."""
-        numbered = sorted(
-            (self.out / "checkpoints").glob("iteration-*"), key=lambda f: int(f.name.rpartition("-")[2])
-        )
-        for folder in numbered[: -self.config.checkpoint.keep]:
-            shutil.rmtree(folder)
+        numbered = durable.numbered(self.out / "checkpoints", "iteration")
+        for folder in list(numbered.values())[: -self.config.checkpoint.keep]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _plot(self) -> None:
         if not self.config.log.plots:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from puzzle.engine.watchdog import Watch
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.jsonio import Fields
-from puzzle.launch import local
+from puzzle.launch import folders, local
 from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
 from puzzle.resolve import RunPlan, resolve
@@ -51,11 +52,20 @@ from puzzle.rlhf.vocabulary import agree_on_vocabulary
 from puzzle.runlog import STAGES
 
 
-def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") -> None:
+def train(
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    note: str = "",
+    given: Mapping[str, Any] | None = None,
+    moment: str | None = None,
+) -> None:
     """One process of a run; all of them call this. With `resume`, the run in `out` goes on; `note`: why.
 
-    Raises UserError for what the user can mend.
+    `given` is what the user gave of the configuration, `moment` when the run began (ISO 8601): chat templates
+    write that date, on every rank and after every resume. Raises UserError for what the user can mend.
     """
+    began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
     watch = Watch(config.launch.watchdog, local.tell, out / "ranks")
     with World.start(config.device, watch=watch) as world:
         try:
@@ -63,7 +73,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") 
             agree(plan, world)
             sizes = [model.spec.vocab_size for model in plan.models.values()]
             # Random tokens are read by every model as they are.
-            data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0])
+            data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0], began)
             _check_memory(plan, world)
             world.pulse.mark("loading models")
             trainer = Trainer(plan, data, build_models(plan, world), world)
@@ -72,6 +82,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False, note: str = "") 
             if resumed is not None and note:
                 resumed = dataclasses.replace(resumed, notes=(note, *resumed.notes))
             header = run_header(plan, {"device": _device_name(world), "processes": world.size})
+            started = began.isoformat(timespec="seconds")
+            header = dataclasses.replace(header, given=given, started=started)
             with Recorder(out, config, world, header, resumed) as recorder:
                 trainer.run(recorder, checkpoints)
         except torch.OutOfMemoryError as error:
@@ -105,6 +117,18 @@ def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
     return Checkpoints(out / "checkpoints", (models.actor, models.critic), options.keep, options.asynchronous)
 
 
+def _refuse_replacing(checkpoints: Path, world: World) -> None:
+    """Models stay where a run would begin again; the same refusal on every rank."""
+    refusal = None
+    if world.rank == 0:
+        try:
+            folders.refuse_replacing(checkpoints)
+        except UserError as error:
+            refusal = error
+    if (refusal := world.share(refusal)) is not None:
+        raise refusal
+
+
 def _device_name(world: World) -> str:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
@@ -126,6 +150,7 @@ class Trainer:
         agree_on_vocabulary(config, data, models, self.reward_tokenizer is not None)
         self.best = -math.inf
         self.done = 0
+        self._saved = -1
         self._ran = 0
         self._timed = False
         self._stages_known: set[str] = set()
@@ -151,10 +176,12 @@ class Trainer:
         """Go on from the last whole checkpoint, or from the start where there never was one."""
         restored = checkpoints.restore()
         if restored is None:
+            _refuse_replacing(checkpoints.folder, self.world)
             return Resumed(notes=("there is no checkpoint to resume from: the run begins again",))
         state = Fields(restored.state, f"{restored.folder}: state")
         self.data.train.restore(state.section("data").values)
         self.kl_coef, self.done = state.number("kl_coef"), restored.number
+        self._saved = restored.number
         seen = state.section("scores_seen")
         names = [field.name for field in dataclasses.fields(ppo.RunningMoments)]
         self.scores_seen = ppo.RunningMoments(**{name: seen.number(name) for name in names})
@@ -182,11 +209,14 @@ class Trainer:
             if every and done % every == 0:
                 self._evaluate(done, recorder)
             self._save(recorder, checkpoints)
+            recorder.sync()
             stop = self.config.ppo.kl_stop
             if stop is not None and metrics["kl"] > stop:
                 recorder.note = f"KL {metrics['kl']:.4g} exceeded ppo.kl_stop {stop:g}"
                 break
         self.world.pulse.mark("saving the models")
+        if self.config.checkpoint.save and self._saved != self.done:
+            self._begin_state(checkpoints)  # a run that has ended can go on, too
         recorder.save(self.models.actor, "last", self.done)
         recorder.save(self.models.critic, "last-critic", self.done)
         checkpoints.wait()
@@ -199,9 +229,13 @@ class Trainer:
         recorder.states(checkpoints.finished())
         options = self.config.checkpoint
         if options.save and options.every and self.done % options.every == 0:
-            checkpoints.save(self.done, self.state())
+            self._begin_state(checkpoints)
             if self.done < self.config.iterations:
                 recorder.save(self.models.actor, f"iteration-{self.done}", self.done)
+
+    def _begin_state(self, checkpoints: Checkpoints) -> None:
+        checkpoints.save(self.done, self.state())
+        self._saved = self.done
 
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One PPO iteration; its metrics, equal on every rank."""

@@ -119,7 +119,7 @@ def _take(line: _Line, collected: _Collected) -> None:
             collected.attempt += 1
             collected.ended = False
             if record.get("changed"):
-                names = ", ".join(sorted(record["changed"]))
+                names = ", ".join(sorted(record["changed"].keys() - {"given"})) or "settings given"
                 collected.report(
                     line.number, f"resumed at iteration {record['iteration']} with other {names}"
                 )

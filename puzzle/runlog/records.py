@@ -64,6 +64,10 @@ def _mapping(value: object) -> str | None:
     return None if isinstance(value, dict) else "must be an object"
 
 
+def _mapping_or_null(value: object) -> str | None:
+    return None if value is None or isinstance(value, dict) else "must be an object or null"
+
+
 def _texts(value: object) -> str | None:
     good = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return None if good else "must be a list of texts"
@@ -119,7 +123,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
             "git_commit": _text_or_null,
             "started": _text_or_null,
         },
-        {"log": _mapping, "plan": _mapping},
+        {"log": _mapping, "plan": _mapping, "given": _mapping_or_null},
     ),
     "rank": ({"rank": _count}, {"coordinates": _mapping, "parameter_bytes": _count, "device": _text,
                                 "collective_bytes": _counts, "peak_bytes": _counts, "device_bytes": _counts}),

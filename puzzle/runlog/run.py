@@ -68,6 +68,7 @@ class RunHeader:
     git_commit: str | None
     started: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

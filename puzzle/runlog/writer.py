@@ -9,17 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from puzzle import durable
 from puzzle.errors import UserError
 from puzzle.runlog import lines, records
+from puzzle.runlog.past import differences, past_of, read_records
 from puzzle.runlog.run import STAGES, RunHeader
 
 # What a resumed run must share with the log that it goes on, and what it may change but then says.
-_IDENTITY = ("schema", "repeat", "figures", "cluster", "variant", "actor", "critic", "provenance")
-_MAY_CHANGE = ("config", "layouts", "software", "hardware", "git_commit", "plan")
+_IDENTITY = ("schema", "repeat", "figures", "cluster", "variant", "provenance")
+_MAY_CHANGE = ("actor", "critic", "config", "given", "layouts", "software", "hardware", "git_commit", "plan")
 
 
 class LineFile:
-    """A text file that grows by whole lines: one write each, nothing held back.
+    """A text file that grows by whole lines: one write each, nothing held back; on the disk after `sync`.
 
     What a killed or failed write left behind is closed with a newline before the next line.
     Raises UserError where the file cannot be written (disk full, no permission).
@@ -44,6 +46,13 @@ class LineFile:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self._torn = False
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -72,9 +81,11 @@ class RunWriter:
         self._seq = 0
         self._seconds: list[float] = []
         self._changed: dict[str, Any] = {}
+        self.settings: dict[str, tuple[Any, Any]] = {}
+        """Settings that differ from those of the process that wrote the log before: before, now."""
         try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            old = _read_old(out_dir / "run.jsonl")
+            durable.make_folder(out_dir)
+            old = read_records(out_dir / "run.jsonl")
         except OSError as error:
             raise _cannot_write(out_dir, error) from error
         if old and not resume:
@@ -90,13 +101,19 @@ class RunWriter:
             self._say(
                 f"run {header.run_id} ({header.provenance}): {header.variant} {header.actor}/{header.critic}"
             )
+        self.sync()
+        try:
+            durable.sync(out_dir)  # the names of the files
+        except OSError as error:
+            raise _cannot_write(out_dir, error) from error
 
     def _adopt(self, old: list[dict[str, Any]], new: Mapping[str, Any]) -> bool:
         """Go on with the log of an earlier process; True if it holds no header yet."""
         self._seq = max((record["seq"] for record in old), default=-1) + 1
-        found = next((record for record in old if record["record"] == "run"), None)
-        if found is None:
+        past = past_of(old)
+        if past is None:
             return True
+        found = past.run
         for name in _IDENTITY:
             if found[name] != new[name]:
                 raise UserError(
@@ -106,6 +123,7 @@ class RunWriter:
         self.run_id = found["run_id"]
         may_change = [name for name in _MAY_CHANGE if name in new]
         self._changed = {name: new[name] for name in may_change if new[name] != found.get(name)}
+        self.settings = differences(past.config, new["config"])
         return False
 
     def rank(
@@ -220,7 +238,13 @@ class RunWriter:
         """The run is over: `completed`, `failed` or `interrupted`; closes the log."""
         self._write("end", status=status, text=text)
         self._say(f"end: {status}" + ("" if text is None else f": {text}"))
+        self.sync()
         self.close()
+
+    def sync(self) -> None:
+        """Bring all that was written to the disk; once an iteration is enough."""
+        for file in self._files.values():
+            file.sync()
 
     def close(self) -> None:
         """Close the files without saying that the run is over."""
@@ -248,17 +272,6 @@ class RunWriter:
         # Before the write: a line that tears must not leave its number to the next one.
         self._seq += 1
         self._files["run.jsonl"].append(line)
-
-
-def _read_old(path: Path) -> list[dict[str, Any]]:
-    """The readable records of a log that is already there."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            found.append(records.decode(line))
-        except records.BadLine:
-            continue  # readers report it; a writer only goes on behind it
-    return found
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

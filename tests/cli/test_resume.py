@@ -1,5 +1,6 @@
 """A killed run goes on as if nothing had happened; what cannot go on says why."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -83,8 +84,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / "last" / "model.safetensors")
 
 
+ODD = ("iteration-1.bak", "iteration-\u0662", "iteration-01", "state-1.bak", "state-\u00b2", "state-x")
+
+
 def test_the_same_layout_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    """Copies and files with odd names beside the checkpoints change nothing, and stay."""
     out = Path(shutil.copytree(folder / "killed", tmp_path / "again"))
+    for name in ODD:
+        (out / "checkpoints" / name).mkdir()
+    (out / "checkpoints" / "state-99").touch()
     assert main(["train", "--resume", "--out", str(out)]) == 0
     alone, again = load_runs(folder / "alone").runs[0], load_runs(out).runs[0]
     ours, theirs = weights(out), weights(folder / "alone")
@@ -97,11 +105,13 @@ def test_the_same_layout_ends_with_the_same_bits(folder: Path, tmp_path: Path) -
     assert resume["checkpoint"] == f"checkpoints/state-{resume['iteration']}"
     assert resume["changed"] == {}
     assert records[-1]["status"] == "completed"
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert left >= {*ODD, "state-99", "state-4", "state-5", "state-6", "last", "last-critic"}
 
 
 def test_another_layout_goes_on_with_the_same_losses(folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(folder / "killed", tmp_path / "wider"))
-    assert main([*RUN, str(out), "--resume", "--layout.dp", "2"]) == 0
+    assert main(["train", "--resume", "--out", str(out), "--layout.dp", "2"]) == 0
     alone, again = load_runs(folder / "alone").runs[0], load_runs(out).runs[0]
     for ours, theirs in zip(again.iterations, alone.iterations, strict=True):
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-4, abs=1e-5)
@@ -112,7 +122,9 @@ def test_a_damaged_checkpoint_is_said_and_the_former_used(folder: Path, tmp_path
     last = max((out / "checkpoints").glob("state-?"))
     (last / "rank-00000.safetensors").write_bytes(b"short")
     assert main(["train", "--resume", "--out", str(out), "--iterations", "4"]) == 0
-    assert f"warning: {last} is damaged: rank-00000.safetensors has 5 bytes" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"warning: {last} is damaged: rank-00000.safetensors has 5 bytes")
+    assert said[1:] == ["warning: resumed with other settings: iterations 6 -> 4"]
     warnings = [
         json.loads(line) for line in (out / "run.jsonl").read_text().splitlines() if '"warning"' in line
     ]
@@ -145,3 +157,79 @@ def test_what_cannot_go_on_says_why(
     assert words in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_command_line_changes_what_was_given_not_what_came_of_it(
+    folder: Path, tmp_path: Path, capsys, old: bool
+) -> None:
+    """`old`: a log that holds the resolved configuration alone."""
+    out = tmp_path / "out"
+    out.mkdir()
+    record = json.loads((folder / "killed/run.jsonl").read_text().splitlines()[0])
+    del record["crc"]
+    if old:
+        del record["given"]
+    (out / "run.jsonl").write_text(json.dumps(record) + "\n")
+    model = ["--actor.init.hidden_size", "64", "--critic.layout.dp", "2"]
+    words = ["train", "--resume", "--out", str(out), "--layout.tp", "2", "--layout.dp", "4", *model]
+    assert main([*words, "--critic.layout.pp", "2", "--dry-run"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    for role in ("actor", "generation", "reference"):
+        assert (config[role]["layout"]["tp"], config[role]["layout"]["dp"]) == (2, 4)
+    critic = config["critic"]["layout"]
+    assert (critic["tp"], critic["pp"], critic["dp"]) == (2, 2, 2)
+    assert {config[role]["init"]["hidden_size"] for role in ("actor", "critic", "reference")} == {64}
+    assert (config["iterations"], config["actor"]["optimizer"]["lr"]) == (6, 1e-3)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of every model folder's weights."""
+    files = sorted((out / "checkpoints").glob("*/model.safetensors"))
+    return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_finished_run_leaves_a_state_and_nothing_untrained_replaces_a_model(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    words = ["--checkpoint.every", "0", "--iterations", "2", "--checkpoint.best", "true", "--eval.every", "1"]
+    assert main([*RUN, str(out), *words, "--data.eval_prompts", "prompts.jsonl"]) == 0
+    assert (out / "checkpoints/state-2/manifest.json").is_file()
+    before = digests(out)
+    assert before.keys() == {"best", "last", "last-critic"}
+    resume = ["train", "--resume", "--out", str(out)]
+    assert main(resume) == 0  # nothing is left to do
+    assert digests(out) == before
+    assert main([*resume, "--iterations", "3", "--actor.optimizer.lr", "0.002"]) == 0
+    said = capsys.readouterr().err
+    assert "resumed with other settings: actor.optimizer.lr 0.001 -> 0.002, iterations 2 -> 3\n" in said
+    records = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records if r["record"] == "iteration"] == [0, 1, 2]
+    before = digests(out)
+    for state in (out / "checkpoints").glob("state-*"):
+        shutil.rmtree(state)
+    assert main([*resume, "--iterations", "4"]) == 2
+    assert "holds models (best, last, last-critic) but no state-N to go on from" in capsys.readouterr().err
+    assert digests(out) == before
+    shutil.rmtree(out / "checkpoints")
+    assert main([*resume, "--iterations", "4"]) == 2
+    assert "is complete and left no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "ranks", "plots", "run.log", "traces"])
+@pytest.mark.parametrize("kind", ["dangling", "other"])
+def test_what_stands_in_the_way_is_noticed_before_training(
+    tmp_path: Path, capsys, name: str, kind: str
+) -> None:
+    place = tmp_path / "out" / name
+    place.parent.mkdir()
+    if kind == "dangling":
+        place.symlink_to(tmp_path / "nowhere")
+    elif name == "run.log":
+        place.mkdir()
+    else:
+        place.touch()
+    assert main([*RUN, str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {place}: ")
+    assert err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]

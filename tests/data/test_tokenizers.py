@@ -1,10 +1,12 @@
 import json
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from puzzle.data.clock import at
 from puzzle.data.tokenizers import (
     TextStream,
     byte_tokenizer,
@@ -155,3 +157,17 @@ def test_a_passed_over_stop_text_stays():
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b END"), ("END",)) == "a END b "
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b"), ("END",)) == "a END b"
     assert stop_rule(byte_tokenizer(), ()) is None
+
+
+def test_templates_write_the_date_that_they_are_told() -> None:
+    """Python's own strftime is the truth; a template without the function stays as it is."""
+    now = datetime(2024, 2, 3, 4, 5, 6, tzinfo=UTC)
+    forms = ["%d %b %Y", "%B %-d, %Y", "%H:%M:%S", "%Y-%m-%d", "%A"]
+    calls = "".join(f"{{{{ strftime_now('{form}') }}}}|" for form in forms)
+    loops = "{% for m in messages %}{% set day = strftime_now('%d') %}{{ day + m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = f"\n {calls}{{% if strftime_now is defined %}}yes{{% endif %}}{loops}"
+    text, _ = render(tokenizer, [{"role": "user", "content": "!"}], now=now)
+    assert text == "\n " + "".join(f"{now.strftime(form)}|" for form in forms) + "yes03!"
+    plain = "\n{{ messages[0].content }}"
+    assert at(plain, now) == plain

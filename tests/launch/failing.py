@@ -1,6 +1,8 @@
 """Runs of which one rank fails."""
 
 import os
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,4 +34,5 @@ def meets_failure(resolved: dict[str, Any], out: str, kind: str) -> None:
     place, name, error = FAILURES[kind]
     if os.environ["RANK"] == "1":
         mock.patch.object(place, name, fail).start()
-    train.process(resolved, out, False, "")
+    moment = datetime.now().astimezone().isoformat()
+    train.process(asdict(train.Start(resolved, None, out, moment)))

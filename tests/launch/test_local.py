@@ -10,9 +10,11 @@ import pytest
 
 from puzzle.configio import build
 from puzzle.errors import UserError
+from puzzle.identity import Identity, launched
 from puzzle.launch import local
 from tests.launch.running import config
 
+ROOT = Path(__file__).parents[2]
 TARGETS = "tests.launch.targets"
 FAILING = "tests.launch.failing:meets_failure"
 
@@ -116,14 +118,76 @@ def test_one_process_may_die_apart_from_this_one():
     assert raised.value.code == 128 + signal.SIGABRT
 
 
+PLACE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_one_process_is_a_plain_call(tmp_path, monkeypatch):
     calls: list[int] = []
     monkeypatch.setattr(local, "_resolve", lambda target: calls.append)
     local.run("nowhere:nothing", (1,), 1)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     local.run("nowhere:nothing", (2,), 4)
     assert calls == [1, 2]
-    assert local.identity() == (1, 4)
-    with pytest.raises(UserError, match="4 processes were started but tp x pp x dp is 2"):
+    with pytest.raises(UserError, match=r"4 processes were started \(WORLD_SIZE\) but tp x pp x dp is 2"):
         local.run("nowhere:nothing", (3,), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, Identity(1, 4, 1, 4)),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, Identity(1, 4, 0, 1)),
+        ({"LOCAL_WORLD_SIZE": "1"}, Identity(1, 4, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"}, Identity()),
+        ({"RANK": "", "WORLD_SIZE": " "}, None),
+        ({"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": "seven"}, None),
+        ({"WORLD_SIZE": None}, "RANK=1 is set but WORLD_SIZE is not"),
+        ({"RANK": ""}, "WORLD_SIZE=4 is set but RANK is not"),
+        ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4 do not fit"),
+        ({"RANK": "-1"}, "RANK=-1: expected a whole number"),
+        ({"RANK": "1.0"}, "RANK=1.0: expected"),
+        ({"RANK": "\u0661"}, "RANK=\u0661: expected"),
+        ({"RANK": "9" * 5000}, "RANK=9+\\.\\.\\.: expected"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT is not"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http: expected"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: expected a port"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: expected"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4 and WORLD_SIZE=4 do not fit"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "do not fit"),
+    ],
+)
+def test_variables_of_launchers_are_taken_or_refused(changes: dict[str, str | None], found: object) -> None:
+    values = {name: value for name, value in (PLACE | changes).items() if value is not None}
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            launched(values)
+    else:
+        assert launched(values) == found
+
+
+def test_a_working_folder_is_no_place_for_modules(tmp_path: Path) -> None:
+    """Neither the server of the ranks nor a rank, and a kill of everything leaves no temporary folder."""
+    for name in ("types", "random", "calendar", "torch", "yaml", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open('imported', 'a').write('{name} ')\nraise ImportError")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from puzzle.launch import local\n"
+        f"if __name__ == '__main__': local.run('{TARGETS}:sleep', (Path(sys.argv[1]),), 2)"
+    )
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/start.py").write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script/start.py"), str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
+        start_new_session=True,
+    )
+    pids(tmp_path, 2, 60)
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert not (tmp_path / "imported").exists()
+    assert list(temporary.iterdir()) == []

@@ -190,7 +190,7 @@ def test_resume_goes_on_in_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"variant": "base"}, {"actor": "13B"}, {"repeat": 1}, {"provenance": "measured"}]
+    "changes", [{"variant": "base"}, {"cluster": "other"}, {"repeat": 1}, {"provenance": "measured"}]
 )
 def test_another_run_is_not_resumed(tmp_path, changes):
     write(tmp_path)

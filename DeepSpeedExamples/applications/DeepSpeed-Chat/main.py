@@ -4,12 +4,15 @@ Algorithm, data, clock and log are those of `puzzle`; models, passes and steps a
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-# A script's own folder is on the path; the project's root is two folders above `applications`.
+# A script's own folder is on the path, unless PYTHONSAFEPATH is set; the project's root is two folders above
+# `applications`.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
 from puzzle.errors import exit_code
@@ -20,7 +23,8 @@ def main() -> int:
     from dschat.options import parse
 
     from puzzle.capabilities import require_device
-    from puzzle.launch import LAUNCHERS, launch, local, slurm
+    from puzzle.identity import Identity, launched
+    from puzzle.launch import LAUNCHERS, launch, local, lock, slurm
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
@@ -30,13 +34,13 @@ def main() -> int:
         require_device(config.device)
         if given.launcher == "slurm" and not slurm.inside():
             return slurm.submit([sys.executable, __file__, *sys.argv[1:]], config.world, out)
-        if local.identity()[0] == 0:
-            out.mkdir(parents=True, exist_ok=True)
         # Processes on other hosts find `dschat` and `puzzle` by it.
         paths = (str(Path(__file__).resolve().parent), sys.path[-1], os.environ.get("PYTHONPATH", ""))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         args = (config.resolved(), asdict(zero), str(out.resolve()))
-        launch(given.launcher, "dschat.ppo_step:process", args, config.world, out / "ranks", config.device)
+        with contextlib.nullcontext(None) if (launched() or Identity()).rank else lock.hold(out) as keep:
+            target, logs = "dschat.ppo_step:process", out / "ranks"
+            launch(given.launcher, target, args, config.world, logs, config.device, keep)
     except local.WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from puzzle.config import TrainConfig
 from puzzle.configio import load_config, merge, parse_overrides, read_yaml
 from puzzle.errors import UserError
-from puzzle.launch.local import identity
+from puzzle.identity import Identity, launched
 from puzzle.resolve import check_files, check_packages, resolve
 
 STAGES = (0, 1, 2, 3)
@@ -110,12 +110,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, ZeroOptions, Path]:
 
 def _processes(file: Path | None, others: Sequence[str]) -> int:
     """How many were launched or, of none, how many the configuration lays out."""
-    launched = identity()[1]
+    started = (launched() or Identity()).world
     written = merge(read_yaml(file).data if file else {}, parse_overrides(others)).get("layout")
-    if launched > 1 or not isinstance(written, Mapping):
-        return launched
+    if started > 1 or not isinstance(written, Mapping):
+        return started
     sizes = [written.get(axis, 1) for axis in ("tp", "pp", "dp")]
-    return prod(sizes) if all(isinstance(size, int) and size > 0 for size in sizes) else launched
+    return prod(sizes) if all(isinstance(size, int) and size > 0 for size in sizes) else started
 
 
 def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
