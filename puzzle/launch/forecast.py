@@ -26,7 +26,7 @@ class Forecast:
 
     def __str__(self) -> str:
         megabytes = max(1, round(self.written / 1e6))
-        return f"about {self.seconds / 3600:.1f} hours one after another, {megabytes} MB of logs"
+        return f"about {self.seconds / 3600:.2g} hours one after another, {megabytes} MB of logs"
 
 
 def forecast(experiments: Sequence[Experiment]) -> Forecast:

@@ -261,7 +261,7 @@ def test_a_login_node_is_told_how_to_reach_the_nodes(tmp_path, monkeypatch, caps
         (submitted,) = [line for line in lines if line.strip().startswith("sbatch ")]
         assert " --export=ALL " in submitted
         assert "--dry-run" not in submitted
-        assert re.search(r"estimated, .*: about \d+\.\d hours .*, \d+ MB of logs", lines[-1])
+        assert re.search(r"estimated, .*: about \d+(\.\d+)? hours .*, \d+ MB of logs", lines[-1])
     monkeypatch.setattr(command, "has_cpu_torch", lambda: True)
     assert main(paper) == 2
     assert "UV_TORCH_BACKEND=cu130" in capsys.readouterr().err

@@ -198,6 +198,29 @@ def test_another_run_is_not_resumed(tmp_path, changes):
         RunWriter(tmp_path, texts.header(**changes), resume=True)
 
 
+def test_warnings_and_ends_say_when_and_why(tmp_path):
+    with RunWriter(tmp_path, texts.header()) as writer:
+        writer.warning("odd", iteration=3)
+        writer.warning("at no time")
+        writer.end("failed", "no room")
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [(one["text"], one.get("iteration")) for one in records[1:3]] == [("odd", 3), ("at no time", None)]
+    assert (records[3]["status"], records[3]["text"]) == ("failed", "no room")
+    said = (tmp_path / "run.log").read_text().splitlines()
+    assert said[-3:] == ["warning: odd (iteration 3)", "warning: at no time", "end: failed: no room"]
+
+
+def test_a_resumed_log_has_no_empty_lines(tmp_path):
+    """Only what was torn is closed with a newline."""
+    for resume in (False, True, True):
+        with RunWriter(tmp_path, texts.header(), resume=resume) as writer:
+            if resume:
+                writer.resume(0)
+            writer.warning("odd")
+    for name in ("run.jsonl", "run.log"):
+        assert all(line.strip() for line in (tmp_path / name).read_text().splitlines())
+
+
 def test_resume_of_nothing_starts(tmp_path):
     with RunWriter(tmp_path, texts.header(), resume=True) as writer:
         writer.end("completed")

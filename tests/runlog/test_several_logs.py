@@ -1,0 +1,130 @@
+"""Several logs of one run, and logs that contradict themselves: which counts, and what is said."""
+
+from pathlib import Path
+
+import pytest
+
+from puzzle.runlog import load_runs
+from puzzle.runlog.scan import scan
+from tests.runlog import texts
+from tests.runlog.test_load import ours, put
+
+NAME = "figure8/orion/llama_7b_350m_opt_2024-04-29T20:35:57{}.log"
+
+
+@pytest.mark.parametrize(
+    ("changed", "numbers"),
+    [
+        ({}, "the same numbers"),
+        ({"7367.424": "7367.425", "12959.740": "12959.741"}, "OTHER numbers"),  # one series of five
+        ({"0.08359861373901367": "0.08359861373901366"}, "OTHER numbers"),
+    ],
+)
+def test_of_two_logs_of_the_same_time_the_first_counts(
+    tmp_path: Path, changed: dict[str, str], numbers: str
+) -> None:
+    data = texts.as_bytes(texts.puzzle_lines())
+    other = data
+    for old, new in changed.items():
+        other = other.replace(old.encode(), new.encode())
+    first = put(tmp_path, NAME.format("+0800"), data)
+    second = put(tmp_path, NAME.format("+08:00"), other)
+    loaded = load_runs(tmp_path)
+    (run,) = loaded.runs
+    (report,) = loaded.reports
+    assert {run.source, report.source} == {str(first)}
+    assert report.what == f"used for figure8/orion/7b_350m_opt; {second} has the same time and {numbers}"
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 4), (4, 2)])
+def test_of_two_copies_of_our_run_the_longer_counts(tmp_path: Path, counts: tuple[int, int]) -> None:
+    """Copies of one length are one run, too."""
+    for name, count in zip("ab", counts, strict=True):
+        ours(tmp_path / name, count=count)
+    loaded = load_runs(tmp_path)
+    (run,) = loaded.runs
+    assert len(run.iterations) == max(counts)
+    if counts[0] != counts[1]:
+        assert run.source == str(tmp_path / "ab"[counts.index(max(counts))] / "run.jsonl")
+
+
+def test_a_file_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unreadable one comes first, in the middle, and last."""
+    closed = [put(tmp_path, f"{name}/run.jsonl", b"secret") for name in "ace"]
+    ours(tmp_path / "b")
+    ours(tmp_path / "d", repeat=1)
+    real = Path.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if self in closed:
+            raise PermissionError(13, "Permission denied")
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    loaded = load_runs(tmp_path)
+    assert [run.repeat for run in loaded.runs] == [0, 1]
+    assert [report.source for report in loaded.reports] == list(map(str, closed))
+
+
+@pytest.mark.parametrize(
+    ("path", "doubts"),
+    [
+        (NAME.format("+0800"), []),
+        (
+            "x/" + NAME.format("+0800").rpartition("/")[2],
+            ["in no folder figureN or tableN: it belongs to no figure"],
+        ),
+        (
+            NAME.format("+0800").replace("04-29", "13-99"),
+            ["the time in the name is none: other logs of this run count as newer"],
+        ),
+    ],
+)
+def test_what_a_name_does_not_say_is_doubted(tmp_path: Path, path: str, doubts: list[str]) -> None:
+    put(tmp_path, path)
+    (run,) = load_runs(tmp_path).runs
+    assert [report.what for report in run.reports] == doubts
+    assert run.figures == (("figure8",) if path.startswith("figure8") else ())
+
+
+def engine(gather: str = "1.50", share: str = "3.95") -> str:
+    """A whole iteration of 38 s whose engine line says this of the gather."""
+    line = texts.engine_line(38.0, 1.5, 18.5, 9.4).replace(
+        "latency=1.50s (3.95%)", f"latency={gather}s ({share}%)"
+    )
+    return "\n".join(
+        ["Generation time: 20.0, exp gen time: 27.0", "Training time: 9.4", texts.step_line(0), line]
+    )
+
+
+@pytest.mark.parametrize(
+    ("gather", "share", "fits"),
+    [
+        ("1.50", "3.95", True),
+        # 1.5 s may be 1.495 to 1.505 and 38 s 37.995 to 38.005: shares of 3.933 to 3.961 %.
+        ("1.50", "3.93", True),
+        ("1.50", "3.96", True),
+        ("1.50", "3.90", False),
+        ("1.50", "3.99", False),
+        ("2.50", "3.95", False),
+        ("38.00", "100.03", True),
+        ("38.00", "100.05", False),
+    ],
+)
+def test_an_engine_lines_shares_are_those_of_its_times(gather: str, share: str, fits: bool) -> None:
+    said = [what for _, what in scan(texts.as_bytes([engine(gather, share)])).reports if " % of " in what]
+    assert said == (
+        []
+        if fits
+        else [f"gather_latency {float(gather)} s is not {float(share)} % of 38.0 s, as its line says"]
+    )
+
+
+@pytest.mark.parametrize(("slowest", "said"), [(9.4, False), (9.51, False), (9.515, True), (12.0, True)])
+def test_ranks_that_train_in_step_take_the_same_time(slowest: float, said: bool) -> None:
+    """Up to a hundredth apart is chance, and half a last digit of a print; more is of another iteration."""
+    lines = ["Generation time: 20.0, exp gen time: 27.0", "Training time: 9.41", f"Training time: {slowest}"]
+    found = scan(texts.as_bytes([*lines, texts.step_line(0), texts.engine_line(38.0, 1.5, 18.5, 9.4)]))
+    low, high = sorted((9.41, slowest))
+    told = [f"iteration 0: training times from {low} to {high} s"] if said else []
+    assert [what for _, what in found.reports if "training times from" in what] == told
