@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puzzle.engine.boxfiles import checksum
+from puzzle.engine.checkpoint import Checkpoints
 from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from tests.engine import saving
@@ -150,6 +151,29 @@ def test_damage_is_named_and_the_former_checkpoint_used(saved: Path) -> None:
     assert "state-2 is damaged" in line
     assert "no earlier checkpoint is whole" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_newest_are_kept_by_number_and_nothing_else_is_touched(tmp_path: Path, keep: int) -> None:
+    """9 comes before 10; what another wrote beside them stays."""
+    save_lm(tmp_path / "lm")
+    save_value(tmp_path / "value")
+    models = saving.build(0, str(tmp_path), Layout.even(1, 1, 1, 4), "float32", 1)[1:]
+    folder = tmp_path / "saved"
+    (folder / "notes").mkdir(parents=True)
+    checkpoints = Checkpoints(folder, models, keep=keep, asynchronous=False)
+    numbers = [2, 8, 9, 10, 11]
+    for done, number in enumerate(numbers, 1):
+        checkpoints.save(number, {"number": number})
+        kept = numbers[max(0, done - keep) : done]
+        assert {path.name for path in folder.iterdir()} == {"notes", *(f"state-{n}" for n in kept)}
+    (*_, last) = checkpoints.finished()
+    assert (last.number, last.folder) == (11, folder / "state-11")
+    assert last.bytes == sum(f.stat().st_size for f in last.folder.glob("*.safetensors"))
+    assert checkpoints.finished() == []
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert (restored.number, dict(restored.state)) == (11, {"number": 11})
 
 
 def test_another_model_is_refused_and_not_an_older_checkpoint_tried(saved: Path) -> None:

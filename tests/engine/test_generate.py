@@ -132,6 +132,70 @@ def test_min_new_tokens_equals_transformers(tmp_path):
     assert {len(response.tokens) for response in responses} - {12}
 
 
+def enough(total):
+    """A stop rule: over from the token on with which the sum of all exceeds `total`."""
+
+    def rule():
+        heard = []
+        return lambda token: heard.append(token) or sum(heard) > total
+
+    return rule
+
+
+@pytest.mark.parametrize("least", [0, 1, 5, NEW])
+def test_a_stop_rule_hears_every_token_and_ends_nothing_before_its_least_length(least, tmp_path):
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    params = SamplingParams(max_new_tokens=NEW, min_new_tokens=least, seed=7)
+    whole = generate(decoder, requests(), params)
+    ended = generate(decoder, requests(), params, stop=enough(300))
+    lengths = []
+    for long, found in zip(whole, ended, strict=True):
+        assert len(long.tokens) == NEW
+        sums = [sum(long.tokens[: n + 1]) for n in range(NEW)]
+        over = [n + 1 for n in range(NEW) if sums[n] > 300 and n + 1 >= least]
+        length = over[0] if over else NEW
+        assert found.tokens == long.tokens[:length]
+        assert found.finished == bool(over)
+        lengths.append(length)
+    assert min(lengths) >= least
+    assert least in (0, 1, NEW) or min(lengths) == least, "some rule was over before"
+
+
+def test_books_end_by_stop_ids_rules_and_lengths():
+    """Against a plain loop, over tokens that come in any order, those behind an end included."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 30, (9, 12), generator=generator).tolist()
+    for least, most, ids in ((0, 12, (4, 9)), (3, 8, ()), (5, 5, (4,)), (2, 12, (1, 2, 3))):
+        params = SamplingParams(min_new_tokens=least, max_new_tokens=most, stop_ids=ids)
+        seen = []
+        asked = [Request([1], i) for i in range(9)]
+        books = generation.Books(
+            asked, params, enough(60), lambda i, token, seen=seen: seen.append((i, token))
+        )
+        for step in range(12):
+            books.write(range(9), [row[step] for row in drawn], [-float(row[step]) for row in drawn])
+        truth = []
+        for row in drawn:
+            tokens, finished = [], False
+            while not finished and len(tokens) < most:
+                tokens.append(row[len(tokens)])
+                finished = tokens[-1] in ids or (sum(tokens) > 60 and len(tokens) >= least)
+            truth.append((tokens, finished))
+        assert [(r.tokens, r.finished) for r in books.responses()] == truth
+        assert [r.logprobs for r in books.responses()] == [[-float(t) for t in tokens] for tokens, _ in truth]
+        assert sorted(seen) == sorted((i, t) for i, (tokens, _) in enumerate(truth) for t in tokens)
+        assert all(books.ended)
+
+
+@pytest.mark.parametrize(
+    ("ids", "rule", "least", "expected"),
+    [((), None, 0, False), ((3,), None, 0, True), ((), enough(9), 0, True), ((3,), enough(9), 8, False)],
+)
+def test_whether_a_response_may_be_shorter(ids, rule, least, expected):
+    params = SamplingParams(stop_ids=ids, min_new_tokens=least, max_new_tokens=8)
+    assert generation.Books([Request([1])], params, rule).may_end == expected
+
+
 def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     decoder = stage(save_variant(tmp_path / "model", "llama"))
     params = SamplingParams(max_new_tokens=NEW, seed=4, stop_ids=(3, 50, 90))

@@ -71,6 +71,52 @@ def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
         torch.testing.assert_close(logprobs, torch.tensor(truth.logprobs[: len(part)]), rtol=0, atol=1e-5)
 
 
+def test_parked_rows_change_nothing_and_stay_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where passes have as many rows as a bucket: what stands behind the sequences in use has no
+    place, is never moved on, and may be filled at any time."""
+    decoder = stage(save_lm(tmp_path / "model"))
+    prompts = [[5, 9, 200], [7, 7, 31, 99], [250, 1], [11, 12, 13, 14, 15]]
+    params = SamplingParams(max_new_tokens=10, seed=3)
+    alone = [generate(decoder, [Request(p, i)], params)[0].tokens for i, p in enumerate(prompts)]
+
+    def record(self: engine_passes._Recorded) -> None:
+        def replay() -> None:
+            self.out = self._pass()
+
+        self.graph = cast(Any, SimpleNamespace(replay=replay))
+
+    monkeypatch.setattr(engine_passes._Recorded, "record", record)
+    passes = StagePasses(decoder)
+    passes.start((5,), CAPACITY, params)
+    passes.graphs = True
+    got: list[list[int]] = [[] for _ in prompts]
+
+    def note(who: list[int], out: Drawn | torch.Tensor) -> None:
+        for i, token in zip(who, drawn(out)[0], strict=True):
+            got[i].append(token)
+
+    note([0, 1, 2], passes.prefill([0, 1, 2], prompts[:3], stems([0, 1, 2])))
+    for _ in range(4):
+        note([0, 1, 2], passes.decode(0, 3))
+        assert passes.state[1].tolist() == [
+            *(len(prompts[i]) + len(got[i]) - 1 for i in range(3)),
+            engine_passes.PARKED,
+            engine_passes.PARKED,
+        ]
+    note([3], passes.prefill([3], prompts[3:], stems([3])))  # where a parked row was computed four times
+    for _ in range(3):
+        note([0, 1, 2, 3], passes.decode(0, 4))
+    passes.move(3, 0, len(prompts[3]) + len(got[3]) - 1)
+    passes.park([3])
+    for _ in range(2):
+        note([3, 1, 2], passes.decode(0, 3))
+    assert passes.state[1, 3:].tolist() == [engine_passes.PARKED] * 2
+    assert [len(part) for part in got] == [8, 10, 10, 6]
+    assert got == [truth[: len(part)] for part, truth in zip(got, alone, strict=True)]
+
+
 def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings are counted where no graph can be made: they launch their pass, as on a CPU."""
     recorded = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from puzzle.engine.pipeline import Pipeline
+from puzzle.engine.world import World
+from puzzle.plan.schedules import PipelineModel, forward_only, one_f_one_b
 from tests.engine import pipelines
 from tests.engine.pipelines import Case
 from tests.helpers import run_ranks
@@ -77,6 +80,32 @@ def compare(cases: list[Case], world: int) -> None:
 @pytest.mark.parametrize("world", SHORT)
 def test_one_stream_gives_bitwise_the_same(world: int) -> None:
     compare(SHORT[world], world)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_stream_that_was_asked_for_is_the_one_that_runs(split: bool) -> None:
+    """Its order, its `defer`, its split backwards; with `most` micro-batches of a larger replica."""
+    world = World(0, 1, torch.device("cpu"))
+    case = Case((1, 1, 1), (1, 1, 1), rows=4, per_pass=(1, 2))
+    made = pipelines.models(world, case)
+    for runtime in made:
+        runtime.split_backward = split
+    rows = pipelines.texts(case.rows)
+    passes = [pipelines.work(runtime, rows, size) for runtime, size in zip(made, case.per_pass, strict=True)]
+    stream, seen = Pipeline(made), set()
+    models = (PipelineModel("actor", 4), PipelineModel("critic", 2))
+    mixed = ["critic", "actor", "actor", "critic", "actor", "actor"]
+    for order in ("sequential", "alternating", mixed):
+        for defer in (1, 2, 3):
+            (result, *_) = stream.train(passes, order, defer)
+            assert (
+                result.schedule.hash
+                == one_f_one_b(models, 1, order, optimizer=True, split=split, defer=defer).hash
+            )
+            seen.add(result.schedule.hash)
+        (result, *_) = stream.infer(passes, order)
+        assert result.schedule.hash == forward_only(models, 1, order).hash
+    assert len(seen) >= 5, "orders and values of `defer` give other streams"
 
 
 @pytest.mark.long

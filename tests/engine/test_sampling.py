@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from puzzle.engine.sampling import SamplingParams, VocabShard, choose, keep_likely
+from puzzle.engine.sampling import SamplingParams, VocabShard, choose, draw, keep_likely
 from puzzle.errors import UserError
-from puzzle.model.noise import gumbel, row_keys
+from puzzle.model.noise import gumbel, row_keys, row_stems
 from puzzle.model.parallel import TensorGroup
 from tests.helpers import run_ranks
 
@@ -52,6 +52,32 @@ def test_a_draw_is_the_argmax_of_logits_plus_noise():
     assert torch.equal(tokens, noisy.argmax(1))
     expected = (logits / 0.6).log_softmax(1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected)
+
+
+@pytest.mark.parametrize("least", [0, 2])
+@pytest.mark.parametrize(
+    "case", [{"greedy": True}, {}, {"temperature": 0.4}, {"top_k": 5, "top_p": 0.8, "temperature": 1.3}]
+)
+def test_log_probabilities_are_of_logits_without_noise_filters_or_bans(case, least):
+    """In float64: log_softmax(logits / T) at whatever was drawn; rows that are young enough draw no stop."""
+    logits, params = rows(60, seed=5), SamplingParams(**case, stop_ids=(3, 11), min_new_tokens=least, seed=2)
+    logits[:, [3, 11]] += 5.0
+    numbers = torch.arange(60)
+    stems, counts = row_stems(2, 0, numbers, numbers), numbers % 4
+    packed = draw(logits.clone(), stems, counts, params, WHOLE)
+    assert packed.dtype == torch.int32
+    tokens, logprobs = packed[0].long().numpy(), packed[1].view(torch.float32).numpy()
+    scaled = logits.double().numpy() / params.temperature
+    truth = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+    np.testing.assert_allclose(logprobs, truth[np.arange(60), tokens], rtol=1e-5, atol=1e-5)
+    young = counts.numpy() < least
+    assert not set(tokens[young]) & {3, 11}
+    assert set(tokens[~young]) & {3, 11}
+    if not params.greedy:  # the same names draw the same, other names something else
+        again = draw(logits.clone(), stems, counts, params, WHOLE)
+        assert torch.equal(packed, again)
+        other = draw(logits.clone(), row_stems(3, 0, numbers, numbers), counts, params, WHOLE)
+        assert not torch.equal(packed[0], other[0])
 
 
 CASES = [

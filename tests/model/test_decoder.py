@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
+from puzzle.model.hf import load
 from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.plan.layout import Coord, Layout
@@ -73,6 +74,60 @@ def test_stages_in_a_row_equal_one(variant, pp, tmp_path):
     expected = whole(batch.tokens_T, batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(parts[-1].logits(hidden), whole.logits(expected), rtol=0, atol=1e-5)
+
+
+def silent(rank, size):
+    """A tensor rank that never communicates."""
+    group = TensorGroup()
+    group.rank, group.size = rank, size
+    return group
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 2), (8, 1)])
+def test_logits_of_all_tensor_ranks_are_those_of_one_without_padding(variant, tp, pp, tmp_path):
+    """259 rows do not divide by 2, 4 or 8: the last rank's storage ends in rows that are no tokens."""
+    folder = save_variant(tmp_path / "model", variant)
+    whole = stage(folder)
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    layout = Layout.even(tp, pp, 1, whole.spec.num_layers)
+    parts, rows = [], 0
+    for t in range(tp):
+        decoder = Decoder(whole.spec, layout, Coord(t, pp - 1, 0), silent(t, tp))
+        load(decoder, folder)
+        rows += decoder.head_weight.shape[0]
+        with torch.no_grad():  # what is no token must not show
+            decoder.head_weight[max(0, 259 - t * decoder.head_weight.shape[0]) :] = 1e4
+        parts.append(decoder.logits(hidden))
+    assert rows > 259
+    expected = (
+        hidden.double() @ whole.embed.double().t() if whole.spec.tied else whole.logits(hidden).double()
+    )
+    assert expected.shape == (5, 259)
+    torch.testing.assert_close(torch.cat(parts, 1).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_rank_beyond_the_vocabulary_has_no_logits():
+    """Five rows on four ranks: two, two, one and none."""
+    sizes = {"model_type": "llama", "vocab_size": 5, "hidden_size": 8, "intermediate_size": 16}
+    spec = ModelSpec.from_hf(sizes | {"num_hidden_layers": 1, "num_attention_heads": 4})
+    widths = []
+    for t in range(4):
+        decoder = Decoder(spec, Layout.even(4, 1, 1, 1), Coord(t, 0, 0), silent(t, 4))
+        assert decoder.head_weight.shape[0] == 2
+        widths.append(decoder.logits(torch.zeros(3, 8)).shape[1])
+    assert widths == [2, 2, 1, 0]
+
+
+def test_a_tied_head_is_the_embedding_itself_on_one_stage_and_a_copy_on_the_last_of_several(tmp_path):
+    folder = save_variant(tmp_path / "model", "llama-tied")
+    alone, untied = stage(folder), stage(save_variant(tmp_path / "untied", "llama"))
+    assert alone.head_weight is alone.embed
+    assert "head" not in dict(alone.named_parameters())
+    assert untied.head_weight is untied.head
+    first, last = (stage(folder, pp=2, coord=Coord(0, p, 0)) for p in range(2))
+    assert torch.equal(last.head_weight, first.embed)
+    assert last.head_weight is last.head
 
 
 def test_recomputation_changes_nothing_but_memory(tmp_path):

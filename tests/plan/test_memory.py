@@ -17,11 +17,13 @@ from puzzle.engine.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.stage import StageRun
 from puzzle.engine.world import World
+from puzzle.model.decoder import Decoder
 from puzzle.model.packing import pack
+from puzzle.model.parallel import TensorGroup
 from puzzle.model.products import Weight
 from puzzle.model.weights import initialise
 from puzzle.plan import memory, schedules
-from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.schedules import PipelineModel
 from puzzle.resolve import resolve
 from puzzle.spec.model import ModelSpec
@@ -209,6 +211,27 @@ def test_what_a_head_or_a_column_more_costs_is_what_autograd_saves(dtype: torch.
         use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, fused=False)
         sizes.append(memory.Activations(use, 0, ROWS * LENGTH, ROWS * RESPONSE).saved())
     assert [size - sizes[0] for size in sizes] == differences(0, SHAPES, dtype)
+
+
+def test_a_gradient_of_the_largest_weight_comes_and_goes_unless_its_product_adds_it_up() -> None:
+    """Of half-precision weights without kernels; in float32 and with kernels it is never there."""
+    spec, layout = spec_of(vocab_size=515), Layout.even(1, 2, 1, 4)
+    for p in range(2):
+        largest = max(x.numel() for x in built_stage(spec, layout, p))
+        sizes = {
+            (item, fused): memory.Activations(
+                memory.Use("actor", spec, Placement.default(layout), item, True, fused=fused), p, 96, 48
+            ).transient()
+            for item in (2, 4)
+            for fused in (False, True)
+        }
+        assert sizes[2, False] - sizes[2, True] == 2 * largest
+        assert sizes[4, False] == sizes[4, True] == 2 * sizes[2, True]
+
+
+def built_stage(spec: ModelSpec, layout: Layout, p: int) -> list[Tensor]:
+    group = TensorGroup()
+    return list(Decoder(spec, layout, Coord(0, p, 0), group).parameters())
 
 
 def waiting(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> int:

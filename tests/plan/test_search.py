@@ -86,6 +86,20 @@ def test_the_search_keeps_to_its_trials() -> None:
     assert len(asked) == 10
 
 
+def test_the_search_begins_with_the_best_plain_order() -> None:
+    """With a single trial there is nothing else: the best of the plain orders, not the first of a list."""
+    for sizes in ({"actor": 1.0, "critic": 0.2}, {"actor": 0.2, "critic": 1.0}):
+        cost = costs(**sizes)
+        models = [PipelineModel("actor", 4), PipelineModel("critic", 4)]
+        found = {
+            e.candidate.name: e.seconds
+            for e in choose_fusion(training_candidates(models, 4, cost, trials=1), cost)
+        }
+        plain = [seconds for name, seconds in found.items() if name not in ("apart", "searched")]
+        assert len(plain) == 4
+        assert found["searched"] == min(plain) < max(plain)
+
+
 def test_inference_groups() -> None:
     models = [PipelineModel("reference", 4), PipelineModel("critic", 4), PipelineModel("reward", 4)]
     cost = uniform([m.name for m in models])

@@ -26,6 +26,8 @@ VARIANTS = [
     ("mistral", {"sliding_window": 16}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
 ]
 
 
@@ -61,6 +63,14 @@ def test_to_hf_is_loaded_by_transformers_and_read_back(family, extra, head, tmp_
     assert ModelSpec.from_hf(spec.to_hf()) == spec
     names = {name for name, _ in hf_model(config, head).named_parameters()}
     assert names == {t.name for t in spec.tensors()}
+    # What transformers computes, and no key that its class of this family does not have.
+    assert getattr(config, "sliding_window", None) == spec.sliding_window
+    if family.startswith("qwen"):
+        windowed = spec.sliding_window is not None
+        assert set(config.layer_types) == {"sliding_attention" if windowed else "full_attention"}
+        assert spec.to_hf()["max_window_layers"] == (0 if windowed else spec.num_layers)
+    known = {*AutoConfig.for_model(family).to_dict(), "rope_theta", "rope_scaling", "head_dim"}
+    assert spec.to_hf().keys() <= known
 
 
 LLAMA3 = {
@@ -86,6 +96,8 @@ LLAMA3 = {
 def test_rope_in_old_and_new_keys(keys, rope, tmp_path):
     spec = ModelSpec.from_hf({"architectures": ["LlamaForCausalLM"], **SMALL, **keys})
     assert spec.rope == rope
+    assert type(spec.rope.original_max_positions) is int
+    assert all(type(x) is float for x in (spec.rope.theta, spec.rope.factor, spec.rope.low_freq_factor))
     (tmp_path / "config.json").write_text(json.dumps(spec.to_hf()))
     theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
     assert (theirs["rope_type"], theirs["rope_theta"]) == (rope.scaling, rope.theta)
