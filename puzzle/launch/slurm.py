@@ -90,6 +90,8 @@ class Node:
 
 def settings() -> Settings:
     """slurm.yaml; raises UserError naming the key."""
+    if not file().is_file():
+        raise UserError(f"{file()}: no such file; a checkout has slurm.yaml, and PUZZLE_SLURM names another")
     try:
         return Settings.model_validate(read_yaml(file()).data)
     except ValidationError as error:

@@ -1,0 +1,125 @@
+"""Where things stand in the pictures: labels in what they name, bars that use their panel."""
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from plotting import curves, figure10, figure12, style, table3
+from plotting.irregularities import PUBLISHED
+from plotting.speedups import figure8, figure9, figure11
+from plotting.timeline import gantt
+from puzzle.runlog import load_runs
+from tests.plotting import builders
+from tests.plotting.test_curves import write_run
+from tests.plotting.test_pictures import RUNS, TINY, picture, variety
+from tests.plotting.test_timeline import trace
+
+
+def drawn(figure: Figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
+def inside(text: Text, patch, renderer, slack: float = 2.0) -> bool:
+    """Whether the text's ink lies in the patch, but for some pixels of its line's height."""
+    box, room = text.get_window_extent(renderer), patch.get_window_extent(renderer)
+    wide = room.x0 - slack <= box.x0 and box.x1 <= room.x1 + slack
+    return wide and room.y0 - slack <= box.y0 and box.y1 <= room.y1 + slack
+
+
+def centre(patch) -> tuple[float, float]:
+    x, y = patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2
+    return round(float(x), 9), round(float(y), 9)
+
+
+@pytest.mark.parametrize("runs", [lambda: RUNS, variety], ids=["published", "variety"])
+def test_seconds_in_figure12_stand_in_their_stage(runs):
+    figure, renderer, _ = picture(figure12, runs(), PUBLISHED)
+    written = 0
+    for axes in figure.axes:
+        patches = [patch for one in axes.containers if isinstance(one, BarContainer) for patch in one]
+        centres = {centre(patch): patch for patch in patches if patch.get_width() > 0}
+        for text in axes.texts:
+            if text.get_ha() != "center" or text.get_gid() == "watermark":
+                continue
+            x, y = text.get_position()
+            assert inside(text, centres[round(float(x), 9), round(float(y), 9)], renderer), text.get_text()
+            assert text.get_rotation() in (0.0, 90.0)
+            written += 1
+    assert written >= 10
+
+
+@pytest.mark.parametrize("module", [figure8, figure9, figure10, figure11], ids=lambda module: module.NAME)
+def test_the_highest_bar_and_its_value_fill_their_panels(module):
+    """Panels that share a scale: one of them is filled, none runs over (see test_pictures)."""
+    figure, renderer, _ = picture(module, RUNS, PUBLISHED)
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    tops = [
+        (text.get_window_extent(renderer).y1 - axes.bbox.y0) / axes.bbox.height
+        for axes in figure.axes
+        for text in axes.texts
+    ]
+    assert 0.9 < max(tops) <= 1.0
+
+
+def test_names_of_table3_stay_in_their_column():
+    long = [run for run in variety() if run.actor == TINY or run.provenance == "published"]
+    figure, renderer, rows = picture(table3, long, PUBLISHED)
+    names = {row.config for row in rows}
+    found = 0
+    for axes in figure.axes:
+        per_inch = axes.bbox.width / (axes.get_xlim()[1] - axes.get_xlim()[0])
+        for text in axes.texts:
+            if text.get_text().replace("\n", "") in names:
+                edge = (text.get_window_extent(renderer).x1 - axes.bbox.x0) / per_inch
+                assert edge <= table3.NAMES
+                found += 1
+    assert found == len(names)
+
+
+def test_numbers_of_micro_batches_stand_in_their_spans():
+    with style.applied():
+        figure = gantt({"one": trace((0, "forward", "actor", 5, 6), (0, "backward", "actor", 6, 9))})
+        renderer = drawn(figure)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["3", "3"]
+    for text, (start, end) in zip(axes.texts, [(0, 1), (1, 4)], strict=True):
+        box = axes.transData.inverted().transform(text.get_window_extent(renderer))
+        assert start <= box[0, 0] <= box[1, 0] <= end
+        assert np.mean(box[:, 0]) == pytest.approx((start + end) / 2, abs=0.05)
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, ""), (2, ", 2 seeds"), (3, ", 3 seeds")])
+def test_curves_say_how_many_seeds_they_are_of(tmp_path, seeds, said):
+    for seed in range(seeds):
+        write_run(tmp_path / str(seed), [1.0, 2.0 + seed], seed)
+    runs = load_runs(tmp_path).runs
+    grouped = curves.lines(runs)
+    (name,) = grouped
+    found = curves.points(name, grouped[name], "reward", 1)
+    figure = curves.draw(grouped, found, 1)
+    assert [text.get_text() for text in figure.texts] == [f"tiny/tiny puzzle local{said}"]
+    assert len(figure.axes[0].lines) == (1 if seeds == 1 else seeds + 1)
+
+
+def test_a_better_log_without_times_is_named_without_times():
+    """The remark on re-sharding that is off; of one of the two runs, or of both, no times are known."""
+    layouts = {"training": {"tp": 1, "pp": 8, "dp": 1}, "generation": {"tp": 1, "pp": 8, "dp": 1}}
+    other = {**layouts, "generation": {"tp": 2, "pp": 4, "dp": 1}}
+    fields = {"provenance": "published", "layouts": layouts}
+    for mine, theirs in (({"e2e": (9.0, 3.0)}, {}), ({}, {"e2e": (9.0, 2.0)}), ({}, {})):
+        runs = [
+            builders.run("dschat", printed={"e2e": (9.0, 8.0)}, provenance="published"),
+            builders.run("opt", printed=mine, **fields),
+            builders.run(
+                "opt", printed=theirs, source="better.log", figures=("figure11",), run_id="b",
+                **{**fields, "layouts": other},
+            ),
+        ]  # fmt: skip
+        rows = {(row.series, row.unit): row for row in figure8.numbers(runs, PUBLISHED)}
+        (note,) = rows["PUZZLE", "1"].notes
+        assert note.endswith("one with re-sharding on: better.log")
