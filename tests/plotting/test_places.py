@@ -123,3 +123,24 @@ def test_a_better_log_without_times_is_named_without_times():
         rows = {(row.series, row.unit): row for row in figure8.numbers(runs, PUBLISHED)}
         (note,) = rows["PUZZLE", "1"].notes
         assert note.endswith("one with re-sharding on: better.log")
+
+
+def test_a_stage_that_was_not_timed_hides_no_other():
+    """Inference is missing: generation before it and training behind it are drawn, and the gap is said."""
+    times = {"generation": (9.0, 3.0), "training": (9.0, 2.0)}
+    one = builders.run("base", "7B/7B", figures=("figure12",), printed=times)
+    figure, _, rows = picture(figure12, [one], PUBLISHED)
+    assert [row.value for row in rows if row.config == "PUZZLE-Base"] == [3.0, None, 2.0, 0.0]
+    (axes,) = figure.axes
+    patches = [patch for bar in axes.containers if isinstance(bar, BarContainer) for patch in bar]
+    drawn_at = [(patch.get_x(), patch.get_width()) for patch in patches if patch.get_width() > 0]
+    assert drawn_at == [(0.0, 3.0), (3.0, 2.0)]
+    assert "5.00 (infer. not timed)" in [text.get_text() for text in axes.texts]
+
+
+def test_the_order_of_keys_makes_no_other_line():
+    configs = [{"seed": 0, "a": {"x": 1, "y": 2}, "b": 3}, {"b": 3, "a": {"y": 2, "x": 1}, "seed": 1}]
+    runs = [builders.run("puzzle", config=config, run_id=str(config)) for config in configs]
+    assert [len(group) for group in curves.lines(runs).values()] == [2]
+    runs[1] = builders.run("puzzle", config={**configs[1], "b": 4}, run_id="other")
+    assert [len(group) for group in curves.lines(runs).values()] == [1, 1]
