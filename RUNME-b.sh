@@ -12,6 +12,6 @@ export PUZZLE_ENV="${PUZZLE_ENV:-$([ -n "${PUZZLE_PYTHON:-}" ] && echo engine ||
 
 echo "start: $began"
 status=0
-python -m puzzle.cli campaign "$@" || status=$?
+python -P -m puzzle.cli campaign "$@" || status=$?
 echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
 exit "$status"

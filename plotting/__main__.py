@@ -1,5 +1,10 @@
 """`python -m plotting`: draws every figure and table that the logs hold."""
 
+from puzzle.path import leave_working_folder
+
+if __name__ == "__main__":
+    leave_working_folder()  # before anything else is looked for
+
 import argparse
 import difflib
 import sys

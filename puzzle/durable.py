@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+_OPEN: AbstractContextManager[object] = nullcontext()
 # What file systems answer that cannot do this for folders (some FUSE and network ones): nothing to mend.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -43,17 +45,20 @@ def make_folder(folder: Path) -> None:
         sync(one.parent)
 
 
-def put(source: Path, target: Path) -> None:
+def put(source: Path, target: Path, gate: AbstractContextManager[object] = _OPEN) -> None:
     """Rename a file or folder to `target`, in the same folder or file system, and make that last.
+
+    While it renames it holds `gate`, by which whoever declares a run dead keeps it from writing any more.
 
     A folder that stands there makes room and then goes away: a moment between, only `settle` finds it.
     """
     sync_tree(source) if source.is_dir() else sync(source)
     old = _old(target)
-    _back(old, target)
-    if source.is_dir() and target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
+    with gate:
+        _back(old, target)
+        if source.is_dir() and target.exists():
+            os.replace(target, old)
+        os.replace(source, target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -47,5 +47,5 @@ for seed in $seeds; do
   fi
 done
 for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
-python -m plotting.curves --logs "$out" --out "$out/curves" || status=$?
+python -P -m plotting.curves --logs "$out" --out "$out/curves" || status=$?
 exit "$status"

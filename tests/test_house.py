@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "puzzle/reading.py": ("puzzle.errors",),
     "puzzle/durable.py": (),
     "puzzle/identity.py": ("puzzle.errors",),
+    "puzzle/path.py": (),
     "puzzle/jsonio.py": ("puzzle.reading", "puzzle.errors"),
     "puzzle/spec": ("puzzle.spec", "puzzle.jsonio", "puzzle.errors"),
     "puzzle/plan": ("puzzle.plan", "puzzle.jsonio", "puzzle.spec", "puzzle.limits", "puzzle.errors"),
@@ -40,7 +41,14 @@ MAY_IMPORT = {
         "puzzle.errors",
     ),
     "puzzle/runlog": ("puzzle.runlog", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
-    "plotting": ("plotting", "puzzle.runlog", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
+    "plotting": (
+        "plotting",
+        "puzzle.path",
+        "puzzle.runlog",
+        "puzzle.jsonio",
+        "puzzle.durable",
+        "puzzle.errors",
+    ),
 }
 NEVER = {
     "puzzle/spec": ("torch", "transformers"),

@@ -3,6 +3,8 @@
 import sys
 
 from puzzle.cli import main
+from puzzle.path import leave_working_folder
 
 if __name__ == "__main__":
+    leave_working_folder()
     sys.exit(main())

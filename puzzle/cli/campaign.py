@@ -18,7 +18,7 @@ from puzzle.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
 from puzzle.cli import Parser, named, whole
 from puzzle.errors import UserError, terminate_as_exit
 from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
-from puzzle.launch import LAUNCHERS, Launcher, campaign, slurm
+from puzzle.launch import LAUNCHERS, Launcher, campaign, lock, slurm
 from puzzle.launch.forecast import forecast
 from puzzle.launch.machine import Machine, find_machine
 from puzzle.resolve import check_files, check_packages, resolve
@@ -66,15 +66,15 @@ def run(arguments: Sequence[str]) -> int:
         out = Path(f"outputs_from_exec_{datetime.now():%Y%m%d-%H%M%S}")
     if submits:  # the job makes the folder its own
         return slurm.submit(_submitted(arguments, out), _largest(experiments), out)
-    out.mkdir(parents=True, exist_ok=True)
-    console.print(f"into {out} (start again to go on there: finished runs are kept)", soft_wrap=True)
-    campaign.record(out, asked, [])
-    with terminate_as_exit(), _launcher(options.launcher, experiments):
-        outcomes = campaign.run_all(
-            experiments, out, console, lambda one: campaign.command_of(one, options.launcher)
-        )
-    campaign.record(out, asked, outcomes)
-    return _summary(outcomes, out, console)
+    with lock.hold(out) as keep:
+        console.print(f"into {out} (start again to go on there: finished runs are kept)", soft_wrap=True)
+        campaign.record(out, asked, [])
+        with terminate_as_exit(), _launcher(options.launcher, experiments):
+            outcomes = campaign.run_all(
+                experiments, out, console, lambda one: campaign.command_of(one, options.launcher), keep
+            )
+        campaign.record(out, asked, outcomes)
+        return _summary(outcomes, out, console)
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
@@ -103,7 +103,7 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
 def _submitted(arguments: Sequence[str], out: Path) -> list[str]:
     """What a job runs for this command."""
     given = [word for word in arguments if word != "--dry-run"]
-    return [sys.executable, "-m", "puzzle.cli", "campaign", *given, "--out", str(out)]
+    return [sys.executable, "-P", "-m", "puzzle.cli", "campaign", *given, "--out", str(out)]
 
 
 def _require_devices(
@@ -224,5 +224,5 @@ def _draw(outcomes: Sequence[campaign.Outcome], out: Path) -> bool:
     if not figures:
         return False
     logs = [word for e in finished for word in ("--logs", str(out / "logs" / e.name))]
-    command = [sys.executable, "-m", "plotting", *logs, "--out", str(out), "--only", *figures]
+    command = [sys.executable, "-P", "-m", "plotting", *logs, "--out", str(out), "--only", *figures]
     return subprocess.run(command, check=False).returncode == 0

@@ -199,7 +199,8 @@ class Checkpoints:
             (partial / f"rank-{rank:05d}.json").unlink()
         durable.write_text(partial / MANIFEST, text)
         final = partial.with_suffix("")
-        durable.put(partial, final)  # one that stands there is unusable, from before a resume
+        # One that stands there is unusable, from before a resume.
+        durable.put(partial, final, self.world.pulse.writing)
         size = sum(file.bytes for file in files.values())
         self._saved.append(Saved(number, final, time.perf_counter() - began, size))
         for old in self._numbers()[: -self.keep]:

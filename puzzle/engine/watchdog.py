@@ -8,7 +8,9 @@ ranks met; every rank reads all of them and judges by the same rules, under any 
 - when all ranks wait for messages or collectives and none has moved for N seconds, they wait for each other;
 - a rank that computes may take its time: it is named when others wait and it has not moved for 10 N seconds.
 
-Then all ranks write the stacks of their threads, and end.
+Then all ranks write the stacks of their threads, and end. From the verdict on nothing of the run is written:
+what shall outlast it is written under `Pulse.writing`, which a verdict takes for good; a stopped rank is
+killed as it is, and the stack that it published with its last sign of life is written for it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch.distributed as dist
-from torch import Tensor
+
+from puzzle.engine.frames import operation, stack
 
 PATIENCE = 10
 """So many times longer than a rank that waits may a rank compute without a mark of progress."""
@@ -61,6 +63,8 @@ class Pulse:
     def __init__(self) -> None:
         self.doing, self.waits = "starting", False
         self.count = 0
+        self.writing = threading.RLock()
+        """Held while something is written that outlasts the run; a verdict takes it and keeps it."""
 
     def mark(self, doing: str, waits: bool = False) -> None:
         """From now on it does `doing`, which waits for other ranks or does not."""
@@ -180,33 +184,6 @@ def process_state(sign: Sign) -> str:
     return "is gone" if letter in "ZX" else BUSY
 
 
-def operation(frame: FrameType | None) -> str | None:
-    """The collective or message in which a thread is: `all_reduce of float32 (4, 2) over ranks 0, 1`."""
-    inside = None
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name == "torch.distributed.distributed_c10d":
-            inside = frame
-        elif not name.startswith("torch.distributed") and inside is not None:
-            return _describe(inside)
-        frame = frame.f_back
-    return None
-
-
-def _describe(frame: FrameType) -> str:
-    words, values = [frame.f_code.co_name], frame.f_locals
-    tensor = next((v for v in values.values() if isinstance(v, Tensor)), None)
-    if tensor is not None:
-        words.append(f"of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}")
-    for way, end in (("to", "dst"), ("from", "src")):
-        if isinstance(values.get(end), int):
-            words.append(f"{way} rank {values[end]}")
-    group = values.get("group")
-    if isinstance(group, dist.ProcessGroup):
-        words.append(f"over ranks {', '.join(map(str, dist.get_process_group_ranks(group)))}")
-    return " ".join(words)
-
-
 class Watchdog:
     """The thread that watches; made after the ranks have met, ended by `stop`."""
 
@@ -218,7 +195,8 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._store = _own_store(watch.seconds)
         self._stacks, self._new = _stack_file(watch.folder, rank)
-        faulthandler.register(DUMP, file=self._stacks, all_threads=True)
+        # Chained to what the signal does by default: who is told to write its stacks does nothing afterwards.
+        faulthandler.register(DUMP, file=self._stacks, all_threads=True, chain=True)
         self._key: Any = None
         self._seen: dict[int, Seen] = {}
         self._known: set[str] = set()
@@ -276,7 +254,8 @@ class Watchdog:
 
     def _publish(self, over: bool = False, dumped: bool = False) -> None:
         doing, waits = self.pulse.doing, self.pulse.waits
-        found = operation(sys._current_frames().get(self._main or 0))
+        frame = sys._current_frames().get(self._main or 0)
+        found = operation(frame)
         if found is not None:
             doing, waits = f"{doing}: {found}", True
         key = (self.pulse.count, doing, waits, sum(list(self.moved.values())))
@@ -291,6 +270,7 @@ class Watchdog:
             over=over,
             dumped=dumped,
         )
+        self._store.set(f"stack/{self.sign.rank}", stack(frame))
         self._store.set(str(self.sign.rank), json.dumps(asdict(self.sign)))
 
     def _look(self, now: float) -> Verdict | None:
@@ -318,16 +298,20 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> None:
         """Stacks of all ranks, the line, the end of this process."""
+        self.pulse.writing.acquire(timeout=DUMP_SECONDS)  # or its holder waits for a disk for ever
         own = json.dumps({"by": self.sign.rank, **asdict(verdict)})
         said = json.loads(self._store.compare_set(VERDICT, "", own))
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         silent = [s.sign for s in self._seen.values() if s.sign.rank in said["silent"]]
         mine = [s for s in silent if s.host == self.sign.host and process_state(s) != "is gone"]
-        for number in (DUMP, signal.SIGCONT):  # a stopped process dumps its stacks as it goes on
-            for sign in mine:
-                _kill(sign.pid, number)
+        for sign in mine:
+            if process_state(sign) == STOPPED:
+                _kill(sign.pid, signal.SIGKILL)
+                self._leave_stack(sign)
+            else:
+                _kill(sign.pid, DUMP)
         self._publish(dumped=True)
-        deadline = time.monotonic() + DUMP_SECONDS
+        deadline = time.monotonic() + max(DUMP_SECONDS, self.watch.seconds)
         while time.monotonic() < deadline:
             signs = self._signs()
             if all(s.dumped or s.over or s.rank in said["silent"] for s in signs):
@@ -337,6 +321,15 @@ class Watchdog:
         for sign in mine:
             _kill(sign.pid, signal.SIGKILL)
         os._exit(1)
+
+    def _leave_stack(self, sign: Sign) -> None:
+        """Write the last known stack of a stopped rank into its file, unless another rank does."""
+        own = str(self.sign.rank)
+        if self._store.compare_set(f"left/{sign.rank}", "", own) == own.encode():
+            text = self._store.get(f"stack/{sign.rank}").decode()
+            head = f"{sign.name} was stopped; at its last sign of life (most recent call first):"
+            with (self.watch.folder / f"rank-{sign.rank:03d}.txt").open("a") as file:
+                file.write(f"{head}\n{text}")
 
     def _end_alone(self, how: str) -> None:
         """Whoever holds the store, the launcher or rank 0, cannot tell the others."""

@@ -51,7 +51,7 @@ class Outcome:
 
 def command_of(experiment: Experiment, launcher: Launcher) -> Command:
     """What runs an experiment's variant: `puzzle train`, or the baseline's program."""
-    program, options = ["-m", "puzzle.cli", "train"], ()
+    program, options = ["-P", "-m", "puzzle.cli", "train"], ()
     if experiment.config.log.variant == BASELINE:
         program, options = [str(ROOT / BASELINE_SCRIPT)], BASELINE_OPTIONS
 
@@ -79,9 +79,16 @@ def finished(folder: Path, config: TrainConfig) -> bool:
 
 
 def run_all(
-    experiments: Sequence[Experiment], out: Path, console: Console, command: Callable[[Experiment], Command]
+    experiments: Sequence[Experiment],
+    out: Path,
+    console: Console,
+    command: Callable[[Experiment], Command],
+    keep: int | None = None,
 ) -> list[Outcome]:
-    """Run what is not finished in `out`, by the `command` for each; after a failure the next one goes on."""
+    """Run what is not finished in `out`, by the `command` for each; after a failure the next one goes on.
+
+    Runs keep the file descriptor `keep` open while they live.
+    """
     outcomes = [Outcome(e, "absent", why="; ".join(e.lacks)) for e in experiments if e.lacks]
     possible = [e for e in experiments if not e.lacks]
     kept = [e for e in possible if finished(out / "logs" / e.name, e.config)]
@@ -99,7 +106,7 @@ def run_all(
         task = bar.add_task("", total=len(waiting))
         for number, experiment in enumerate(waiting, 1):
             try:
-                outcome = _run_one(experiment, out / "logs" / experiment.name, command(experiment))
+                outcome = _run_one(experiment, out / "logs" / experiment.name, command(experiment), keep)
             except OSError as error:  # a full disk, say
                 outcome = Outcome(experiment, "failed", why=describe(error))
             outcomes.append(outcome)
@@ -111,7 +118,7 @@ def run_all(
     return outcomes
 
 
-def _run_one(experiment: Experiment, folder: Path, command: Command) -> Outcome:
+def _run_one(experiment: Experiment, folder: Path, command: Command, keep: int | None) -> Outcome:
     if folder.exists():
         shutil.rmtree(folder)  # of an earlier try: it has no `done`
     folder.mkdir(parents=True)
@@ -120,7 +127,9 @@ def _run_one(experiment: Experiment, folder: Path, command: Command) -> Outcome:
     console = folder / "console.log"
     began = time.monotonic()
     with console.open("wb") as log:
-        code = _wait(subprocess.Popen(command(config, folder), stdout=log, stderr=subprocess.STDOUT))
+        kept = () if keep is None else (keep,)
+        run = subprocess.Popen(command(config, folder), stdout=log, stderr=subprocess.STDOUT, pass_fds=kept)
+        code = _wait(run)
     seconds = time.monotonic() - began
     if code == 0:
         durable.write_text(folder / "done", digest(experiment.config) + "\n")

@@ -21,7 +21,8 @@ from pathlib import Path
 from puzzle import durable
 from puzzle.errors import UserError
 
-NAME = ".lock"
+NAME, SUBMISSION = ".lock", ".submission.lock"
+"""The second is of a command that waits for its job, which takes the first."""
 BEAT_SECONDS = 5.0
 SILENT_BEATS = 4
 """A holder on another host whose record is not renewed for so long is gone."""

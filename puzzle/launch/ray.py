@@ -48,7 +48,7 @@ class Agent:
     def run(self, order: str, index: int, folder: str, values: dict[str, str]) -> Generator[bytes | int]:
         """Yields the output of the agent as it comes, and its exit code at the end."""
         agent = subprocess.Popen(
-            [sys.executable, "-u", "-m", "puzzle.launch.agent", str(index)],
+            [sys.executable, "-P", "-u", "-m", "puzzle.launch.agent", str(index)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -291,8 +291,13 @@ def _join(node: slurm.Node, device: str, started: list[subprocess.Popen]) -> Non
     import ray
 
     kind = ["--num-gpus=0", f"--num-cpus={node.room}"] if device == "cpu" else []
-    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    options = [f"--address={os.environ['RAY_ADDRESS']}", f"--node-ip-address={node.address}", *kind]
+    ray_start = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"]
+    options = [
+        "--disable-usage-stats",
+        f"--address={os.environ['RAY_ADDRESS']}",
+        f"--node-ip-address={node.address}",
+        *kind,
+    ]
     options.append(f"--object-store-memory={STORE_BYTES}")
     before = len(ray.nodes())
     command = slurm.srun([node], *ray_start, *options)

@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle.configio import read_yaml
 from puzzle.errors import UserError, terminate_as_exit
+from puzzle.launch import lock
 from puzzle.launch.hosts import Watch, filled
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"
-AGENT = (sys.executable, "-u", "-m", "puzzle.launch.agent")
+AGENT = (sys.executable, "-P", "-u", "-m", "puzzle.launch.agent")
 JOB = ROOT / "scripts/slurm/job.sh"
 LOG = "slurm.log"
 END_SECONDS = 15.0
@@ -209,10 +210,9 @@ def submit(words: Sequence[str], world: int, out: Path) -> int:
     require()
     command = submission(words, world, out)
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
     log = out / LOG
-    log.write_bytes(b"")
-    with terminate_as_exit():
+    with lock.hold(out, lock.SUBMISSION), terminate_as_exit():
+        log.write_bytes(b"")
         submitted = subprocess.Popen(
             command,
             env={**os.environ, "PUZZLE_PREAMBLE": settings().preamble or ""},

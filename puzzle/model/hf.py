@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,10 +234,11 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer: Path | None = None,
     shard_bytes: int = 5 << 30,
+    gate: AbstractContextManager[object] | None = None,
 ) -> None:
     """Write a model folder: config, `tensors` (whole, by name, one at a time), another folder's tokenizer.
 
-    The folder appears, or replaces the one of that name, when it is complete.
+    The folder appears, or replaces the one of that name, when it is complete; while it does, `gate` is held.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -252,7 +253,7 @@ def save(
                 if (tokenizer / name).exists():
                     shutil.copyfile(tokenizer / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        durable.put(partial, folder)
+        durable.put(partial, folder, gate or nullcontext())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model: {error}") from None
     finally:

@@ -132,7 +132,9 @@ class Recorder:
         """With `resumed`, the log that is there goes on."""
         self.out, self.config, self.world = out, config, world
         self.note: str | None = None
-        self.writer = RunWriter(out, header, resume=resumed is not None) if world.rank == 0 else None
+        self.writer = None
+        if world.rank == 0:
+            self.writer = RunWriter(out, header, resumed is not None, world.pulse.writing)
         done = 0 if resumed is None else resumed.done
         tensorboard = config.log.tensorboard
         self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
@@ -288,7 +290,7 @@ class Recorder:
                 pass
             return
         with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model) as files:
-            hf.save(folder, model.spec, tensors, files)
+            hf.save(folder, model.spec, tensors, files, gate=self.world.pulse.writing)
         self.writer.checkpoint(done, str(folder.relative_to(self.out)))
         self._prune()
 

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,17 +19,19 @@ from puzzle.runlog.run import STAGES, RunHeader
 # What a resumed run must share with the log that it goes on, and what it may change but then says.
 _IDENTITY = ("schema", "repeat", "figures", "cluster", "variant", "provenance")
 _MAY_CHANGE = ("actor", "critic", "config", "given", "layouts", "software", "hardware", "git_commit", "plan")
+_OPEN: AbstractContextManager[object] = nullcontext()
 
 
 class LineFile:
     """A text file that grows by whole lines: one write each, nothing held back; on the disk after `sync`.
 
     What a killed or failed write left behind is closed with a newline before the next line.
-    Raises UserError where the file cannot be written (disk full, no permission).
+    Raises UserError where the file cannot be written (disk full, no permission). It writes while it holds
+    `gate`, by which whoever declares a run dead keeps it from writing any more.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, gate: AbstractContextManager[object]) -> None:
+        self.path, self._gate = path, gate
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             size = os.fstat(self._descriptor).st_size
@@ -41,8 +44,9 @@ class LineFile:
         data = (("\n" if self._torn else "") + text + "\n").encode("utf-8", "backslashreplace")
         self._torn = True
         try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            with self._gate:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self._torn = False
@@ -71,7 +75,13 @@ class RunWriter:
         ValueError: a record breaks the schema.
     """
 
-    def __init__(self, out_dir: Path, header: RunHeader, resume: bool = False) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        header: RunHeader,
+        resume: bool = False,
+        gate: AbstractContextManager[object] = _OPEN,
+    ) -> None:
         self.out_dir = out_dir
         self.run_id = header.run_id
         for name in ("iterations", "global_batch_size"):
@@ -93,7 +103,9 @@ class RunWriter:
         # JSON turns tuples into lists: compare what the file would hold.
         new = json.loads(records.encode({**records.of_header(header), "seq": 0}))
         first = self._adopt(old, new)
-        self._files = {name: LineFile(out_dir / name) for name in ("run.jsonl", "run.log", "samples.jsonl")}
+        self._files = {
+            name: LineFile(out_dir / name, gate) for name in ("run.jsonl", "run.log", "samples.jsonl")
+        }
         if first:
             self._write(
                 "run", **{key: value for key, value in new.items() if key not in ("record", "seq", "crc")}

@@ -158,7 +158,7 @@ def test_the_baseline_is_run_by_its_own_program():
         rows = one.batch // one.world
         assert one.ppo.microbatch == one.generation.decode_microbatch == rows
         assert one.generation.greedy
-    assert words["opt"] == words["base"] == [sys.executable, "-m", "puzzle.cli", "train", *files]
+    assert words["opt"] == words["base"] == [sys.executable, "-P", "-m", "puzzle.cli", "train", *files]
 
 
 def test_a_node_runs_what_its_gpus_can_hold(monkeypatch, capsys):
