@@ -21,6 +21,8 @@ MOST_DIGITS = 400
 
 _UNBOUNDED = (1 << 63) - 1
 _ABSENT: Any = object()
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 _WORDS = {None: "null", True: "true", False: "false"}
 
 
@@ -51,7 +53,7 @@ def shown(value: Any) -> str:
     """A value for an error line, as JSON has it and cut to a readable length."""
     if value is None or isinstance(value, bool):
         return _WORDS[value]
-    return reprlib.repr(value)
+    return _SHORT.repr(value)
 
 
 def _integer(digits: str) -> int:

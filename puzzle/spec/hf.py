@@ -69,6 +69,8 @@ def read_config(config: Mapping[str, Any], head: str | None) -> dict[str, Any]:
     act = fields.text("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UserError(f"config: hidden_act {act!r} is not supported; the decoder computes silu")
+    if config.get("quantization_config") is not None:
+        raise UserError("config: quantization_config is not supported; give the model's full weights")
     heads = _count(fields, "num_attention_heads")
     hidden = _count(fields, "hidden_size")
     kv_heads = _optional(fields, "num_key_value_heads", defaults.kv_heads) or heads
