@@ -23,7 +23,7 @@ FACTORS = {
     "intra.split_backward": "split backward",
     "generation.decode_microbatch": "decode micro-batch",
     "generation.graphs": "CUDA graphs",
-    "ppo.packing": "packing",
+    "algorithm.packing": "packing",
     "generation.early_stop": "early stop",
 }
 """Keys of a run's configuration, and what they are called."""

@@ -77,7 +77,7 @@ def _printable(run: Run) -> Run:
         run,
         cluster=printable(run.cluster),
         actor=printable(run.actor),
-        critic=printable(run.critic),
+        critic=None if run.critic is None else printable(run.critic),
         source=printable(run.source),
     )
 

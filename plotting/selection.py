@@ -50,7 +50,7 @@ Grid = dict[Panel, dict[str, dict[str, Pool]]]
 
 def pair(run: Run) -> str:
     """The configuration of most figures: `ACTOR/CRITIC`."""
-    return f"{run.actor}/{run.critic}"
+    return run.pair
 
 
 def pair_order(config: str) -> tuple[float, ...]:
@@ -153,7 +153,7 @@ def _unfaithful(run: Run) -> bool:
 
 def _setting(run: Run) -> dict[str, Any]:
     """How a baseline's log says that DeepSpeed ran; empty for other runs."""
-    told, ppo = run.config.get("deepspeed"), run.config.get("ppo")
+    told, ppo = run.config.get("deepspeed"), run.config.get("algorithm", run.config.get("ppo"))
     if not isinstance(told, Mapping):
         return {}
     return {**told, "microbatch": ppo.get("microbatch") if isinstance(ppo, Mapping) else None}

@@ -17,7 +17,9 @@ from pydantic import (
 )
 
 from puzzle.limits import MOST_SEQUENCES
+from puzzle.renamed import modernised
 from puzzle.sections import (
+    AlgorithmConfig,
     CheckpointConfig,
     Count,
     DataConfig,
@@ -29,7 +31,6 @@ from puzzle.sections import (
     LogConfig,
     ModelConfig,
     OffloadConfig,
-    PPOConfig,
     RewardConfig,
     Section,
     Seed,
@@ -41,10 +42,32 @@ from puzzle.sections import (
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SOURCES = ("model", "init", "function")
+TRAINED: dict[str, tuple[Role, ...]] = {"ppo": ("actor", "critic"), "grpo": ("actor",)}
+"""Which roles an algorithm trains; a critic that is not among them is not there."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "kl": {"coef": 0.04, "estimator": "k3", "place": "loss"},
+        "reward_clip": None,
+        "loss_average": "sequence",
+    }
+}
+"""Where an algorithm's defaults are not those of the schema."""
 
 
 def _plain(value: Any) -> Any:
     return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def _laid_over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, with `defaults` where nothing was."""
+    found = {name: _plain(value) for name, value in given.items()}
+    for name, value in defaults.items():
+        below = found.get(name, {})
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            found[name] = _laid_over(value, below)
+        else:
+            found.setdefault(name, value)
+    return found
 
 
 def _inherit(data: Any) -> Any:
@@ -52,7 +75,18 @@ def _inherit(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     filled = {name: _plain(value) for name, value in data.items()}
+    algorithm = filled.get("algorithm", {})
+    if isinstance(algorithm, Mapping):
+        name = algorithm.get("name", "ppo")
+        defaults = DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        if algorithm.get("reference_free") is True:
+            defaults = {key: value for key, value in defaults.items() if key != "kl"}
+        filled["algorithm"] = _laid_over(defaults, algorithm)
+        if isinstance(name, str) and "critic" not in TRAINED.get(name, ROLES):
+            filled.setdefault("critic", None)
     for role in (*ROLES, "generation"):
+        if role == "critic" and filled.get(role, {}) is None:
+            continue
         section, actor = filled.get(role, {}), filled.get("actor", {})
         if not isinstance(section, Mapping) or not isinstance(actor, Mapping):
             return data
@@ -70,7 +104,7 @@ def _inherit(data: Any) -> Any:
 
 
 class TrainConfig(Section):
-    """One PPO run."""
+    """One run: rollouts by the actor, and what it learns from them."""
 
     seed: Seed = Field(0, description="of random weights, sampling and the order of prompts")
     iterations: Count = Field(100, description="rollouts, each followed by training")
@@ -81,12 +115,12 @@ class TrainConfig(Section):
     recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
     layout: LayoutConfig = LayoutConfig()
     actor: TrainedConfig = TrainedConfig()
-    critic: TrainedConfig = TrainedConfig()
+    critic: TrainedConfig | None = TrainedConfig()
     reference: ModelConfig = ModelConfig()
     reward: RewardConfig = RewardConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
-    ppo: PPOConfig = PPOConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     switch: SwitchConfig = SwitchConfig()
     intra: IntraConfig = IntraConfig()
     offload: OffloadConfig = OffloadConfig()
@@ -98,7 +132,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        return _inherit(data)
+        return _inherit(modernised(data)[0] if isinstance(data, Mapping) else data)
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -111,12 +145,28 @@ class TrainConfig(Section):
     def _sources(self) -> TrainConfig:
         for role in ROLES:
             section = getattr(self, role)
+            if section is None:
+                continue
             sources = [key for key in SOURCES if getattr(section, key, None) is not None]
             if len(sources) > 1:
                 raise ValueError(f"{role}: give {' or '.join(sources)}, not both")
             if not sources:
                 extra = " or reward.function" if role == "reward" else ""
                 raise ValueError(f"{role}: no model; give {role}.model, {role}.init{extra}")
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm(self) -> TrainConfig:
+        name = self.algorithm.name
+        if (self.critic is not None) != ("critic" in self.trained):
+            said = "has no critic; leave the section out" if self.critic is not None else "needs a critic"
+            raise ValueError(f"critic: algorithm {name} {said}")
+        if name == "grpo" and self.generation.samples < 2:
+            raise ValueError(
+                "generation.samples: grpo compares the samples of a prompt; give 2 or more of them"
+            )
+        if len(self.trained) == 1 and self.intra.fuse_training is True:
+            raise ValueError(f"intra.fuse_training: {name} trains one model; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -142,16 +192,21 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _reference(self) -> TrainConfig:
-        ppo = self.ppo
-        needing = {"ppo.kl_stop": ppo.kl_stop is not None, "ppo.kl.target": ppo.kl.target is not None}
-        needing["ppo.kl.place loss"] = ppo.kl.place == "loss"
+        algorithm = self.algorithm
+        needing = {
+            "algorithm.kl_stop": algorithm.kl_stop is not None,
+            "algorithm.kl.target": algorithm.kl.target is not None,
+            "algorithm.kl.place loss": algorithm.kl.place == "loss",
+        }
         wanting = [name for name, given in needing.items() if given]
-        if ppo.reference_free and wanting:
-            raise ValueError(f"ppo.reference_free: there is no KL for {wanting[0]}")
-        if ppo.kl.place == "loss" and ppo.kl.estimator == "k1":
-            raise ValueError("ppo.kl.place loss needs estimator k2 or k3: k1's gradient is 0 on average")
-        if ppo.reference_free and self.offload.reference:
-            raise ValueError("offload.reference: ppo.reference_free leaves no reference to offload")
+        if algorithm.reference_free and wanting:
+            raise ValueError(f"algorithm.reference_free: there is no KL for {wanting[0]}")
+        if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
+            raise ValueError(
+                "algorithm.kl.place loss needs estimator k2 or k3: k1's gradient is 0 on average"
+            )
+        if algorithm.reference_free and self.offload.reference:
+            raise ValueError("offload.reference: algorithm.reference_free leaves no reference to offload")
         if self.reward.function is not None and self.offload.reward:
             raise ValueError("offload.reward: a reward.function has no weights to offload")
         return self
@@ -162,18 +217,18 @@ class TrainConfig(Section):
             raise ValueError(
                 "intra.split_backward keeps the activations that recompute frees; set one of them to false"
             )
-        if self.intra.split_backward and self.actor.layout.pp == self.critic.layout.pp == 1:
+        if self.intra.split_backward and all(getattr(self, r).layout.pp == 1 for r in self.trained):
             raise ValueError("intra.split_backward: one stage has nothing to fill; give layout.pp 2 or more")
-        if self.switch.fill == "shards" and self.actor.layout.dp == 1:
+        if self.switch.source == "zero_shards" and self.actor.layout.dp == 1:
             raise ValueError(
-                "switch.fill shards: one replica has all rows; give layout.dp 2 or more, or gathered"
+                "switch.source zero_shards: one replica has all rows; give layout.dp 2 or more, or gathered"
             )
-        if self.switch.beside == "prefill" and self.device == "cpu":
-            raise ValueError("switch.beside prefill: a CPU does one thing at a time; use nothing")
-        beside = self.switch.fill == "shards" or self.switch.beside == "prefill"
+        if self.switch.overlap == "prefill" and self.device == "cpu":
+            raise ValueError("switch.overlap prefill: a CPU does one thing at a time; use nothing")
+        beside = self.switch.source == "zero_shards" or self.switch.overlap == "prefill"
         if beside and self.generation.layout == self.actor.layout:
             raise ValueError(
-                "switch.fill, switch.beside: the actor generates as it trains, nothing is filled; give"
+                "switch.source, switch.overlap: the actor generates as it trains, nothing is filled; give"
                 " another generation.layout, or leave them out"
             )
         return self
@@ -185,14 +240,15 @@ class TrainConfig(Section):
             raise ValueError(f"batch x generation.samples = {sequences} sequences; at most {MOST_SEQUENCES}")
         if sequences % self.minibatch:
             raise ValueError(
-                f"ppo.minibatch {self.minibatch} does not divide batch x generation.samples = {sequences}"
+                f"algorithm.minibatch {self.minibatch} does not divide batch x generation.samples ="
+                f" {sequences}"
             )
         for name, layout in self.layouts().items():
             if layout.world != self.layout.world:
                 sizes = f"tp x pp x dp = {layout.tp} x {layout.pp} x {layout.dp} = {layout.world}"
                 raise ValueError(f"{name}.layout: {sizes} but the run has {self.world} processes")
-            trained = name in ("actor", "critic")
-            rows, what = (self.minibatch, "ppo.minibatch") if trained else (sequences, "the batch")
+            trained = name in self.trained
+            rows, what = (self.minibatch, "algorithm.minibatch") if trained else (sequences, "the batch")
             if layout.dp > rows:
                 raise ValueError(
                     f"{name}.layout.dp {layout.dp} exceeds the {rows} sequences of {what}: replicas would go"
@@ -201,9 +257,14 @@ class TrainConfig(Section):
         return self
 
     @property
+    def trained(self) -> tuple[Role, ...]:
+        """Roles with an optimizer."""
+        return TRAINED[self.algorithm.name]
+
+    @property
     def minibatch(self) -> int:
         """Sequences per optimizer step, over all replicas."""
-        return self.ppo.minibatch or self.batch * self.generation.samples
+        return self.algorithm.minibatch or self.batch * self.generation.samples
 
     @property
     def world(self) -> int:
@@ -212,8 +273,10 @@ class TrainConfig(Section):
 
     def layouts(self) -> dict[str, LayoutConfig]:
         """Layout per model in use, and `generation`; a function reward and an unused reference have none."""
-        named = {role: getattr(self, role).layout for role in ("actor", "generation", "critic")}
-        if not self.ppo.reference_free:
+        named = {role: getattr(self, role).layout for role in ("actor", "generation")}
+        if self.critic is not None:
+            named["critic"] = self.critic.layout
+        if not self.algorithm.reference_free:
             named["reference"] = self.reference.layout
         if self.reward.function is None:
             named["reward"] = self.reward.layout

@@ -3,6 +3,7 @@
 The command line wins over the file, the file over the defaults.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from yaml.constructor import ConstructorError
 from puzzle.config import ROLES, SOURCES, TrainConfig
 from puzzle.errors import UserError
 from puzzle.reading import read_text
+from puzzle.renamed import RENAMED, modernised, present
 
 Key = tuple[str, ...]
 
@@ -177,6 +179,8 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: Key = ()) -> Iterator[tup
 
 def suggestion(key: Key) -> str:
     """`; did you mean a.b?` for an unknown key, or nothing."""
+    if present(key) != key:
+        return f"; it is now {'.'.join(present(key))}, which is given, too"
     known = [k for k, _ in keys()]
     siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
     near = get_close_matches(key[-1], siblings, 1)
@@ -189,6 +193,7 @@ def suggestion(key: Key) -> str:
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`--section.key value` (lists as JSON or comma-separated; null) to nested values, not yet validated."""
+    arguments = _under_present_names(arguments)
     known = {".".join(key) for key, _ in keys()}
     for argument in arguments:
         name = argument[2:].split("=", 1)[0]
@@ -208,6 +213,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     except SettingsError as error:
         text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
         raise UserError(" ".join(text.split())) from None
+
+
+def _under_present_names(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with options and their values renamed; a note for each."""
+    words, said = list(arguments), set()
+    for place, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = tuple(name.split("."))
+        renamed = next((r for r in RENAMED if key[: len(r.old)] == r.old), None)
+        if not word.startswith("--") or renamed is None:
+            continue
+        words[place] = f"--{'.'.join(present(key))}{equals}{renamed.values.get(value, value)}"
+        if not equals and place + 1 < len(words):
+            words[place + 1] = renamed.values.get(words[place + 1], words[place + 1])
+        said.add(str(renamed))
+    for text in sorted(said):
+        print(f"note: the command line: {text}", file=sys.stderr)
+    return words
 
 
 def option_help() -> str:
@@ -285,6 +308,10 @@ def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainC
     """The same, and what was given of it, as nested values without defaults."""
     document = read_yaml(file) if file else Document(Path("defaults"), {})
     overrides = parse_overrides(arguments)
+    data, renamed = modernised(document.data)
+    for one in renamed:
+        print(f"note: {document.path}: {one}", file=sys.stderr)
+    lines = {**{present(key): line for key, line in document.lines.items()}, **document.lines}
 
     def place(key: Key) -> str:
         inner: Any = overrides
@@ -292,12 +319,10 @@ def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainC
             inner = inner.get(part) if isinstance(inner, Mapping) else None
         if key and inner is not None:
             return "command line"
-        line = next(
-            (document.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in document.lines), None
-        )
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
         return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
 
-    given = merge(_replaced_sources(document.data, overrides), overrides)
+    given = merge(_replaced_sources(data, overrides), overrides)
     return build(given, place), given
 
 
@@ -306,7 +331,7 @@ def go_on(
 ) -> tuple[TrainConfig, dict[str, Any]]:
     """The run that `before`, given at its start as `log` has it, and the command line describe; and both."""
     overrides = parse_overrides(arguments)
-    given = merge(_replaced_sources(before, overrides), overrides)
+    given = merge(_replaced_sources(modernised(before)[0], overrides), overrides)
     return build(given, lambda key: f"{log} and the command line"), given
 
 

@@ -214,7 +214,7 @@ def _experiment(
             "actor": {"init": models["actor"]},
             "critic": {"init": models["critic"]},
             "reward": {"init": models["critic"]},
-            "ppo": {"microbatch": rows if variant.microbatch == "rows" else job.microbatch},
+            "algorithm": {"microbatch": rows if variant.microbatch == "rows" else job.microbatch},
             "generation": {
                 "layout": _axes(layouts[variant.generation]),
                 "prefill_microbatch": job.prefill,

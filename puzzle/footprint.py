@@ -20,9 +20,9 @@ REMEDIES = {
     "masters": "raise {model}.layout.dp, tp or pp",
     "moments": "raise {model}.layout.dp, tp or pp",
     "gradients": "raise {model}.layout.tp or pp",
-    "activations": "lower ppo.microbatch or set recompute",
-    "logits": "lower ppo.microbatch, or generation.decode_microbatch where it generates",
-    "one layer": "lower ppo.microbatch, or generation.prefill_microbatch where it generates",
+    "activations": "lower algorithm.microbatch or set recompute",
+    "logits": "lower algorithm.microbatch, or generation.decode_microbatch where it generates",
+    "one layer": "lower algorithm.microbatch, or generation.prefill_microbatch where it generates",
     "spreading": "raise {model}.layout.tp or pp instead of dp",
     "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
@@ -69,7 +69,7 @@ def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
     uses, config = _uses(plan, fused), plan.config
     switched, placement = _switched(plan, uses[0])
     generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
-    batch, microbatch, tokens = plan.batch, config.ppo.microbatch, config.ppo.microbatch_tokens
+    batch, microbatch, tokens = plan.batch, config.algorithm.microbatch, config.algorithm.microbatch_tokens
     if tokens is not None:
         microbatch = max(1, tokens // (batch.prompt + batch.response))
     work = Work(
@@ -98,7 +98,7 @@ def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
         weights = plan.itemsize * sum(param.size for param in part.allocate)
         spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if switch.zero else 0
         filling = max(part.peak_extra, weights + spreading)
-        staged = part.peak_extra if options.beside == "prefill" else weights
+        staged = part.peak_extra if options.overlap == "prefill" else weights
         found.append(Switched(staged, filling, spreading))
     return found, switch.destination
 

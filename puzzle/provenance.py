@@ -30,7 +30,7 @@ def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
         cluster=log.cluster,
         variant=log.variant,
         actor=log.actor or _name(config.actor),
-        critic=log.critic or _name(config.critic),
+        critic=None if config.critic is None else log.critic or _name(config.critic),
         config={**config.resolved(), "global_batch_size": plan.batch.sequences},
         layouts=layouts,
         provenance=log.provenance,

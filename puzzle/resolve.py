@@ -22,7 +22,6 @@ from puzzle.rlhf.rewards import FunctionReward
 from puzzle.sources import layout_of, spec_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
-TRAINED: tuple[Role, ...] = ("actor", "critic")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def check_packages(config: TrainConfig) -> None:
     lacks = missing(config)
     if lacks:
         raise UserError(f"this version does not have: {'; '.join(lacks)}")
-    for role in TRAINED:
+    for role in config.trained:
         if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
             raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
 
@@ -155,7 +154,7 @@ def _models(config: TrainConfig) -> dict[Role, ModelPlan]:
             section = getattr(config, role)
             spec = spec_of(role, section)
             placement = Placement.default(layout_of(role, section.layout, spec))
-            made[role] = ModelPlan(role, spec, placement, role in TRAINED)
+            made[role] = ModelPlan(role, spec, placement, role in config.trained)
     return made
 
 
@@ -180,13 +179,13 @@ def _switch(
         options.strategy,
         ITEMSIZE[config.dtype],
         options.staging_bytes,
-        options.fill == "shards",
+        options.source == "zero_shards",
     )
 
 
 def _inferred(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> tuple[ModelPlan, ...]:
     order: list[Role] = ["reference", "critic", "reward"]
-    if config.ppo.old_logprobs == "recompute":
+    if config.algorithm.old_logprobs == "recompute":
         order.insert(0, "actor")
     return tuple(models[role] for role in order if role in models)
 
@@ -195,7 +194,7 @@ def _batch(config: TrainConfig) -> BatchPlan:
     prompt = config.data.random_tokens or config.data.max_prompt_tokens
     response, samples = config.generation.max_new_tokens, config.generation.samples
     return BatchPlan(
-        config.iterations, config.batch, samples, config.minibatch, config.ppo.epochs, prompt, response
+        config.iterations, config.batch, samples, config.minibatch, config.algorithm.epochs, prompt, response
     )
 
 

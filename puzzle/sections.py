@@ -228,9 +228,12 @@ class KLConfig(Section):
     )
 
 
-class PPOConfig(Section):
-    """Proximal policy optimisation (Schulman et al. 2017) on responses."""
+class AlgorithmConfig(Section):
+    """What a run learns by: ppo (Schulman et al. 2017) with a critic; grpo (Shao et al. 2024) without one,
+    on groups of `generation.samples`. grpo's defaults differ: a KL of 0.04 by k3 in the loss, no reward_clip,
+    loss_average sequence."""
 
+    name: Literal["ppo", "grpo"] = Field("ppo", description="grpo: advantages within groups of samples")
     epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
     microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
@@ -250,14 +253,28 @@ class PPOConfig(Section):
     old_logprobs: Literal["generation", "recompute"] = Field(
         "generation", description="where the policy before the step comes from; recompute: one more pass"
     )
-    loss_average: Literal["token", "microbatch"] = Field("token", description="microbatch: mean of means")
+    loss_average: Literal["token", "sequence", "microbatch"] = Field(
+        "token", description="tokens count alike; sequence: responses do; microbatch: mean of means"
+    )
 
     @model_validator(mode="after")
-    def _one_unit(self) -> PPOConfig:
+    def _one_unit(self) -> AlgorithmConfig:
         if self.microbatch is not None and self.microbatch_tokens is not None:
             raise ValueError("give microbatch or microbatch_tokens, not both")
         if self.microbatch_tokens is not None and not self.packing:
             raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
+        return self
+
+    @model_validator(mode="after")
+    def _of_ppo_alone(self) -> AlgorithmConfig:
+        if self.name == "ppo":
+            return self
+        if self.kl.place == "reward" and not self.reference_free:
+            raise ValueError(f"kl.place reward: {self.name} rewards whole responses; use loss")
+        idle = ("value_clip", "gamma", "gae_lambda", "whiten")
+        given = [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"{given[0]}: {self.name} has no critic and no use for it; leave it out")
         return self
 
 
@@ -267,10 +284,10 @@ class SwitchConfig(Section):
     strategy: Literal["planned", "fixed-order", "gather-all"] = Field(
         "planned", description="planned: fewest bytes; the others are baselines (docs/switching.md)"
     )
-    fill: Literal["gathered", "shards"] = Field(
-        "gathered", description="shards: from what each replica has stepped; the all-gather follows"
+    source: Literal["gathered", "zero_shards"] = Field(
+        "gathered", description="zero_shards: what each replica has stepped; the all-gather follows"
     )
-    beside: Literal["nothing", "prefill"] = Field(
+    overlap: Literal["nothing", "prefill"] = Field(
         "nothing", description="prefill: its layers await their weights one by one (not on a CPU)"
     )
     transport: Literal["auto", "peer", "messages"] = Field(
@@ -289,7 +306,7 @@ Fuse = bool | Literal["auto"]
 class IntraConfig(Section):
     """Intra-stage switching: models with affinity share one pipeline. `auto` measures before it decides."""
 
-    fuse_training: Fuse = Field(False, description="actor and critic in one training schedule: true, auto")
+    fuse_training: Fuse = Field(False, description="the trained models in one schedule: true, auto")
     fuse_inference: Fuse = Field(
         False, description="reference, critic and reward in one inference schedule: true, auto"
     )

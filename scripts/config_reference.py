@@ -22,8 +22,8 @@ HEAD = """\
 # Configuration
 
 Every key of `puzzle train --config FILE.yaml`. Each is an option of the command line, too
-(`--ppo.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the configuration as it
-resolves, and the plan of the run.
+(`--algorithm.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the configuration as
+it resolves, and the plan of the run. Former names of keys are read, too, and say their present ones.
 
 Whole numbers are at most 2147483647, others at most 1e30, where nothing less is said.
 

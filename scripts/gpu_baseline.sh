@@ -78,7 +78,7 @@ ours() { # ours NAME LIMIT VARIANT TP,PP,DP TP,PP,DP OPTIONS...
     step "$name" "$limit" "$python" -m puzzle.cli train --config "$work" --out "$out/$name" \
         --layout.tp "${axes[0]}" --layout.pp "${axes[1]}" --layout.dp "${axes[2]}" --generation.layout.tp "${axes[3]}" \
         --generation.layout.pp "${axes[4]}" --generation.layout.dp "${axes[5]}" --iterations 6 --log.figures figure8 \
-        --log.variant "$variant" --generation.greedy true --ppo.microbatch $((rows < 8 ? rows : 8)) "$@"
+        --log.variant "$variant" --generation.greedy true --algorithm.microbatch $((rows < 8 ? rows : 8)) "$@"
 }
 
 compile() { # DeepSpeed's operators, beside our runs

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "bf16",
     "data": {"random_tokens": 256},
     "generation": {"min_new_tokens": 256, "max_new_tokens": 256},
-    "ppo": {"microbatch": 4},
+    "algorithm": {"microbatch": 4},
     "checkpoint": {"save": False},
     "log": {"samples": 0, "tensorboard": False, "plots": False},
 }
@@ -144,7 +144,7 @@ def rows(found: Sequence[Peak], run: Run, layout: str) -> list[dict[str, Any]]:
 def _report(layout: str, config: TrainConfig, run: Run, found: Sequence[Peak]) -> None:
     last = run.iterations[-1]
     times = ", ".join(f"{name} {seconds:.3f}" for name, seconds in last.stage_seconds.items() if seconds)
-    print(f"memory {run.actor}/{run.critic}  tp,pp,dp {layout}  batch {config.batch}  {config.dtype}")
+    print(f"memory {run.pair}  tp,pp,dp {layout}  batch {config.batch}  {config.dtype}")
     print(f"  iteration {last.iteration}: {last.e2e_seconds:.3f} s ({times})")
     print(f"  {'rank':>4} {'stage':<11}{'formula GiB':>12}{'measured':>10}{'ratio':>8}")
     for peak in found:

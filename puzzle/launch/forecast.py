@@ -58,4 +58,4 @@ def iteration_flops(config: TrainConfig) -> int:
         (model.trained, forward_flops(model.spec, lengths)) for model in resolve(config).models.values()
     ]
     trained = sum(flops for is_trained, flops in models if is_trained)
-    return sum(flops for _, flops in models) + 3 * config.ppo.epochs * trained
+    return sum(flops for _, flops in models) + 3 * config.algorithm.epochs * trained

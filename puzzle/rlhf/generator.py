@@ -123,9 +123,9 @@ def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generat
     options, request = plan.config.switch, plan.switch
     if request is None:
         return Generator(actor)
-    beside = options.beside == "prefill"
+    beside = options.overlap == "prefill"
     if beside and world.device.type != "cuda":
-        raise UserError("switch.beside prefill: there is no GPU here, and a CPU does one thing at a time")
+        raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
     switch = request.plan
     runtime = ModelRuntime(
         "generation", actor.spec, switch.destination, world, actor.decoder.dtype, allocate=False

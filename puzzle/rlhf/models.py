@@ -64,18 +64,21 @@ class Room:
 
 @dataclass(frozen=True)
 class Models:
-    """`reference` is None when reference-free, `reward` when the reward is a function."""
+    """The models in use, by role; `trained` are those with an optimizer, the policy first."""
 
-    actor: ModelRuntime
-    critic: ModelRuntime
-    reference: ModelRuntime | None
-    reward: ModelRuntime | None
+    by_role: Mapping[str, ModelRuntime]
+    trained: Mapping[str, ModelRuntime]
     generator: Generator
     room: Room
 
+    @property
+    def actor(self) -> ModelRuntime:
+        """The policy."""
+        return self.by_role["actor"]
+
     def all(self) -> list[ModelRuntime]:
         """Those in use."""
-        return [m for m in (self.actor, self.critic, self.reference, self.reward) if m is not None]
+        return list(self.by_role.values())
 
 
 def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], float]:
@@ -121,14 +124,8 @@ def build_models(plan: RunPlan, world: World) -> Models:
         else:
             made[role].freeze()
     generator = build_generator(plan, world, made["actor"])
-    return Models(
-        made["actor"],
-        made["critic"],
-        made.get("reference"),
-        made.get("reward"),
-        generator,
-        _room(config, world, made, host),
-    )
+    trained: dict[str, ModelRuntime] = {role: made[role] for role in config.trained}
+    return Models(made, trained, generator, _room(config, world, made, host))
 
 
 def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
@@ -154,7 +151,7 @@ def _host_memory(plan: RunPlan, world: World) -> HostMemory:
 def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory) -> Room:
     options, states, weights = config.offload, [], []
     if options.optimizer:
-        for role in ("actor", "critic"):
+        for role in config.trained:
             optimizer = made[role].optimizer
             assert optimizer is not None
             states.append(offload_states(host, optimizer))

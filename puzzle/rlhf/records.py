@@ -28,15 +28,13 @@ from puzzle.errors import UserError, describe
 from puzzle.model import hf
 from puzzle.plan.timeline import Timeline
 from puzzle.progress import Reporter
-from puzzle.rlhf import ppo
+from puzzle.rlhf.algorithms.policy import Estimator, token_kl
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 
 
-def experience_metrics(
-    experience: Experience, scores_B: Tensor, estimator: ppo.Estimator
-) -> dict[str, float]:
+def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Estimator) -> dict[str, float]:
     """What docs/log-schema.md says of an iteration's responses; no KL where there is no reference."""
     assert experience.logprobs_BS is not None
     mask = experience.mask_BS.to(experience.logprobs_BS.device)
@@ -58,7 +56,7 @@ def experience_metrics(
         gap = torch.where(mask, experience.drawn_logprobs_BS - experience.logprobs_BS, 0.0).abs()
         metrics |= {"logprob_gap": float(gap.sum()) / tokens, "logprob_gap_max": float(gap.max())}
     if experience.ref_logprobs_BS is not None:
-        kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
+        kl = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
         total = float(torch.where(mask, kl, 0.0).sum())
         metrics |= {"kl": total / tokens, "kl_response": total / len(experience)}
     return metrics

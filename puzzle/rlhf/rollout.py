@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from puzzle.config import GenerationConfig, PPOConfig, TrainConfig
+from puzzle.config import AlgorithmConfig, GenerationConfig, TrainConfig
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import StopRule, Tokenizer, dialogue_ids, response_text
 from puzzle.engine.generate import Request, Tally, generate
@@ -17,7 +17,6 @@ from puzzle.engine.runtime import ModelRuntime, share
 from puzzle.engine.sampling import SamplingParams
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
-from puzzle.rlhf import ppo
 from puzzle.rlhf.experience import Experience, microbatches
 
 
@@ -121,12 +120,16 @@ def reward_sequences(
 class Cut:
     """The micro-batches of a replica's share of some rows of an experience, as packed batches.
 
-    `passes` is how many micro-batches every replica has. Without `ppo.packing` the sequences of a
+    `passes` is how many micro-batches every replica has. Without `algorithm.packing` the sequences of a
     micro-batch are padded to `widths`, else those are None.
     """
 
     def __init__(
-        self, model: ModelRuntime, rows: Sequence[int], sequences: Sequence[Sequence[int]], config: PPOConfig
+        self,
+        model: ModelRuntime,
+        rows: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        config: AlgorithmConfig,
     ) -> None:
         """`rows` are those of all replicas, `sequences` theirs, in their order."""
         dp = model.placement.layout.dp
@@ -174,7 +177,7 @@ class Question:
 
 
 def about_tokens(
-    model: ModelRuntime, experience: Experience, config: PPOConfig, temperature: float | None
+    model: ModelRuntime, experience: Experience, config: AlgorithmConfig, temperature: float | None
 ) -> Question:
     """float32 (B, S): log-probs of the responses at `temperature`, or values where that is None."""
     count, device = len(experience), model.world.device
@@ -197,7 +200,9 @@ def about_tokens(
     return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
 
-def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PPOConfig) -> Question:
+def about_sequences(
+    model: ModelRuntime, sequences: Sequence[Sequence[int]], config: AlgorithmConfig
+) -> Question:
     """float32 (B,): the reward head's output at the last token of each sequence.
 
     UserError for tokens or lengths that the model does not know.
@@ -221,20 +226,3 @@ def about_sequences(model: ModelRuntime, sequences: Sequence[Sequence[int]], con
         return model.collect(own, model.rows(count), (count,))
 
     return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
-
-
-def with_advantages(
-    experience: Experience, scores_B: Tensor, config: PPOConfig, kl_coef: float
-) -> Experience:
-    """Rewards, advantages and returns from `scores_B` and what inference found."""
-    assert experience.logprobs_BS is not None
-    assert experience.values_BS is not None
-    mask = experience.mask_BS.to(experience.logprobs_BS.device)
-    kl = None
-    if experience.ref_logprobs_BS is not None and config.kl.place == "reward":
-        kl = ppo.token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, config.kl.estimator)
-    rewards = ppo.token_rewards(scores_B, kl, mask, kl_coef, config.reward_clip)
-    advantages, returns = ppo.gae(rewards, experience.values_BS, mask, config.gamma, config.gae_lambda)
-    if config.whiten:
-        advantages = ppo.whiten(advantages, mask, ppo.moments(advantages, mask))
-    return replace(experience, scores_B=scores_B, advantages_BS=advantages, returns_BS=returns)

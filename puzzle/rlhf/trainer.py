@@ -22,16 +22,17 @@ from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.pipeline import Pipeline
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.engine.timing import StageClock
-from puzzle.engine.tracing import Clock, gathered, stage_records
 from puzzle.engine.watchdog import Watch
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.jsonio import Fields
 from puzzle.launch import folders, local
-from puzzle.plan.measured import measured_costs
 from puzzle.provenance import run_header
 from puzzle.resolve import RunPlan, resolve
-from puzzle.rlhf import ppo
+from puzzle.rlhf.algorithms import make_algorithm
+from puzzle.rlhf.algorithms.base import INFERRED
+from puzzle.rlhf.algorithms.policy import moments
+from puzzle.rlhf.controllers import RunningMoments, adapted_kl_coef
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
 from puzzle.rlhf.models import Models, build_models
@@ -45,9 +46,9 @@ from puzzle.rlhf.rollout import (
     reward_sequences,
     sampling_params,
     texts,
-    with_advantages,
 )
-from puzzle.rlhf.update import Update
+from puzzle.rlhf.tracer import Tracer
+from puzzle.rlhf.train_step import TrainStep
 from puzzle.rlhf.vocabulary import agree_on_vocabulary
 from puzzle.runlog import STAGES
 
@@ -114,7 +115,9 @@ def _check_memory(plan: RunPlan, world: World) -> None:
 
 def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
     options = config.checkpoint
-    return Checkpoints(out / "checkpoints", (models.actor, models.critic), options.keep, options.asynchronous)
+    return Checkpoints(
+        out / "checkpoints", tuple(models.trained.values()), options.keep, options.asynchronous
+    )
 
 
 def _refuse_replacing(checkpoints: Path, world: World) -> None:
@@ -142,8 +145,9 @@ class Trainer:
     def __init__(self, plan: RunPlan, data: RunData, models: Models, world: World) -> None:
         self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
         config = plan.config
-        self.kl_coef = config.ppo.kl.coef
-        self.scores_seen = ppo.RunningMoments()
+        self.kl_coef = config.algorithm.kl.coef
+        self.algorithm = make_algorithm(config.algorithm)
+        self.scores_seen = RunningMoments()
         self.params = sampling_params(config, data.stop_ids)
         self.function = FunctionReward(config.reward.function) if config.reward.function else None
         self.reward_tokenizer = self._reward_tokenizer()
@@ -151,17 +155,15 @@ class Trainer:
         self.best = -math.inf
         self.done = 0
         self._saved = -1
-        self._ran = 0
-        self._timed = False
-        self._stages_known: set[str] = set()
-        self._to_time = True
         self._peaks: dict[str, int] = {}
         self.training, self.inference = (
             FusedPipeline(
-                pipeline.fuse, [getattr(models, role) for role in pipeline.roles], self.make_pipeline
+                pipeline.fuse, [models.by_role[role] for role in pipeline.roles], self.make_pipeline
             )
             for pipeline in (plan.training, plan.inference)
         )
+        pipelines = {"training": self.training, "inference": self.inference}
+        self.tracer = Tracer(world, config.log.trace, config.iterations, pipelines)
 
     def state(self) -> dict[str, Any]:
         """All but weights and optimizers that a later iteration depends on, as JSON values."""
@@ -183,8 +185,8 @@ class Trainer:
         self.kl_coef, self.done = state.number("kl_coef"), restored.number
         self._saved = restored.number
         seen = state.section("scores_seen")
-        names = [field.name for field in dataclasses.fields(ppo.RunningMoments)]
-        self.scores_seen = ppo.RunningMoments(**{name: seen.number(name) for name in names})
+        names = [field.name for field in dataclasses.fields(RunningMoments)]
+        self.scores_seen = RunningMoments(**{name: seen.number(name) for name in names})
         self.best = -math.inf if state.values.get("best") is None else state.number("best")
         return Resumed(restored.number, restored.folder, restored.notes)
 
@@ -210,15 +212,15 @@ class Trainer:
                 self._evaluate(done, recorder)
             self._save(recorder, checkpoints)
             recorder.sync()
-            stop = self.config.ppo.kl_stop
+            stop = self.config.algorithm.kl_stop
             if stop is not None and metrics["kl"] > stop:
-                recorder.note = f"KL {metrics['kl']:.4g} exceeded ppo.kl_stop {stop:g}"
+                recorder.note = f"KL {metrics['kl']:.4g} exceeded algorithm.kl_stop {stop:g}"
                 break
         self.world.pulse.mark("saving the models")
         if self.config.checkpoint.save and self._saved != self.done:
             self._begin_state(checkpoints)  # a run that has ended can go on, too
-        recorder.save(self.models.actor, "last", self.done)
-        recorder.save(self.models.critic, "last-critic", self.done)
+        for role, model in self.models.trained.items():
+            recorder.save(model, "last" if model is self.models.actor else f"last-{role}", self.done)
         checkpoints.wait()
         recorder.states(checkpoints.finished())
         recorder.ranks(describe_rank(self.models, self.world, self._peaks))
@@ -238,12 +240,12 @@ class Trainer:
         self._saved = self.done
 
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
-        """One PPO iteration; its metrics, equal on every rank."""
+        """One iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
         doing = self.world.pulse.mark
         doing(f"iteration {iteration}, generation")
         clock = StageClock(self.world)
-        self._start_clock(iteration)
+        self.tracer.start(iteration)
         generation = self.config.generation
         with self.models.generator.weights(clock) as actor:
             self.models.room.for_generation()
@@ -256,15 +258,15 @@ class Trainer:
         clock.end("inference")
         self.models.room.for_training()
         doing(f"iteration {iteration}, training")
-        update = Update(self.models, self.config, experience, self.kl_coef, self.training)
-        update.run(iteration, self.models.generator.before_last_step)
+        step = self._train_step(experience)
+        step.run(iteration, self.models.generator.before_last_step)
         self.models.generator.end_training()
-        for model in (self.models.actor, self.models.critic):
+        for model in self.models.trained.values():
             assert model.optimizer is not None
             model.optimizer.release()  # awaits the weights of the last step, which belong to training
         clock.end("training")
-        metrics = experience_metrics(experience, scores, self.config.ppo.kl.estimator)
-        metrics |= {**update.metrics(), "kl_coef": self.kl_coef}
+        metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
+        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
@@ -272,88 +274,54 @@ class Trainer:
         recorder.switch(iteration, self.models.generator.record(self.world))
         recorder.offload(iteration, self.models.room.record())
         recorder.samples(iteration, experience, self._texts(experience, prompts), scores)
-        self._read_clock(iteration, clock, recorder)
+        self.tracer.read(iteration, clock, recorder)
         return metrics
 
-    def _start_clock(self, iteration: int) -> None:
-        """Time the actions of iterations to be traced, of the second one (the first warms up), and of the
-        first in which models newly share a pipeline."""
-        self._ran += 1
-        warm = self._ran > 1 or iteration == self.config.iterations - 1
-        self._timed = warm and self._to_time
-        if self._timed or iteration in self.config.log.trace:
-            self.world.clock = Clock(self.world.device)
-
-    def _read_clock(self, iteration: int, watch: StageClock, recorder: Recorder) -> None:
-        clock, self.world.clock = self.world.clock, None
-        if clock is None:
-            return
-        if self._timed:
-            found = stage_records(self.world, clock)
-            recorder.stages([fields for fields in found if fields["name"] not in self._stages_known])
-            self._stages_known |= {fields["name"] for fields in found}
-            stages = ((self.training, "training"), (self.inference, "inference"))
-            fused = [
-                self._simulate(clock, pipeline, stage, iteration, recorder) for pipeline, stage in stages
-            ]
-            self._to_time = any(fused)
-        if iteration in self.config.log.trace:
-            rank = self.world.rank
-            recorder.trace(iteration, gathered(self.world, [*watch.spans(rank), *clock.spans(rank)]))
-
-    def _simulate(
-        self, clock: Clock, pipeline: FusedPipeline, stage: str, iteration: int, recorder: Recorder
-    ) -> bool:
-        """Log what the costs of this iteration let expect of the stage, and choose where `auto` waits
-        for it; whether models share a pipeline from now."""
-        if not pipeline.can_fuse or (pipeline.num_stages == 1 and not pipeline.undecided):
-            return False
-        spans = clock.passes(self.world.rank, f"{stage}.")
-        placement = next(iter(pipeline.models.values())).placement
-        stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
-        tied = [name for name, model in pipeline.models.items() if model.spec.tied]
-        cost = measured_costs(gathered(self.world, spans), stage_of, tied)
-        recorder.simulation(iteration, stage, pipeline.simulated(cost, stage == "training"))
-        return pipeline.undecided and pipeline.decide(cost, stage == "training")
+    def _train_step(self, experience: Experience) -> TrainStep:
+        return TrainStep(self.algorithm, self.models, self.config, experience, self.kl_coef, self.training)
 
     def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
         """The experience with all that training needs, and the raw scores (B,)."""
-        c, models = self.config.ppo, self.models
-        temperature = self.params.temperature
-        asked: dict[str, Question] = {}
-        if c.old_logprobs == "recompute":
-            asked["logprobs_BS"] = about_tokens(models.actor, experience, c, temperature)
-        if models.reference is not None:
-            asked["ref_logprobs_BS"] = about_tokens(models.reference, experience, c, temperature)
-        asked["values_BS"] = about_tokens(models.critic, experience, c, None)
-        if models.reward is not None:
-            asked["scores"] = self._about_rewards(models.reward, experience, prompts)
-        results = self.inference.infer([question.input for question in asked.values()])
+        asked = {
+            INFERRED[role]: self._question(role, experience, prompts) for role in self.plan.inference.roles
+        }
+        results = self.inference.infer([question.input for question in asked.values()]) if asked else []
         answers = {
             name: question.answer(stage.results)
             for (name, question), stage in zip(asked.items(), results, strict=True)
         }
-        raw = answers.pop("scores") if "scores" in answers else self.score(experience, prompts)
+        raw = answers.pop("scores_B", None)
+        if raw is None:
+            raw = self.score(experience, prompts)
         experience = dataclasses.replace(experience, **answers)
         scores = raw
-        if c.reward_norm:
+        if self.config.algorithm.reward_norm:
             everywhere = torch.ones_like(raw, dtype=torch.bool)
-            self.scores_seen = self.scores_seen.merged(ppo.moments(raw, everywhere))
+            self.scores_seen = self.scores_seen.merged(moments(raw, everywhere))
             scores = self.scores_seen.scaled(raw)
-        return with_advantages(experience, scores, c, self.kl_coef), raw
+        return self.algorithm.advantages(experience, scores, self.kl_coef), raw
+
+    def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Question:
+        """What a role's model computes of the responses: scores, log-probs or values."""
+        model = self.models.by_role[role]
+        if INFERRED[role] == "scores_B":
+            return self._about_rewards(model, experience, prompts)
+        temperature = self.params.temperature if model.spec.head == "lm" else None
+        return about_tokens(model, experience, self.config.algorithm, temperature)
 
     def _about_rewards(
         self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
     ) -> Question:
         stops = self.config.generation.stop
         sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer, stops)
-        return about_sequences(reward, sequences, self.config.ppo)
+        return about_sequences(reward, sequences, self.config.algorithm)
 
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
         """float32 (B,): the reward of every row."""
-        if self.models.reward is not None:
-            question = self._about_rewards(self.models.reward, experience, prompts)
-            (output,) = self.make_pipeline([self.models.reward]).infer([question.input])
+        reward = self.models.by_role.get("reward")
+        if reward is not None:
+            question = self._about_rewards(reward, experience, prompts)
+            (output,) = self.make_pipeline([reward]).infer([question.input])
             return question.answer(output.results)
         assert self.function is not None
         found: list[float] | UserError = []
@@ -371,10 +339,10 @@ class Trainer:
         return texts(experience, prompts, self.data.tokenizer, self.config.generation.stop)
 
     def _adapt(self, metrics: dict[str, float], responses: int) -> None:
-        kl = self.config.ppo.kl
+        kl = self.config.algorithm.kl
         if kl.target is not None:
             observed = metrics["kl_response"]
-            self.kl_coef = ppo.adapted_kl_coef(self.kl_coef, observed, kl.target, responses, kl.horizon)
+            self.kl_coef = adapted_kl_coef(self.kl_coef, observed, kl.target, responses, kl.horizon)
 
     def _evaluate(self, done: int, recorder: Recorder) -> None:
         """Held-out reward with noise that is the same at every evaluation."""

@@ -10,6 +10,7 @@ from puzzle.data.prepare import RunData
 from puzzle.data.tokenizers import has_tokenizer, load_tokenizer, same_tokenizer
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError
+from puzzle.rlhf.algorithms.base import INFERRED
 from puzzle.rlhf.models import Models
 
 
@@ -20,15 +21,16 @@ def agree_on_vocabulary(config: TrainConfig, data: RunData, models: Models, reto
     `retokenised`: the reward model reads text, not the actor's ids. UserError naming a model that has another
     tokenizer, or lacks a token that the actor's tokenizer gives.
     """
-    readers = [m for m in models.all() if m is not models.reward or not retokenised]
+    reads = {role: not (retokenised and what == "scores_B") for role, what in INFERRED.items()}
+    readers = [model for role, model in models.by_role.items() if reads[role]]
     others = [m for m in readers if m.spec.vocab_size != models.actor.spec.vocab_size]
     for model in others:
         _check(config, data, models.actor, model)
     if not others:
         return
     known = min(model.spec.vocab_size for model in readers)
-    for model in (models.actor, models.generator.runtime, models.reference):
-        if model is not None:
+    for model in (models.generator.runtime, *models.all()):
+        if model.spec.head == "lm":
             model.decoder.vocabulary = known
 
 

@@ -103,10 +103,12 @@ def puzzle_line(
     )
     labels = ("stage 1(gen.)", "stage 2(infer.)", "stage 3(train.)")
     times = " | ".join(f"{label} (ms): {1e3 * time:.3f}" for label, time in zip(labels, stages, strict=True))
+    # A run without a critic says nothing of one.
+    critic = f" | cri_loss: {metrics['critic_loss']:.3f}" if "critic_loss" in metrics else ""
     return (
         f"epoch: {iteration // total} | step: {iteration % total}/{total} | ppo_ep: 1"
         f" | global_batch_size: {batch} | average_reward: {metrics.get('reward', nan):.3f}"
-        f" | act_loss: {metrics.get('actor_loss', nan):.3f} | cri_loss: {metrics.get('critic_loss', nan):.3f}"
+        f" | act_loss: {metrics.get('actor_loss', nan):.3f}{critic}"
         f" | {times} | e2e_time (ms): {1e3 * e2e_seconds:.3f}"
     )
 

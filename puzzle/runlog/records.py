@@ -114,7 +114,7 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
             "cluster": _text,
             "variant": _text,
             "actor": _text,
-            "critic": _text,
+            "critic": _text_or_null,
             "config": _mapping,
             "layouts": _mapping,
             "provenance": _provenance,

@@ -59,7 +59,7 @@ class RunHeader:
     cluster: str
     variant: str
     actor: str
-    critic: str
+    critic: str | None
     config: Mapping[str, Any]
     layouts: Mapping[str, Any]
     provenance: str
@@ -69,6 +69,11 @@ class RunHeader:
     started: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] | None = None
+
+    @property
+    def pair(self) -> str:
+        """actor/critic, or the actor alone where there is no critic."""
+        return self.actor if self.critic is None else f"{self.actor}/{self.critic}"
 
 
 @dataclass(frozen=True, kw_only=True)

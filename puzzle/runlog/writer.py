@@ -110,9 +110,7 @@ class RunWriter:
             self._write(
                 "run", **{key: value for key, value in new.items() if key not in ("record", "seq", "crc")}
             )
-            self._say(
-                f"run {header.run_id} ({header.provenance}): {header.variant} {header.actor}/{header.critic}"
-            )
+            self._say(f"run {header.run_id} ({header.provenance}): {header.variant} {header.pair}")
         self.sync()
         try:
             durable.sync(out_dir)  # the names of the files

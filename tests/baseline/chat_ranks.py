@@ -67,7 +67,7 @@ def _run(world: Any, case: Case) -> Found:
 
     with patch.object(ChatTrainer, "_generate", wrong if case.spoiled else generate):
         trainer = run_chat(resolve(config), ZeroOptions(**case.zero), case.out, data, world)
-    models: dict[str, Any] = {"actor": trainer.models.actor, "critic": trainer.models.critic}
+    models: dict[str, Any] = {"actor": trainer.models.actor, "critic": trainer.models.by_role["critic"]}
     return Found({role: _weights(model.engine.module) for role, model in models.items()})
 
 

@@ -92,7 +92,7 @@ def configured(folders: dict[str, Path], zero: dict[str, Any], ppo: dict[str, An
         "checkpoint": {"save": False},
         "data": {"prompts": "given", "tokenizer": "bytes", "max_prompt_tokens": 32},
         "generation": {"greedy": True, "max_new_tokens": 6, "temperature": 0.9, "decode_microbatch": 3},
-        "ppo": {"old_logprobs": "recompute", **ppo},
+        "algorithm": {"old_logprobs": "recompute", **ppo},
         "intra": {"fuse_training": False, "fuse_inference": False},
         "log": {"variant": "dschat", "provenance": "rehearsal", "tensorboard": False, "plots": False},
         **{role: {"model": str(folder)} for role, folder in folders.items()},
@@ -156,12 +156,12 @@ def test_losses_weights_and_answers_equal_the_reference(
     assert samples(case) == [rollout.responses for rollout in truth.rollouts]
     (run,) = load_runs(case.out).runs
     for role in ("actor", "critic"):
-        losses = per_iteration([getattr(step, f"{role}_loss") for step in truth.steps])
+        losses = per_iteration([step.losses[role] for step in truth.steps])
         assert [i.metrics[f"{role}_loss"] for i in run.iterations] == pytest.approx(
             losses, rel=1e-5, abs=1e-5
         )
         if name != "ZeRO-0":  # DeepSpeed knows no norm there in fp32
-            norms = per_iteration([getattr(step, f"{role}_grad_norm") for step in truth.steps])
+            norms = per_iteration([step.grad_norms[role] for step in truth.steps])
             assert [i.metrics[f"{role}_grad_norm"] for i in run.iterations] == pytest.approx(norms, rel=1e-3)
         expected = getattr(truth, f"{role}_weights")
         for rank in found:
@@ -208,12 +208,12 @@ def test_shards_are_counted_as_such(runs: dict) -> None:
     [
         (["--actor_zero_stage", "4"], "invalid choice: 4"),
         (
-            ["--per_device_generation_batch_size", "3", "--num_processes", "2", "--ppo.minibatch", "3"],
+            ["--per_device_generation_batch_size", "3", "--num_processes", "2", "--algorithm.minibatch", "3"],
             "do not divide",
         ),
         (["--dtype", "fp16"], "fp16 is not supported"),
         (["--checkpoint.every", "2"], "the baseline is run for its log"),
-        (["--ppo.microbatch_tokens", "64"], "replicas must run equally many passes"),
+        (["--algorithm.microbatch_tokens", "64"], "replicas must run equally many passes"),
         (["--actor.layout.pp", "2"], "layout"),
         (["--enable_cuda_graph", "--enable_hybrid_engine", "--actor_zero_stage", "3"], "below 3"),
         (["--enable_cuda_graph", "--enable_hybrid_engine"], "one length"),

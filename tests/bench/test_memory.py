@@ -26,7 +26,7 @@ RUN = {
     "data.random_tokens": 88,
     "generation.min_new_tokens": 8,
     "generation.max_new_tokens": 8,
-    "ppo.microbatch": 2,
+    "algorithm.microbatch": 2,
 }
 
 

@@ -45,7 +45,7 @@ BAD = [
     (["train", "--config"], "expected one argument"),
     (["train", "--config", "absent.yaml"], "absent.yaml: no such file"),
     (["train", "--config", "run.yaml"], "--out DIR is missing"),
-    ([*RUN, "--ppo.clp", "1"], "did you mean ppo.clip?"),
+    ([*RUN, "--algorithm.clp", "1"], "did you mean algorithm.clip?"),
     ([*RUN, "--out", "run.yaml"], "is a file, not a folder"),
     ([*RUN, "--out", "used"], "already holds a run"),
     ([*RUN, "--out", "/proc/x"], "/proc/x: "),

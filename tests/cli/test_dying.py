@@ -30,7 +30,7 @@ actor:
 reward: {function: "puzzle.rlhf.rewards:letter_share"}
 data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 20}
 generation: {max_new_tokens: 6}
-ppo: {minibatch: 2, reward_norm: true, kl: {target: 0.1}}
+algorithm: {minibatch: 2, reward_norm: true, kl: {target: 0.1}}
 checkpoint: {every: 1, keep: 2}
 log: {provenance: rehearsal, variant: tiny, tensorboard: false, plots: false}
 """

@@ -28,7 +28,7 @@ actor:
 reward: {function: "puzzle.rlhf.rewards:vader_sentiment"}
 data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 40}
 generation: {max_new_tokens: 8}
-ppo: {minibatch: 4, reward_norm: true, kl: {target: 0.1}}
+algorithm: {minibatch: 4, reward_norm: true, kl: {target: 0.1}}
 checkpoint: {every: 1, keep: 3}
 log: {provenance: rehearsal, variant: tiny, tensorboard: false, plots: false}
 """

@@ -19,7 +19,7 @@ actor:
     lr: 5e-5
 reward: {function: "scorers:length"}
 data: {prompts: prompts.jsonl}
-ppo:
+algorithm:
 generation: {max_new_tokens: 20}
 """
 
@@ -33,18 +33,19 @@ def config_file(tmp_path):
 
 def test_command_line_over_file_over_defaults(config_file):
     config = load_config(
-        config_file, ["--seed", "7", "--actor.optimizer.betas", "0.8,0.9", "--ppo.kl.coef=2e-2"]
+        config_file, ["--seed", "7", "--actor.optimizer.betas", "0.8,0.9", "--algorithm.kl.coef=2e-2"]
     )
     assert config.seed == 7
     assert config.actor.optimizer.lr == 5e-5
     assert config.actor.optimizer.betas == (0.8, 0.9)
-    assert config.ppo.kl.coef == 0.02
-    assert config.ppo.clip == 0.2
+    assert config.algorithm.kl.coef == 0.02
+    assert config.algorithm.clip == 0.2
     assert load_config(config_file).seed == 3
 
 
 def test_models_and_layouts_are_inherited(config_file):
     config = load_config(config_file, ["--critic.layout.dp", "1", "--critic.layout.tp", "2"])
+    assert config.critic is not None
     assert (config.critic.model, config.critic.layers) == ("some/actor", None)
     assert (config.reference.model, config.reference.layers) == ("some/actor", 4)
     assert config.generation.layout == config.actor.layout == LayoutConfig(dp=2)
@@ -71,12 +72,13 @@ def test_the_resolved_run_is_the_run(config_file):
         layout=LayoutConfig(dp=2),
         **{key: config.resolved()[key] for key in ("reward", "data")},
     )
+    assert other.critic is not None
     assert other.critic.model == "a"
     assert other.generation.layout.dp == 2
 
 
 WRONG = [
-    (["--ppo.cilp", "0.3"], "--ppo.cilp: unknown option; did you mean ppo.clip?"),
+    (["--algorithm.cilp", "0.3"], "--algorithm.cilp: unknown option; did you mean algorithm.clip?"),
     (["--lr", "1"], "--lr: unknown option; did you mean actor.optimizer.lr?"),
     (["--sead=1"], "--sead: unknown option; did you mean seed?"),
     (["stray"], "unrecognized arguments: stray"),
@@ -85,9 +87,15 @@ WRONG = [
     (["--batch", "1.5"], "command line: batch: expected a whole number, got '1.5'"),
     (["--batch", "0"], "command line: batch: expected at least 1, got '0'"),
     (["--seed", "-1"], "command line: seed: expected at least 0, got '-1'"),
-    (["--ppo.clip", "nan"], "command line: ppo.clip: expected a finite number, got 'nan'"),
-    (["--ppo.whiten", "perhaps"], "command line: ppo.whiten: expected true or false, got 'perhaps'"),
-    (["--ppo.kl.estimator", "k4"], "command line: ppo.kl.estimator: expected 'k1', 'k2' or 'k3', got 'k4'"),
+    (["--algorithm.clip", "nan"], "command line: algorithm.clip: expected a finite number, got 'nan'"),
+    (
+        ["--algorithm.whiten", "perhaps"],
+        "command line: algorithm.whiten: expected true or false, got 'perhaps'",
+    ),
+    (
+        ["--algorithm.kl.estimator", "k4"],
+        "command line: algorithm.kl.estimator: expected 'k1', 'k2' or 'k3', got 'k4'",
+    ),
     (["--actor.optimizer.betas", "0.9"], "command line: actor.optimizer.betas: a value is missing"),
     (
         ["--dtype", "fp16"],
@@ -98,9 +106,9 @@ WRONG = [
     (["--layout.stages", "uneven"], "layout.stages: expected even, balanced or a list of layers per stage"),
     (["--layout.stages", "2,2"], "layout: stages lists 2 stages but pp is 1"),
     (["--critic.layout.tp", "3"], "critic.layout: tp x pp x dp = 3 x 1 x 2 = 6 but the run has 2 processes"),
-    (["--ppo.minibatch", "7"], "ppo.minibatch 7 does not divide batch x generation.samples = 32"),
+    (["--algorithm.minibatch", "7"], "algorithm.minibatch 7 does not divide batch x generation.samples = 32"),
     (
-        ["--ppo.microbatch=2", "--ppo.microbatch_tokens=9"],
+        ["--algorithm.microbatch=2", "--algorithm.microbatch_tokens=9"],
         "give microbatch or microbatch_tokens, not both",
     ),
     (["--reward.function", "null"], "reward: no model; give reward.model, reward.init or reward.function"),
@@ -108,14 +116,23 @@ WRONG = [
     (["--actor.init.hidden_size", "8"], "actor.init: give preset, or also vocab_size, intermediate_size"),
     (["--data.prompts", "null"], "data: give prompts (a file) or random_tokens"),
     (["--data.system", "Be kind."], "data.system needs data.chat_template"),
-    (["--ppo.reference_free", "true", "--ppo.kl_stop", "1"], "there is no KL for ppo.kl_stop"),
-    (["--ppo.reference_free", "true", "--ppo.kl.place", "loss"], "there is no KL for ppo.kl.place loss"),
-    (["--ppo.kl.place", "loss"], "ppo.kl.place loss needs estimator k2 or k3"),
+    (
+        ["--algorithm.reference_free", "true", "--algorithm.kl_stop", "1"],
+        "there is no KL for algorithm.kl_stop",
+    ),
+    (
+        ["--algorithm.reference_free", "true", "--algorithm.kl.place", "loss"],
+        "there is no KL for algorithm.kl.place loss",
+    ),
+    (["--algorithm.kl.place", "loss"], "algorithm.kl.place loss needs estimator k2 or k3"),
     (["--recompute", "true", "--intra.split_backward", "true"], "set one of them to false"),
     (["--intra.split_backward", "true"], "intra.split_backward: one stage has nothing to fill"),
-    (["--switch.fill", "shards", "--layout.dp=1"], "switch.fill shards: one replica has all rows"),
-    (["--switch.beside", "prefill", "--device", "cpu"], "switch.beside prefill: a CPU does one thing"),
-    (["--switch.beside", "prefill"], "the actor generates as it trains, nothing is filled"),
+    (
+        ["--switch.source", "zero_shards", "--layout.dp=1"],
+        "switch.source zero_shards: one replica has all rows",
+    ),
+    (["--switch.overlap", "prefill", "--device", "cpu"], "switch.overlap prefill: a CPU does one thing"),
+    (["--switch.overlap", "prefill"], "the actor generates as it trains, nothing is filled"),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
@@ -131,13 +148,16 @@ def test_wrong_options_get_one_line(config_file, arguments, words):
 
 WRONG_FILES = [
     ("sed: 3\n", ":1: sed: unknown key; did you mean seed?"),
-    ("ppo:\n  clip: 0.2\n  kl:\n    coeff: 1\n", ":4: ppo.kl.coeff: unknown key; did you mean ppo.kl.coef?"),
+    (
+        "ppo:\n  clip: 0.2\n  kl:\n    coeff: 1\n",
+        ":4: algorithm.kl.coeff: unknown key; did you mean algorithm.kl.coef?",
+    ),
     ("seed: 1\nbatch: 2\nseed: 3\n", ":3: seed is given twice, first in line 1"),
-    ("ppo: {clip: 0.1, clip: 0.2}\n", ":1: ppo.clip is given twice"),
+    ("algorithm: {clip: 0.1, clip: 0.2}\n", ":1: algorithm.clip is given twice"),
     ("seed: [1\n", ":2: not valid YAML"),
     ("seed: !!python/object/apply:os.system ['true']\n", ":1: not valid YAML"),
     ("- seed\n", ": expected sections of keys, found list"),
-    ("ppo: 5\n", ":1: ppo: expected a section of keys, got 5"),
+    ("algorithm: 5\n", ":1: algorithm: expected a section of keys, got 5"),
     ("batch: true\n", ":1: batch: a truth value has no meaning here, got True"),
     ("actor: {model: 5}\n", ":1: actor.model: expected text, got 5"),
     ("layout: {stages: [4, 0], pp: 2}\n", ":1: layout.stages: expected even, balanced or a list"),
@@ -195,7 +215,7 @@ NAMES = st.sampled_from([key[-1] for key, _ in keys()])
 
 @given(st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES, v, max_size=4)))
 def test_any_value_is_a_run_or_a_user_error(value):
-    data = value if isinstance(value, dict) else {"actor": value, "layout": value, "ppo": {"kl": value}}
+    data = value if isinstance(value, dict) else {"actor": value, "layout": value, "algorithm": {"kl": value}}
     with pytest.raises(UserError):
         build(data, lambda key: "here")
 

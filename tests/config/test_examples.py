@@ -50,6 +50,7 @@ def test_the_tiny_example_is_ready_to_run(monkeypatch):
 def test_the_learning_example_asks_for_its_model_alone(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(Path("examples/smollm2-sentiment.yaml"), ["--seed", "2"])
+    assert config.critic is not None
     assert config.actor.model == config.critic.model == config.reference.model == "models/smollm2"
     assert (config.critic.layers, config.reference.layers) == (6, None)
     assert config.minibatch == 16

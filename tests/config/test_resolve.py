@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "reward": {"init": {**TINY, "num_hidden_layers": 5}},
     "data": {"random_tokens": 8},
     "generation": {"samples": 2, "max_new_tokens": 4, "layout": {"tp": 2, "pp": 2}},
-    "ppo": {"epochs": 2, "minibatch": 4},
+    "algorithm": {"epochs": 2, "minibatch": 4},
 }
 
 

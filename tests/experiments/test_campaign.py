@@ -156,7 +156,7 @@ def test_the_baseline_is_run_by_its_own_program():
     assert published < set(words["dschat"])
     for one in (e.config for e in figure8 if e.config.log.variant == "dschat"):
         rows = one.batch // one.world
-        assert one.ppo.microbatch == one.generation.decode_microbatch == rows
+        assert one.algorithm.microbatch == one.generation.decode_microbatch == rows
         assert one.generation.greedy
     assert words["opt"] == words["base"] == [sys.executable, "-P", "-m", "puzzle.cli", "train", *files]
 

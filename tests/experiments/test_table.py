@@ -58,7 +58,7 @@ def test_the_paper_scale_is_the_published_runs(table, cluster):
             pairs = {
                 "training": (axes(config.actor.layout), training),
                 "batch": (config.batch, run.config["global_batch_size"]),
-                "microbatch": (config.ppo.microbatch, run.config["micro_batch_size"]),
+                "microbatch": (config.algorithm.microbatch, run.config["micro_batch_size"]),
             }
             if run.variant != "dschat":
                 sizes, generation = config.generation, run.layouts["generation"]

@@ -35,7 +35,7 @@ def config(**changes: Any) -> dict[str, Any]:
         **{role: {"init": SHAPE} for role in ("actor", "critic", "reward")},
         "data": {"random_tokens": 8},
         "generation": {"min_new_tokens": 4, "max_new_tokens": 4},
-        "ppo": {"microbatch": 2},
+        "algorithm": {"microbatch": 2},
         "checkpoint": {"every": 1},
         "log": {
             "provenance": "rehearsal",

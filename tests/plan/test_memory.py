@@ -346,8 +346,11 @@ generation: {max_new_tokens: 256}
     ("options", "words"),
     [
         ([], "rank 0 needs .* GiB in training, its device has 74.5; most of it, .*: .*"),
-        (["--ppo.microbatch", "2", "--critic.init.preset", "350m"], None),
-        (["--ppo.microbatch", "2", "--layout.pp", "1", "--actor.layout.pp", "1"], "is actor moments: raise"),
+        (["--algorithm.microbatch", "2", "--critic.init.preset", "350m"], None),
+        (
+            ["--algorithm.microbatch", "2", "--layout.pp", "1", "--actor.layout.pp", "1"],
+            "is actor moments: raise",
+        ),
         (["--device-memory", "much"], "--device-memory much: give a number and GB"),
     ],
 )

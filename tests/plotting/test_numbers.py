@@ -248,7 +248,7 @@ def test_figure11_is_relative_to_train_opt():
 
 def chat(seconds, **told):
     engine = {"actor_zero_stage": 3, "enable_hybrid_engine": True, "hybrid_engine_engaged": True, **told}
-    config = {"global_batch_size": 128, "deepspeed": engine, "ppo": {"microbatch": 4}}
+    config = {"global_batch_size": 128, "deepspeed": engine, "algorithm": {"microbatch": 4}}
     return run("dschat", config=config, printed={"e2e": (1.0, seconds, seconds)}, source=f"{seconds}.jsonl")
 
 

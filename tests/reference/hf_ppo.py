@@ -41,6 +41,8 @@ RewardFunction = Callable[[Tokens, Tokens], list[float]]
 class ReferenceConfig:
     """Everything that PPO depends on beyond models and prompts."""
 
+    algorithm: str = "ppo"  # or "grpo": no critic; rows in groups of `samples`
+    samples: int = 1
     max_new_tokens: int = 12
     eos_token_id: int | None = None
     temperature: float = 1.0
@@ -57,7 +59,7 @@ class ReferenceConfig:
     entropy_coef: float = 0.0
     epochs: int = 1
     minibatches: Callable[[int, int], list[list[int]]] | None = None  # (iteration, epoch) -> rows per step
-    loss_average: str = "token"  # or "microbatch": mean of the means of each `microbatch` consecutive rows
+    loss_average: str = "token"  # "sequence": mean of rows' means; "microbatch": of each `microbatch` rows'
     microbatch: int = 1
     actor_lr: float = 1e-4
     critic_lr: float = 1e-4
@@ -76,23 +78,20 @@ class Rollout:
     scores: list[float]
     logprobs: Ragged
     ref_logprobs: Ragged | None
-    values: Ragged
-    rewards: Ragged
+    values: Ragged | None
+    rewards: Ragged | None
     advantages: Ragged
-    returns: Ragged
+    returns: Ragged | None
 
 
 @dataclass
 class Step:
-    """One optimizer step of both models. Gradients are those before clipping, by Hugging Face name."""
+    """One optimizer step of the trained models. Gradients are those before clipping, by Hugging Face name."""
 
     rows: list[int]
-    actor_loss: float
-    critic_loss: float
-    actor_grads: dict[str, Tensor]
-    critic_grads: dict[str, Tensor]
-    actor_grad_norm: float
-    critic_grad_norm: float
+    losses: dict[str, float]
+    grads: dict[str, dict[str, Tensor]]
+    grad_norms: dict[str, float]
 
 
 @dataclass
@@ -129,19 +128,20 @@ class ReferencePPO:
     def __init__(
         self,
         actor: Path | str,
-        critic: Path | str,
+        critic: Path | str | None,
         reference: Path | str,
         reward: Path | str | RewardFunction,
         config: ReferenceConfig,
     ) -> None:
         self.config = config
         self.actor, self.reference = _load_lm(actor), _load_lm(reference)
-        self.critic = _load_value(critic)
+        self.critic = None if critic is None else _load_value(critic)
         self.reward: RewardFunction = (
             self._model_reward(reward) if isinstance(reward, (str, Path)) else reward
         )
-        self.actor_optimizer = self._optimizer(self.actor, config.actor_lr)
-        self.critic_optimizer = self._optimizer(self.critic, config.critic_lr)
+        self.trained = {"actor": (self.actor, self._optimizer(self.actor, config.actor_lr))}
+        if self.critic is not None:
+            self.trained["critic"] = (self.critic, self._optimizer(self.critic, config.critic_lr))
 
     def _optimizer(self, model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
         c = self.config
@@ -209,6 +209,7 @@ class ReferencePPO:
 
     def answer_values(self, prompt: list[int], answer: list[int]) -> Tensor:
         """(R,) critic values of the states before each answer token."""
+        assert self.critic is not None
         return token_values(self.critic, prompt + answer)[len(prompt) - 1 : -1]
 
     @torch.no_grad()
@@ -220,8 +221,13 @@ class ReferencePPO:
         ref_logprobs = None
         if not c.reference_free:
             ref_logprobs = [self.answer_logprobs(self.reference, p, a)[0].tolist() for p, a in pairs]
-        values = [self.answer_values(p, a).tolist() for p, a in pairs]
         scores = self.reward(prompts, responses)
+        if c.algorithm == "grpo":
+            limited = [min(max(score, -c.score_clip), c.score_clip) for score in scores]
+            per_row = numpy_ppo.group_advantages(limited, c.samples)
+            spread = [[value] * len(row) for value, row in zip(per_row, responses, strict=True)]
+            return Rollout(prompts, responses, scores, logprobs, ref_logprobs, None, None, spread, None)
+        values = [self.answer_values(p, a).tolist() for p, a in pairs]
         penalised = ref_logprobs if c.kl_place == "reward" else None
         rewards = numpy_ppo.rewards(logprobs, penalised, scores, c.kl_coef, c.score_clip, c.kl_estimator)
         both = [numpy_ppo.gae(r, v, c.gamma, c.lam) for r, v in zip(rewards, values, strict=True)]
@@ -251,6 +257,8 @@ class ReferencePPO:
     def _critic_row_loss(self, rollout: Rollout, row: int) -> Tensor:
         """Sum of the value loss over one row's answer tokens."""
         clip = self.config.value_clip
+        assert rollout.values is not None
+        assert rollout.returns is not None
         value = self.answer_values(rollout.prompts[row], rollout.responses[row])
         old, target = torch.tensor(rollout.values[row]), torch.tensor(rollout.returns[row])
         errors = [(value - target) ** 2]
@@ -263,6 +271,8 @@ class ReferencePPO:
         lengths = [len(rollout.responses[row]) for row in rows]
         if self.config.loss_average == "token":
             return [1 / sum(lengths)] * len(rows)
+        if self.config.loss_average == "sequence":
+            return [1 / (length * len(rows)) for length in lengths]
         size = self.config.microbatch
         groups = [lengths[i : i + size] for i in range(0, len(rows), size)]
         return [1 / (sum(group) * len(groups)) for group in groups for _ in group]
@@ -297,9 +307,12 @@ class ReferencePPO:
             if self.config.minibatches is not None:
                 order = self.config.minibatches(iteration, epoch)
             for rows in order:
-                actor = self._step(self.actor, self.actor_optimizer, self._actor_row_loss, rollout, rows)
-                critic = self._step(self.critic, self.critic_optimizer, self._critic_row_loss, rollout, rows)
-                steps.append(Step(rows, actor[0], critic[0], actor[1], critic[1], actor[2], critic[2]))
+                step = Step(rows, {}, {}, {})
+                for role, (model, optimizer) in self.trained.items():
+                    row_loss = self._actor_row_loss if role == "actor" else self._critic_row_loss
+                    found = self._step(model, optimizer, row_loss, rollout, rows)
+                    step.losses[role], step.grads[role], step.grad_norms[role] = found
+                steps.append(step)
         return steps
 
 
@@ -328,4 +341,5 @@ def run_reference(
         answers = ppo.greedy(prompts) if responses is None else responses[iteration]
         rollouts.append(ppo.rollout(prompts, answers))
         steps += ppo.update(rollouts[-1], iteration)
+    assert ppo.critic is not None
     return ReferenceResult(rollouts, steps, weights(ppo.actor), weights(ppo.critic))

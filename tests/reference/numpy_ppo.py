@@ -1,5 +1,5 @@
-"""PPO arithmetic written plainly in float64, one ragged sequence at a time: the truth that puzzle.rlhf.ppo
-is checked against.
+"""PPO and GRPO arithmetic written plainly in float64, one ragged sequence at a time: the truth that the
+algorithms of puzzle.rlhf are checked against.
 
 A sequence is a list of floats, one per answer token; a batch is a list of such lists of any lengths (0
 included). Nothing is padded and nothing is masked, so a mistake in masks cannot hide here. Losses are
@@ -46,6 +46,19 @@ def rewards(
         if reward:
             reward[-1] += min(max(scores[i], -limit), limit)
         result.append(reward)
+    return result
+
+
+def group_advantages(scores: list[float], samples: int) -> list[float]:
+    """Each score less the mean of its group, over its group's standard deviation (n - 1); a group whose
+    scores are all the same gives zeros. Groups are runs of `samples` scores.
+    """
+    result: list[float] = []
+    for start in range(0, len(scores), samples):
+        group = scores[start : start + samples]
+        mean = sum(group) / samples
+        spread = math.sqrt(sum((score - mean) ** 2 for score in group) / (samples - 1))
+        result += [0.0 if max(group) == min(group) else (score - mean) / spread for score in group]
     return result
 
 

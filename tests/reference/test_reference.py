@@ -120,6 +120,7 @@ def test_an_iteration(folders):
     rollout = result.rollouts[0]
     assert rollout.ref_logprobs is not None
     assert [len(a) for a in rollout.advantages] == [len(r) for r in rollout.responses]
+    assert rollout.rewards is not None
     assert rollout.rewards[1][-1] == pytest.approx(
         min(max(rollout.scores[1], -5), 5) - 0.1 * (rollout.logprobs[1][-1] - rollout.ref_logprobs[1][-1])
     )
@@ -127,15 +128,15 @@ def test_an_iteration(folders):
     first = result.steps[0]
     # At the first step the ratio is 1: the loss is minus the mean advantage.
     flat = [a for row in first.rows for a in rollout.advantages[row]]
-    assert first.actor_loss == pytest.approx(-np.mean(flat), rel=1e-5)
-    assert set(first.actor_grads) == set(result.actor_weights)
-    assert first.critic_grads["score.weight"].abs().max() > 0
+    assert first.losses["actor"] == pytest.approx(-np.mean(flat), rel=1e-5)
+    assert set(first.grads["actor"]) == set(result.actor_weights)
+    assert first.grads["critic"]["score.weight"].abs().max() > 0
     # The first optimizer step moves the value head against its clipped gradient, as Adam's first step does.
     before = AutoModelForSequenceClassification.from_pretrained(folders[1]).get_parameter("score.weight")
     single = run_reference(
         *folders, PROMPTS, ReferenceConfig(max_new_tokens=8), responses=[rollout.responses]
     )
-    grad = single.steps[0].critic_grads["score.weight"] / max(1.0, single.steps[0].critic_grad_norm)
+    grad = single.steps[0].grads["critic"]["score.weight"] / max(1.0, single.steps[0].grad_norms["critic"])
     moved = before - 1e-4 * grad / (grad.abs() + 1e-4)
     torch.testing.assert_close(single.critic_weights["score.weight"], moved, atol=1e-7, rtol=0)
 
@@ -149,8 +150,8 @@ def test_microbatch_average_is_token_average_for_one_microbatch(folders):
 
     token, whole = losses(), losses(loss_average="microbatch", microbatch=4)
     halves = losses(loss_average="microbatch", microbatch=2)
-    assert token.actor_loss == pytest.approx(whole.actor_loss)
-    assert abs(token.actor_loss - halves.actor_loss) > 1e-4
+    assert token.losses["actor"] == pytest.approx(whole.losses["actor"])
+    assert abs(token.losses["actor"] - halves.losses["actor"]) > 1e-4
 
 
 def test_same_tokens_rule():

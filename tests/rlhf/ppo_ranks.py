@@ -18,7 +18,7 @@ from puzzle.engine.world import World
 from puzzle.model.weights import boxes
 from puzzle.plan.schedule import Op
 from puzzle.resolve import resolve
-from puzzle.rlhf import ppo
+from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.trainer import Trainer
@@ -93,7 +93,7 @@ def run_case(world: World, case: Case) -> Watch:
     plan = resolve(config)
     models = build_models(plan, world)
     watch = Watch()
-    for model in (models.actor, models.critic):
+    for model in models.trained.values():
         _watch_gradients(model, watch)
     original = _break(models, case.break_)
     plain_rewards = ppo.token_rewards
@@ -109,13 +109,13 @@ def run_case(world: World, case: Case) -> Watch:
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None
             watch.owed.append(models.actor.optimizer.owed)
-            for model in (models.actor, models.critic):
+            for model in models.trained.values():
                 assert model.optimizer is not None
                 assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"
     finally:
         ppo.token_rewards = plain_rewards
         optimizer_module.reduce_scatter_flat = original
-    for model in (models.actor, models.critic):
+    for model in models.trained.values():
         decoder = model.decoder
         watch.weights[model.name] = [
             (name, box.intervals, values.clone())

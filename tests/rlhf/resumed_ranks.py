@@ -27,7 +27,7 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     plan = resolve(config)
     models = build_models(plan, world)
     trainer = Trainer(plan, RunData(None, case.stop_ids, stream, None), models, world)
-    checkpoints = Checkpoints(Path(folder), (models.actor, models.critic))
+    checkpoints = Checkpoints(Path(folder), tuple(models.trained.values()))
     trainer.resume(checkpoints)
     watch = Watch()
     for iteration in range(trainer.done, config.iterations):
@@ -36,7 +36,7 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
         if trainer.done == save_at:
             checkpoints.save(trainer.done, trainer.state())
     checkpoints.wait()
-    for model in (models.actor, models.critic):
+    for model in models.trained.values():
         pieces = boxes(model.decoder, model.decoder.get_parameter)
         watch.weights[model.name] = [(name, box.intervals, values.clone()) for name, box, values in pieces]
     return watch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.runtime import share
-from puzzle.rlhf import ppo
+from puzzle.rlhf.algorithms import policy, ppo
 from puzzle.rlhf.experience import Experience, microbatches, minibatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO
 from tests.reference.tiny import save_lm, save_value
@@ -53,11 +53,11 @@ def rolled_out(c: ReferenceConfig, truth, experience: Experience) -> Experience:
     scores_B, mask_BS = torch.tensor(truth.scores), experience.mask_BS
     kl_BS = None
     if ref_BS is not None and c.kl_place == "reward":
-        kl_BS = ppo.token_kl(logprobs_BS, ref_BS, c.kl_estimator)  # ty: ignore[invalid-argument-type]
+        kl_BS = policy.token_kl(logprobs_BS, ref_BS, c.kl_estimator)  # ty: ignore[invalid-argument-type]
     rewards_BS = ppo.token_rewards(scores_B, kl_BS, mask_BS, c.kl_coef, c.score_clip)
     advantages_BS, returns_BS = ppo.gae(rewards_BS, values_BS, mask_BS, c.gamma, c.lam)
     if c.whiten:
-        advantages_BS = ppo.whiten(advantages_BS, mask_BS, ppo.moments(advantages_BS, mask_BS))
+        advantages_BS = policy.whiten(advantages_BS, mask_BS, policy.moments(advantages_BS, mask_BS))
     return dataclasses.replace(
         experience,
         scores_B=scores_B,
@@ -76,8 +76,8 @@ def gradients(reference: ReferencePPO, experience: Experience, rows: list[int], 
     assert e.values_BS is not None
     assert e.advantages_BS is not None
     assert e.returns_BS is not None
-    reference.actor.zero_grad()
-    reference.critic.zero_grad()
+    for model, _ in reference.trained.values():
+        model.zero_grad()
     tokens, losses = e.tokens(rows), [0.0, 0.0]
     for d in range(dp):
         mine = [rows[i] for i in share(len(rows), dp, d)]
@@ -87,7 +87,7 @@ def gradients(reference: ReferencePPO, experience: Experience, rows: list[int], 
             values_N = torch.cat([reference.answer_values(p, a) for p, a in pairs])
             mask_N = torch.ones_like(values_N, dtype=torch.bool)
             in_loss = e.ref_logprobs_BS if c.kl_place == "loss" else None
-            actor = ppo.actor_loss(
+            actor = policy.policy_loss(
                 torch.cat([logprobs for logprobs, _ in both]),
                 e.take_N(e.logprobs_BS, part),
                 e.take_N(e.advantages_BS, part),
@@ -100,11 +100,11 @@ def gradients(reference: ReferencePPO, experience: Experience, rows: list[int], 
                 kl_estimator=c.kl_estimator,  # ty: ignore[invalid-argument-type]
             )
             old_N, returns_N = e.take_N(e.values_BS, part), e.take_N(e.returns_BS, part)
-            critic = ppo.critic_loss(values_N, old_N, returns_N, mask_N, clip=c.value_clip)
+            critic = ppo.value_loss(values_N, old_N, returns_N, mask_N, clip=c.value_clip)
             for index, sums in enumerate((actor, critic)):
                 (sums.loss / tokens).backward()
                 losses[index] += float(sums.loss.detach()) / tokens
-    models = (reference.actor, reference.critic)
+    models = [model for model, _ in reference.trained.values()]
     return losses, [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in models]
 
 
@@ -133,9 +133,11 @@ def test_rollout_and_steps(folders, option):
             found = [gradients(reference, experience, rows, dp, size) for dp, size in cuts]
             step = one_step(reference, truth, rows)
             for losses, grads in found:
-                assert losses == pytest.approx([step.actor_loss, step.critic_loss], rel=1e-5, abs=1e-6)
-                close(grads[0], step.actor_grads)
-                close(grads[1], step.critic_grads)
+                assert losses == pytest.approx(
+                    [step.losses["actor"], step.losses["critic"]], rel=1e-5, abs=1e-6
+                )
+                close(grads[0], step.grads["actor"])
+                close(grads[1], step.grads["critic"])
 
 
 def one_step(reference: ReferencePPO, truth, rows: list[int]):

@@ -14,7 +14,7 @@ from tests.rlhf.test_offload import CONFIG, same, trained
 
 GENERATION = ("--generation.layout.dp", "1", "--generation.layout.tp", "2")
 ROWS = ("--actor.init.vocab_size", "259", "--reward.init.vocab_size", "259")  # replicas step unlike numbers
-SHARDS = ("--switch.fill", "shards", "--switch.verify", "true")
+SHARDS = ("--switch.source", "zero_shards", "--switch.verify", "true")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_bitwise_the_gathered_run(folder: Path) -> None:
     ],
 )
 def test_more_layouts(folder: Path, layouts: list[str]) -> None:
-    tied = ("--actor.init.tie_word_embeddings", "true", "--ppo.minibatch", "4")
+    tied = ("--actor.init.tie_word_embeddings", "true", "--algorithm.minibatch", "4")
     trained("gathered", *layouts, *ROWS, *tied)
     trained("shards", *layouts, *ROWS, *tied, *SHARDS)
     same("gathered", "shards")
@@ -75,7 +75,7 @@ def test_memory_counts_rows_on_their_way(folder: Path) -> None:
     given = ["--layout.dp", "2", *GENERATION]
     gathered, shards = (
         footprint.estimate(
-            resolve(load_config(Path("run.yaml"), [*given, "--switch.fill", fill])), fused=False
+            resolve(load_config(Path("run.yaml"), [*given, "--switch.source", fill])), fused=False
         )
         for fill in ("gathered", "shards")
     )
@@ -85,5 +85,5 @@ def test_memory_counts_rows_on_their_way(folder: Path) -> None:
 
 
 def test_the_option_is_one_of_two(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", "run.yaml", "--dry-run", "--switch.fill", "some"]) == 2
-    assert "switch.fill" in capsys.readouterr().err
+    assert main(["train", "--config", "run.yaml", "--dry-run", "--switch.source", "some"]) == 2
+    assert "switch.source" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puzzle.config import PPOConfig, TrainConfig
+from puzzle.config import AlgorithmConfig, TrainConfig
 from puzzle.engine.pipeline import Pipeline
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -99,12 +99,13 @@ def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
     """What `auto` chooses under three tables of costs; passes as chosen give the results of before."""
     world = World(rank, 2, torch.device("cpu"))
     models = build_models(resolve(config(2, False)), world)
-    assert models.reward is not None
+    assert models.by_role["reward"] is not None
     texts = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8]]
     found = []
+    pair = [models.by_role[role] for role in ("critic", "reward")]
     for critic, reward in ([(1.0, 5.0), (5.0, 1.0)], [(5.0, 1.0), (1.0, 5.0)], [(0.0, 0.0), (0.0, 0.0)]):
-        asked = [about_sequences(m, texts, PPOConfig(microbatch=1)) for m in (models.critic, models.reward)]
-        fused = FusedPipeline("auto", [models.critic, models.reward])
+        asked = [about_sequences(m, texts, AlgorithmConfig(microbatch=1)) for m in pair]
+        fused = FusedPipeline("auto", pair)
         apart = [
             q.answer(r.results) for q, r in zip(asked, fused.infer([q.input for q in asked]), strict=True)
         ]
@@ -116,7 +117,9 @@ def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
         for question, result, before in zip(asked, again, apart, strict=True):
             assert torch.equal(question.answer(result.results), before)
         assert (again[0].schedule is again[1].schedule) is shared
-        more = [about_sequences(q.input.model, [*texts, *texts[1:]], PPOConfig(microbatch=1)) for q in asked]
+        more = [
+            about_sequences(q.input.model, [*texts, *texts[1:]], AlgorithmConfig(microbatch=1)) for q in asked
+        ]
         for question, result in zip(more, fused.infer([q.input for q in more]), strict=True):
             (alone,) = Pipeline([question.input.model]).infer([question.input])
             assert torch.equal(question.answer(result.results), question.answer(alone.results))

@@ -29,7 +29,7 @@ reward:
 data: {prompts: prompts.jsonl, eval_prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 16}
 generation: {max_new_tokens: 4}
 eval: {every: 1}
-ppo: {minibatch: 2, microbatch: 1}
+algorithm: {minibatch: 2, microbatch: 1}
 checkpoint: {every: 1}
 log: {plots: false, tensorboard: false}
 """
@@ -117,8 +117,8 @@ def test_resumed_with_nothing_offloaded(folder: Path) -> None:
     [
         (["--offload.reward", "true"], "offload.reward: a reward.function has no weights"),
         (
-            ["--offload.reference", "true", "--ppo.reference_free", "true"],
-            "offload.reference: ppo.reference_free",
+            ["--offload.reference", "true", "--algorithm.reference_free", "true"],
+            "offload.reference: algorithm.reference_free",
         ),
     ],
 )

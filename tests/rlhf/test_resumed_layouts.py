@@ -44,7 +44,7 @@ class Runs:
     def case(self, shape: Shape) -> Case:
         case = self.bench.case("plain", "tied", shape)
         case.config.update(iterations=ITERATIONS, batch=6)
-        case.config["ppo"] |= {"minibatch": 3, "epochs": 2, "reward_norm": True, "kl": {"target": 0.1}}
+        case.config["algorithm"] |= {"minibatch": 3, "epochs": 2, "reward_norm": True, "kl": {"target": 0.1}}
         return case
 
     def run(self, shape: Shape, folder: Path, save_at: int = 0) -> list[Watch]:

@@ -31,7 +31,7 @@ actor:
 reward: {{function: "puzzle.rlhf.rewards:letter_share"}}
 data: {{prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 16}}
 generation: {{max_new_tokens: 4}}
-ppo: {{minibatch: 2, microbatch: 1}}
+algorithm: {{minibatch: 2, microbatch: 1}}
 checkpoint: {{save: false}}
 log: {{plots: false, tensorboard: false}}
 """
@@ -189,8 +189,8 @@ BAD = [
     (["--layout.pp", "5"], "layout.pp=5 is more than the model's 4 layers", "use at most 4"),
     (["--layout.stages", "3,2", "--layout.pp", "2"], "5", "layers"),
     (["--layout.dp", "2", "--critic.layout.dp", "4"], "critic.layout: tp x pp x dp", "2 processes"),
-    (["--layout.dp", "4"], "actor.layout.dp 4 exceeds the 2 sequences of ppo.minibatch", "lower dp"),
-    (["--layout.dp", "8", "--ppo.minibatch", "4"], "layout.dp 8 exceeds the 4 sequences", "lower dp"),
+    (["--layout.dp", "4"], "actor.layout.dp 4 exceeds the 2 sequences of algorithm.minibatch", "lower dp"),
+    (["--layout.dp", "8", "--algorithm.minibatch", "4"], "layout.dp 8 exceeds the 4 sequences", "lower dp"),
     (["--actor.optimizer.backend", "apex"], "actor.optimizer.backend: apex cannot be imported", "torch"),
 ]
 

@@ -26,11 +26,11 @@ LENGTHS = (3, 7, 1, 12, 5, 9, 2, 6, 4, 8)
 STOP = 104
 """The noise of the seed draws it once in a while."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"batch": 5, "ppo": {"microbatch": 2}},
+    "plain": {"batch": 5, "algorithm": {"microbatch": 2}},
     "whitened": {
         "batch": 8,
         "generation": {"temperature": 0.8, "greedy": True, "early_stop": False},
-        "ppo": {
+        "algorithm": {
             "minibatch": 4,
             "epochs": 2,
             "microbatch": 1,
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl in loss": {
         "batch": 4,
         "generation": {"samples": 2},
-        "ppo": {
+        "algorithm": {
             "minibatch": 8,
             "microbatch_tokens": 24,
             "value_clip": None,
@@ -57,9 +57,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no reference": {
         "batch": 8,
         "recompute": True,
-        "ppo": {"minibatch": 8, "microbatch": 8, "reference_free": True, "packing": False},
+        "algorithm": {"minibatch": 8, "microbatch": 8, "reference_free": True, "packing": False},
     },
-    "mean of means": {"batch": 8, "ppo": {"microbatch": 1, "loss_average": "microbatch"}},
+    "groups": {
+        "batch": 4,
+        "generation": {"samples": 3, "temperature": 0.9},
+        "algorithm": {"name": "grpo", "minibatch": 6, "microbatch": 2, "epochs": 2, "kl": {"coef": 0.1}},
+        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
+    },
+    "groups alone": {
+        "batch": 3,
+        "generation": {"samples": 4},
+        "algorithm": {
+            "name": "grpo",
+            "microbatch_tokens": 40,
+            "reference_free": True,
+            "loss_average": "token",
+            "old_logprobs": "recompute",
+            "entropy": 0.01,
+        },
+    },
+    "mean of means": {"batch": 8, "algorithm": {"microbatch": 1, "loss_average": "microbatch"}},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -87,6 +105,7 @@ SHORT: dict[int, list[tuple[str, str, Shape]]] = {
         ("kl in loss", "tied", (1, 2, 1, (3, 1))),
         ("plain", "qwen2", (2, 1, 1)),
         ("mean of means", "llama", (1, 1, 2)),
+        ("groups", "qwen3", (1, 2, 1)),
     ],
     4: [
         ("whitened", "llama", (1, 1, 4)),
@@ -96,6 +115,8 @@ SHORT: dict[int, list[tuple[str, str, Shape]]] = {
         ("no reference", "tied", (1, 4, 1)),
         ("kl in loss", "mistral", MIXED[0]),
         ("plain", "qwen3", MIXED[1]),
+        ("groups", "llama", (2, 1, 2)),
+        ("groups alone", "tied", {"actor": (1, 4, 1), "generation": (2, 2, 1), "reward": (1, 2, 2)}),
     ],
 }
 UNIFORM: list[Shape] = [
@@ -152,15 +173,19 @@ class Bench:
             **options,
         }
         config["generation"] = {"max_new_tokens": 6, **options.get("generation", {})}
-        config["ppo"] = {**options["ppo"], **ppo}
+        config["algorithm"] = {**options["algorithm"], **ppo}
         for role in ("actor", "critic"):
             config[role]["optimizer"] = {"lr": 1e-4, "eps": 1e-4}
+        if config["algorithm"].get("name") == "grpo":
+            del config["critic"]
         shapes = shape if isinstance(shape, dict) else {"": shape}
         for role, (tp, pp, dp, *stages) in shapes.items():
             layout = {"tp": tp, "pp": pp, "dp": dp, **({"stages": stages[0]} if stages else {})}
             if role in ("", "actor"):
                 config["layout"] = layout
-            if role and role != "actor" and (role != "reward" or "function" not in config["reward"]):
+            if role in ("", "actor") or (role == "reward" and "function" in config["reward"]):
+                continue
+            if role in config:
                 config[role]["layout"] = layout
         generator = torch.Generator().manual_seed(5)
         prompts = tuple(tuple(torch.randint(0, 259, (n,), generator=generator).tolist()) for n in LENGTHS)

@@ -121,7 +121,7 @@ def zero_config(stage: int, offload: bool, config: TrainConfig, passes: int) -> 
             "offload_param": where,
         }
     return {
-        "train_micro_batch_size_per_gpu": config.ppo.microbatch or config.minibatch // config.world,
+        "train_micro_batch_size_per_gpu": config.algorithm.microbatch or config.minibatch // config.world,
         "gradient_accumulation_steps": passes,
         "steps_per_print": 2**31,
         "zero_optimization": zero,
@@ -263,7 +263,7 @@ def build(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool) -> Model
     made: dict[Role, ZeroModel] = {}
     config, steps = plan.config, plan.batch.all_steps
     rows = plan.batch.minibatch // world.size
-    passes = -(-rows // (config.ppo.microbatch or rows))
+    passes = -(-rows // (config.algorithm.microbatch or rows))
     cuda = world.device.type == "cuda"
     for role, planned in plan.models.items():
         spec = planned.spec
@@ -295,6 +295,6 @@ def build(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool) -> Model
         engine = deepspeed.initialize(model=module, config=told)[0]
         engine.train(rate is not None)
         made[role] = ZeroModel(role, spec, world, engine, rate)
-    actor: Any = made["actor"]
-    found: list[Any] = [made.get(role) for role in ("actor", "critic", "reference", "reward")]
-    return Models(*found, Generator(actor), Room(world))
+    found: Any = made
+    trained: dict[str, Any] = {role: found[role] for role in config.trained}
+    return Models(found, trained, Generator(found["actor"]), Room(world))

@@ -23,7 +23,7 @@ RENAMED: dict[str, tuple[str, Any]] = {
     "reference_model_name_or_path": ("reference.model", str),
     "reward_model_name_or_path": ("reward.model", str),
     "data_path": ("data.prompts", str),
-    "per_device_training_batch_size": ("ppo.microbatch", int),
+    "per_device_training_batch_size": ("algorithm.microbatch", int),
     "max_prompt_seq_len": ("data.max_prompt_tokens", int),
     "max_answer_seq_len": ("generation.max_new_tokens", int),
     "actor_learning_rate": ("actor.optimizer.lr", float),
@@ -31,11 +31,11 @@ RENAMED: dict[str, tuple[str, Any]] = {
     "actor_weight_decay": ("actor.optimizer.weight_decay", float),
     "critic_weight_decay": ("critic.optimizer.weight_decay", float),
     "num_warmup_steps": ("actor.optimizer.warmup", int),
-    "ppo_epochs": ("ppo.epochs", int),
+    "ppo_epochs": ("algorithm.epochs", int),
     "dtype": ("dtype", str),
     "seed": ("seed", int),
     "iterations": ("iterations", int),
-    "loss_average": ("ppo.loss_average", str),
+    "loss_average": ("algorithm.loss_average", str),
 }
 
 
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, ZeroOptions, Path]:
     if rows is not None:
         keys |= {"generation.decode_microbatch": rows, "batch": rows * given.generation_batches * world}
     # DeepSpeed-Chat finds the old log-probs by a pass of the actor; a timed run writes no model.
-    keys |= {"log.variant": "dschat", "ppo.old_logprobs": "recompute", "checkpoint.save": "false"}
+    keys |= {"log.variant": "dschat", "algorithm.old_logprobs": "recompute", "checkpoint.save": "false"}
     keys |= {"intra.fuse_training": "false", "intra.fuse_inference": "false"}
     keys |= {f"layout.{axis}": size for axis, size in (("tp", 1), ("pp", 1), ("dp", world))}
     words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
@@ -131,8 +131,10 @@ def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
             )
     if any(layout.tp * layout.pp > 1 for layout in config.layouts().values()):
         raise UserError("layout: ZeRO's processes are replicas; set tp and pp of every model to 1")
-    if config.ppo.microbatch_tokens is not None:
-        raise UserError("ppo.microbatch_tokens: replicas must run equally many passes; give ppo.microbatch")
+    if config.algorithm.microbatch_tokens is not None:
+        raise UserError(
+            "algorithm.microbatch_tokens: replicas must run equally many passes; give algorithm.microbatch"
+        )
     for name, rows in (("batch", config.batch * config.generation.samples), ("minibatch", config.minibatch)):
         if rows % config.world:
             raise UserError(

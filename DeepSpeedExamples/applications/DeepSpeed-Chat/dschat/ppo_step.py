@@ -31,7 +31,6 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
-from puzzle.rlhf.update import Update
 from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
 
 SURPRISE = 0.5
@@ -144,11 +143,11 @@ class ChatTrainer(Trainer):
             self._compare(experience, recorder)
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
-        update = Update(self.models, self.config, experience, self.kl_coef, self.training)
-        update.run(iteration)
+        step = self._train_step(experience)
+        step.run(iteration)
         clock.end("training")
-        metrics = experience_metrics(experience, scores, self.config.ppo.kl.estimator)
-        metrics |= {**update.metrics(), "kl_coef": self.kl_coef}
+        metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
+        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         gather = self._gather_seconds()

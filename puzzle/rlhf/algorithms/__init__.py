@@ -1,0 +1,13 @@
+"""Algorithms of RLHF behind one seam (`base.Algorithm`)."""
+
+from puzzle.rlhf.algorithms.base import Algorithm
+from puzzle.rlhf.algorithms.grpo import GRPO
+from puzzle.rlhf.algorithms.ppo import PPO
+from puzzle.sections import AlgorithmConfig
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": PPO, "grpo": GRPO}
+
+
+def make_algorithm(config: AlgorithmConfig) -> Algorithm:
+    """The algorithm that a run is configured for."""
+    return ALGORITHMS[config.name](config)

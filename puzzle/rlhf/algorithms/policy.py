@@ -1,0 +1,183 @@
+"""What algorithms share: KL estimates, standardisation, the clipped surrogate and the policy trained by it.
+
+Functions take tensors of any one shape, packed (N,) as well as padded (B, S). Masks are boolean, True at
+response tokens; what lies outside them may hold anything, NaN too, and reaches neither results nor gradients.
+
+Losses are *weighted sums*: a token's own loss times its weight. Where the weights of a minibatch add up to 1,
+over all micro-batches and replicas, its loss does not depend on how it was cut.
+
+Sources: the clipped surrogate, Schulman et al. 2017 (arXiv:1707.06347); KL estimators, Schulman 2020
+(joschu.net/blog/kl-approx.html).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs
+
+Estimator = Literal["k1", "k2", "k3"]
+WHITEN_EPS = 1e-8
+RESOLUTION = 2.0**-20
+"""Of float32 values, which differ by 8 units in the last place or less: they are equal but for rounding."""
+
+
+def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
+    """Estimate KL(policy || reference) per token from tokens drawn by the policy (Schulman 2020).
+
+    With r = exp(ref_logprobs - logprobs): k1 = -log r (unbiased, may be negative), k2 = (log r)^2 / 2
+    (biased, low variance; as a loss it has the gradient of the true KL), k3 = (r - 1) - log r (unbiased,
+    never negative). Any shape, kept.
+    """
+    log_r = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_r
+    if estimator == "k2":
+        return log_r.square() / 2
+    if estimator == "k3":
+        return torch.expm1(log_r) - log_r
+    raise ValueError(f"KL estimator {estimator!r} is none of k1, k2, k3")
+
+
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """(3,) float64: sum, sum of squares and count of x inside the mask. Add them over replicas before
+    `whiten`.
+    """
+    inside = torch.where(mask, x, 0.0).double()
+    return torch.stack([inside.sum(), inside.square().sum(), mask.sum().double()])
+
+
+def divisor_of(mean: float, variance: float) -> float | None:
+    """sqrt(variance + 1e-8), what values are divided by to bring their variance to 1.
+
+    None where they are equal but for rounding: a division would blow the rounding up.
+    """
+    if variance <= RESOLUTION**2 * (mean * mean + variance):
+        return None
+    return math.sqrt(variance + WHITEN_EPS)
+
+
+def whiten(x: Tensor, mask: Tensor, moments_3: Tensor) -> Tensor:
+    """Bring the mean and variance of the whole batch (from `moments`) to 0 and 1; 0 outside the mask.
+
+    (x - mean) / sqrt(var + 1e-8), var divided by the count: advantage normalisation of PPO implementations.
+    Values that are all equal become 0.
+    """
+    total, squares, count = moments_3.tolist()
+    if count == 0:
+        return torch.zeros_like(x)
+    mean = total / count
+    divisor = divisor_of(mean, squares / count - mean * mean)
+    if divisor is None:
+        return torch.zeros_like(x)
+    return torch.where(mask, (x - mean) / divisor, 0.0)
+
+
+class PolicySums(NamedTuple):
+    """Of the tokens of one micro-batch, 0-d tensors; only `loss` carries a gradient."""
+
+    loss: Tensor  # weighted: surrogate + kl_coef KL - entropy_coef entropy
+    clipped: Tensor  # tokens whose ratio the clip held back
+    approx_kl: Tensor  # k3 of KL(old policy || new policy)
+    tokens: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: Estimator = "k2",
+) -> PolicySums:
+    """Clipped surrogate max(-A rho, -A clip(rho, 1-clip, 1+clip)), rho = exp(new - old) (Schulman et al.
+    2017, equation 7).
+
+    All tensors have one shape; `weights` None: every token counts 1. `entropy` (of the next-token
+    distribution) gives the bonus of equation 9; give `ref_logprobs` when the KL belongs into the loss and not
+    into the rewards (as a loss, the gradient of k1 has expectation 0: prefer k2 or k3).
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    advantages = torch.where(mask, advantages, 0.0)
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.maximum(free, bound)
+    if ref_logprobs is not None:
+        inside, reference = torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0)
+        losses = losses + kl_coef * token_kl(inside, reference, kl_estimator)
+    if entropy is not None:
+        losses = losses - entropy_coef * torch.where(mask, entropy, 0.0)
+    return PolicySums(
+        loss=weighted(losses, weights),
+        clipped=(bound > free).sum(),
+        approx_kl=(torch.expm1(log_ratio) - log_ratio).sum().detach(),
+        tokens=mask.sum(),
+    )
+
+
+def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of token losses, each times its weight."""
+    return losses.sum() if weights is None else (losses * weights).sum()
+
+
+class ClippedPolicy(Algorithm):
+    """A policy that learns alone by the clipped surrogate; what remains open is its advantages."""
+
+    trained = ("actor",)
+    sums: ClassVar = {"actor": ("clipped", "approx_kl", "tokens")}
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL to the reference is part of the policy's loss."""
+        return self.config.kl.place == "loss" and not self.config.reference_free
+
+    def inputs(self, role: str) -> Mapping[str, str]:
+        """Old log-probs and advantages, and the reference's log-probs where the loss has their KL."""
+        fields = {"old_logprobs": "logprobs_BS", "advantages": "advantages_BS"}
+        return {**fields, "ref_logprobs": "ref_logprobs_BS"} if self.kl_in_loss else fields
+
+    def loss(
+        self,
+        role: str,
+        outputs: Outputs,
+        inputs: Mapping[str, Tensor],
+        weights_N: Tensor,
+        kl_coef: float,
+    ) -> Loss:
+        """The clipped surrogate with the options' KL and entropy."""
+        assert outputs.logprobs is not None
+        c = self.config
+        found = policy_loss(
+            outputs.logprobs,
+            inputs["old_logprobs"],
+            inputs["advantages"],
+            torch.ones_like(outputs.logprobs, dtype=torch.bool),
+            clip=c.clip,
+            weights=weights_N,
+            entropy=outputs.entropy,
+            entropy_coef=c.entropy,
+            ref_logprobs=inputs.get("ref_logprobs"),
+            kl_coef=kl_coef,
+            kl_estimator=c.kl.estimator,
+        )
+        return Loss(found.loss, {name: getattr(found, name) for name in self.sums[role]})
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Averages over the tokens of all steps."""
+        tokens = sums["actor.tokens"]
+        return {
+            "clip_share": sums["actor.clipped"] / tokens,
+            "approx_kl": sums["actor.approx_kl"] / tokens,
+        }

@@ -1,0 +1,148 @@
+"""The optimizer steps of one iteration: minibatches of its experience, each a step of every trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puzzle.config import TrainConfig
+from puzzle.engine.pipeline import PipelineInput
+from puzzle.engine.runtime import ModelRuntime
+from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
+from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.fusion import FusedPipeline
+from puzzle.rlhf.models import Models
+from puzzle.rlhf.rollout import Cut
+
+
+class LossInputs(NamedTuple):
+    """What the loss of a micro-batch reads, ready on the device before the pipeline starts."""
+
+    states_N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    fields: Mapping[str, Tensor]
+
+
+class TrainStep:
+    """The optimizer steps of one iteration; `metrics()` afterwards, on every rank."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        models: Models,
+        config: TrainConfig,
+        experience: Experience,
+        kl_coef: float,
+        pipeline: FusedPipeline,
+    ) -> None:
+        self.algorithm, self.models, self.config = algorithm, models, config
+        self.experience, self.kl_coef, self.pipeline = experience, kl_coef, pipeline
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        # Of the first step: ratios' sum, how many they are, and the furthest from 1.
+        self._first = torch.zeros(3, dtype=torch.float64, device=models.actor.world.device)
+
+    def run(self, iteration: int, before_last: Callable[[], None] = lambda: None) -> None:
+        """All epochs and minibatches; `before_last` is called before the last optimizer step."""
+        size, seed, epochs = self.config.minibatch, self.config.seed, range(self.config.algorithm.epochs)
+        count = len(self.experience)
+        cuts = [rows for epoch in epochs for rows in minibatches(count, size, seed, iteration, epoch)]
+        for number, rows in enumerate(cuts, 1):
+            if number == len(cuts):
+                before_last()
+            self.pipeline.train(
+                [self._input(role, model, rows) for role, model in self.models.trained.items()]
+            )
+            self._steps += 1
+
+    def metrics(self) -> dict[str, float]:
+        """The algorithm's metrics, mean losses over the steps and mean gradient norms; UserError for a norm
+        that is not finite."""
+        world = self.models.actor.world
+        names = sorted(
+            f"{role}.{name}" for role, own in self.algorithm.sums.items() for name in ("loss", *own)
+        )
+        zero = torch.zeros((), dtype=torch.float64, device=world.device)
+        summed = world.sum(torch.stack([self._sums.get(name, zero).to(world.device) for name in names]))
+        found = dict(zip(names, summed.tolist(), strict=True))
+        out = {f"{role}_loss": found[f"{role}.loss"] / self._steps for role in self.models.trained}
+        out |= self.algorithm.metrics(found)
+        for role, model in self.models.trained.items():
+            assert model.optimizer is not None
+            norms = model.optimizer.take_norms()
+            out[f"{role}_grad_norm"] = sum(norms) / len(norms)
+        return out | self._first_ratio()
+
+    def _first_ratio(self) -> dict[str, float]:
+        """Of the policy before any step to the one that learning starts from: 1, but for rounding."""
+        world = self.models.actor.world
+        furthest = float(world.max(self._first[2:].clone()))
+        ratios, count = world.sum(self._first[:2].clone()).tolist()
+        return {"first_ratio": ratios / count, "first_ratio_gap": furthest}
+
+    def _input(self, role: str, model: ModelRuntime, rows: Sequence[int]) -> PipelineInput:
+        """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
+        cut = Cut(model, rows, [self.experience.sequence(row) for row in rows], self.config.algorithm)
+        last = model.coord.p == model.placement.layout.pp - 1
+        inputs = [self._loss_inputs(role, rows, cut, i) for i in range(len(cut.rows))] if last else []
+
+        def loss_fn(index: int, hidden: Tensor) -> Tensor:
+            given = inputs[index]
+            outputs = self._outputs(model, hidden, given)
+            if outputs.logprobs is not None and self._steps == 0 and model.owns_results:
+                self._note_ratio(outputs.logprobs.detach(), given.fields["old_logprobs"])
+            found = self.algorithm.loss(role, outputs, given.fields, given.weights_N, self.kl_coef)
+            if model.owns_results:
+                self._add(role, found)
+            return found.loss
+
+        return PipelineInput(model, cut.batches, loss_fn, max(cut.passes))
+
+    def _outputs(self, model: ModelRuntime, hidden: Tensor, given: LossInputs) -> Outputs:
+        if model.spec.head == "value":
+            return Outputs(values=model.decoder.values(hidden)[given.states_N])
+        stats = model.decoder.token_stats(
+            hidden,
+            given.states_N,
+            given.targets_N,
+            self.config.generation.temperature,
+            entropy=self.algorithm.wants_entropy,
+        )
+        return Outputs(stats.logprobs, stats.entropy)
+
+    def _loss_inputs(self, role: str, rows: Sequence[int], cut: Cut, index: int) -> LossInputs:
+        e, part = self.experience, cut.rows[index]
+        fields = {}
+        for name, attribute in self.algorithm.inputs(role).items():
+            x_BS = getattr(e, attribute)
+            assert x_BS is not None, f"{role} learns from {attribute}, which inference did not find"
+            fields[name] = e.take_N(x_BS, part)
+        states_N = cut.states_N(e, index)
+        weights_N = self._weights(rows, cut, part).to(states_N.device)
+        return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields)
+
+    def _weights(self, rows: Sequence[int], cut: Cut, part: Sequence[int]) -> Tensor:
+        """float32 (N,): what each token's loss is multiplied with; over all replicas they make the loss of
+        the minibatch an average of `algorithm.loss_average`."""
+        e, average = self.experience, self.config.algorithm.loss_average
+        if average == "sequence":
+            weights = [1.0 / (len(rows) * e.tokens([row])) for row in part for _ in range(e.tokens([row]))]
+            return torch.tensor(weights)
+        tokens = e.tokens(part)
+        weight = 1.0 / e.tokens(rows) if average == "token" else 1.0 / (sum(cut.passes) * tokens)
+        return torch.full((tokens,), weight)
+
+    def _note_ratio(self, logprobs_N: Tensor, old_N: Tensor) -> None:
+        ratio = (logprobs_N - old_N).exp()
+        self._first[0] += ratio.sum()
+        self._first[1] += len(ratio)
+        self._first[2] = torch.maximum(self._first[2], (ratio - 1).abs().max())
+
+    def _add(self, role: str, found: Loss) -> None:
+        for name, value in {"loss": found.loss, **found.sums}.items():
+            key = f"{role}.{name}"
+            self._sums[key] = self._sums.get(key, 0.0) + total(value)
