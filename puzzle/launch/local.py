@@ -79,6 +79,13 @@ def threads_per_worker(world: int) -> int:
     return int(given) if given.isdigit() and int(given) > 0 else max(1, len(os.sched_getaffinity(0)) // world)
 
 
+def wait_passively() -> None:
+    """Before torch loads: OpenMP's threads sleep while they wait, instead of taking the cores from whoever
+    else computes on this host; a policy that is given stays."""
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def run(
     target: str,
     args: Sequence[Any],
@@ -95,6 +102,7 @@ def run(
     first has for programmers; every process keeps the file descriptor `keep` open while it lives. Raises
     UserError or WorkerError with the first failure's line, all others gone.
     """
+    wait_passively()
     if (place := launched()) is not None:
         if place.world != world:
             raise UserError(
@@ -133,6 +141,7 @@ def host(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     threads = threads_per_worker(share.count)
+    wait_passively()
     # The server is `python -c`, which would find modules in the working folder first.
     with _environment({"OMP_NUM_THREADS": str(threads), SAFE_PATH: "1"}):
         _ensure_server()

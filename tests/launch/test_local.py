@@ -124,6 +124,11 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 def test_one_process_is_a_plain_call(tmp_path, monkeypatch):
     calls: list[int] = []
     monkeypatch.setattr(local, "_resolve", lambda target: calls.append)
+    for given in ("active", ""):  # how OpenMP waits is chosen before torch loads, unless given
+        monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY")
+        local.run("nowhere:nothing", (0,), 1)
+        assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
+    calls.clear()
     local.run("nowhere:nothing", (1,), 1)
     for name, value in PLACE.items():
         monkeypatch.setenv(name, value)
