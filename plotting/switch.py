@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting.style import BASELINE, COLUMN, GREY, OURS, SMALL, TEXT, TINY, applied
+from plotting.style import BASELINE, COLUMN, INK, OURS, SMALL, TEXT, TINY, applied
 
 GB = 1e9
 LEFT, RIGHT, TOP, BETWEEN, BOTTOM = 0.42, 0.12, 0.34, 0.5, 0.34
@@ -57,7 +57,7 @@ def _matrix(axes: Axes, sent: np.ndarray, ranks: list[int]) -> None:
     if len(ranks) <= LABELLED:
         for row, column in zip(*np.nonzero(sent), strict=True):
             value = sent[row, column]
-            ink = "white" if value > 0.6 * most else GREY
+            ink = "white" if value > 0.6 * most else INK
             axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=TINY)
 
 

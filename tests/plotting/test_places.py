@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -10,6 +11,7 @@ from matplotlib.text import Text
 from plotting import curves, figure10, figure12, style, table3
 from plotting.irregularities import PUBLISHED
 from plotting.speedups import figure8, figure9, figure11
+from plotting.switch import switch_figure
 from plotting.timeline import gantt
 from puzzle.runlog import load_runs
 from tests.plotting import builders
@@ -144,3 +146,38 @@ def test_the_order_of_keys_makes_no_other_line():
     assert [len(group) for group in curves.lines(runs).values()] == [2]
     runs[1] = builders.run("puzzle", config={**configs[1], "b": 4}, run_id="other")
     assert [len(group) for group in curves.lines(runs).values()] == [1, 1]
+
+
+def luminance(colour) -> float:
+    """Relative luminance of an sRGB colour, as in the Web Content Accessibility Guidelines."""
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot((0.2126, 0.7152, 0.0722), parts))
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_a_switch_is_drawn_to_the_edges_and_readable(count):
+    """Rank r sends r + 1 GB to its neighbour: every shade from the faintest to the fullest."""
+    ranks = [{"rank": r, "local_bytes": 1e9, "received_bytes": (r + 1) * 1e9} for r in range(count)]
+    pairs = [{"source": r, "destination": (r + 1) % count, "bytes": (r + 1) * 1e9} for r in range(count)]
+    layout = {"tp": 1, "pp": count, "dp": 1}
+    numbers = {"ranks": ranks, "pairs": pairs, "from": layout, "to": layout, "strategy": "similar"}
+    figure = switch_figure({**numbers, "local_share": 0.25, "bytes_received": 5e9})
+    renderer = drawn(figure)
+    matrix, bars = figure.axes
+    width = figure.bbox.width
+    for axes in (matrix, bars):
+        box = axes.get_tightbbox(renderer)
+        assert box is not None
+        assert 0 <= box.x0 <= 0.06 * width
+        assert 0.94 * width <= box.x1 <= width
+    (image,) = matrix.images
+    array = image.get_array()
+    assert array is not None
+    shades = np.asarray(array)
+    cells = {(int(text.get_position()[0]), int(text.get_position()[1])): text for text in matrix.texts}
+    assert set(cells) == ({((r + 1) % count, r) for r in range(count)} if count <= 16 else set())
+    for (column, row), text in cells.items():
+        assert text.get_text() == f"{row + 1:.2g}"
+        ground = luminance(image.cmap(image.norm(shades[row, column]))[:3])
+        ink = luminance(text.get_color())
+        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 4.0
