@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Literal
 
 LONGEST_LINE = 1000
 """Characters of an error line; a longer one, which quotes something huge, loses its middle."""
@@ -16,6 +18,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 # How torch says it, of a CPU and of a device.
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class UserError(Exception):
@@ -52,6 +55,17 @@ def absent(error: ModuleNotFoundError) -> str | None:
     if module in TIERS and "PUZZLE_PYTHON" not in os.environ:
         how = f"it is in the tier {TIERS[module]}: PUZZLE_ENV={TIERS[module]} . ./env.sh, or {how}"
     return f"the package {package} is not installed; {how}"
+
+
+def fetching(path: Path, kind: Literal["model", "dataset"] = "model") -> str:
+    """How to get what `path` seems to name on the Hugging Face Hub; nothing for a path that is one."""
+    if not _HUB_NAME.fullmatch(str(path)) or path.parent.exists():
+        return ""
+    option = "" if kind == "model" else " --repo-type dataset"
+    return (
+        f"; {kind}s are paths on this machine: fetch it where there is a network, by"
+        f" hf download {path}{option} --local-dir {path.name}, and give that folder"
+    )
 
 
 def out_of_memory(error: BaseException) -> str | None:

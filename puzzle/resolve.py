@@ -217,10 +217,11 @@ def _check_tokens(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> None
         if spec.vocab_size != actor.vocab_size and not padded:
             sizes = f"{spec.vocab_size} tokens, the actor's {actor.vocab_size}"
             raise UserError(f"{role}: its vocabulary has {sizes}; both must read the same tokens")
+    key = "data.random_tokens" if config.data.random_tokens else "data.max_prompt_tokens"
     for role in sorted(models.keys() - retokenised):
         positions = models[role].spec.max_positions
         if batch.prompt + batch.response > positions:
             raise UserError(
                 f"{role}: {batch.prompt} prompt and {batch.response} new tokens exceed its "
-                f"{positions} positions; lower generation.max_new_tokens or the prompts"
+                f"{positions} positions; lower generation.max_new_tokens or {key}"
             )

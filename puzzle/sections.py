@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -47,6 +49,20 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_no_float32_
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+def expanded(path: str) -> str:
+    """A path with ~ and $VARIABLES filled in, as a shell does; ValueError for a variable that is not set."""
+    if os.path.lexists(path):
+        return path
+    filled = os.path.expandvars(os.path.expanduser(path))
+    if left := re.search(r"\$(\w+|\{\w+\})", filled):
+        raise ValueError(f"{left[0]} is not set in the environment")
+    return filled
+
+
+Location = Annotated[str, AfterValidator(expanded)]
+"""A path in a configuration, which no shell has read."""
 
 
 class Section(BaseModel):
@@ -152,7 +168,7 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     """Where one model comes from and how it is laid out."""
 
-    model: str | None = Field(None, description="Hugging Face model folder")
+    model: Location | None = Field(None, description="Hugging Face model folder")
     init: InitConfig | None = Field(None, description="random initialisation instead of a folder")
     layers: Layers | None = Field(None, description="keep only the first N layers")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the run's layout")
@@ -173,14 +189,18 @@ class RewardConfig(ModelConfig):
 class DataConfig(Section):
     """Prompts, the tokenizer and their limits."""
 
-    prompts: str | None = Field(None, description=".jsonl, .parquet, .txt or a Hugging Face dataset folder")
-    eval_prompts: str | None = Field(None, description="held-out prompts in the same formats")
+    prompts: Location | None = Field(
+        None, description=".jsonl, .json, .parquet, .txt or a Hugging Face dataset folder"
+    )
+    eval_prompts: Location | None = Field(None, description="held-out prompts in the same formats")
     random_tokens: Tokens | None = Field(None, description="prompts of N random ids (timing runs), no text")
     field: Name = Field("prompt", description="name of the prompt's field")
     id_field: Name | None = Field(None, description="field of a stable id; default: position in the file")
-    tokenizer: str | None = Field(None, description="folder, or bytes; default: the actor's folder")
+    tokenizer: Location | None = Field(None, description="folder, or bytes; default: the actor's folder")
     chat_template: bool = Field(False, description="render prompts as user turns of a chat")
-    system: str | None = Field(None, description="system turn before each prompt (chat_template only)")
+    system: str | None = Field(
+        None, description="system turn of each prompt without one (chat_template only)"
+    )
     max_prompt_tokens: Tokens = Field(256, description="longest prompt; memory is counted for it")
     too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer prompts")
     shuffle: bool = Field(True, description="a new order of prompts in every epoch")

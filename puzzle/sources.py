@@ -6,7 +6,7 @@ from typing import Any
 
 from puzzle import jsonio
 from puzzle.config import LayoutConfig, ModelConfig, Role
-from puzzle.errors import UserError
+from puzzle.errors import UserError, fetching
 from puzzle.plan.layout import Layout
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
@@ -57,7 +57,7 @@ def read_model_config(key: str, folder: Path) -> dict[str, Any]:
         hint = (
             "; puzzle convert makes a folder of it" if folder.is_file() and folder.suffix == ".gguf" else ""
         )
-        raise UserError(f"{key}: {folder}: {what}{hint}")
+        raise UserError(f"{key}: {folder}: {what}{hint}{fetching(folder)}")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder")

@@ -238,7 +238,7 @@ def _ends(lengths: Iterable[int]) -> StopRule:
     """Ends every response, in their order, after that many tokens."""
     left = iter(lengths)
 
-    def rule() -> Any:
+    def rule(_: Sequence[int]) -> Any:
         length, heard = next(left), itertools.count(1)
         return lambda token: next(heard) >= length
 

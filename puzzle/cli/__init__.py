@@ -71,10 +71,18 @@ def filled(text: str) -> str:
 
 
 def named(text: str) -> Path:
-    """The type of an option that names a file or a folder: an empty name is not the folder one stands in."""
+    """The type of an option that names a file or a folder: an empty name is not the folder one stands in.
+
+    ~ and $VARIABLES are filled in also where the shell left them.
+    """
+    from puzzle.sections import expanded
+
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def new_file(text: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -69,5 +68,4 @@ def convert(source: Path, out: Path) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
             assert tokenizer is not None
             tokenizer.save_pretrained(folder)
-        (Path(folder) / "config.json").write_text(json.dumps(model.token_ids()))
-        save(out, model.spec, model.tensors(), Path(folder))
+        save(out, model.spec, model.tensors(), Path(folder), more=model.token_ids())

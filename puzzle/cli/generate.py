@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from puzzle import durable
 from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config import DataConfig
+from puzzle.data.endings import endings
 from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
-from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text, stop_ids, stop_rule
+from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.limits import LARGEST, MOST_PROCESSES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
@@ -49,7 +50,7 @@ def parser() -> Parser:
     made = Parser(prog="puzzle generate", description="Answer prompts with a model folder.")
     made.add_argument("model", type=named, help="Hugging Face model folder")
     made.add_argument(
-        "--prompts", type=named, help=".jsonl, .parquet, .txt or dataset folder; else stdin lines"
+        "--prompts", type=named, help=".jsonl, .json, .parquet, .txt or dataset folder; else stdin lines"
     )
     made.add_argument("--field", type=filled, default="prompt", help="name of the prompt's field")
     made.add_argument("--plain", action="store_true", help="no chat template, even if there is one")
@@ -98,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
         _prompts(given.prompts, data, tokenizer).prompts,
         given.jsonl,
         tuple(given.stop),
-        sampling | {"stop_ids": stop_ids(tokenizer, given.model)},
+        sampling | {"stop_ids": endings(tokenizer, given.model, given.stop).stop_ids},
         (given.tp, given.pp, given.dp),
         given.batch,
         given.device,
@@ -130,7 +131,7 @@ def work(job: Job) -> None:
 
     params = SamplingParams(**job.sampling)
     tokenizer = load_tokenizer(str(job.model))
-    rule = stop_rule(tokenizer, job.stop)
+    rule = endings(tokenizer, job.model, job.stop).rule
     with World.start(job.device) as world:
         runtime = _load(job, world)
         requests = [Request(prompt.tokens, prompt.index) for prompt in job.prompts]
@@ -186,7 +187,7 @@ class Terminal:
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
         self.tokenizer, self.job = tokenizer, job
         self._lines: list[str] = []
-        self._stream = TextStream(tokenizer)
+        self._stream = TextStream(tokenizer, job.prompts[0].tokens)
         self._text, self._shown, self._started = "", 0, False
         # What may yet turn out to begin a stop text is held back.
         self._held = max(map(len, job.stop), default=1) - 1
@@ -196,7 +197,8 @@ class Terminal:
         if not self._started:
             self._say(self.job.prompts[0].text + "\n> ")
             self._started = True
-        self._text += self._stream.add(token)[0]
+        new = self._stream.add(token)[0]
+        self._text += new if self._text else new.removeprefix(self.job.prompts[0].lead)
         stops = [at for at in (self._text.find(stop) for stop in self.job.stop) if at >= 0]
         certain = max(self._shown, min([len(self._text) - self._held, *stops]))
         self._say(self._text[self._shown : certain])
@@ -206,7 +208,7 @@ class Terminal:
         """The responses to a batch whose first prompt is `start`."""
         rows = [answer for _, part in sorted(answers, key=lambda own: own[0]) for answer in part]
         for prompt, answer in zip(self.job.prompts[start:], rows, strict=False):
-            text = response_text(self.tokenizer, answer.tokens, self.job.stop)
+            text = response_text(self.tokenizer, answer.tokens, self.job.stop, prompt.tokens, prompt.lead)
             line = {"prompt": prompt.text, "response": text, "response_ids": answer.tokens}
             self._lines.append(json.dumps(line | {"logprobs": answer.logprobs}, ensure_ascii=False))
             said = text[self._shown :] if self._started else f"{prompt.text}\n> {text}"

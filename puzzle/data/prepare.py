@@ -5,30 +5,37 @@ from datetime import datetime
 from pathlib import Path
 
 from puzzle.config import TrainConfig
+from puzzle.data.endings import Endings, endings
 from puzzle.data.prompts import PromptSet, PromptStream, load_prompts, random_prompts
-from puzzle.data.tokenizers import StopRule, Tokenizer, load_tokenizer, stop_ids, stop_rule
+from puzzle.data.reading import Reader
+from puzzle.data.tokenizers import Tokenizer, load_tokenizer
 from puzzle.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunData:
-    """`tokenizer` is None for random tokens, which have no text; `stop_ids`, `stop_rule` end responses."""
+    """`tokenizer` is None for random tokens, which have no text; `endings` say what ends responses.
+
+    `reader` makes the reward model's ids of the actor's; None where they are the same.
+    """
 
     tokenizer: Tokenizer | None
-    stop_ids: tuple[int, ...]
+    endings: Endings
     train: PromptStream
     held_out: PromptSet | None
-    stop_rule: StopRule | None = None
+    reader: Reader | None = None
 
 
 def prepare(config: TrainConfig, vocab_size: int, began: datetime | None = None) -> RunData:
     """Load tokenizer and prompts of a run; `vocab_size` is the actor's; chat templates take `began`
     for now. Raises UserError."""
     data = config.data
+    folder = None if config.actor.model is None else Path(config.actor.model)
     if data.random_tokens is not None:
         count = config.batch * config.iterations
         prompts = random_prompts(count, data.random_tokens, vocab_size, config.seed)
-        return RunData(None, (), PromptStream(prompts, config.batch, config.seed, data.shuffle), None)
+        stream = PromptStream(prompts, config.batch, config.seed, data.shuffle)
+        return RunData(None, endings(None, folder), stream, None)
     assert data.prompts is not None, "validated by TrainConfig"
     name = data.tokenizer or config.actor.model
     assert name is not None, "validated by TrainConfig"
@@ -42,7 +49,9 @@ def prepare(config: TrainConfig, vocab_size: int, began: datetime | None = None)
         if largest >= vocab_size:
             limit = f"the actor's vocabulary has {vocab_size}"
             raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
-    folder = None if config.actor.model is None else Path(config.actor.model)
     stream = PromptStream(train, config.batch, config.seed, data.shuffle)
-    rule = stop_rule(tokenizer, config.generation.stop)
-    return RunData(tokenizer, stop_ids(tokenizer, folder), stream, held_out, rule)
+    ends = endings(tokenizer, folder, config.generation.stop)
+    if config.reward.model is None:
+        return RunData(tokenizer, ends, stream, held_out)
+    reader = Reader(tokenizer, load_tokenizer(config.reward.model), ends.eos, began)
+    return RunData(tokenizer, ends, stream, held_out, None if reader.same else reader)

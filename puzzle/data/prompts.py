@@ -1,5 +1,6 @@
 """Prompts: read from files, turned into tokens, and dealt out in an order that a seed and a step fix."""
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from puzzle.config import DataConfig
-from puzzle.data.tokenizers import Tokenizer, encode, render
-from puzzle.errors import UserError, describe
+from puzzle.data.tokenizers import Tokenizer, answer_lead, encode, render
+from puzzle.errors import UserError, describe, fetching
 from puzzle.jsonio import Fields, parse, shown
 
 _BROKEN = re.compile("[\ud800-\udfff]")
@@ -43,6 +44,7 @@ class Prompt:
     """One prompt. `index`, its position in the file, keys its sampling noise; `id` names it.
 
     `messages` are the turns of a chat, None for plain text; `text` is what reward functions and samples show.
+    `lead` is what the chat's template puts before an answer (`answer_lead`).
     """
 
     index: int
@@ -50,6 +52,7 @@ class Prompt:
     text: str
     messages: Messages | None
     tokens: tuple[int, ...]
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,15 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
     Raises UserError naming file and line for what cannot be read, has no `field`, or has nothing in it.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file{fetching(path, 'dataset')}")
     if path.is_dir():
         records = _dataset_folder(path)
     elif path.suffix in (".jsonl", ".json"):
-        records = _json_lines(path)
+        records = _json_records(path)
     elif path.suffix == ".parquet":
         records = _parquet(path)
     elif path.suffix in (".txt", ".text"):
-        records = ((f"{path}:{number}", {field: line}) for number, line in _lines(path))
+        records = ((f"{path}:{number}", {field: line}) for number, line in _lines(_content(path)))
     else:
         raise UserError(f"{path}: prompts must be .jsonl, .parquet, .txt or a Hugging Face dataset folder")
     rows: list[Row] = []
@@ -89,6 +92,10 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
         for name in filter(None, (field, id_field)):
             if name not in record:
                 raise UserError(f"{place}: no field {name!r}; it has {', '.join(map(str, record)) or 'none'}")
+        if id_field is not None and record[id_field] is None:
+            raise UserError(
+                f"{place}: {id_field} is null; every prompt needs an id, or leave data.id_field out"
+            )
         own = None if id_field is None else str(record[id_field])
         if own is not None and own in seen:
             raise UserError(f"{place}: {id_field} {own!r} is taken by {seen[own]}; ids must differ")
@@ -102,25 +109,46 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines and their numbers."""
+def _content(path: Path) -> str:
+    """The text of a file without its byte order mark; UserError for what is not UTF-8."""
+    if not path.is_file():
+        raise UserError(f"{path}: is no regular file")  # a pipe would be waited for without end
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(describe(error)) from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: holds a NUL character; save the file as UTF-8 text")
+    return text
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in _lines(path):
-        record = parse(line, f"{path}:{number}")
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The non-blank lines and their numbers."""
+    # Not str.splitlines: it also ends lines at characters that texts may hold.
+    for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
+        if line.strip():
+            yield number, line
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a file with one in every line; a .json file may be an array of them."""
+    text = _content(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        found = ((f"{path} row {i}", record) for i, record in enumerate(parse(text, str(path))))
+    else:
+        found = ((f"{path}:{i}", parse(line, f"{path}:{i}")) for i, line in _lines(text))
+    for place, record in found:
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
-        yield f"{path}:{number}", record
+            raise UserError(f"{place}: expected a JSON object, found {type(record).__name__}")
+        yield place, record
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -166,6 +194,7 @@ def tokenise(
     place of what is wrong."""
     kept: list[Prompt] = []
     dropped = 0
+    lead: str | None = None
     for index, row in enumerate(rows):
         messages = _messages(row, data)
         try:
@@ -173,7 +202,9 @@ def tokenise(
                 text, tokens = row.value, encode(tokenizer, row.value)
             else:
                 rendered, tokens = render(tokenizer, messages, now=now)
+                _check_rendered(messages, rendered)
                 text = row.value if isinstance(row.value, str) else rendered
+                lead = answer_lead(tokenizer, messages) if lead is None else lead
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
         if not tokens:
@@ -186,7 +217,7 @@ def tokenise(
                 )
             dropped += 1
             continue
-        kept.append(Prompt(index, row.id or str(index), text, messages, tuple(tokens)))
+        kept.append(Prompt(index, row.id or str(index), text, messages, tuple(tokens), lead or ""))
     if not kept:
         raise UserError(
             f"{source}: all {dropped} prompts exceed data.max_prompt_tokens {data.max_prompt_tokens}"
@@ -195,20 +226,39 @@ def tokenise(
 
 
 def _messages(row: Row, data: DataConfig) -> Messages | None:
+    """The turns of a row, with the run's system turn unless it has its own; None for plain text."""
     value = row.value
-    if isinstance(value, str):
-        if not data.chat_template:
-            return None
-        system = () if data.system is None else ({"role": "system", "content": data.system},)
-        return (*system, {"role": "user", "content": value})
-    turns = isinstance(value, Sequence) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+    if isinstance(value, str) and not data.chat_template:
+        return None
+    listed: Any = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    turns = isinstance(listed, Sequence) and bool(listed) and all(isinstance(t, Mapping) for t in listed)
     if not turns or not all(
-        isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in value
+        isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in listed
     ):
         raise UserError(f"{row.place}: {data.field} must be text or turns with role and content")
     if not data.chat_template:
         raise UserError(f"{row.place}: {data.field} is a chat; set data.chat_template")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
+    for number, turn in enumerate(listed, 1):
+        if turn["role"] == "user" and not turn["content"].strip():
+            raise UserError(f"{row.place}: turn {number}, the user's, is empty")
+    if listed[-1]["role"] == "assistant":
+        raise UserError(
+            f"{row.place}: {data.field} ends with the assistant's turn, so there is nothing to answer; "
+            "leave that turn out"
+        )
+    own = listed[0]["role"] == "system"
+    system = () if data.system is None or own else ({"role": "system", "content": data.system},)
+    return (*system, *({"role": turn["role"], "content": turn["content"]} for turn in listed))
+
+
+def _check_rendered(messages: Messages, rendered: str) -> None:
+    """UserError for a turn that the template leaves out; what assistants and tools said it may shorten."""
+    for number, turn in enumerate(messages, 1):
+        if turn["role"] not in ("assistant", "tool") and turn["content"].strip() not in rendered:
+            raise UserError(
+                f"the chat template leaves turn {number} out, of role {turn['role']!r}; "
+                "use roles that it knows"
+            )
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> PromptSet:

@@ -1,4 +1,4 @@
-"""Tokenizers, through transformers: load, encode without a second BOS, render chats, tokenise again."""
+"""Tokenizers, through transformers: load, encode prompts, render chats, decode responses behind prompts."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle.data.clock import at
-from puzzle.errors import UserError
-from puzzle.jsonio import Fields, read_object
+from puzzle.errors import UserError, fetching
+from puzzle.jsonio import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,8 +22,9 @@ else:
 BYTES = "bytes"
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
 
-StopRule = Callable[[], Callable[[int], bool]]
-"""Makes a watcher for one response: given each of its tokens in turn, it says whether it is over."""
+StopRule = Callable[[Sequence[int]], Callable[[int], bool]]
+"""Makes a watcher for one response from the ids of its prompt: given each of its tokens in turn, it says
+whether it is over."""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -32,7 +33,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return byte_tokenizer()
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder to take a tokenizer from")
+        raise UserError(f"{folder}: no such folder to take a tokenizer from{fetching(folder)}")
     if not has_tokenizer(folder):
         raise UserError(f"{folder}: has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
     for file in TOKENIZER_JSON:
@@ -118,10 +119,21 @@ def tokenizer_folder(name: str | None) -> Generator[Path | None]:
         yield Path(folder)
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, with the BOS that the tokenizer adds, once."""
+def bare(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text` alone: special tokens only where it names them."""
     with foreign("the tokenizer refuses a text"):
-        tokens = list(tokenizer(text)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of `text` that something shall follow: with the BOS that the tokenizer adds, once, without
+    what it adds behind (EOS: a text that has ended is not continued)."""
+    with foreign("the tokenizer refuses a text"):
+        whole = list(tokenizer(text)["input_ids"])
+    own = bare(tokenizer, text)
+    most = len(whole) - len(own)
+    before = next((n for n in range(most + 1) if whole[n : n + len(own)] == own), 0)
+    tokens = whole[: before + len(own)]
     bos = tokenizer.bos_token_id
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
@@ -147,104 +159,198 @@ def render(
                 turns, chat_template=template, tokenize=False, add_generation_prompt=answer
             )
         )
-    with foreign("the tokenizer refuses what the chat template makes"):
-        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def stop_ids(tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
-    """Ids that end a response, sorted: the tokenizer's EOS and those of generation_config.json."""
-    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    file = folder / "generation_config.json" if folder is not None else None
-    if file is not None and file.exists():
-        ids.update(Fields(read_object(file), str(file)).ids("eos_token_id"))
-    return tuple(sorted(ids))
+    return text, bare(tokenizer, text)
 
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no character, or not yet."""
 
 
-def response_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str] = ()) -> str:
-    """The text of a response without special tokens; cut before a stop text that its last token completed."""
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out, by what they are called."""
+    found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+class _Decoder:
+    """Decodes what follows a prompt, behind that prompt: alone it may lose the space that it begins with.
+
+    An empty prompt stands for an unknown one. `special` says whether special tokens are written too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self.prompt = list(prompt) or bare(tokenizer, "a")
+        self._said = self.decode(self.prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` alone."""
+        skip = not self._special
+        return str(
+            self._tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        )
+
+    def behind(self, ids: Sequence[int]) -> str:
+        """What `ids` add to the text of the prompt."""
+        return beyond(self._said, self.decode([*self.prompt, *ids]))
+
+
+def beyond(known: str, text: str) -> str:
+    """What `text` has after the part that it shares with `known`, whose end it may have changed."""
+    if text.startswith(known):
+        return text[len(known) :]
+    pairs = enumerate(zip(known, text, strict=False))
+    return text[next((i for i, (a, b) in pairs if a != b), len(text)) :]
+
+
+def response_text(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    stops: Sequence[str] = (),
+    prompt: Sequence[int] = (),
+    lead: str = "",
+) -> str:
+    """The text of a response without special tokens; cut before a stop text that its last token completed.
+
+    `prompt` are the ids that it answers. A `lead` (`answer_lead`) at its beginning is no part of it.
+    """
+    decoder = _Decoder(tokenizer, prompt)
+    text = decoder.behind(ids)
+    named, plain = _with_special(tokenizer, stops)
+    end = _completed(decoder, ids, plain)
+    if named:
+        written = _Decoder(tokenizer, prompt, special=True)
+        start = _completed(written, ids, named)
+        if start is not None:
+            whole = next(n for n in range(len(ids), -1, -1) if len(written.behind(ids[:n])) <= start)
+            at = len(decoder.behind(ids[:whole])) + start - len(written.behind(ids[:whole]))
+            end = at if end is None else min(at, end)
+    return text[:end].removeprefix(lead)
+
+
+def _with_special(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Stop texts with special tokens in them, and the others."""
+    names = special_tokens(tokenizer) if stops else {}
+    named = [stop for stop in stops if any(name in stop for name in names)]
+    return named, [stop for stop in stops if stop not in named]
+
+
+def _completed(decoder: _Decoder, ids: Sequence[int], stops: Sequence[str]) -> int | None:
+    """Where the first stop text that the last token completes begins; None where there is none."""
     if not stops or not ids:
-        return text
-    before = len(str(tokenizer.decode(list(ids[:-1]), skip_special_tokens=True)).rstrip(UNFINISHED))
-    # A stop text that lies before the last token's was passed over (min_new_tokens).
+        return None
+    text = decoder.behind(ids)
+    # A stop text that lies before the last token's was passed over (min_new_tokens). The begin of a character
+    # of up to four tokens may hide what came before it.
+    before = max(len(decoder.behind(ids[:-n]).rstrip(UNFINISHED)) for n in range(1, min(4, len(ids)) + 1))
     found = [text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
-    return text[: min((start for start in found if start >= 0), default=len(text))]
+    return min((start for start in found if start >= 0), default=None)
+
+
+def answer_lead(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+    """The space that chat template and tokenizer write before an answer to `messages`, or nothing.
+
+    What follows a prompt begins with it where an answer does not.
+    """
+    try:
+        opened = render(tokenizer, messages)[1]
+        closed = render(tokenizer, [*messages, {"role": "assistant", "content": "a"}], answer=False)[1]
+    except UserError:
+        return ""  # a template that writes no answers
+    if closed[: len(opened)] != opened:
+        return ""
+    return " " if _Decoder(tokenizer, opened).behind(closed[len(opened) :]).startswith(" a") else ""
 
 
 class TextStream:
     """Text of a response while its tokens come, a character of several tokens when it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False) -> None:
+        """`prompt` are the ids that it answers; `special` writes special tokens too."""
+        self._decoder = _Decoder(tokenizer, prompt, special)
         # Tokens before `_start` change no later text; text up to `_read` has been given out.
-        self._ids: list[int] = []
-        self._start = self._read = 0
-        self._known = ""
+        self._ids = list(self._decoder.prompt)
+        self._start, self._read = 0, len(self._ids)
+        self._known = self._decoder.decode(self._ids)
 
     def add(self, token: int) -> tuple[str, str]:
         """The text that `token` makes certain, and what else there would be if no token followed."""
         self._ids.append(token)
-        text = self._decoded(self._start)
-        new = text[len(self._known) :]
+        text = self._decoder.decode(self._ids[self._start :])
+        new = beyond(self._known, text)
         if text.endswith(UNFINISHED):
             return "", new.rstrip(UNFINISHED)
         if new:
             self._start, self._read = self._read, len(self._ids)
-            self._known = self._decoded(self._start)
+            self._known = self._decoder.decode(self._ids[self._start :])
         return new, ""
-
-    def _decoded(self, start: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))
 
 
 def stop_rule(tokenizer: Tokenizer, stops: Sequence[str]) -> StopRule | None:
     """Makes watchers for single responses: given token after token, they say when one completes a stop text.
 
-    None where there are no stop texts.
+    None where there are no stop texts. Special tokens are text only for stop texts that name one.
     """
     if not stops:
         return None
-    reach = max(map(len, stops)) - 1
+    named, plain = _with_special(tokenizer, stops)
 
-    def watcher() -> Callable[[int], bool]:
-        stream, tail, seen = TextStream(tokenizer), "", 0
+    def watcher(prompt: Sequence[int] = ()) -> Callable[[int], bool]:
+        watches = [
+            _watch(TextStream(tokenizer, prompt, special), texts)
+            for special, texts in ((False, plain), (True, named))
+            if texts
+        ]
 
         def completes(token: int) -> bool:
-            nonlocal tail, seen
-            certain, uncertain = stream.add(token)
-            text, before = tail + certain + uncertain, len(tail) + seen
-            ends = any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stops)
-            tail, seen = (tail + certain)[-reach:] if reach else "", len(uncertain)
-            return ends
+            return True in [watch(token) for watch in watches]  # each hears every token
 
         return completes
 
     return watcher
 
 
-def same_tokenizer(first: Tokenizer, second: Tokenizer) -> bool:
-    """Whether both give the same ids to the same text: then ids need not be made again."""
-    if first.get_vocab() != second.get_vocab():
-        return False
-    one, other = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (first, second))
-    return one is not None and other is not None and one.to_str() == other.to_str()
+def _watch(stream: TextStream, stops: Sequence[str]) -> Callable[[int], bool]:
+    """Says of every token of a stream whether it completes one of `stops`."""
+    reach = max(map(len, stops)) - 1
+    tail, seen = "", 0
+
+    def completes(token: int) -> bool:
+        nonlocal tail, seen
+        certain, uncertain = stream.add(token)
+        text, before = tail + certain + uncertain, len(tail) + seen
+        ends = any(text.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stops)
+        tail, seen = (tail + certain)[-reach:] if reach else "", len(uncertain)
+        return ends
+
+    return completes
 
 
 def dialogue_ids(
-    tokenizer: Tokenizer, prompt: str, messages: Sequence[Mapping[str, str]] | None, response: str
+    tokenizer: Tokenizer,
+    prompt: str,
+    messages: Sequence[Mapping[str, str]] | None,
+    response: str,
+    end: int | None = None,
+    now: datetime | None = None,
 ) -> list[int]:
     """Ids of prompt and response for a model with another tokenizer: the text is tokenised again.
 
-    A chat goes through that tokenizer's template when it has one; plain text is prompt + response.
+    A chat goes through that tokenizer's template when it has one; plain text is prompt + response. `end` is
+    the id that says that the response has ended. None: it was cut off, and a chat's last turn stays open.
     """
-    if messages is not None and tokenizer.chat_template:
-        turns = [*messages, {"role": "assistant", "content": response}]
-        return render(tokenizer, turns, answer=False)[1]
-    return encode(tokenizer, prompt + response)
+    if messages is None or not tokenizer.chat_template:
+        return [*encode(tokenizer, prompt + response), *([] if end is None else [end])]
+    opened = render(tokenizer, messages, now=now)[0]
+    turns = [*messages, {"role": "assistant", "content": response}]
+    text = render(tokenizer, turns, answer=False, now=now)[0]
+    said = response.strip()
+    at = text.rfind(said) + len(said) if said and said in text else None
+    if end is None:
+        return bare(tokenizer, opened + response if at is None else text[:at])
+    rest = bare(tokenizer, beyond(opened, text) if at is None else text[at:])
+    closed = not set(rest).isdisjoint(special_tokens(tokenizer).values())
+    return [*bare(tokenizer, text), *([] if closed else [end])]
 
 
 def _first_line(error: BaseException) -> str:

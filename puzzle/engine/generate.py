@@ -33,8 +33,9 @@ PREFILL_TOKENS = 8192
 HEADER = 8
 """Bytes of a drawn token and its log-probability in a message."""
 
-StopRule = Callable[[], Callable[[int], bool]]
-"""Makes a watcher for one response: given each of its tokens in turn, it says whether it is over."""
+StopRule = Callable[[Sequence[int]], Callable[[int], bool]]
+"""Makes a watcher for one response from the ids of its prompt: given each of its tokens in turn, it says
+whether it is over."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Books:
         self.logprobs: list[list[float]] = [[] for _ in requests]
         self.ended = [False] * len(requests)
         self._stop_ids = frozenset(params.stop_ids)
-        self._watchers = None if stop is None else [stop() for _ in requests]
+        self._watchers = None if stop is None else [stop(request.prompt) for request in requests]
         self._finished = [False] * len(requests)
 
     def write(self, order: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]) -> None:

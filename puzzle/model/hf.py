@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puzzle import durable
-from puzzle.errors import UserError
+from puzzle.errors import UserError, fetching
 from puzzle.jsonio import Fields, read_object, shown
 from puzzle.model.decoder import Decoder
 from puzzle.model.rope import frequencies
@@ -36,11 +36,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
 )
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What weights may be stored as: integers and 8-bit floats mean nothing without scales."""
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_spec(folder: Path, head: Head | None = None) -> ModelSpec:
@@ -54,7 +52,7 @@ def read_spec(folder: Path, head: Head | None = None) -> ModelSpec:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
+        raise UserError(f"{folder}: no such model folder{fetching(folder)}")
     return read_object(folder / "config.json")
 
 
@@ -235,24 +233,28 @@ def save(
     tokenizer: Path | None = None,
     shard_bytes: int = 5 << 30,
     gate: AbstractContextManager[object] | None = None,
+    *,
+    more: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model folder: config, `tensors` (whole, by name, one at a time), another folder's tokenizer.
 
-    The folder appears, or replaces the one of that name, when it is complete; while it does, `gate` is held.
+    `more` are further keys of config.json; `generation` is what generation_config.json says (None: there is
+    none). The folder appears, or replaces the one of that name, when it is complete; while it does, `gate` is
+    held.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         dtype = _write_shards(partial, tensors, shard_bytes)
-        config = spec.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
-        if tokenizer is not None:
-            source = read_config(tokenizer) if (tokenizer / "config.json").exists() else {}
-            config |= {key: source[key] for key in TOKEN_IDS if key in source}
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).exists():
-                    shutil.copyfile(tokenizer / name, partial / name)
+        config = spec.to_hf() | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
+        for name in TOKENIZER_FILES:
+            if tokenizer is not None and (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if generation is not None:
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         durable.put(partial, folder, gate or nullcontext())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model: {error}") from None

@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from puzzle import durable
 from puzzle.config import TrainConfig
+from puzzle.data.endings import Endings
+from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import tokenizer_folder
 from puzzle.engine.checkpoint import Saved
 from puzzle.engine.export import whole_tensors
@@ -251,11 +253,15 @@ class Recorder:
         self,
         iteration: int,
         experience: Experience,
+        prompts: Sequence[Prompt],
         said: tuple[Sequence[str], Sequence[str]],
         scores_B: Tensor,
         held_out: bool = False,
     ) -> None:
-        """Prompts and responses with reward and KL, up to `log.samples` of them."""
+        """Prompts and responses with reward and KL, up to `log.samples` of them.
+
+        `prompt_id` is what `data.id_field` holds, else the prompt's position in its file.
+        """
         if self.writer is None:
             return
         kl = None
@@ -264,7 +270,8 @@ class Recorder:
             kl = torch.where(experience.mask_BS.to(gap.device), gap, 0.0).sum(1).tolist()
         rewards = scores_B.tolist()
         for row in range(min(len(experience), self.config.log.samples)):
-            prompt_id = experience.prompt_ids[row // experience.samples]
+            prompt = prompts[row // experience.samples]
+            prompt_id = prompt.index if self.config.data.id_field is None else prompt.id
             fields = {"reward": rewards[row], "prompt_id": prompt_id, "held_out": held_out}
             if kl is not None:
                 fields["kl"] = kl[row]
@@ -277,8 +284,11 @@ class Recorder:
                 folder = str(saved.folder.relative_to(self.out))
                 self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
 
-    def save(self, model: ModelRuntime, name: str, done: int) -> None:
-        """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name."""
+    def save(self, model: ModelRuntime, name: str, done: int, endings: Endings) -> None:
+        """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name.
+
+        `endings` are those that it was trained with.
+        """
         if not self.config.checkpoint.save:
             return
         folder = self.out / "checkpoints" / name
@@ -288,7 +298,8 @@ class Recorder:
                 pass
             return
         with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model) as files:
-            hf.save(folder, model.spec, tensors, files, gate=self.world.pulse.writing)
+            more, generation, gate = endings.config, endings.generation, self.world.pulse.writing
+            hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
         self.writer.checkpoint(done, str(folder.relative_to(self.out)))
         self._prune()
 

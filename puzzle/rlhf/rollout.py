@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from puzzle.config import AlgorithmConfig, GenerationConfig, TrainConfig
+from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
-from puzzle.data.tokenizers import StopRule, Tokenizer, dialogue_ids, response_text
+from puzzle.data.reading import Reader
+from puzzle.data.tokenizers import Tokenizer, response_text
 from puzzle.engine.generate import Request, Tally, generate
 from puzzle.engine.pipeline import PipelineInput
 from puzzle.engine.runtime import ModelRuntime, share
@@ -42,11 +44,11 @@ def respond(
     params: SamplingParams,
     iteration: int,
     generation: GenerationConfig,
-    stop: StopRule | None = None,
+    endings: Endings,
 ) -> Experience:
     """Responses and their log-probs for every prompt, the same experience on every rank.
 
-    `generation` says how large micro-batches are; `stop` ends responses beside the stop tokens.
+    `generation` says how large micro-batches are; `endings.rule` ends responses beside the stop tokens.
     """
     count = len(prompts) * samples
     rows = actor.rows(count)
@@ -64,7 +66,7 @@ def respond(
         decode=generation.decode_microbatch,
         graphs=generation.graphs,
         early_stop=generation.early_stop,
-        stop=stop,
+        stop=endings.rule,
         tally=tally,
     )
     width = params.max_new_tokens
@@ -98,23 +100,29 @@ def texts(
     asked = [prompts[row // experience.samples].text for row in range(len(experience))]
     if tokenizer is None:
         return asked, [" ".join(map(str, response)) for response in experience.responses]
-    return asked, [response_text(tokenizer, r, stops) for r in experience.responses]
+    answered = [
+        response_text(tokenizer, response, stops, prompt.tokens, prompt.lead)
+        for row, response in enumerate(experience.responses)
+        for prompt in (prompts[row // experience.samples],)
+    ]
+    return asked, answered
 
 
 def reward_sequences(
     experience: Experience,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer | None,
-    reward_tokenizer: Tokenizer | None,
+    reader: Reader | None,
     stops: Sequence[str] = (),
 ) -> list[Sequence[int]]:
-    """What the reward model reads: the same ids, or the text in its own tokenizer's."""
+    """What the reward model reads: the same ids, or what `reader` makes of them in its own tokenizer's."""
     rows = range(len(experience))
-    if tokenizer is None or reward_tokenizer is None:
+    if tokenizer is None or reader is None:
         return [experience.sequence(row) for row in rows]
-    asked, answered = texts(experience, prompts, tokenizer, stops)
-    turns = [prompts[row // experience.samples].messages for row in rows]
-    return [dialogue_ids(reward_tokenizer, asked[r], turns[r], answered[r]) for r in rows]
+    answered = texts(experience, prompts, tokenizer, stops)[1]
+    return [
+        reader(prompts[row // experience.samples], experience.responses[row], answered[row]) for row in rows
+    ]
 
 
 class Cut:
@@ -214,7 +222,7 @@ def about_sequences(
     if longest > spec.max_positions:
         raise UserError(
             f"{model.name}: a dialogue of {longest} tokens exceeds its {spec.max_positions} positions; "
-            "lower generation.max_new_tokens or shorten the prompts"
+            "lower generation.max_new_tokens or data.max_prompt_tokens"
         )
     cut = Cut(model, range(count), sequences, config)
 

@@ -17,7 +17,6 @@ from puzzle import footprint
 from puzzle.config import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
-from puzzle.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from puzzle.engine.checkpoint import Checkpoints
 from puzzle.engine.pipeline import Pipeline
 from puzzle.engine.runtime import ModelRuntime
@@ -148,10 +147,9 @@ class Trainer:
         self.kl_coef = config.algorithm.kl.coef
         self.algorithm = make_algorithm(config.algorithm)
         self.scores_seen = RunningMoments()
-        self.params = sampling_params(config, data.stop_ids)
+        self.params = sampling_params(config, data.endings.stop_ids)
         self.function = FunctionReward(config.reward.function) if config.reward.function else None
-        self.reward_tokenizer = self._reward_tokenizer()
-        agree_on_vocabulary(config, data, models, self.reward_tokenizer is not None)
+        agree_on_vocabulary(config, data, models, data.reader is not None)
         self.best = -math.inf
         self.done = 0
         self._saved = -1
@@ -190,14 +188,6 @@ class Trainer:
         self.best = -math.inf if state.values.get("best") is None else state.number("best")
         return Resumed(restored.number, restored.folder, restored.notes)
 
-    def _reward_tokenizer(self) -> Tokenizer | None:
-        """The reward model's tokenizer where it differs from the actor's."""
-        folder, ours = self.config.reward.model, self.data.tokenizer
-        if folder is None or ours is None:
-            return None
-        theirs = load_tokenizer(folder)
-        return None if same_tokenizer(ours, theirs) else theirs
-
     def run(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """All iterations, with evaluations and checkpoints between them."""
         recorder.ranks(describe_rank(self.models, self.world, self._peaks))
@@ -220,7 +210,8 @@ class Trainer:
         if self.config.checkpoint.save and self._saved != self.done:
             self._begin_state(checkpoints)  # a run that has ended can go on, too
         for role, model in self.models.trained.items():
-            recorder.save(model, "last" if model is self.models.actor else f"last-{role}", self.done)
+            name = "last" if model is self.models.actor else f"last-{role}"
+            recorder.save(model, name, self.done, self.data.endings)
         checkpoints.wait()
         recorder.states(checkpoints.finished())
         recorder.ranks(describe_rank(self.models, self.world, self._peaks))
@@ -233,7 +224,7 @@ class Trainer:
         if options.save and options.every and self.done % options.every == 0:
             self._begin_state(checkpoints)
             if self.done < self.config.iterations:
-                recorder.save(self.models.actor, f"iteration-{self.done}", self.done)
+                recorder.save(self.models.actor, f"iteration-{self.done}", self.done, self.data.endings)
 
     def _begin_state(self, checkpoints: Checkpoints) -> None:
         checkpoints.save(self.done, self.state())
@@ -250,7 +241,7 @@ class Trainer:
         with self.models.generator.weights(clock) as actor:
             self.models.room.for_generation()
             experience = respond(
-                actor, prompts, generation.samples, self.params, iteration, generation, self.data.stop_rule
+                actor, prompts, generation.samples, self.params, iteration, generation, self.data.endings
             )
         self.models.room.for_inference()
         doing(f"iteration {iteration}, inference")
@@ -273,7 +264,7 @@ class Trainer:
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
         recorder.offload(iteration, self.models.room.record())
-        recorder.samples(iteration, experience, self._texts(experience, prompts), scores)
+        recorder.samples(iteration, experience, prompts, self._texts(experience, prompts), scores)
         self.tracer.read(iteration, clock, recorder)
         return metrics
 
@@ -313,7 +304,7 @@ class Trainer:
         self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
     ) -> Question:
         stops = self.config.generation.stop
-        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.reward_tokenizer, stops)
+        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.data.reader, stops)
         return about_sequences(reward, sequences, self.config.algorithm)
 
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
@@ -354,14 +345,14 @@ class Trainer:
         )
         with self.models.generator.weights() as actor:
             self.models.room.for_generation()
-            experience = respond(actor, prompts, 1, params, 0, self.config.generation, self.data.stop_rule)
+            experience = respond(actor, prompts, 1, params, 0, self.config.generation, self.data.endings)
         scores = self.score(experience, prompts)
         reward = float(scores.mean())
         metrics = {"reward": reward}
         if len(scores) > 1:
             metrics["reward_ci95"] = 1.96 * float(scores.std()) / len(scores) ** 0.5
         recorder.evaluation(done, metrics)
-        recorder.samples(done, experience, self._texts(experience, prompts), scores, held_out=True)
+        recorder.samples(done, experience, prompts, self._texts(experience, prompts), scores, held_out=True)
         if self.config.checkpoint.best and reward > self.best:
-            recorder.save(self.models.actor, "best", done)
+            recorder.save(self.models.actor, "best", done, self.data.endings)
         self.best = max(self.best, reward)

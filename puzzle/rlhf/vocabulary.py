@@ -7,7 +7,8 @@ from pathlib import Path
 
 from puzzle.config import TrainConfig
 from puzzle.data.prepare import RunData
-from puzzle.data.tokenizers import has_tokenizer, load_tokenizer, same_tokenizer
+from puzzle.data.reading import same_tokens
+from puzzle.data.tokenizers import has_tokenizer, load_tokenizer
 from puzzle.engine.runtime import ModelRuntime
 from puzzle.errors import UserError
 from puzzle.rlhf.algorithms.base import INFERRED
@@ -41,7 +42,7 @@ def _check(config: TrainConfig, data: RunData, actor: ModelRuntime, model: Model
     used = _used(data)
     if data.tokenizer is not None:
         theirs = load_tokenizer(folder) if folder is not None and has_tokenizer(Path(folder)) else None
-        if theirs is not None and not same_tokenizer(data.tokenizer, theirs):
+        if theirs is not None and not same_tokens(data.tokenizer, theirs):
             raise UserError(f"{name}: the tokenizer of {folder} is not the actor's; all read the same tokens")
         # What the actor lacks too is drawn by nobody.
         ids = data.tokenizer.get_vocab().values()
@@ -55,4 +56,6 @@ def _check(config: TrainConfig, data: RunData, actor: ModelRuntime, model: Model
 def _used(data: RunData) -> int:
     """The largest token of all prompts and of what ends a response."""
     sets: Sequence = [s for s in (data.train.prompts, data.held_out) if s is not None]
-    return max([*data.stop_ids, *(max(prompt.tokens) for prompts in sets for prompt in prompts.prompts)])
+    return max(
+        [*data.endings.stop_ids, *(max(prompt.tokens) for prompts in sets for prompt in prompts.prompts)]
+    )

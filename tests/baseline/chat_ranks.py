@@ -52,6 +52,7 @@ def _run(world: Any, case: Case) -> Found:
     from dschat.ppo_step import run as run_chat
 
     from puzzle.config import TrainConfig
+    from puzzle.data.endings import Endings
     from puzzle.data.prepare import RunData
     from puzzle.data.prompts import Prompt, PromptSet, PromptStream
     from puzzle.resolve import resolve
@@ -59,7 +60,7 @@ def _run(world: Any, case: Case) -> Found:
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=False)
-    data = RunData(None, case.stop_ids, stream, None)
+    data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
     generate = ChatTrainer._generate
 
     def wrong(*args: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from puzzle.cli import main
 from puzzle.cli.generate import Terminal
 from puzzle.data.tokenizers import byte_tokenizer
+from tests.data.kinds import bytes_with_ends
 from tests.reference.tiny import save_lm
 
 
@@ -39,6 +41,29 @@ def test_jsonl_has_the_greedy_tokens_of_transformers_in_input_order(model: Path,
         wanted = reference.generate(ids, do_sample=False, max_new_tokens=7, eos_token_id=256, pad_token_id=0)
         assert line["response_ids"] == wanted[0, ids.shape[1] :].tolist()
         assert len(line["logprobs"]) == len(line["response_ids"])
+
+
+def test_ends_where_transformers_does(model: Path, tmp_path: Path) -> None:
+    """EOS ids of config.json alone, and a tokenizer that ends every text, also a prompt, with its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").unlink()
+    tokenizer = bytes_with_ends()
+    tokenizer.save_pretrained(folder)
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("one prompt\n")
+    options = ["--greedy", "--max-new-tokens", "12", "--jsonl", str(out), "--device", "cpu"]
+    ids = torch.tensor([tokenizer("one prompt")["input_ids"][:-1]])
+    reference = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    free = reference.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1] :]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [int(free[4]), 257]}))
+    reference = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    wanted = reference.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1] :]
+    assert main(["generate", str(folder), "--prompts", str(prompts), *options]) == 0
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["response_ids"] == wanted.tolist()
+    assert len(wanted) <= 5
 
 
 def test_layouts_and_stop_texts_give_the_same_lines(model: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def short(prompts, responses): return [0.0]
 def folder(tmp_path):
     (tmp_path / "run.yaml").write_text(CONFIG)
     (tmp_path / "scorers.py").write_text(SCORERS)
-    lines = [json.dumps({"prompt": f"opening {i}"}) + "\n" for i in range(8)]
+    lines = [json.dumps({"prompt": f"opening {i}", "key": f"k{i}"}) + "\n" for i in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
     (tmp_path / "long.jsonl").write_text("".join([*lines, json.dumps({"prompt": "x" * 25})]))
     (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
@@ -72,6 +72,15 @@ BEFORE_THE_LOG = [
     (["--data.chat_template", "true"], "the tokenizer has no chat template"),
     (["--actor.model", "no-tokenizer", "--data.tokenizer", "null"], "no-tokenizer: has no tokenizer"),
     (["--reference.model", "no-weights"], "no-weights"),
+    (
+        ["--actor.model", "some-org/Some-7B"],
+        "fetch it where there is a network, by hf download some-org/Some",
+    ),
+    (["--data.tokenizer", "some-org/Some-7B"], "hf download some-org/Some-7B --local-dir Some-7B"),
+    (["--data.prompts", "some-org/some-data"], "hf download some-org/some-data --repo-type dataset"),
+    (["--data.prompts", "~/absent.jsonl"], f"{Path.home()}/absent.jsonl: no such file"),
+    (["--data.prompts", "$NOT_SET_HERE/p.jsonl"], "$NOT_SET_HERE is not set in the environment"),
+    (["--data.max_prompt_tokens", "61"], "lower generation.max_new_tokens or data.max_prompt_tokens"),
 ]
 
 
@@ -140,10 +149,15 @@ def test_a_full_disk_is_named(folder, train):
 
 
 def test_a_run_that_works_is_left_whole(folder, train):
-    code, out, err = train()
+    code, out, err = train("--data.id_field", "key")
     assert (code, err) == (0, "")
     assert "2/2" in out
     assert (folder / "out/checkpoints/last/tokenizer.json").exists()
+    # transformers ends what the exported model says where this run did.
+    assert json.loads((folder / "out/checkpoints/last/config.json").read_text())["eos_token_id"] == 256
+    rows = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt_id"] for row in rows) == [f"k{i}" for i in range(8)]
+    assert all(row["prompt"] == f"opening {row['prompt_id'][1:]}" for row in rows)
     assert train()[0] == 2
 
 

@@ -33,7 +33,7 @@ def files(tmp_path):
 
 def test_texts(files):
     data = prepare(config({**files, "tokenizer": "bytes"}), 258)
-    assert data.stop_ids == (256,)
+    assert data.endings.stop_ids == (256,)
     assert {p.text.split()[0] for p in data.train.next()} == {"train"}
     assert data.held_out is not None
     assert [p.text for p in data.held_out.prompts] == [f"held {i}" for i in range(5)]
@@ -58,4 +58,4 @@ def test_the_tokenizer_of_a_folder(files, tmp_path):
     from_folder = config(
         files, actor={"model": folder}, critic={"init": config({"random_tokens": 1}).actor.init}
     )
-    assert prepare(from_folder, 258).stop_ids == (7, 256)
+    assert prepare(from_folder, 258).endings.stop_ids == (7,)

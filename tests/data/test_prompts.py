@@ -65,6 +65,10 @@ BAD_LINES = [
     (b'{"prompt": "fine"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text"),
     (b"\n \n", ": holds no prompts"),
     (b'{"prompt": "123456789"}\n', ":1: the prompt has 9 tokens, data.max_prompt_tokens is 8"),
+    ('{"prompt": "fine"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
+    ('{"prompt": "fine"}\n'.encode("utf-16-le"), ":1: holds a NUL character; save the file as UTF-8"),
+    (b'{"prompt": ' + b"[" * 100_000 + b"\n", ":1: not valid JSON"),
+    (b'{"prompt": ' + b"9" * 5000 + b"}\n", ":1: not valid JSON"),
 ]
 
 
@@ -76,6 +80,79 @@ def test_bad_lines_are_named(tmp_path, content, words):
         load_prompts(path, data(max_prompt_tokens=8), byte_tokenizer())
     assert str(raised.value).startswith(f"{path}{words}")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_marks_and_line_ends_are_no_part_of_a_prompt(tmp_path, mark, end):
+    """A separator that texts may hold is."""
+    texts = ["one\u2028", "two", "three\x0b"]
+    files = {
+        "p.txt": mark + end.join([texts[0], "", *texts[1:]]) + end,
+        "p.jsonl": mark + end.join(json.dumps({"prompt": text}) for text in texts),
+        "p.json": mark + end + json.dumps([{"prompt": text} for text in texts], indent=1).replace("\n", end),
+        "lines.json": mark + end.join(json.dumps({"prompt": text}) for text in texts),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert [row.value for row in read_rows(tmp_path / name, "prompt", None)] == texts, name
+
+
+def test_rows_of_an_array_are_named(tmp_path):
+    path = tmp_path / "p.json"
+    for content, words in [
+        ('[{"prompt": "a"}, {"text": "b"}]', " row 1: no field 'prompt'; it has text"),
+        ('[{"prompt": "a"},\n "b"]', " row 1: expected a JSON object, found str"),
+        ('[{"prompt": "a"},', ": not valid JSON"),
+        ("[]", ": holds no prompts"),
+        ('{"prompt":\n "a"}', ":1: not valid JSON"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError) as raised:
+            read_rows(path, "prompt", None)
+        assert str(raised.value).startswith(f"{path}{words}")
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def chat(tmp_path, turns, template=CHAT, **changes):
+    """The rendered text of one chat, whose turns are pairs of role and content."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    listed = [{"role": role, "content": content} for role, content in turns]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": listed}])
+    (prompt,) = load_prompts(path, data(chat_template=True, **changes), tokenizer).prompts
+    return str(tokenizer.decode(list(prompt.tokens)))
+
+
+def test_the_system_turn_is_before_every_chat_without_one(tmp_path):
+    asked = [("user", "hi"), ("assistant", "yes"), ("user", "so")]
+    assert chat(tmp_path, asked) == "<user>hi<assistant>yes<user>so<assistant>"
+    whole = "<system>be<user>hi<assistant>yes<user>so<assistant>"
+    assert chat(tmp_path, asked, system="be") == whole
+    assert chat(tmp_path, [("system", "be"), *asked], system="else") == whole
+
+
+@pytest.mark.parametrize(
+    ("turns", "template", "words"),
+    [
+        ([("user", "hi"), ("assistant", "yes")], CHAT, "ends with the assistant's turn"),
+        ([("user", " ")], CHAT, "turn 1, the user's, is empty"),
+        (
+            [("human", "hi")],
+            CHAT.replace(
+                "<{{ m.role }}>{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+            ),
+            "leaves turn 1 out, of role 'human'",
+        ),
+        ([("user", "a\ud83d")], CHAT, "at character 2 is no character"),
+    ],
+)
+def test_chats_that_cannot_be_answered_are_named(tmp_path, turns, template, words):
+    with pytest.raises(UserError, match=words) as raised:
+        chat(tmp_path, turns, template)
+    assert str(raised.value).startswith(f"{tmp_path / 'p.jsonl'}:1: ")
 
 
 def test_bad_files_are_named(tmp_path):
@@ -108,6 +185,9 @@ def test_ids_come_from_a_field_and_differ(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "key": 7}, {"prompt": "b", "key": 8}])
     loaded = load_prompts(path, data(id_field="key"), byte_tokenizer())
     assert [p.id for p in loaded.prompts] == ["7", "8"]
+    write_jsonl(path, [{"prompt": "a", "key": 7}, {"prompt": "b", "key": None}])
+    with pytest.raises(UserError, match=r":2: key is null"):
+        load_prompts(path, data(id_field="key"), byte_tokenizer())
     write_jsonl(path, [{"prompt": "a", "key": 7}, {"prompt": "b", "key": 7}])
     with pytest.raises(UserError, match=r":2: key '7' is taken by .*:1"):
         load_prompts(path, data(id_field="key"), byte_tokenizer())

@@ -1,4 +1,3 @@
-import json
 from datetime import UTC, datetime
 
 import pytest
@@ -15,8 +14,6 @@ from puzzle.data.tokenizers import (
     load_tokenizer,
     render,
     response_text,
-    same_tokenizer,
-    stop_ids,
     stop_rule,
     tokenizer_folder,
 )
@@ -81,24 +78,25 @@ def test_dialogue_for_another_tokenizer_is_made_from_text():
     plain, chat = byte_tokenizer(), with_bos()
     turns = [{"role": "user", "content": "hi"}]
     assert plain.decode(dialogue_ids(plain, "hi", turns, " you")) == "hi you"
-    assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi\n<assistant> you\n"
+    assert plain.decode(dialogue_ids(plain, "hi", turns, " you", 256)) == "hi you<eos>"
     assert chat.decode(dialogue_ids(chat, "hi", None, " you")) == "<bos>hi you"
-    assert same_tokenizer(plain, byte_tokenizer())
-    assert not same_tokenizer(plain, chat)
+    assert chat.decode(dialogue_ids(chat, "hi", None, " you", 256)) == "<bos>hi you<eos>"
 
 
-def test_stop_ids_join_tokenizer_and_generation_config(tmp_path):
-    tokenizer = byte_tokenizer()
-    assert stop_ids(tokenizer, None) == (256,)
-    assert stop_ids(tokenizer, tmp_path) == (256,)
-    file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [3, 256]}))
-    assert stop_ids(tokenizer, tmp_path) == (3, 256)
-    file.write_text(json.dumps({"eos_token_id": 4}))
-    assert stop_ids(tokenizer, tmp_path) == (4, 256)
-    file.write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
-        stop_ids(tokenizer, tmp_path)
+def test_a_chat_s_last_turn_stays_open_where_the_answer_was_cut_off():
+    chat = with_bos()
+    turns = [{"role": "user", "content": "hi"}]
+    assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi\n<assistant> you"
+    assert chat.decode(dialogue_ids(chat, "hi", turns, "")) == "<bos><user>hi\n<assistant>"
+    # The template closes turns by a line, or by EOS itself, which then is there once.
+    assert (
+        chat.decode(dialogue_ids(chat, "hi", turns, " you", 256)) == "<bos><user>hi\n<assistant> you\n<eos>"
+    )
+    chat.chat_template = TEMPLATE.replace("}}\n{%", "}}<eos>{%")
+    assert (
+        chat.decode(dialogue_ids(chat, "hi", turns, " you", 256)) == "<bos><user>hi<eos><assistant> you<eos>"
+    )
+    assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi<eos><assistant> you"
 
 
 def test_what_has_no_tokenizer_or_template_is_refused(tmp_path):
@@ -131,7 +129,7 @@ def test_a_stop_text_ends_with_the_token_that_completes_it(text, stops):
     ids = encode(byte_tokenizer(), text)
     rule = stop_rule(byte_tokenizer(), stops)
     assert rule is not None
-    watcher = rule()
+    watcher = rule(())
     ends = [k for k, token in enumerate(ids, 1) if watcher(token)]
     truth = [k for k in range(1, len(ids) + 1) if any(whole(ids[:k]).endswith(stop) for stop in stops)]
     assert ends == truth

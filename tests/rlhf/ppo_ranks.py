@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from puzzle.config import TrainConfig
+from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine import optimizer as optimizer_module
@@ -104,7 +105,8 @@ def run_case(world: World, case: Case) -> Watch:
 
     ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
     try:
-        trainer = Trainer(plan, RunData(None, case.stop_ids, stream, None), models, world)
+        data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
+        trainer = Trainer(plan, data, models, world)
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from puzzle.config import TrainConfig
+from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine.checkpoint import Checkpoints
@@ -26,7 +27,7 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
     plan = resolve(config)
     models = build_models(plan, world)
-    trainer = Trainer(plan, RunData(None, case.stop_ids, stream, None), models, world)
+    trainer = Trainer(plan, RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None), models, world)
     checkpoints = Checkpoints(Path(folder), tuple(models.trained.values()))
     trainer.resume(checkpoints)
     watch = Watch()

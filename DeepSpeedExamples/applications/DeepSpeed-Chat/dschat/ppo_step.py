@@ -156,7 +156,9 @@ class ChatTrainer(Trainer):
         seconds["switch"] += gather
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, {"seconds": gather} if gather > 0 else None)
-        recorder.samples(iteration, experience, texts(experience, prompts, self.data.tokenizer), scores)
+        recorder.samples(
+            iteration, experience, prompts, texts(experience, prompts, self.data.tokenizer), scores
+        )
         return metrics
 
     def _compare(self, experience: Experience, recorder: Recorder) -> None:
