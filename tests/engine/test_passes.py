@@ -109,7 +109,7 @@ def test_parked_rows_change_nothing_and_stay_where_they_are(
     for _ in range(3):
         note([0, 1, 2, 3], passes.decode(0, 4))
     passes.move(3, 0, len(prompts[3]) + len(got[3]) - 1)
-    passes.park([3])
+    assert passes.state[1, 3] == engine_passes.PARKED
     for _ in range(2):
         note([3, 1, 2], passes.decode(0, 3))
     assert passes.state[1, 3:].tolist() == [engine_passes.PARKED] * 2
