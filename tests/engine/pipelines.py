@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from puzzle.engine.optimizer import AdamWSettings
@@ -181,12 +182,17 @@ def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[tuple[dict[st
 
 
 def few(rank: int, world_size: int, case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """What the models answer apart and in one pipeline, where replicas may have no text at all."""
+    """What the models answer apart and in one pipeline, where replicas may have no text at all. All ranks
+    have made as many groups then, so that torch calls the next one by the same name everywhere."""
     world = World(rank, world_size, torch.device("cpu"))
     made = models(world, case)
     inputs = [work(m, texts(case.rows), size) for m, size in zip(made, case.per_pass, strict=True)]
     apart = [result for i in inputs for result in Pipeline([i.model]).infer([i])[0].results]
-    return apart, [result for output in Pipeline(made).infer(inputs) for result in output.results]
+    fused = [result for output in Pipeline(made).infer(inputs) for result in output.results]
+    total = torch.ones(1)
+    dist.all_reduce(total, group=world.groups([tuple(range(world_size))], "afterwards"))
+    assert total == world_size
+    return apart, fused
 
 
 def refusal(rank: int, case: Case) -> str:

@@ -115,7 +115,7 @@ def test_every_split(world: int) -> None:
 
 
 def test_replicas_without_rows_let_the_others_answer() -> None:
-    """One text: of two pipelines the second is idle, but its ranks, too, make the others' channels."""
+    """One text: of two pipelines the second is idle, but its ranks make the groups of all channels, too."""
     found = run_ranks(pipelines.few, 4, 4, Case((1, 2, 2), (1, 2, 2), rows=1), timeout=60.0)
     assert [[len(way) for way in answers] for answers in found] == [[0, 0], [0, 0], [2, 2], [0, 0]]
     apart, fused = found[2]

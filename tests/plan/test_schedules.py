@@ -192,7 +192,9 @@ def test_a_mix_for_other_counts(
     counts = {m.name: data.draw(st.integers(1, 9)) for m in models}
     assert Counter(stretched(order, counts)) == counts
     other = [PipelineModel(name, n) for name, n in counts.items()]
-    for kind in ("sequential", "alternating") if len(set(own.values())) == 1 else ("sequential",):
+    # One micro-batch of each alternates and is sequential: nothing says which.
+    told = len(set(own.values())) == 1 and max(own.values()) > 1
+    for kind in ("sequential", "alternating") if told else ("sequential",):
         names = [model for model, _ in microbatch_order(models, kind)]
         if kind == "sequential" or len(set(counts.values())) == 1:
             assert stretched(names, counts) == tuple(model for model, _ in microbatch_order(other, kind))
