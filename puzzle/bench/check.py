@@ -268,7 +268,7 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
         with StagePasses(runtime.decoder, graphs=mode == "graphs") as passes:
             for ends, stop_ids in (("", ()), (", early ends", stops)):
                 params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
-                answers = generate(runtime.decoder, requests, params, runtime.runner, passes=passes)
+                answers = generate(runtime.decoder, requests, params, runtime.executor, passes=passes)
                 margins = [
                     truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
                     for row, answer in zip(rows, answers, strict=True)

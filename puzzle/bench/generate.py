@@ -184,7 +184,7 @@ class Subject:
             runtime.decoder,
             requests,
             params,
-            runtime.runner,
+            runtime.executor,
             passes=passes,
             stop=None if lengths is None else _ends(wanted),
             tally=tally,

@@ -176,7 +176,7 @@ class _Subject:
     def prefill(self, made: ModelRuntime) -> None:
         """A pass over the prompts, and a token of each."""
         once = SamplingParams(max_new_tokens=1)
-        generate(made.decoder, self.requests, once, made.runner, graphs=False)
+        generate(made.decoder, self.requests, once, made.executor, graphs=False)
 
     def _report(self, row: dict[str, Any]) -> None:
         layouts = "->".join(",".join(map(str, row[side])) for side in ("from", "to"))

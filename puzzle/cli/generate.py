@@ -145,7 +145,7 @@ def work(job: Job) -> None:
                     runtime.decoder,
                     [part[row] for row in rows],
                     params,
-                    runtime.runner,
+                    runtime.executor,
                     passes=passes,
                     stop=rule,
                     watch=terminal.watch if terminal is not None and len(requests) == 1 else None,

@@ -1,1 +1,1 @@
-"""Executes plans: process groups, pipeline runner, optimizer, generation."""
+"""Executes plans: process groups, pipelines, optimizer, generation."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.passes import Drawn, Fetched, StagePasses
-from puzzle.engine.runner import Execution, Runner
+from puzzle.engine.runner import Execution, Executor
 from puzzle.engine.sampling import SamplingParams
 from puzzle.engine.world import World
 from puzzle.errors import UserError
@@ -70,7 +70,7 @@ def generate(
     decoder: Decoder,
     requests: Sequence[Request],
     params: SamplingParams,
-    runner: Runner | None = None,
+    executor: Executor | None = None,
     *,
     passes: StagePasses | None = None,
     prefill: int | None = None,
@@ -84,7 +84,7 @@ def generate(
 ) -> list[Response]:
     """A response to each request, in order, on every rank of the replica.
 
-    `runner` is the pipeline's (None: one stage); all ranks of a run call, those without requests, too.
+    `executor` is the pipeline's (None: one stage); all ranks of a run call, those without requests, too.
     `passes` keeps cache and graphs from call to call; without them, `graphs` says whether decode passes are
     recorded (on CUDA). `prefill` and `decode` are sequences per micro-batch
     (None: a decode micro-batch per stage; a prefill pass never has more than `PREFILL_TOKENS` tokens).
@@ -96,8 +96,8 @@ def generate(
     UserError for an empty prompt, one too long for the model, or a cache that does not fit the device.
     """
     check_room(requests, params.max_new_tokens, decoder.spec.max_positions)
-    runner = runner or Runner(World(0, 1, decoder.device), (0,), ((0,),))
-    execution = runner.begin("generation", ring_channels(decoder.layout.pp))
+    executor = executor or Executor(World(0, 1, decoder.device), (0,), ((0,),))
+    execution = executor.begin("generation", ring_channels(decoder.layout.pp))
     if not requests:
         execution.finish()
         return []
@@ -110,7 +110,7 @@ def generate(
     rounds = session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
-    execution.finish(ring.unrolled(rounds) if runner.world.clock is not None else None)
+    execution.finish(ring.unrolled(rounds) if executor.world.clock is not None else None)
     if tally is not None:
         tally.rows += session.rows
         tally.tokens += sum(map(len, books.tokens))
@@ -206,7 +206,7 @@ class _Share:
 
 
 class Session:
-    """One stage's part in a ring (a `StageWork`); row r of the cache is request r's until rows come free."""
+    """A stage's part in a ring (a `StageProgram`); row r of the cache is request r's until rows come free."""
 
     def __init__(
         self, passes: StagePasses, ring: Ring, books: Books, lookahead: int, early_stop: bool = True
@@ -214,10 +214,10 @@ class Session:
         self.passes, self.ring, self.books, self.lookahead = passes, ring, books, lookahead
         self.early_stop = early_stop
         self.decoder = passes.decoder
-        self.promise = ring.promise(0)
+        self.spec = ring.spec(0)
         self.shares = [
             _Share(j, start, list(range(start, stop)), stop - start)
-            for j, (start, stop) in enumerate(self.promise.decode)
+            for j, (start, stop) in enumerate(self.spec.decode)
         ]
         self.rows = 0
         prompts = [request.prompt for request in books.requests]
@@ -250,7 +250,7 @@ class Session:
         """Prompts' hidden states (T/tp, D); token ids int32 (2, rows); or bytes: ids, then hidden states."""
         device, wide = self.decoder.device, self.decoder.spec.hidden_size
         if action.payload is Payload.ACTIVATION and not action.step:
-            start, stop = self.promise.prefill[action.microbatch]
+            start, stop = self.spec.prefill[action.microbatch]
             tp = self.decoder.layout.tp
             total = -(-sum(len(prompt) for prompt in self._prompts[start:stop]) // tp)
             return torch.empty((total, wide), dtype=self.decoder.dtype, device=device)
@@ -274,7 +274,7 @@ class Session:
         raise AssertionError(op)
 
     def _prefill(self, index: int, received: Tensor | None) -> list[Tensor]:
-        start, stop = self.promise.prefill[index]
+        start, stop = self.spec.prefill[index]
         out = self.passes.prefill(
             range(start, stop), self._prompts[start:stop], self._stems[start:stop], received
         )

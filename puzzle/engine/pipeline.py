@@ -55,7 +55,7 @@ class Pipeline:
         reason = why_not_fused({model.name: model.placement for model in models})
         if reason:
             raise UserError(f"{' and '.join(m.name for m in models)} cannot share a pipeline: {reason}")
-        self._executor = models[0].runner
+        self._executor = models[0].executor
         self._stages = models[0].placement.layout.pp
 
     def train(

@@ -16,7 +16,7 @@ WAITS = frozenset({Op.WAIT_SEND, Op.WAIT_RECV, *COLLECTIVES.values()})
 """Actions in which a rank may have to wait for others."""
 
 
-class StageWork(Protocol):
+class StageProgram(Protocol):
     """One model's share of a schedule on this rank."""
 
     def buffer(self, action: Action) -> Tensor:
@@ -32,7 +32,7 @@ class StageWork(Protocol):
         ...
 
 
-class Runner:
+class Executor:
     """Executes schedules for one pipeline: `ranks[s]` is the global rank of its stage s."""
 
     def __init__(self, world: World, ranks: tuple[int, ...], pipelines: tuple[tuple[int, ...], ...]) -> None:
@@ -54,15 +54,15 @@ class Runner:
 class Execution:
     """Tensors and transfers under way; they may stay so between the parts of a schedule."""
 
-    def __init__(self, runner: Runner, groups: Mapping[Channel, dist.ProcessGroup]) -> None:
-        self.runner, self.groups = runner, groups
-        self.models: Mapping[str, StageWork] = {}
-        self.world, self.stage = runner.world, runner.stage
+    def __init__(self, executor: Executor, groups: Mapping[Channel, dist.ProcessGroup]) -> None:
+        self.executor, self.groups = executor, groups
+        self.models: Mapping[str, StageProgram] = {}
+        self.world, self.stage = executor.world, executor.stage
         self.under_way: dict[Message, tuple[Tensor, dist.Work]] = {}
         self.arrived: list[Tensor] = []
         self.leaving: deque[Tensor] = deque()
 
-    def run(self, part: Schedule, models: Mapping[str, StageWork]) -> None:
+    def run(self, part: Schedule, models: Mapping[str, StageProgram]) -> None:
         """This stage's actions of the part, in order."""
         clock, pulse = self.world.clock, self.world.pulse
         self.models = models
@@ -98,11 +98,11 @@ class Execution:
     def _name(self, action: Action) -> str:
         """The action's label, with the peer's rank."""
         peer = action.peer
-        return action.label if peer is None else f"{action.label} (rank {self.runner.ranks[peer]})"
+        return action.label if peer is None else f"{action.label} (rank {self.executor.ranks[peer]})"
 
     def _transfer(self, action: Action) -> None:
         message = action.message(self.stage)
-        group, peer = self.groups[message.channel], self.runner.ranks[action.peer or 0]
+        group, peer = self.groups[message.channel], self.executor.ranks[action.peer or 0]
         if action.op is Op.SEND:
             assert self.leaving, f"{action.label}: nothing to send"
             tensor = self.leaving.popleft().contiguous()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.optimizer import BUCKET, AdamWSettings, ZeroAdamW
-from puzzle.engine.runner import Runner
+from puzzle.engine.runner import Executor
 from puzzle.engine.world import World
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup
@@ -40,7 +40,7 @@ class ModelRuntime:
         device = world.device if allocate else torch.device("meta")
         self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
         self.stage.register_forward_hook(lambda *_: world.pulse.tick())
-        self.runner = Runner(world, placement.pp_group(self.coord), placement.groups("pp"))
+        self.executor = Executor(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self.split_backward = False
         """Whether gradients of matrices are computed apart, where pipelines of several stages would idle."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puzzle.plan.measured import action_spans
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, Generation, Schedule
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Action, RingSpec, Schedule
 from puzzle.plan.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -141,15 +141,15 @@ def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:
 
 def _rings(schedule: Schedule) -> dict[str, Any]:
     """How many micro-batches a decode ring has, of how many sequences, and its rounds."""
-    for work in schedule.work:
-        if isinstance(work, Generation):
+    for spec in schedule.specs:
+        if isinstance(spec, RingSpec):
             return {
                 "microbatches": {
-                    "prefill": len(work.prefill),
-                    "prefill_sequences": work.prefill[0][1],
-                    "decode": len(work.decode),
-                    "decode_sequences": work.decode[0][1],
-                    "rounds": work.rounds,
+                    "prefill": len(spec.prefill),
+                    "prefill_sequences": spec.prefill[0][1],
+                    "decode": len(spec.decode),
+                    "decode_sequences": spec.decode[0][1],
+                    "rounds": spec.rounds,
                 }
             }
     return {}

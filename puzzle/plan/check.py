@@ -1,4 +1,4 @@
-"""What makes a schedule right. Independent of how it was built; it reads only the promise and the action
+"""What makes a schedule right. Independent of how it was built; it reads only the specs and the action
 lists."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from puzzle.plan.schedule import (
     TRANSFERS,
     Action,
     Channel,
-    Generation,
     Message,
     Op,
+    PipelineSpec,
+    RingSpec,
     Schedule,
-    Work,
     transfer,
 )
-from puzzle.plan.simulate import Execution
+from puzzle.plan.simulate import VirtualExecution
 from puzzle.plan.transfers import flow_of
 
 _BACKWARDS = GRADIENTS | {Op.BACKWARD_WEIGHT}
@@ -36,7 +36,7 @@ def checked(build: Callable[..., Schedule], *arguments: Hashable, **options: Has
     """
     schedule = build(*arguments, **options)
     if broken := check(schedule):
-        names = ", ".join(work.model for work in schedule.work)
+        names = ", ".join(spec.model for spec in schedule.specs)
         raise RuntimeError(f"{schedule.name} of {names}: {'; '.join(broken)}")
     return schedule
 
@@ -44,31 +44,31 @@ def checked(build: Callable[..., Schedule], *arguments: Hashable, **options: Has
 def check(schedule: Schedule) -> list[str]:
     """Every violation, one line each; an empty list for a right schedule.
 
-    Complete: each stage runs each promised pass and optimizer action once, after what it depends on.
+    Complete: each stage runs each pass and optimizer action of its specs once, after what it depends on.
     Messages are sent after the pass that yields them, received before the pass that needs them, once, and
     waited for. Both ends of a channel issue its messages in one order, all stages issue the sums of norms
     in one order, and an execution in which a transfer ends only when both sides have started it reaches
     the end.
     """
-    broken = [*_promises(schedule), *_well_formed(schedule)]
+    broken = [*_spec_faults(schedule), *_well_formed(schedule)]
     if broken:
         return broken
     for stage in range(schedule.num_stages):
         broken += _Stage(schedule, stage).violations()
     broken += _orders(schedule)
-    broken += [f"deadlock: {line}" for line in Execution(schedule, lambda stage, action: 0.0).run()]
+    broken += [f"deadlock: {line}" for line in VirtualExecution(schedule, lambda stage, action: 0.0).run()]
     return broken
 
 
-def _promises(schedule: Schedule) -> Iterator[str]:
-    names = [w.model for w in schedule.work]
+def _spec_faults(schedule: Schedule) -> Iterator[str]:
+    names = [w.model for w in schedule.specs]
     if len(set(names)) < len(names):
-        yield f"a model is promised twice among {names}"
-    for work in schedule.work:
-        if not isinstance(work, Generation):
+        yield f"a model has two specs among {names}"
+    for spec in schedule.specs:
+        if not isinstance(spec, RingSpec):
             continue
         ends = []
-        for kind, ranges in (("prefill", work.prefill), ("decode", work.decode)):
+        for kind, ranges in (("prefill", spec.prefill), ("decode", spec.decode)):
             ends.append(ranges[-1][1] if ranges else 0)
             borders = [0, *(end for _, end in ranges)]
             if [start for start, _ in ranges] != borders[:-1] or borders != sorted(set(borders)):
@@ -87,23 +87,23 @@ def _well_formed(schedule: Schedule) -> Iterator[str]:
             yield f"stage {stage}: {action.label} has no such peer"
 
 
-def _passes(work: Work | Generation) -> list[Action]:
-    """The passes that every stage owes to a promise."""
-    if isinstance(work, Work):
-        backward = [Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if work.split else [Op.BACKWARD]
-        ops = [Op.FORWARD, *backward] if work.backward else [Op.FORWARD]
-        return [Action(op, work.model, m) for op in ops for m in range(work.microbatches)]
-    prefills = [Action(Op.PREFILL, work.model, i) for i in range(len(work.prefill))]
-    steps, microbatches = range(1, work.rounds + 1), range(len(work.decode))
-    return prefills + [Action(Op.DECODE, work.model, j, step=t) for t in steps for j in microbatches]
+def _passes(spec: PipelineSpec | RingSpec) -> list[Action]:
+    """The passes that every stage owes to a spec."""
+    if isinstance(spec, PipelineSpec):
+        backward = [Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if spec.split else [Op.BACKWARD]
+        ops = [Op.FORWARD, *backward] if spec.backward else [Op.FORWARD]
+        return [Action(op, spec.model, m) for op in ops for m in range(spec.microbatches)]
+    prefills = [Action(Op.PREFILL, spec.model, i) for i in range(len(spec.prefill))]
+    steps, microbatches = range(1, spec.rounds + 1), range(len(spec.decode))
+    return prefills + [Action(Op.DECODE, spec.model, j, step=t) for t in steps for j in microbatches]
 
 
-def _before(work: Work | Generation, action: Action) -> list[Action]:
+def _before(spec: PipelineSpec | RingSpec, action: Action) -> list[Action]:
     """The passes of the same stage that a pass depends on: a backward on its forward and, so that sums of
-    gradients are bitwise the same in every stream, on the backward before, and so its second part on the
-    first; a decode step on its keys and values."""
-    model, m = work.model, action.microbatch
-    if isinstance(work, Work):
+    gradients are bitwise the same in every order of models, on the backward before, and so its second part
+    on the first; a decode step on its keys and values."""
+    model, m = spec.model, action.microbatch
+    if isinstance(spec, PipelineSpec):
         if action.op is Op.FORWARD:
             return []
         first = Op.BACKWARD_INPUT if action.op is Op.BACKWARD_WEIGHT else Op.FORWARD
@@ -112,8 +112,8 @@ def _before(work: Work | Generation, action: Action) -> list[Action]:
         return []
     if action.step > 1:
         return [Action(Op.DECODE, model, m, step=action.step - 1)]
-    start, end = work.decode[m]
-    return [Action(Op.PREFILL, model, i) for i, (a, b) in enumerate(work.prefill) if a < end and start < b]
+    start, end = spec.decode[m]
+    return [Action(Op.PREFILL, model, i) for i, (a, b) in enumerate(spec.prefill) if a < end and start < b]
 
 
 class _Stage:
@@ -123,11 +123,11 @@ class _Stage:
         self._actions = schedule.actions[stage]
         self._stage = stage
         self._flow = flow_of(schedule)
-        self._work = {w.model: w for w in schedule.work}
-        self._owed = Counter(a for w in schedule.work for a in _passes(w))
-        for work in schedule.work:
-            if isinstance(work, Work) and work.optimizer:
-                self._owed.update(Action(op, work.model) for op in _OPTIMIZER)
+        self._specs = {w.model: w for w in schedule.specs}
+        self._owed = Counter(a for w in schedule.specs for a in _passes(w))
+        for spec in schedule.specs:
+            if isinstance(spec, PipelineSpec) and spec.optimizer:
+                self._owed.update(Action(op, spec.model) for op in _OPTIMIZER)
         self._done: Counter[Action] = Counter()
         self._yielded: set[Message] = set()
 
@@ -148,11 +148,11 @@ class _Stage:
             yield from self._transfer_faults(action)
             return
         if not self._owed[action]:
-            yield "was not promised"
+            yield "is in no spec"
             return
         if action.op in PASSES:
             needs = [transfer(Op.WAIT_RECV, m, self._stage) for m in self._flow(self._stage, action)[0]]
-            missing = [a for a in [*_before(self._work[action.model], action), *needs] if not self._done[a]]
+            missing = [a for a in [*_before(self._specs[action.model], action), *needs] if not self._done[a]]
             if self._done[Action(Op.STEP, action.model)]:
                 yield "comes after the optimizer step"
         else:

@@ -255,8 +255,8 @@ def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     return {"activations": one.held(held, min(p, count - held)), **one.passing()}
 
 
-def _stream(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
-    """The same of models in one stream, whatever its order: the largest micro-batches are all that a stage
+def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
+    """The same of models in one pipeline, whatever the order: the largest micro-batches are all that a stage
     keeps."""
     terms: dict[str, int] = {}
     passing: list[dict[str, int]] = []
@@ -320,7 +320,7 @@ def rank_memory(
     pipeline."""
     resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
-    steps = [_stream(trained, work, rank)] if shared else []
+    steps = [_fused(trained, work, rank)] if shared else []
     if not shared:
         steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
     inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])

@@ -2,7 +2,14 @@
 
 Stages hand hidden states down the pipeline; the last one sends the sampled token ids straight to the
 first, which starts the next step of that micro-batch. With at least as many decode micro-batches as stages
-nobody waits. How many rounds it takes is known only when sequences stop, so the ring is made of parts that
+nobody waits. Three stages and micro-batches, three rounds (D0 needs the tokens of P0 or of the D0 before):
+
+    stage 0   P0 P1 P2 D0 D1 D2 D0 D1 D2 D0 D1 D2
+    stage 1    . P0 P1 P2 D0 D1 D2 D0 D1 D2 D0 D1 D2
+    stage 2    .  . P0 P1 P2 D0 D1 D2 D0 D1 D2 D0 D1 D2
+              prefill |round 1 |round 2 |round 3 | drain
+
+How many rounds it takes is known only when sequences stop, so the ring is made of parts that
 repeat: a round of step n is the round of step 1 with its steps moved by n - 1, and only token ids are
 under way between two parts.
 """
@@ -13,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
-from puzzle.plan.schedule import Action, Channel, Generation, Message, Op, Payload, Schedule
+from puzzle.plan.schedule import Action, Channel, Message, Op, Payload, RingSpec, Schedule
 from puzzle.plan.transfers import TransferBuilder, ring_flow
 
 
@@ -34,9 +41,9 @@ class Ring:
             if getattr(self, name) < 1:
                 raise UserError(f"a decode ring needs {name} of at least 1, not {getattr(self, name)}")
 
-    def promise(self, rounds: int) -> Generation:
+    def spec(self, rounds: int) -> RingSpec:
         """What the ring does in `rounds` decode rounds."""
-        return Generation(
+        return RingSpec(
             self.model, _cut(self.batch, self.prefill_mb), _cut(self.batch, self.decode_mb), rounds
         )
 
@@ -83,10 +90,10 @@ class Ring:
             return out + transfers.drain(self._tokens(rounds) if stage == 0 else ())
 
         whole = self._schedule("ring", actions)
-        return Schedule(whole.name, whole.num_stages, whole.actions, (self.promise(rounds),))
+        return Schedule(whole.name, whole.num_stages, whole.actions, (self.spec(rounds),))
 
     def _transfers(self, stage: int) -> TransferBuilder:
-        flow = ring_flow(self.num_stages, self.promise(0))
+        flow = ring_flow(self.num_stages, self.spec(0))
         return TransferBuilder(stage, flow, token_sends=self.decode_microbatches)
 
     def _schedule(self, name: str, actions: Callable[[int], list[Action]]) -> Schedule:

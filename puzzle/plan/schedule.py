@@ -122,8 +122,8 @@ def transfer(op: Op, message: Message, stage: int) -> Action:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a schedule promises for one model: forwards of `microbatches`, their backwards (`split`: in two
+class PipelineSpec:
+    """What a schedule does for one model: forwards of `microbatches`, their backwards (`split`: in two
     parts), an optimizer step. `tied`: its gradient reduction also joins the first and the last stage, for
     tied embeddings."""
 
@@ -136,8 +136,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What a decode ring promises: the sequences [start, end) of every prefill and decode micro-batch. Every
+class RingSpec:
+    """What a decode ring does: the sequences [start, end) of every prefill and decode micro-batch. Every
     sequence gets `1 + rounds` tokens: one from its prefill and one per decode round."""
 
     model: str
@@ -148,12 +148,12 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class Schedule:
-    """What every stage does, in order. `work` is the promise that `check` holds the actions to."""
+    """What every stage does, in order. `specs` is what `check` holds the actions to."""
 
     name: str
     num_stages: int
     actions: tuple[tuple[Action, ...], ...]
-    work: tuple[Work | Generation, ...] = ()
+    specs: tuple[PipelineSpec | RingSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.actions) != self.num_stages:

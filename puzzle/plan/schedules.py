@@ -16,7 +16,7 @@ import numpy as np
 
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
-from puzzle.plan.schedule import Action, Channel, Op, Payload, Schedule, Work
+from puzzle.plan.schedule import Action, Channel, Op, Payload, PipelineSpec, Schedule
 from puzzle.plan.transfers import TransferBuilder, pipeline_flow
 
 Order = Literal["sequential", "alternating"] | Sequence[str]
@@ -29,7 +29,7 @@ Unit = tuple[str, int]
 @dataclass(frozen=True)
 class PipelineModel:
     """A model in a pipeline. `microbatches` are those of the replica with most of them, `own` those of the
-    replica that the schedule is for (None: as many). `tied`: its embeddings are, see `Work`."""
+    replica that the schedule is for (None: as many). `tied`: its embeddings are, see `PipelineSpec`."""
 
     name: str
     microbatches: int
@@ -86,11 +86,11 @@ def one_f_one_b(
     for stage in range(num_stages):
         slots = optimizer_slots(units, stage, num_stages, defer, tied, split) if optimizer else {}
         passes.append(_interleaved(units, stage, num_stages, split, slots))
-    work = tuple(
-        Work(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied, split=split)
+    specs = tuple(
+        PipelineSpec(m.name, m.microbatches, backward=True, optimizer=optimizer, tied=m.tied, split=split)
         for m in models
     )
-    return _schedule("1f1b" if len(models) == 1 else "fused 1f1b", models, passes, work)
+    return _schedule("1f1b" if len(models) == 1 else "fused 1f1b", models, passes, specs)
 
 
 def forward_only(models: Sequence[PipelineModel], num_stages: int, order: Order = "sequential") -> Schedule:
@@ -102,8 +102,9 @@ def forward_only(models: Sequence[PipelineModel], num_stages: int, order: Order 
         stage 2    .  . a0 a1 c0 c1
     """
     passes = [Action(Op.FORWARD, *unit) for unit in microbatch_order(models, order)]
-    work = tuple(Work(m.name, m.microbatches) for m in models)
-    return _schedule("forward" if len(models) == 1 else "fused forward", models, [passes] * num_stages, work)
+    specs = tuple(PipelineSpec(m.name, m.microbatches) for m in models)
+    name = "forward" if len(models) == 1 else "fused forward"
+    return _schedule(name, models, [passes] * num_stages, specs)
 
 
 def pipeline_channels(num_stages: int, backward: bool) -> tuple[Channel, ...]:
@@ -233,7 +234,10 @@ def optimizer_slots(
 
 
 def _schedule(
-    name: str, models: Sequence[PipelineModel], passes: Sequence[Sequence[Action]], work: tuple[Work, ...]
+    name: str,
+    models: Sequence[PipelineModel],
+    passes: Sequence[Sequence[Action]],
+    specs: tuple[PipelineSpec, ...],
 ) -> Schedule:
     """A schedule from the passes of every stage: without micro-batches that the replica has not, with
     transfers. ValueError for impossible numbers."""
@@ -250,7 +254,7 @@ def _schedule(
     for stage, order in enumerate(passes):
         transfers = TransferBuilder(stage, flow)
         actions.append((*transfers.part(_left(order, skipped)), *transfers.drain()))
-    owed = tuple(replace(w, microbatches=w.microbatches - skipped[w.model]) for w in work)
+    owed = tuple(replace(w, microbatches=w.microbatches - skipped[w.model]) for w in specs)
     return Schedule(name, num_stages, tuple(actions), owed)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from puzzle.plan.cost import CostTable
 from puzzle.plan.measured import action_span, start_span
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, TRANSFERS, Action, Op, Schedule, Work
+from puzzle.plan.schedule import COLLECTIVES, COMPUTE, STARTS, TRANSFERS, Action, Op, PipelineSpec, Schedule
 from puzzle.plan.timeline import Span, Timeline
 
 
@@ -30,7 +30,7 @@ def makespan(schedule: Schedule, cost: CostTable) -> float:
 
 
 def _run(schedule: Schedule, cost: CostTable, record: Callable[[Span], None] | None) -> float:
-    execution = Execution(schedule, cost.of, record, cost.starting)
+    execution = VirtualExecution(schedule, cost.of, record, cost.starting)
     if blocked := execution.run():
         raise ValueError(f"{schedule.name} deadlocks: " + "; ".join(blocked))
     return max(execution.clock)
@@ -45,7 +45,7 @@ class _Lane:
         self.free_at = 0.0
 
 
-class Execution:
+class VirtualExecution:
     """One run of a schedule in virtual time; `seconds(stage, action)` is asked for compute, collectives
     and sends, `starting` for what the start of a collective computes. `clock` is how far every stage has
     come. `record` gets the spans."""
@@ -60,7 +60,7 @@ class Execution:
         self.schedule = schedule
         self.seconds, self.starting = seconds, starting
         self.clock = [0.0] * schedule.num_stages
-        self._tied = {w.model for w in schedule.work if isinstance(w, Work) and w.tied}
+        self._tied = {w.model for w in schedule.specs if isinstance(w, PipelineSpec) and w.tied}
         self._save = record
         self._next = [0] * schedule.num_stages
         self._ends: dict[Hashable, float] = {}

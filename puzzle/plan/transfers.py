@@ -10,10 +10,10 @@ from puzzle.plan.schedule import (
     PASSES,
     Action,
     Channel,
-    Generation,
     Message,
     Op,
     Payload,
+    RingSpec,
     Schedule,
     transfer,
 )
@@ -23,8 +23,8 @@ Flow = Callable[[int, Action], tuple[list[Message], list[Message]]]
 
 
 def flow_of(schedule: Schedule) -> Flow:
-    """What the passes of a schedule need and yield, by what the schedule promises."""
-    rings = {w.model: ring_flow(schedule.num_stages, w) for w in schedule.work if isinstance(w, Generation)}
+    """What the passes of a schedule need and yield, by the specs of a schedule."""
+    rings = {w.model: ring_flow(schedule.num_stages, w) for w in schedule.specs if isinstance(w, RingSpec)}
     pipeline = pipeline_flow(schedule.num_stages)
     return lambda stage, action: rings.get(action.model, pipeline)(stage, action)
 
@@ -48,7 +48,7 @@ def pipeline_flow(num_stages: int) -> Flow:
     return flow
 
 
-def ring_flow(num_stages: int, generation: Generation) -> Flow:
+def ring_flow(num_stages: int, generation: RingSpec) -> Flow:
     """A decode ring: hidden states go down the pipeline; the token ids that step n sampled for a decode
     micro-batch go from the last stage straight to the first, whose step n + 1 needs them. The first tokens
     of a decode micro-batch leave after the last prefill micro-batch that it shares sequences with. With

@@ -61,7 +61,7 @@ def respond(
         actor.decoder,
         requests,
         params,
-        actor.runner,
+        actor.executor,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
         graphs=generation.graphs,

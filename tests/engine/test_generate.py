@@ -246,7 +246,7 @@ def ring_rank(rank, folder, layout, cases, few):
     found = []
     for params, options in cases:
         answers = generate(
-            runtime.decoder, asked[share.start : share.stop], params, runtime.runner, **options
+            runtime.decoder, asked[share.start : share.stop], params, runtime.executor, **options
         )
         found.append((share.start, answers))
     return found

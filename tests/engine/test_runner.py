@@ -1,4 +1,4 @@
-"""The runner on real ranks: messages in order; a deadlock ends within the time-out and names the action."""
+"""The executor on real ranks: messages in order; a deadlock ends within the time-out and names the action."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzle.engine.runner import Runner
+from puzzle.engine.runner import Executor
 from puzzle.engine.world import World
 from puzzle.plan.schedule import Action, Op, Schedule
 from tests.helpers import run_ranks
@@ -42,7 +42,7 @@ def run(rank: int, schedule: Schedule) -> list[float] | str:
     world = World(rank, 2, torch.device("cpu"), timeout=3.0)
     numbers = Numbers(2, rank)
     try:
-        execution = Runner(world, (0, 1), ((0, 1),)).begin("training.actor", channels(schedule))
+        execution = Executor(world, (0, 1), ((0, 1),)).begin("training.actor", channels(schedule))
         execution.run(schedule, {"actor": numbers})
         execution.finish(schedule)
     except RuntimeError as error:

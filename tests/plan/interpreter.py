@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from puzzle.plan.schedule import Action, Generation, Op, Schedule
+from puzzle.plan.schedule import Action, Op, RingSpec, Schedule
 
 
 class Wrong(Exception):
@@ -41,7 +41,7 @@ def need(condition: object, why: str) -> None:
 class Player:
     def __init__(self, schedule: Schedule) -> None:
         self.lists, self.last, self.at = schedule.actions, schedule.num_stages - 1, [0] * schedule.num_stages
-        self.promise: dict[str, Any] = {w.model: w for w in schedule.work}
+        self.spec: dict[str, Any] = {w.model: w for w in schedule.specs}
         self.buffers = [{} for _ in self.lists]  # received and waited for, or yielded by a pass
         self.landed = [{} for _ in self.lists]  # received, not waited for
         self.queues = defaultdict(lambda: ([], []))
@@ -118,7 +118,7 @@ class Player:
             else:
                 self.outputs[name].append((m, x))
             return
-        need((a.op is Op.BACKWARD) is not self.promise[name].split, "a backward of the other kind")
+        need((a.op is Op.BACKWARD) is not self.spec[name].split, "a backward of the other kind")
         if a.op is Op.BACKWARD_WEIGHT:
             need((name, m) in self.pending[s], "no gradient of outputs")
             self.grads[s][name].append(self.pending[s].pop((name, m)))
@@ -139,7 +139,7 @@ class Player:
         ops = [Op.REDUCE, Op.WAIT_REDUCE, Op.NORM, Op.WAIT_NORM, Op.STEP, Op.GATHER, Op.WAIT_GATHER]
         before, after = steps[ops.index(a.op)], steps[ops.index(a.op) + 1]
         need(self.state[s][a.model] == before, "optimizer out of order")
-        need(len(self.grads[s][a.model]) == self.promise[a.model].microbatches, "gradients are missing")
+        need(len(self.grads[s][a.model]) == self.spec[a.model].microbatches, "gradients are missing")
         if a.op is Op.NORM:
             self.norms[s].append(a.model)
         if a.op is Op.WAIT_NORM:
@@ -151,8 +151,8 @@ class Player:
         return True
 
     def generate_pass(self, s: int, a: Action) -> None:
-        promise, name, m, t = self.promise[a.model], a.model, a.microbatch, a.step
-        start, end = (promise.prefill if a.op is Op.PREFILL else promise.decode)[m]
+        spec, name, m, t = self.spec[a.model], a.model, a.microbatch, a.step
+        start, end = (spec.prefill if a.op is Op.PREFILL else spec.decode)[m]
         if s > 0:
             x = self.take(s, ("in", name, "activation", m, t))
         elif a.op is Op.PREFILL:
@@ -171,7 +171,7 @@ class Player:
             return
         for q in range(start, end):
             self.tokens[q].append((q, t))
-        for j, (a0, b0) in enumerate(promise.decode):
+        for j, (a0, b0) in enumerate(spec.decode):
             if a0 < end and start < b0 and all(len(self.tokens[q]) == t + 1 for q in range(a0, b0)):
                 self.buffers[s]["out", name, "tokens", j, t] = [(q, t) for q in range(a0, b0)]
 
@@ -183,26 +183,26 @@ class Player:
             )
             need(not self.sent[s] and not self.landed[s], "not waited for")
             need(
-                not self.stash[s] or not any(getattr(p, "backward", 0) for p in self.promise.values()),
+                not self.stash[s] or not any(getattr(p, "backward", 0) for p in self.spec.values()),
                 "no backward",
             )
-        for work in self.promise.values():
-            if isinstance(work, Generation):
-                for q in range(work.decode[-1][1]):
-                    need(self.tokens[q] == [(q, t) for t in range(work.rounds + 1)], "tokens are missing")
+        for spec in self.spec.values():
+            if isinstance(spec, RingSpec):
+                for q in range(spec.decode[-1][1]):
+                    need(self.tokens[q] == [(q, t) for t in range(spec.rounds + 1)], "tokens are missing")
                     if self.last:
-                        j = next(j for j, (a, b) in enumerate(work.decode) if a <= q < b)
-                        got = self.buffers[0].get(("in", work.model, "tokens", j, work.rounds), ())
-                        need((q, work.rounds) in got, "last tokens are not collected")
+                        j = next(j for j, (a, b) in enumerate(spec.decode) if a <= q < b)
+                        got = self.buffers[0].get(("in", spec.model, "tokens", j, spec.rounds), ())
+                        need((q, spec.rounds) in got, "last tokens are not collected")
                 continue
             for s in range(self.last + 1):
-                xs = [self.hidden(s, work.model, m) for m in range(work.microbatches)]
-                gs = [(self.gradient(s, work.model, m), x) for m, x in enumerate(xs)]
+                xs = [self.hidden(s, spec.model, m) for m in range(spec.microbatches)]
+                gs = [(self.gradient(s, spec.model, m), x) for m, x in enumerate(xs)]
                 for grads in (self.grads, self.small):
-                    need(grads[s][work.model] == (gs if work.backward else []), "wrong gradients")
-                need(self.state[s][work.model] == ("done" if work.optimizer else ""), "optimizer not done")
-            outs = {m: self.hidden(self.last, work.model, m) for m in range(work.microbatches)}
-            need(dict(self.outputs[work.model]) == outs, "wrong outputs")
+                    need(grads[s][spec.model] == (gs if spec.backward else []), "wrong gradients")
+                need(self.state[s][spec.model] == ("done" if spec.optimizer else ""), "optimizer not done")
+            outs = {m: self.hidden(self.last, spec.model, m) for m in range(spec.microbatches)}
+            need(dict(self.outputs[spec.model]) == outs, "wrong outputs")
 
     def hidden(self, stage: int, model: str, m: int) -> object:
         x = ("x", model, m)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from puzzle.plan.schedule import TRANSFERS, Channel, Op, Schedule, Work
+from puzzle.plan.schedule import TRANSFERS, Channel, Op, PipelineSpec, Schedule
 
 Sizes = Mapping[str, Sequence[float]]
 """Model -> bytes of one micro-batch on every stage."""
@@ -21,7 +21,7 @@ def peak_in_flight(
     """Per stage the most micro-batches held between forward and (all of) backward. With `weight` the most
     bytes, where `deferred` (default: `weight`) is held between both parts of a split backward. Models
     without backward hold nothing."""
-    trained = {w.model for w in schedule.work if isinstance(w, Work) and w.backward}
+    trained = {w.model for w in schedule.specs if isinstance(w, PipelineSpec) and w.backward}
     peaks = []
     for stage, actions in enumerate(schedule.actions):
         held = peak = 0.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from puzzle.plan import schedules
 from puzzle.plan.check import check
 from puzzle.plan.ring import Ring
-from puzzle.plan.schedule import Action, Op, Schedule, Work
+from puzzle.plan.schedule import Action, Op, PipelineSpec, Schedule
 from puzzle.plan.schedules import PipelineModel
 from tests.plan.interpreter import play
 from tests.plan.single import forward_only, one_f_one_b
@@ -251,18 +251,22 @@ def test_transfers_in_the_wrong_place_are_named() -> None:
 def test_micro_batches_of_a_generation_cut_its_batch(prefill: tuple, decode: tuple, words: list[str]) -> None:
     ring = Ring(1, 4, 2, 4).unrolled(1)
     # Behind a model that is only asked, which has nothing to cut.
-    work = (Work("critic", 1), replace(ring.work[0], prefill=prefill, decode=decode))
+    specs = (PipelineSpec("critic", 1), replace(ring.specs[0], prefill=prefill, decode=decode))
     lists = ((Action(Op.FORWARD, "critic", 0), *ring.actions[0]),)
-    found = check(replace(ring, actions=lists, work=work))
+    found = check(replace(ring, actions=lists, specs=specs))
     assert len(found) == len(words)
     assert all(line.startswith(start) for line, start in zip(found, words, strict=True))
 
 
-def test_promises() -> None:
+def test_specs() -> None:
     schedule = forward_only(1, 2)
-    assert check(replace(schedule, work=(Work("actor", 3),))) == ["stage 0: forward actor 2 is missing"]
-    assert check(replace(schedule, work=(Work("actor", 1),))) == ["stage 0: forward actor 1 was not promised"]
-    assert "promised twice" in check(replace(schedule, work=schedule.work * 2))[0]
+    assert check(replace(schedule, specs=(PipelineSpec("actor", 3),))) == [
+        "stage 0: forward actor 2 is missing"
+    ]
+    assert check(replace(schedule, specs=(PipelineSpec("actor", 1),))) == [
+        "stage 0: forward actor 1 is in no spec"
+    ]
+    assert "two specs" in check(replace(schedule, specs=schedule.specs * 2))[0]
     ring = Ring(2, 4, 2, 2).unrolled(1)
-    holes = replace(ring.work[0], decode=((0, 2), (3, 4)))
-    assert "do not cut the batch" in check(replace(ring, work=(holes,)))[0]
+    holes = replace(ring.specs[0], decode=((0, 2), (3, 4)))
+    assert "do not cut the batch" in check(replace(ring, specs=(holes,)))[0]

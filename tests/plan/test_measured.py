@@ -12,7 +12,7 @@ from puzzle.plan.cost import CostTable
 from puzzle.plan.measured import action_spans, measured_costs
 from puzzle.plan.schedule import COLLECTIVES, Action, Op, Schedule
 from puzzle.plan.schedules import PipelineModel
-from puzzle.plan.simulate import Execution, makespan, simulate
+from puzzle.plan.simulate import VirtualExecution, makespan, simulate
 from puzzle.plan.timeline import Span, Timeline
 from tests.plan.costs import uniform
 from tests.plan.single import forward_only, one_f_one_b
@@ -30,7 +30,7 @@ OTHERS = {
 }
 
 
-class Marks(Execution):
+class Marks(VirtualExecution):
     """A simulation that notes what the clock of a real rank notes: when each action began and ended."""
 
     def __init__(self, schedule: Schedule, cost: CostTable) -> None:

@@ -12,7 +12,7 @@ from puzzle.plan import schedules
 from puzzle.plan.check import check
 from puzzle.plan.cost import CostTable
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.schedule import Op, Schedule, Work
+from puzzle.plan.schedule import Op, PipelineSpec, Schedule
 from puzzle.plan.schedules import PipelineModel, microbatch_order, pipeline_channels, stretched, why_not_fused
 from puzzle.plan.simulate import simulate
 from tests.plan.costs import uniform
@@ -68,7 +68,7 @@ def test_one_stage_has_nothing_to_fill() -> None:
 
 
 @st.composite
-def streams(draw: st.DrawFn) -> tuple[list[PipelineModel], int, list[str]]:
+def pipelines(draw: st.DrawFn) -> tuple[list[PipelineModel], int, list[str]]:
     p = draw(st.integers(1, 5))
     counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     models = [PipelineModel(f"m{i}", n, draw(st.booleans())) for i, n in enumerate(counts)]
@@ -80,7 +80,7 @@ def for_replica(models: list[PipelineModel], counts: dict[str, int]) -> list[Pip
     return [replace(m, own=counts[m.name]) for m in models]
 
 
-@given(streams(), st.data())
+@given(pipelines(), st.data())
 def test_pipelines_with_fewer_microbatches_keep_one_order(
     case: tuple[list[PipelineModel], int, list[str]], data: st.DataObject
 ) -> None:
@@ -95,7 +95,7 @@ def test_pipelines_with_fewer_microbatches_keep_one_order(
     assert schedules.one_f_one_b(everything, p, order, split=split) == whole
 
     def fixed(schedule: Schedule, stage: int) -> list[tuple[Op, str]]:
-        last = {w.model: w.microbatches - 1 for w in schedule.work if isinstance(w, Work)}
+        last = {w.model: w.microbatches - 1 for w in schedule.specs if isinstance(w, PipelineSpec)}
         return [
             (a.op, a.model)
             for a in schedule.actions[stage]
@@ -137,7 +137,7 @@ def test_channels_are_known_beforehand(p: int) -> None:
     assert pipeline_channels(p, backward=False) == channels(forward_only(p, 2))
 
 
-@given(streams(), st.integers(1, 4), st.integers(0, 9), st.booleans())
+@given(pipelines(), st.integers(1, 4), st.integers(0, 9), st.booleans())
 @settings(max_examples=300)
 def test_any_order_is_right_and_holds_no_more_than_1f1b(
     case: tuple[list[PipelineModel], int, list[str]], defer: int, seed: int, split: bool
@@ -181,7 +181,7 @@ def test_orders() -> None:
         microbatch_order(models, "aaab")
 
 
-@given(streams(), st.data())
+@given(pipelines(), st.data())
 def test_a_mix_for_other_counts(
     case: tuple[list[PipelineModel], int, list[str]], data: st.DataObject
 ) -> None:
