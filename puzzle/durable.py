@@ -82,7 +82,9 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Undo what a `put` of folders into `folder` left half done when its process was killed."""
+    """Undo what writers of folders into `folder` left half done when their process was killed."""
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
     for old in folder.glob(".*.old"):
         _back(old, old.with_name(old.name[1 : -len(".old")]))
 

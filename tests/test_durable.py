@@ -63,6 +63,7 @@ def test_a_folder_is_old_or_new_wherever_a_replacement_ends(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         durable.put(model(tmp_path / "new", "2"), tmp_path / "last")
     monkeypatch.setattr(os, "replace", replace)
+    model(tmp_path / ".next.partial", "half")
     durable.settle(tmp_path)
     assert (tmp_path / "last" / "weights").read_text() == "1"
     durable.put(tmp_path / "new", tmp_path / "last")

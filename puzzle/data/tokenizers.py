@@ -109,12 +109,15 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @contextmanager
-def tokenizer_folder(name: str | None) -> Generator[Path | None]:
-    """A folder with the files of tokenizer `name` while the context lasts; None where there is none."""
+def tokenizer_folder(name: str | None, scratch: Path | None = None) -> Generator[Path | None]:
+    """A folder with the files of tokenizer `name` while the context lasts; None where there is none.
+
+    It may be made for this, in `scratch`, where whoever goes on after a kill finds it (`durable.settle`).
+    """
     if name != BYTES:
         yield None if name is None else Path(name)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", suffix=".partial", dir=scratch) as folder:
         byte_tokenizer().save_pretrained(folder)
         yield Path(folder)
 

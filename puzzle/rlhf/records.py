@@ -297,7 +297,8 @@ class Recorder:
             for _ in tensors:
                 pass
             return
-        with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model) as files:
+        durable.make_folder(folder.parent)
+        with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model, folder.parent) as files:
             more, generation, gate = endings.config, endings.generation, self.world.pulse.writing
             hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
         self.writer.checkpoint(done, str(folder.relative_to(self.out)))
