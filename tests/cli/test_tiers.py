@@ -60,7 +60,8 @@ def results(missing: list[str], commands: list[list[str]], folder: Path) -> list
 
 def test_every_command_in_the_tier_plot_names_the_tier_to_ask_for(tmp_path: Path) -> None:
     *found, (code, said) = results(PLOT_LACKS, [*COMMANDS, ANYWHERE], tmp_path)
-    assert (code, said) == (2, "error: costs.json: No such file or directory\n")  # it runs in every tier
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("error: costs.json: ")  # it runs in every tier
     for command, (code, said) in zip(COMMANDS, found, strict=True):
         assert code == 2, (command, said)
         assert said.startswith("error: the package "), (command, said)

@@ -218,9 +218,9 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
     [
         (["--only", "figure1"], "figure1 is unknown; did you mean figure"),
         (["--scale", "huge"], "huge is unknown; there are cpu, node, paper, rehearsal"),
-        (["--repeats", "0"], "--repeats 0: at least 1"),
+        (["--repeats", "0"], "--repeats: '0': give a whole number"),
         (["--table", "absent.yaml"], "absent.yaml: no such file"),
-        (["--iterations", "1"], "--iterations 1: at least 2"),
+        (["--iterations", "1"], "--iterations: '1': give a whole number, at least 2"),
         (["--launcher", "mpi"], "invalid choice: 'mpi'"),
         (["--scale", "paper"], "--scale paper needs GPUs, and there are no GPUs; use --scale cpu"),
         (["--scale", "cpu", "--launcher", "slurm"], "--launcher slurm: there is no sbatch here"),
