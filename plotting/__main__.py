@@ -5,17 +5,16 @@ from puzzle.path import leave_working_folder
 if __name__ == "__main__":
     leave_working_folder()  # before anything else is looked for
 
-import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 from plotting import ablation, figure10, figure12, style, table3
 from plotting.irregularities import PUBLISHED, READINGS
 from plotting.loading import load, printable
+from plotting.options import Parser, folder
 from plotting.output import whole
 from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
 from plotting.speedups import figure8, figure9, figure11
@@ -28,14 +27,6 @@ SHOWN = 20
 REPORT = "report.txt"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; --help tells the options")
-
-
 def parser() -> Parser:
     """The options of the command."""
     published = Path(__file__).resolve().parent.parent / "logs" / "published"
@@ -44,22 +35,15 @@ def parser() -> Parser:
         "python -m plotting", description="Draw figures 8-12 and table 3 from run logs.", allow_abbrev=False
     )
     made.add_argument(
-        "--logs", type=_folder, action="append", metavar="DIR", help=f"may be repeated ({published})"
+        "--logs", type=folder, action="append", metavar="DIR", help=f"may be repeated ({published})"
     )
-    made.add_argument("--out", type=_folder, default=out, metavar="DIR", help="outputs_from_logs_<time>")
+    made.add_argument("--out", type=folder, default=out, metavar="DIR", help="outputs_from_logs_<time>")
     made.add_argument("--only", nargs="+", action="extend", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
     made.add_argument(
         "--reading", default=PUBLISHED, metavar="|".join(READINGS), help="how to compute (published)"
     )
     made.set_defaults(published=published)
     return made
-
-
-def _folder(name: str) -> Path:
-    """An empty name, as of a variable that is not set, does not mean the folder that one stands in."""
-    if not name:
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
-    return Path(name)
 
 
 def with_constants(loaded: Loaded, published: Path) -> Loaded:

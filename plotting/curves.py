@@ -6,7 +6,6 @@ Student's interval. The interval of a single run's held-out reward is the one ov
 (`reward_ci95`, half its width).
 """
 
-import argparse
 import csv
 import json
 import math
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from plotting import style
 from plotting.loading import load
+from plotting.options import Parser, folder
 from plotting.output import whole
 from plotting.selection import REAL, pair
 from puzzle.errors import UserError, exit_code
@@ -31,6 +31,7 @@ NAME = "curves"
 BLOCK, SHORT = 5, 20
 """Iterations that make a point; runs of fewer than SHORT have a point each."""
 HELD_OUT = "held-out reward"
+MOST_DRAWN = 1e100  # what is larger, infinite or not a number is no point of a curve
 # What is drawn where a run has it, with the label of its axis.
 METRICS: Mapping[str, str] = {
     "reward": "reward",
@@ -108,11 +109,11 @@ def values(run: Run, metric: str, block: int) -> list[tuple[float, float]]:
     """(iteration, finite value) of a run: held-out as it is, others as means over `block` iterations."""
     if metric == HELD_OUT:
         found = [(float(e.iteration), e.metrics.get("reward", math.nan)) for e in run.evaluations]
-        return [(at, value) for at, value in found if math.isfinite(value)]
+        return [(at, value) for at, value in found if abs(value) < MOST_DRAWN]
     blocks: dict[int, list[tuple[float, float]]] = {}
     for one in run.iterations:
         value = one.metrics.get(metric, math.nan)
-        if math.isfinite(value):
+        if abs(value) < MOST_DRAWN:
             blocks.setdefault(one.iteration // block, []).append((float(one.iteration), value))
     return [(fmean(at for at, _ in some), fmean(v for _, v in some)) for _, some in sorted(blocks.items())]
 
@@ -126,7 +127,7 @@ def points(name: str, runs: Sequence[Run], metric: str, block: int) -> list[Poin
     own: dict[float, float] = {}
     if metric == HELD_OUT and len(runs) == 1:
         own = {float(e.iteration): e.metrics.get("reward_ci95", math.nan) for e in runs[0].evaluations}
-        own = {iteration: half for iteration, half in own.items() if math.isfinite(half)}
+        own = {iteration: half for iteration, half in own.items() if abs(half) < MOST_DRAWN}
     found = []
     for iteration, several in sorted(at.items()):
         mean, count = fmean(several), len(several)
@@ -204,14 +205,12 @@ def write(runs: Sequence[Run], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; exit code 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        "python -m plotting.curves", description="Draw training curves from run logs."
-    )
-    parser.add_argument("--logs", type=Path, nargs="+", required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    options = parser.parse_args(arguments)
+    parser = Parser("python -m plotting.curves", description="Draw training curves from run logs.")
+    parser.add_argument("--logs", type=folder, nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR")
 
     def run() -> None:
+        options = parser.parse_args(arguments)
         loaded = load(options.logs)
         with whole(options.out) as folder:
             write(loaded.runs, folder)

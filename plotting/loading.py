@@ -76,6 +76,7 @@ def _printable(run: Run) -> Run:
     return replace(
         run,
         cluster=printable(run.cluster),
+        variant=printable(run.variant),
         actor=printable(run.actor),
         critic=None if run.critic is None else printable(run.critic),
         source=printable(run.source),

@@ -42,6 +42,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
     "tuple_type": "a list",
     "model_type": "a section of keys",
     "model_attributes_type": "a section of keys",

@@ -183,7 +183,8 @@ def _jobs(scale: Scale, figure: Figure, cluster: str) -> Iterator[tuple[str, Job
     for pair, grid in scale.grid.items() if figure.grid else ():
         for batch in grid.batches:
             for layout in grid.layouts:
-                yield pair, jobs[pair].model_copy(update={"batch": batch, "train": layout})
+                known = jobs[_known("pair", pair, jobs)]
+                yield pair, known.model_copy(update={"batch": batch, "train": layout})
 
 
 def _experiment(
@@ -198,7 +199,9 @@ def _experiment(
 ) -> Experiment:
     variant = table.variants[variant_name]
     layouts = {"train": job.train, "generate": job.generate, "data": (1, 1, prod(job.train))}
-    actor, critic = pair.split("/")
+    actor, slash, critic = pair.partition("/")
+    if not slash or "/" in critic:
+        raise UserError(f"pair {pair}: write it as ACTOR/CRITIC")
     log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": request.cluster}
     rows = -(-job.batch // layouts[variant.training][2])
     decode = {"small": job.decode[0], "large": job.decode[1], "rows": rows}[variant.decode]
@@ -240,6 +243,8 @@ def _model(scale: Scale, name: str, most: int | None) -> dict[str, Any]:
     model = scale.models[_known("model", name, scale.models)]
     if most is None:
         return model
+    if not isinstance(model.get("preset"), str):
+        raise UserError(f"model {name}: layers_per_device needs models with a preset")
     return {**model, "num_hidden_layers": min(most, published(model["preset"]).num_layers)}
 
 

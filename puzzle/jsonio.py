@@ -120,16 +120,21 @@ class Fields:
         return value
 
     def number(
-        self, key: str, default: Any = _ABSENT, *, least: float = -math.inf, above: float = -math.inf
+        self,
+        key: str,
+        default: Any = _ABSENT,
+        *,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        most: float = math.inf,
     ) -> float:
-        """A finite number of at least `least` and above `above`."""
+        """A finite number of at least `least`, above `above` and at most `most`."""
         value = self.values.get(key, default)
         number = _finite(value)
-        if number is None or number < least or number <= above:
-            bounds = f" of at least {least:g}" * (least > -math.inf) + f" above {above:g}" * (
-                above > -math.inf
-            )
-            self.refuse(key, f"a finite number{bounds}")
+        if number is None or not least <= number <= most or number <= above:
+            words = ((least, "at least"), (above, "above"), (most, "at most"))
+            bounds = [f"{word} {bound:g}" for bound, word in words if math.isfinite(bound)]
+            self.refuse(key, " ".join(["a finite number", " and ".join(bounds)]).rstrip())
         return number
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:

@@ -10,6 +10,8 @@ MOST_MICROBATCHES = 4096
 """Of a pass of one replica: schedules list every action of each."""
 MOST_SEQUENCES = 2**20
 """Of an iteration, or a pass."""
+MOST_NAME = 256
+"""Characters of what a log or a figure calls something."""
 MOST_TOKENS = 2**20
 """Of a prompt or a response."""
 SMALLEST, LARGEST = 1e-30, 1e30

@@ -22,6 +22,7 @@ from puzzle.limits import (
     MOST,
     MOST_BYTES,
     MOST_LAYERS,
+    MOST_NAME,
     MOST_PROCESSES,
     MOST_SEED,
     MOST_SEQUENCES,
@@ -36,7 +37,7 @@ def _no_float32_zero(value: float) -> float:
     return value
 
 
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
@@ -371,10 +372,10 @@ class LogConfig(Section):
     """What the log says about the run, and what is written beside it."""
 
     figures: tuple[str, ...] = Field((), description="figures that draw this run, such as figure8")
-    cluster: str = Field("local", description="what figures call the machine")
-    variant: str = Field("puzzle", description="what figures call the system, such as opt or base")
-    actor: str | None = Field(None, description="name in figures; default: preset or folder name")
-    critic: str | None = Field(None, description="name in figures; default: as of the actor")
+    cluster: Name = Field("local", description="what figures call the machine")
+    variant: Name = Field("puzzle", description="what figures call the system, such as opt or base")
+    actor: Name | None = Field(None, description="name in figures; default: preset or folder name")
+    critic: Name | None = Field(None, description="name in figures; default: as of the actor")
     repeat: Natural = Field(0, description="tells repeats of one experiment apart")
     provenance: Literal["measured", "rehearsal"] = Field(
         "measured", description="rehearsal: a toy that proves plumbing, not speed"

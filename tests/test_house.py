@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "puzzle.identity",
         "puzzle.errors",
     ),
-    "puzzle/runlog": ("puzzle.runlog", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
+    "puzzle/runlog": ("puzzle.runlog", "puzzle.limits", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
     "plotting": (
         "plotting",
         "puzzle.path",

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from puzzle import __version__
 from puzzle.errors import UserError, describe, exit_code
-from puzzle.limits import MOST
+from puzzle.limits import MOST, MOST_NAME
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
@@ -65,8 +65,8 @@ def real(above: float, most: float = math.inf) -> Callable[[str], float]:
 
 def filled(text: str) -> str:
     """The type of an option that is a text, and not an empty one."""
-    if not text:
-        raise argparse.ArgumentTypeError("the text is empty")
+    if not 0 < len(text) <= MOST_NAME:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a text of 1 to {MOST_NAME} characters")
     return text
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from puzzle import footprint
 from puzzle.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
-from puzzle.cli import Parser, named, whole
+from puzzle.cli import Parser, filled, named, whole
 from puzzle.errors import UserError, terminate_as_exit
 from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher, campaign, lock, slurm
@@ -92,7 +92,9 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
         help="runs of each, with other seeds",
     )
     parser.add_argument("--iterations", type=whole(2), metavar="N", help="of each run, the first warming up")
-    parser.add_argument("--cluster", default="local", metavar="NAME", help="what figures call this machine")
+    parser.add_argument(
+        "--cluster", type=filled, default="local", metavar="NAME", help="what figures call this machine"
+    )
     parser.add_argument("--out", type=named, metavar="DIR", help="default: the unfinished one, or a new one")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what cannot run yet")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")

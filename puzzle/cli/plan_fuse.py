@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle import jsonio
-from puzzle.cli import Parser
+from puzzle.cli import Parser, named, whole
+from puzzle.cli.costs import read_table, read_trace
 from puzzle.errors import UserError
+from puzzle.limits import MOST_PROCESSES
 from puzzle.plan.cost import CostTable
-from puzzle.plan.measured import measured_costs
 from puzzle.plan.schedules import PipelineModel
 from puzzle.plan.search import (
     Estimate,
@@ -24,14 +25,18 @@ from puzzle.plan.search import (
 from puzzle.plan.simulate import simulate
 from puzzle.plan.timeline import Timeline
 
+MOST_MODELS = 5
+MOST_PLACES = 2048
+
 
 def run(arguments: list[str]) -> int:
     """Print the candidates from best to worst; with --out also draw the best beside the unshared one."""
     given = _parser().parse_args(arguments)
-    models = dict(given.training or given.inference)
-    if given.pp < 1:
-        raise UserError(f"--pp is {given.pp}; it must be at least 1")
-    cost = _costs(given)
+    models = _models(given)
+    if given.trace is None:
+        cost = read_table(given.costs, given.pp)
+    else:
+        cost = read_trace(given.trace, given.pp, given.tied)
     planned = [PipelineModel(name, count, tied=name in given.tied) for name, count in models.items()]
     if given.training:
         cost.require(trained_apart(planned, given.pp, cost).schedules)
@@ -49,7 +54,7 @@ def run(arguments: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="puzzle plan fuse", description="Choose which models share a pipeline.")
-    parser.add_argument("--pp", type=int, required=True, help="pipeline stages")
+    parser.add_argument("--pp", type=whole(1, MOST_PROCESSES), required=True, help="pipeline stages")
     work = parser.add_mutually_exclusive_group(required=True)
     for name, text in (("training", "trained"), ("inference", "run forward")):
         help_text = f"models to be {text} and their micro-batches, as actor=8 critic=8"
@@ -57,60 +62,43 @@ def _parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--costs",
-        type=Path,
+        type=named,
         help='JSON: {"actor": {"forward": seconds or [per stage], ...}}; with backward_input and'
         " backward_weight also split backwards",
     )
-    source.add_argument("--trace", type=Path, help="trace of a run that trained the models apart")
+    source.add_argument("--trace", type=named, help="trace of a run that trained the models apart")
     parser.add_argument("--tied", nargs="+", default=[], metavar="MODEL", help="models with tied embeddings")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write a drawing and a Perfetto trace of the best"
+        "--out", type=named, metavar="DIR", help="write a drawing and a Perfetto trace of the best"
     )
     return parser
 
 
 def _count(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
-    if not name or not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: write MODEL=N with N of at least 1")
+    if not name or not re.fullmatch("[0-9]{1,30}", number) or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write MODEL=N with N of at least 1")
     return name, int(number)
 
 
-def _costs(given: argparse.Namespace) -> CostTable:
-    path: Path = given.costs or given.trace
-    found = jsonio.read(path)
-    if given.trace:
-        try:
-            return _traced(Timeline.from_perfetto(found, str(path)), given)
-        except (ValueError, KeyError) as error:  # spans that are no passes of a schedule
-            raise UserError(f"{path}: no trace of a run ({type(error).__name__}: {error})") from None
-    table = jsonio.Fields(found, str(path))
-    return CostTable(
-        {
-            model: {what: _seconds(costs, what, given.pp) for what in costs}
-            for model, costs in table.sections()
-        }
-    )
-
-
-def _traced(timeline: Timeline, given: argparse.Namespace) -> CostTable:
-    """Costs from a run in which rank r played stage r * pp / ranks, as in every default placement."""
-    ranks = timeline.rows
-    if not ranks or len(ranks) % given.pp:
-        raise UserError(f"{given.trace}: {len(ranks)} ranks do not make --pp {given.pp} stages")
-    return measured_costs(
-        timeline, {rank: i * given.pp // len(ranks) for i, rank in enumerate(ranks)}, given.tied
-    )
-
-
-def _seconds(costs: jsonio.Fields, what: str, stages: int) -> float | tuple[float, ...]:
-    value = costs.values[what]
-    if not isinstance(value, list):
-        return costs.number(what, least=0.0)
-    if len(value) > stages:
-        costs.refuse(what, f"seconds, or at most {stages} of them, one per stage")
-    return tuple(jsonio.Fields({what: x}, costs.place).number(what, least=0.0) for x in value)
+def _models(given: argparse.Namespace) -> dict[str, int]:
+    """The models and their micro-batches; UserError for what no simulation would be done with."""
+    pairs = given.training or given.inference
+    models = dict(pairs)
+    if len(models) < len(pairs):
+        raise UserError("a model is given twice; give each once, with all of its micro-batches")
+    if unknown := [name for name in given.tied if name not in models]:
+        raise UserError(f"--tied {unknown[0]}: no model of that name; there are {', '.join(models)}")
+    if len(models) > MOST_MODELS:
+        raise UserError(f"{len(models)} models; at most {MOST_MODELS}, since every order of them is tried")
+    places = given.pp * sum(models.values())
+    if places > MOST_PLACES:
+        raise UserError(
+            f"--pp {given.pp} x {sum(models.values())} micro-batches = {places} passes; at most {MOST_PLACES}"
+            " are simulated"
+        )
+    return models
 
 
 def _row(estimate: Estimate, apart: Estimate) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Settings(BaseModel):
         """GPUs of a node; 0 without `gres`."""
         if self.gres is None:
             return 0
-        found = re.fullmatch(r"gpu:(?:[\w.-]+:)?([1-9][0-9]*)", self.gres)
+        found = re.fullmatch(r"gpu:(?:[\w.-]+:)?([1-9][0-9]{0,3})", self.gres)
         if found is None:
             raise UserError(f"{file()}: gres {self.gres}: expected as gpu:8")
         return int(found[1])

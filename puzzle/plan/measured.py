@@ -7,7 +7,7 @@ come.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from puzzle.plan.cost import CostTable, Seconds, starts
@@ -82,10 +82,11 @@ class _Rows:
         self.stages = range(max(stage_of.values()) + 1)
         self._ranks = [sorted(r for r, s in stage_of.items() if s == stage) for stage in self.stages]
         self._spans: defaultdict[tuple[str, str, int], dict[tuple[int, int], Span]] = defaultdict(dict)
+        before: Counter[tuple[str, str, int, int]] = Counter()
         for span in sorted((s for s in timeline.spans if s.row in stage_of), key=lambda s: s.start):
-            seen = self._spans[span.model, span.category, span.row]
-            again = sum(m == span.microbatch for m, _ in seen)
-            seen[span.microbatch, again] = span
+            place = span.model, span.category, span.row
+            self._spans[place][span.microbatch, before[*place, span.microbatch]] = span
+            before[*place, span.microbatch] += 1
         self.kinds = sorted({(model, category) for model, category, _ in self._spans})
 
     def lengths(self, model: str, kind: str, stage: int) -> list[float]:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from puzzle.jsonio import Fields
 
 COMPUTE_LANE = "compute"
+MOST_SECONDS = 1e10
+"""Centuries; what is read beyond is no time, and its sums would not be finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,14 @@ def _span(event: Fields, lanes: Mapping[tuple[int, int], str]) -> Span:
     row, thread = event.integer("pid"), event.integer("tid")
     if (row, thread) not in lanes:
         event.refuse("tid", "that of a thread with a name")
-    start, args = event.number("ts"), event.section("args")
+    most = MOST_SECONDS * 1e6
+    start, args = event.number("ts", least=-most, most=most), event.section("args")
     return Span(
         row,
         lanes[row, thread],
         event.text("name"),
         start / 1e6,
-        (start + event.number("dur", least=0.0)) / 1e6,
+        (start + event.number("dur", least=0.0, most=most)) / 1e6,
         event.text("cat"),
         args.text("model", ""),
         args.integer("microbatch", -1, least=-1),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeGuard
 
+from puzzle.limits import MOST_NAME
 from puzzle.runlog.run import PROVENANCES, STAGES, RunHeader
 
 SCHEMA = 1
@@ -41,6 +42,15 @@ def _schema(value: object) -> str | None:
 
 def _text(value: object) -> str | None:
     return None if isinstance(value, str) and value else "must be a non-empty text"
+
+
+def _name(value: object) -> str | None:
+    good = isinstance(value, str) and 0 < len(value) <= MOST_NAME
+    return None if good else f"must be a text of 1 to {MOST_NAME} characters"
+
+
+def _name_or_null(value: object) -> str | None:
+    return None if value is None else _name(value)
 
 
 def _text_or_null(value: object) -> str | None:
@@ -108,13 +118,13 @@ FIELDS: Mapping[str, tuple[Mapping[str, Check], Mapping[str, Check]]] = {
     "run": (
         {
             "schema": _schema,
-            "run_id": _text,
+            "run_id": _name,
             "repeat": _count,
             "figures": _texts,
-            "cluster": _text,
-            "variant": _text,
-            "actor": _text,
-            "critic": _text_or_null,
+            "cluster": _name,
+            "variant": _name,
+            "actor": _name,
+            "critic": _name_or_null,
             "config": _mapping,
             "layouts": _mapping,
             "provenance": _provenance,

@@ -73,7 +73,7 @@ def test_costs_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "words"),
     [
         ([], "arguments are required"),
-        (["--pp", "0", "--training", "actor=2", "--costs", "COSTS"], "--pp is 0"),
+        (["--pp", "0", "--training", "actor=2", "--costs", "COSTS"], "from 1 to 1024"),
         (["--pp", "4", "--training", "actor", "--costs", "COSTS"], "write MODEL=N"),
         (["--pp", "4", "--training", "actor=0", "--costs", "COSTS"], "write MODEL=N"),
         (
@@ -139,8 +139,10 @@ TRACE = Timeline((Span(0, "compute", "forward", 0.0, 1.0, "forward", "actor", 0)
         ("tid", 99),
         ("ts", None),
         ("ts", "1"),
+        ("ts", 1e308),
         ("dur", -1),
         ("dur", float("inf")),
+        ("dur", 1e308),
         ("cat", 3),
         ("args", None),
         ("args", {"model": 3}),
