@@ -18,7 +18,7 @@ from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
-from puzzle.rlhf.rewards import FunctionReward
+from puzzle.rlhf.rewards import probe, reward_patience
 from puzzle.sources import layout_of, spec_of
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -144,7 +144,7 @@ def check_files(config: TrainConfig) -> None:
         if path is not None:
             read_rows(Path(path), config.data.field, config.data.id_field)
     if config.reward.function is not None:
-        FunctionReward(config.reward.function)
+        probe(config.reward.function, reward_patience(config))
 
 
 def _models(config: TrainConfig) -> dict[Role, ModelPlan]:

@@ -185,6 +185,9 @@ class RewardConfig(ModelConfig):
     """The reward: a model with a score head, or a Python function of texts."""
 
     function: str | None = Field(None, description="module:name, called with (prompts, responses)")
+    timeout: Positive | None = Field(
+        3600.0, description="seconds that a call of function may take; null: no limit"
+    )
 
 
 class DataConfig(Section):
@@ -247,6 +250,12 @@ class KLConfig(Section):
     place: Literal["reward", "loss"] = Field(
         "reward", description="loss: with k2 or k3, as the gradient of k1 is 0 on average"
     )
+
+    @model_validator(mode="after")
+    def _can_adapt(self) -> KLConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("target: a coef of 0 is changed in proportion, so never; start above 0")
+        return self
 
 
 class AlgorithmConfig(Section):

@@ -19,6 +19,7 @@ from puzzle.errors import UserError
 from puzzle.identity import launched
 from puzzle.launch import LAUNCHERS, Launcher, folders, launch, local, lock, slurm
 from puzzle.resolve import check_files, check_packages, resolve
+from puzzle.rlhf.rewards import runs_users_code
 from puzzle.runlog.past import Past, past_of, read_records
 
 FRUITLESS = 2
@@ -67,7 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
     plan = resolve(config)
-    if options.dry_run or config.world > 1:  # a single process reads its files at once
+    # A single process reads its files at once, and so do those of another launcher.
+    if options.dry_run or (config.world > 1 and "RANK" not in os.environ):
         check_files(config)
     if options.dry_run or memory is not None:
         ranks = footprint.estimate(plan, fused=config.device != "cpu")
@@ -151,12 +153,13 @@ def _attempts(
     restarts in a row without a new checkpoint."""
     target, logs, note = "puzzle.cli.train:process", out / "ranks", ""
     most = config.launch.max_restarts
+    apart = most > 0 or runs_users_code(config)  # a user's code can end its process without a word
     reached, fruitless = -1, 0
     for restarts in range(most + 1):
         args = (asdict(start), resume, note)
         try:
             if launcher == "local":
-                local.run(target, args, config.world, logs, apart=most > 0, keep=keep)
+                local.run(target, args, config.world, logs, apart=apart, keep=keep)
             else:
                 launch(launcher, target, args, config.world, logs, config.device, keep)
         except local.WorkerError as error:

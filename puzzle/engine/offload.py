@@ -162,11 +162,11 @@ class HostMemory:
     """Host memory in blocks, of which `ahead` bytes are taken by a thread at once.
 
     Pinning costs about half a second per GiB, which a run spends beside the loading of its models and its
-    first iteration, not when a tensor has to leave.
+    first iteration, not when a tensor has to leave. `tick` is called after every block.
     """
 
-    def __init__(self, device: torch.device, ahead: int = 0) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ahead: int = 0, tick: Callable[[], None] = lambda: None) -> None:
+        self.device, self._tick = device, tick
         self._rest = torch.empty(0, dtype=torch.uint8)
         self._ready: SimpleQueue[Tensor | Exception] = SimpleQueue()
         self._coming = -(-ahead // BLOCK)
@@ -207,10 +207,12 @@ class HostMemory:
 
     def _block(self) -> Tensor:
         try:
-            return torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            made = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"offload: the host has no more memory to pin ({reason}); offload less") from None
+        self._tick()
+        return made
 
 
 def offload_states(host: HostMemory, optimizer: ZeroAdamW) -> Offload:

@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from puzzle.engine.frames import operation, stack
+from puzzle.engine.pulse import Pulse
 
 PATIENCE = 10
 """So many times longer than a rank that waits may a rank compute without a mark of progress."""
@@ -55,40 +56,14 @@ class Watch:
     seconds: float
     tell: Callable[[str, bool], None]
     folder: Path
-
-
-class Pulse:
-    """What the main thread does, as it says itself. Any thread may `tick`."""
-
-    def __init__(self) -> None:
-        self.doing, self.waits = "starting", False
-        self.count = 0
-        self.writing = threading.RLock()
-        """Held while something is written that outlasts the run; a verdict takes it and keeps it."""
-
-    def mark(self, doing: str, waits: bool = False) -> None:
-        """From now on it does `doing`, which waits for other ranks or does not."""
-        self.doing, self.waits = doing, waits
-        self.count += 1
-
-    def tick(self) -> None:
-        """Something went on."""
-        self.count += 1
-
-    @contextlib.contextmanager
-    def waiting(self, what: str) -> Generator[None]:
-        """What the block does waits for others."""
-        before = self.doing, self.waits
-        self.mark(f"{before[0]}: {what}", True)
-        try:
-            yield
-        finally:
-            self.mark(*before)
+    longest: float = 0.0
+    """Seconds that one rank may compute alone, by its own account (`Pulse.busy`); infinity: without end."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank publishes: `beat` counts signs, `moves` counts changes of what it does."""
+    """What a rank publishes: `beat` counts signs, `moves` counts changes of what it does; `limit` is
+    `Pulse.busy`'s."""
 
     rank: int
     host: str
@@ -97,6 +72,7 @@ class Sign:
     moves: int = 0
     doing: str = ""
     waits: bool = False
+    limit: float = 0.0
     over: bool = False
     dumped: bool = False
 
@@ -136,8 +112,7 @@ def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sig
     here = [s for s in seen if not s.sign.over]
     silent = [s for s in here if now - s.beat_at >= seconds]
     known = {s.sign.rank: state(s.sign) for s in silent}
-    patience = {BUSY: math.inf, AWAY: PATIENCE * seconds}
-    lost = [s for s in silent if now - s.beat_at >= patience.get(known[s.sign.rank], seconds)]
+    lost = [s for s in silent if now - s.beat_at >= _silence(s.sign, known[s.sign.rank], seconds)]
     if lost:
         first = max(lost, key=lambda s: now - s.beat_at)
         line = f"{first.sign.name} {known[first.sign.rank]}: no sign of life for {now - first.beat_at:.0f} s"
@@ -148,12 +123,23 @@ def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sig
     if not waiting or still < seconds:
         return None
     busy = [s for s in here if s not in waiting]
-    if busy and still < PATIENCE * seconds:
+    if busy and still < max(_patience(s.sign, seconds) for s in busy):
         return None
     first = min(busy or waiting, key=lambda s: s.moved_at)
     what = "has computed without progress" if busy else "has waited"
     line = f"{first.sign.name} {what} for {now - first.moved_at:.0f} s in {first.sign.doing}"
-    return Verdict(line + _others(here, first, now), tuple(s.sign.rank for s in silent))
+    remedy = "; if it needs longer, raise launch.watchdog" if busy else ""
+    return Verdict(line + _others(here, first, now) + remedy, tuple(s.sign.rank for s in silent))
+
+
+def _patience(sign: Sign, seconds: float) -> float:
+    """How long a rank may compute while others wait: its own limit ends it first."""
+    return PATIENCE * seconds + sign.limit
+
+
+def _silence(sign: Sign, state: str, seconds: float) -> float:
+    """How long a rank of which the system knows `state` may give no sign."""
+    return {BUSY: math.inf, AWAY: _patience(sign, seconds)}.get(state, seconds)
 
 
 def _others(here: Sequence[Seen], first: Seen, now: float, most: int = 3) -> str:
@@ -267,6 +253,7 @@ class Watchdog:
             moves=moves,
             doing=doing,
             waits=waits,
+            limit=self.pulse.limit,
             over=over,
             dumped=dumped,
         )

@@ -18,6 +18,9 @@ from puzzle.errors import UserError
 from puzzle.identity import Identity, launched
 from puzzle.plan.schedule import Channel
 
+YEARS = 3e8
+"""Seconds; time-outs of torch.distributed are finite."""
+
 
 class World:
     """This process among the run's processes; owns every process group, so that none is global.
@@ -74,7 +77,7 @@ class World:
         else:
             where = torch.device("cpu")
         if watch is not None:
-            timeout = LAST_RESORT * watch.seconds
+            timeout = min(LAST_RESORT * watch.seconds + watch.longest, YEARS)
         if size > 1:
             backend = "nccl" if kind == "cuda" else "gloo"
             # Every channel has a communicator of its own, which is what this warning of torch's asks for.

@@ -28,12 +28,17 @@ from puzzle.identity import launched
 from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT)
+MENDABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT),
+    *(errno.EMFILE, errno.ENFILE),
+)
 PEER_ENDED = signal.SIGUSR1
 REPORT = "PUZZLE_REPORT"
 """Variable that tells a worker the file descriptor on which its launcher listens."""
 SAFE_PATH = "PYTHONSAFEPATH"
 """Variable that keeps the working folder off a new interpreter's path."""
+DONE = "done"
+"""What a worker reports at the end of its work: who ends without it has failed, whatever its exit code."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 MOST_PER_CORE = 16
@@ -49,9 +54,8 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Death:
-    """Why a worker ended: `kind` is user, hang, signal or error; `when` is the host's clock in seconds.
-
-    `trace` is for programmers, where there is no file for it.
+    """Why a worker ended: `kind` is user, hang, signal, exit (of itself, without a word) or error; `when` is
+    the host's clock in seconds. `trace` is for programmers, where there is no file for it.
     """
 
     rank: int
@@ -244,6 +248,8 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> Non
         line = f"{type(error).__name__}: {text[0] if text else ''}"
         report.send((time.time(), "error", line, "" if log is not None else trace))
         raise SystemExit(1) from error
+    else:
+        report.send((time.time(), DONE, "", ""))
     finally:
         if log is not None and log.stat().st_size == 0 and share.first + local_rank == 0:
             log.unlink()
@@ -261,12 +267,12 @@ def _redirect(log: Path, first: bool) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def tell(line: str, first: bool) -> None:
+def tell(line: str, first: bool, kind: str = "hang") -> None:
     """Say why all processes of the run end, from any thread: to the launcher that started this one, or,
-    where that is another program, on stderr, if `first`."""
+    where that is another program, on stderr, if `first`. `kind` is a Death's."""
     if REPORT in os.environ:
         report = Connection(os.dup(int(os.environ[REPORT])), readable=False)
-        report.send((time.time(), "hang", line, ""))
+        report.send((time.time(), kind, line, ""))
     elif first:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
@@ -289,38 +295,45 @@ def _watch(workers: Sequence[Any], reports: Sequence[Connection], first: int) ->
         for sentinel in wait(list(running)):
             number = running.pop(sentinel)
             workers[number].join()
-            if workers[number].exitcode:
+            death = _death(first + number, workers[number], reports[number])
+            if death is not None:
                 deadline = time.monotonic() + SETTLE_SECONDS
                 while running and (left := deadline - time.monotonic()) > 0:
                     for other in wait(list(running), timeout=left):
                         workers[running.pop(other)].join()
-                return first_of([_death(first + n, workers[n], reports[n]) for n in range(len(workers))])
+                others = [n for n in range(len(workers)) if n != number and not reports[n].closed]
+                return first_of([death, *(_death(first + n, workers[n], reports[n]) for n in others)])
+            reports[number].close()
     return None
 
 
 def _death(rank: int, worker: Any, report: Connection) -> Death | None:
-    code = worker.exitcode
+    """Why a worker ended, or is about to; None for one that runs on or has done its work."""
+    code, kind = worker.exitcode, ""
     if report.poll():
         with contextlib.suppress(EOFError):
             when, kind, line, trace = report.recv()
-            return Death(rank, kind, line, 2 if kind == "user" else 1, when, trace)
-    if not code:
+            if kind != DONE:
+                return Death(rank, kind, line, 2 if kind == "user" else 1, when, trace)
+    if code is None or (code == 0 and kind == DONE):
         return None
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
         return Death(rank, "signal", f"killed by {name}{hint}", 128 - code, time.time())
-    return Death(rank, "error", f"ended with exit code {code}", code, time.time())
+    when = "after" if kind == DONE else "before"
+    line = f"ended with exit code {code} {when} its work was done (os._exit, as a reward may call it)"
+    return Death(rank, "exit", line, code or 1, time.time())
 
 
 def first_of(deaths: Sequence[Death | None]) -> Death | None:
     """The cause among deaths: user errors, hangs (which end all), signals (an abort may follow a lost peer),
-    then by time."""
-    order = {"user": 0, "hang": 1, "signal": 2, "error": 3}
+    exits without a word (who loses a peer has one to say), then by time."""
+    order = {"user": 0, "hang": 1, "signal": 2, "exit": 3, "error": 4}
 
     def key(death: Death) -> tuple[int, float]:
         follows = death.kind == "signal" and death.code == 128 + signal.SIGABRT
-        return (4 if follows else order[death.kind], death.when)
+        return (5 if follows else order[death.kind], death.when)
 
     return min((death for death in deaths if death is not None), key=key, default=None)
 

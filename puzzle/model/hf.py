@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -204,10 +204,16 @@ def check_weights(folder: Path, spec: ModelSpec, new_head: bool = False) -> None
         checkpoint.check(spec, new_head)
 
 
-def load(decoder: Decoder, folder: Path, head_seed: int | None = None) -> Loaded:
+def load(
+    decoder: Decoder,
+    folder: Path,
+    head_seed: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Loaded:
     """Read this stage's boxes from a folder.
 
-    Given `head_seed`, a value head that the folder lacks starts at random from (head_seed, name).
+    Given `head_seed`, a value head that the folder lacks starts at random from (head_seed, name). `tick` is
+    called as `weights.fill` does.
     """
     tensors = {tensor.name: tensor for tensor in decoder.spec.tensors()}
     with open_checkpoint(folder) as checkpoint:
@@ -221,7 +227,7 @@ def load(decoder: Decoder, folder: Path, head_seed: int | None = None) -> Loaded
             assert head_seed is not None
             return random_tensor(tensors[name], head_seed, decoder.device)
 
-        fill(decoder, source)
+        fill(decoder, source, tick)
         initialised = tuple(name for name in tensors if name not in checkpoint.names)
         return Loaded(initialised, checkpoint.unused(decoder.spec))
 

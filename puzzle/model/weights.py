@@ -26,10 +26,12 @@ class Sliceable(Protocol):
 
 
 @torch.no_grad()
-def fill(decoder: Decoder, source: Callable[[str], Sliceable]) -> None:
+def fill(
+    decoder: Decoder, source: Callable[[str], Sliceable], tick: Callable[[], None] = lambda: None
+) -> None:
     """Copy every box of the stage from the logical tensors that `source` opens by name, converting the dtype.
 
-    `source` is called once per name and storage.
+    `source` is called once per name and storage, `tick` after every storage.
     """
     for storage in decoder.storages:
         weight = decoder.get_parameter(storage.name)
@@ -37,6 +39,7 @@ def fill(decoder: Decoder, source: Callable[[str], Sliceable]) -> None:
         for piece in storage.pieces:
             box = opened[piece.tensor][piece.box.slices]
             weight[piece.start : piece.stop].copy_(box.t() if storage.transposed else box)
+        tick()
 
 
 def boxes(decoder: Decoder, values: Callable[[str], Tensor]) -> Iterator[tuple[str, Box, Tensor]]:
@@ -61,7 +64,7 @@ def random_tensor(tensor: TensorSpec, seed: int, device: torch.device) -> Tensor
     return torch.empty(tensor.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
 
 
-def initialise(decoder: Decoder, seed: int) -> None:
-    """Random weights, equal in every layout on one type of device."""
+def initialise(decoder: Decoder, seed: int, tick: Callable[[], None] = lambda: None) -> None:
+    """Random weights, equal in every layout on one type of device; `tick` as in `fill`."""
     tensors = {tensor.name: tensor for tensor in decoder.spec.tensors()}
-    fill(decoder, lambda name: random_tensor(tensors[name], seed, decoder.device))
+    fill(decoder, lambda name: random_tensor(tensors[name], seed, decoder.device), tick)

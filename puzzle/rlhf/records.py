@@ -41,12 +41,13 @@ def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Esti
     assert experience.logprobs_BS is not None
     mask = experience.mask_BS.to(experience.logprobs_BS.device)
     tokens = float(mask.sum())
+    scores_B = scores_B.double()  # sums of large float32 scores would be infinite
     metrics = {
         "reward": float(scores_B.mean()),
         "reward_std": float(scores_B.std(correction=0)),
         "response_tokens": tokens,
         "response_length": tokens / len(experience),
-        "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).sum()) / tokens,
+        "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).double().sum()) / tokens,
         "repetition": repetition(experience.responses),
     }
     if experience.drawn_tokens is not None:
@@ -56,11 +57,20 @@ def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Esti
         and experience.drawn_logprobs_BS is not experience.logprobs_BS
     ):
         gap = torch.where(mask, experience.drawn_logprobs_BS - experience.logprobs_BS, 0.0).abs()
-        metrics |= {"logprob_gap": float(gap.sum()) / tokens, "logprob_gap_max": float(gap.max())}
+        metrics |= {"logprob_gap": float(gap.double().sum()) / tokens, "logprob_gap_max": float(gap.max())}
     if experience.ref_logprobs_BS is not None:
         kl = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
-        total = float(torch.where(mask, kl, 0.0).sum())
+        total = float(torch.where(mask, kl, 0.0).double().sum())
         metrics |= {"kl": total / tokens, "kl_response": total / len(experience)}
+    return metrics
+
+
+def held_out_metrics(scores_B: Tensor) -> dict[str, float]:
+    """The mean held-out reward and half its 95 % confidence interval, which one response has none of."""
+    scores_B = scores_B.double()
+    metrics = {"reward": float(scores_B.mean())}
+    if len(scores_B) > 1:
+        metrics["reward_ci95"] = 1.96 * float(scores_B.std()) / len(scores_B) ** 0.5
     return metrics
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,6 +88,16 @@ def respond(
     drawn = torch.tensor(tally.rows if actor.owns_results else 0, device=actor.world.device)
     drawn = int(actor.world.sum(drawn))
     return replace(experience, logprobs_BS=logprobs, drawn_logprobs_BS=logprobs, drawn_tokens=drawn)
+
+
+def responses_of(parts: Sequence[Experience]) -> Experience:
+    """Prompts and responses of several experiences, one after the other, without their tensors."""
+    return Experience(
+        tuple(prompt for part in parts for prompt in part.prompts),
+        tuple(number for part in parts for number in part.prompt_ids),
+        tuple(response for part in parts for response in part.responses),
+        parts[0].samples,
+    )
 
 
 def texts(
@@ -234,3 +244,17 @@ def about_sequences(
         return model.collect(own, model.rows(count), (count,))
 
     return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
+
+
+def require_finite(experience: Experience, found: Mapping[str, Tensor | None]) -> None:
+    """UserError with the name of the first of (B, S) or (B, 1) tensors that is not finite, and the row."""
+    for what, x_BS in found.items():
+        if x_BS is None:
+            continue
+        mask_BS = experience.mask_BS.to(x_BS.device)
+        row = (mask_BS & ~x_BS.isfinite()).any(1).nonzero()
+        if len(row):
+            raise UserError(
+                f"{what} of response {int(row[0]) + 1} of {len(experience)} is not finite; look at its"
+                " weights, lower the learning rate, or resume from an earlier checkpoint"
+            )

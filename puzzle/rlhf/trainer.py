@@ -25,7 +25,7 @@ from puzzle.engine.watchdog import Watch
 from puzzle.engine.world import World
 from puzzle.errors import UserError
 from puzzle.jsonio import Fields
-from puzzle.launch import folders, local
+from puzzle.launch import local
 from puzzle.provenance import run_header
 from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf.algorithms import make_algorithm
@@ -35,13 +35,16 @@ from puzzle.rlhf.controllers import RunningMoments, adapted_kl_coef
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
 from puzzle.rlhf.models import Models, build_models
-from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics
-from puzzle.rlhf.rewards import FunctionReward
+from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
+from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
+from puzzle.rlhf.rewards import FunctionReward, reward_function
 from puzzle.rlhf.rollout import (
     Question,
     about_sequences,
     about_tokens,
+    require_finite,
     respond,
+    responses_of,
     reward_sequences,
     sampling_params,
     texts,
@@ -66,7 +69,9 @@ def train(
     write that date, on every rank and after every resume. Raises UserError for what the user can mend.
     """
     began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
-    watch = Watch(config.launch.watchdog, local.tell, out / "ranks")
+    function = reward_function(config, give_up)
+    longest = 0.0 if function is None else function.allowed.longest
+    watch = Watch(config.launch.watchdog, local.tell, out / "ranks", longest)
     with World.start(config.device, watch=watch) as world:
         try:
             plan = resolve(config, max(world.gather(world.per_node)))
@@ -74,9 +79,9 @@ def train(
             sizes = [model.spec.vocab_size for model in plan.models.values()]
             # Random tokens are read by every model as they are.
             data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0], began)
-            _check_memory(plan, world)
+            check_memory(plan, world)
             world.pulse.mark("loading models")
-            trainer = Trainer(plan, data, build_models(plan, world), world)
+            trainer = Trainer(plan, data, build_models(plan, world), world, function)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
             if resumed is not None and note:
@@ -94,41 +99,11 @@ def train(
             raise UserError(f"{reason} on rank {world.rank}; {remedy}") from error
 
 
-def agree(plan: RunPlan, world: World) -> None:
-    """All ranks made the same plan, or the run would hang later: UserError with what differs."""
-    hashes = world.gather(plan.hash)
-    if len(set(hashes)) > 1:
-        odd = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
-        raise UserError(
-            f"rank {odd} resolved the run to plan {hashes[odd]}, rank 0 to {hashes[0]}: their hosts"
-            " see different model folders; give all the same files"
-        )
-
-
-def _check_memory(plan: RunPlan, world: World) -> None:
-    """Refuse what cannot fit before anything is loaded."""
-    if world.device.type == "cuda":
-        limit = torch.cuda.get_device_properties(world.device).total_memory
-        footprint.require(footprint.estimate(plan, fused=True), limit)
-
-
 def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
     options = config.checkpoint
     return Checkpoints(
         out / "checkpoints", tuple(models.trained.values()), options.keep, options.asynchronous
     )
-
-
-def _refuse_replacing(checkpoints: Path, world: World) -> None:
-    """Models stay where a run would begin again; the same refusal on every rank."""
-    refusal = None
-    if world.rank == 0:
-        try:
-            folders.refuse_replacing(checkpoints)
-        except UserError as error:
-            refusal = error
-    if (refusal := world.share(refusal)) is not None:
-        raise refusal
 
 
 def _device_name(world: World) -> str:
@@ -141,14 +116,22 @@ class Trainer:
     make_pipeline: MakePipeline = Pipeline
     """How models are run; another engine's trainer has its own."""
 
-    def __init__(self, plan: RunPlan, data: RunData, models: Models, world: World) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        data: RunData,
+        models: Models,
+        world: World,
+        function: FunctionReward | None,
+    ) -> None:
+        """`function` is the reward where it is not a model's."""
         self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
         config = plan.config
         self.kl_coef = config.algorithm.kl.coef
         self.algorithm = make_algorithm(config.algorithm)
         self.scores_seen = RunningMoments()
         self.params = sampling_params(config, data.endings.stop_ids)
-        self.function = FunctionReward(config.reward.function) if config.reward.function else None
+        self.function = function
         agree_on_vocabulary(config, data, models, data.reader is not None)
         self.best = -math.inf
         self.done = 0
@@ -176,7 +159,7 @@ class Trainer:
         """Go on from the last whole checkpoint, or from the start where there never was one."""
         restored = checkpoints.restore()
         if restored is None:
-            _refuse_replacing(checkpoints.folder, self.world)
+            refuse_replacing(checkpoints.folder, self.world)
             return Resumed(notes=("there is no checkpoint to resume from: the run begins again",))
         state = Fields(restored.state, f"{restored.folder}: state")
         self.data.train.restore(state.section("data").values)
@@ -290,6 +273,13 @@ class Trainer:
             everywhere = torch.ones_like(raw, dtype=torch.bool)
             self.scores_seen = self.scores_seen.merged(moments(raw, everywhere))
             scores = self.scores_seen.scaled(raw)
+        found = {
+            "actor: a log-prob": experience.logprobs_BS,
+            "reference: a log-prob": experience.ref_logprobs_BS,
+            "critic: a value": experience.values_BS,
+            "reward: the score": raw[:, None],
+        }
+        require_finite(experience, found)
         return self.algorithm.advantages(experience, scores, self.kl_coef), raw
 
     def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Question:
@@ -317,10 +307,11 @@ class Trainer:
         assert self.function is not None
         found: list[float] | UserError = []
         if self.world.rank == 0:
-            try:
-                found = self.function(*self._texts(experience, prompts))
-            except UserError as error:
-                found = error
+            with self.world.pulse.busy("the reward function", self.function.allowed.longest):
+                try:
+                    found = self.function(*self._texts(experience, prompts))
+                except UserError as error:
+                    found = error
         found = self.world.share(found)
         if isinstance(found, UserError):
             raise found
@@ -336,23 +327,31 @@ class Trainer:
             self.kl_coef = adapted_kl_coef(self.kl_coef, observed, kl.target, responses, kl.horizon)
 
     def _evaluate(self, done: int, recorder: Recorder) -> None:
-        """Held-out reward with noise that is the same at every evaluation."""
+        """Held-out reward with noise that is the same at every evaluation.
+
+        Prompts come in parts of a training batch, for which there is memory.
+        """
         if not self.config.eval.every or self.data.held_out is None:
             return
-        prompts = self.data.held_out.prompts
+        self.world.pulse.mark(f"evaluation after {done} iterations")
+        prompts, size = self.data.held_out.prompts, self.config.batch * self.config.generation.samples
         params = dataclasses.replace(
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        generation, endings = self.config.generation, self.data.endings
         with self.models.generator.weights() as actor:
             self.models.room.for_generation()
-            experience = respond(actor, prompts, 1, params, 0, self.config.generation, self.data.endings)
-        scores = self.score(experience, prompts)
-        reward = float(scores.mean())
-        metrics = {"reward": reward}
-        if len(scores) > 1:
-            metrics["reward_ci95"] = 1.96 * float(scores.std()) / len(scores) ** 0.5
+            answers = [respond(actor, part, 1, params, 0, generation, endings) for part in parts]
+        experience = responses_of(answers)
+        if self.function is not None:
+            scores = self.score(experience, prompts)  # a function may compare responses: it gets them all
+        else:
+            scores = torch.cat([self.score(*pair) for pair in zip(answers, parts, strict=True)])
+        require_finite(experience, {"reward: the score": scores[:, None]})
+        metrics = held_out_metrics(scores)
         recorder.evaluation(done, metrics)
         recorder.samples(done, experience, prompts, self._texts(experience, prompts), scores, held_out=True)
-        if self.config.checkpoint.best and reward > self.best:
+        if self.config.checkpoint.best and metrics["reward"] > self.best:
             recorder.save(self.models.actor, "best", done, self.data.endings)
-        self.best = max(self.best, reward)
+        self.best = max(self.best, metrics["reward"])

@@ -12,7 +12,7 @@ from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.switch import plan_switch
 from puzzle.resolve import resolve
-from puzzle.rlhf.trainer import agree
+from puzzle.rlhf.preflight import agree
 from tests.helpers import run_ranks
 
 TINY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -21,9 +22,11 @@ N = 10.0
 NOW = 1000.0
 
 
-def seen(rank: int, moved: float, waits: bool = True, silent: float = 0.0, over: bool = False) -> Seen:
+def seen(
+    rank: int, moved: float, waits: bool = True, silent: float = 0.0, over: bool = False, limit: float = 0.0
+) -> Seen:
     """A rank that moved so many seconds ago and showed a sign of life so many seconds ago."""
-    sign = Sign(rank, "host", 100 + rank, doing=f"work {rank}", waits=waits, over=over)
+    sign = Sign(rank, "host", 100 + rank, doing=f"work {rank}", waits=waits, over=over, limit=limit)
     return Seen(sign, NOW - silent, NOW - moved)
 
 
@@ -41,6 +44,13 @@ CASES = [
         "one computes for too long",
         [seen(0, PATIENCE * N), seen(1, 101, False)],
         "rank 1 on host has computed without progress for 101 s in work 1; rank 0 on host waits in work 0",
+    ),
+    ("one computes as its limit lets it", [seen(0, 599), seen(1, 599, False, limit=500)], None),
+    ("it may be without end", [seen(0, 1e7), seen(1, 1e7, False, limit=math.inf)], None),
+    (
+        "it does not keep its limit",
+        [seen(0, 650), seen(1, 700, False, limit=500)],
+        "rank 1 on host has computed without progress for 700 s in work 1; rank 0 on host waits in work 0",
     ),
     ("all compute for ever", [seen(0, 10_000, False), seen(1, 9_000, False)], None),
     ("who has ended is not missed", [seen(0, 3), seen(1, 500, silent=500, over=True)], None),
@@ -75,6 +85,8 @@ def test_native_code_without_signs_counts_as_computing() -> None:
 
 def test_a_silent_rank_of_another_host_may_compute_unless_its_host_knows_better() -> None:
     ranks = [seen(0, 99), seen(1, 99, silent=99)]
+    assert judge(ranks, NOW, N, lambda sign: AWAY) is None
+    ranks = [seen(0, 599), seen(1, 599, silent=599, limit=500)]
     assert judge(ranks, NOW, N, lambda sign: AWAY) is None
     ranks = [seen(0, 99), seen(1, PATIENCE * N, silent=PATIENCE * N)]
     verdict = judge(ranks, NOW, N, lambda sign: AWAY)

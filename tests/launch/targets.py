@@ -43,6 +43,8 @@ def fail(out: Path, kind: str) -> None:
             raise ValueError("a bug\nwith details")
         if kind == "disk":
             raise OSError(28, "No space left on device", "somewhere/file")
+        if kind == "leave":
+            os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
@@ -52,7 +54,8 @@ def watched(out: Path, kind: str, seconds: float) -> None:
     if kind == "away":  # each rank on a host of its own, as far as watchdogs can tell
         mock.patch.object(socket, "gethostname", return_value=f"host{os.environ['RANK']}").start()
         kind = "stop 1"
-    with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks")) as world:
+    longest = 60.0 if kind == "limited" else 0.0
+    with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks", longest)) as world:
         (out / f"{world.rank}.pid").write_text(str(os.getpid()))
         world.sum(torch.ones(1))
         world.pulse.mark("the lesson")
@@ -69,6 +72,9 @@ def watched(out: Path, kind: str, seconds: float) -> None:
                         (out / "saved").touch()
             elif kind == "slow":
                 time.sleep(2.5 * seconds)
+            elif kind == "limited":  # longer than a watchdog's patience and than its collectives' time-outs
+                with world.pulse.busy("an errand", 60.0):
+                    time.sleep(31 * seconds)
             elif kind == "native":
                 # PyDLL keeps the interpreter locked, as long native code does: no thread shows signs of life.
                 ctypes.PyDLL(None).usleep(int(2.5e6 * seconds))

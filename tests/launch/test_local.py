@@ -67,6 +67,7 @@ def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
         ("disk", UserError, "somewhere/file: No space left on device"),
         ("bug", local.WorkerError, "rank 1 on .*: ValueError: a bug; its log: .*rank-001.txt"),
         ("kill", local.WorkerError, r"rank 1 on .*: killed by SIGKILL \(out of memory, or by hand\)"),
+        ("leave", local.WorkerError, "rank 1 on .*: ended with exit code 0 before its work was done"),
     ],
 )
 def test_first_failure_ends_all_with_its_line(tmp_path, kind, error, words):
@@ -79,6 +80,8 @@ def test_first_failure_ends_all_with_its_line(tmp_path, kind, error, words):
         assert "with details" in (tmp_path / "ranks/rank-001.txt").read_text()
     if kind == "kill":
         assert raised.value.code == 137
+    if kind == "leave":
+        assert raised.value.code == 1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from puzzle.resolve import resolve
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
+from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.trainer import Trainer
 
 Boxes = list[tuple[str, tuple[tuple[int, int], ...], Tensor]]
@@ -106,7 +107,7 @@ def run_case(world: World, case: Case) -> Watch:
     ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
     try:
         data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
-        trainer = Trainer(plan, data, models, world)
+        trainer = Trainer(plan, data, models, world, reward_function(plan.config))
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None

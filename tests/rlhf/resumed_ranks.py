@@ -15,6 +15,7 @@ from puzzle.engine.world import World
 from puzzle.model.weights import boxes
 from puzzle.resolve import resolve
 from puzzle.rlhf.models import build_models
+from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.trainer import Trainer
 from tests.rlhf.ppo_ranks import Case, Recorder, Watch
 
@@ -27,7 +28,8 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
     plan = resolve(config)
     models = build_models(plan, world)
-    trainer = Trainer(plan, RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None), models, world)
+    data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
+    trainer = Trainer(plan, data, models, world, reward_function(plan.config))
     checkpoints = Checkpoints(Path(folder), tuple(models.trained.values()))
     trainer.resume(checkpoints)
     watch = Watch()

@@ -231,6 +231,62 @@ def test_adaptive_kl_reaches_its_target():
     assert 0.3 / coef == pytest.approx(6.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("horizon", [1, 3, 64])
+@pytest.mark.parametrize("observed", [0.0, -3.0, 1e-300, 6.0, 1e300, math.inf, math.nan])
+def test_adaptive_kl_with_more_responses_than_its_horizon(horizon, observed):
+    """A step is a horizon's at most, and from whatever a long run came to, the way back is open."""
+    error = 0.0 if math.isnan(observed) else min(max(observed / 6.0 - 1, -0.2), 0.2)
+    assert controllers.adapted_kl_coef(0.1, observed, 6.0, 64, horizon) == pytest.approx(0.1 * (1 + error))
+    coef = 0.1
+    for _ in range(6000):
+        coef = controllers.adapted_kl_coef(coef, observed, 6.0, 64, horizon)
+    assert 0 < coef < math.inf
+    lower, higher = (controllers.adapted_kl_coef(coef, seen, 6.0, 64, horizon) for seen in (0.0, 12.0))
+    assert lower < coef or coef == 1e-10
+    assert higher > coef or coef == 1e10
+
+
+EQUAL = [0.85, 1 / 3, -7.3, 1e6 + 0.1, 3e38, 1e-30, 0.0]
+
+
+@pytest.mark.parametrize("value", EQUAL)
+@pytest.mark.parametrize("batches", [(1,), (15,), (1, 7, 64), (333, 1000)])
+def test_equal_scores_are_neither_scaled_nor_blown_up(value, batches):
+    state = controllers.RunningMoments()
+    for count in batches:
+        scores = torch.full((count,), value)
+        state = state.merged(policy.moments(scores, torch.ones(count, dtype=torch.bool)))
+        assert torch.equal(state.scaled(scores), scores)
+        whole = policy.moments(scores, torch.ones(count, dtype=torch.bool))
+        assert not policy.whiten(scores, torch.ones(count, dtype=torch.bool), whole).any()
+
+
+@pytest.mark.parametrize("value", EQUAL[:4])
+def test_rounding_is_no_spread(value):
+    """What a model gives for equal texts in other batches differs in the last places."""
+    scores = torch.full((16,), value)
+    scores[::3] = torch.nextafter(scores[::3], torch.tensor(math.inf))
+    mask = torch.ones(16, dtype=torch.bool)
+    assert torch.equal(
+        controllers.RunningMoments().merged(policy.moments(scores, mask)).scaled(scores), scores
+    )
+    assert not policy.whiten(scores, mask, policy.moments(scores, mask)).any()
+
+
+@pytest.mark.parametrize("scale", [1e37, 1e6, 1.0, 1e-3])
+def test_a_spread_of_any_size_becomes_1(scale):
+    scores = torch.tensor([1.0, 2.0, 3.5, -0.5]) * scale
+    mask = torch.ones(4, dtype=torch.bool)
+    state = controllers.RunningMoments().merged(policy.moments(scores, mask))
+    exact = scores.double().numpy()
+    expected = exact / np.sqrt(exact.var() + 1e-8)
+    np.testing.assert_allclose(state.scaled(scores).numpy(), expected, rtol=1e-5)
+    whitened = policy.whiten(scores, mask, policy.moments(scores, mask)).numpy()
+    np.testing.assert_allclose(
+        whitened, (exact - exact.mean()) / np.sqrt(exact.var() + 1e-8), rtol=1e-4, atol=1e-6
+    )
+
+
 @given(st.lists(st.lists(st.floats(-100, 100), max_size=8), max_size=6))
 def test_running_moments(batches):
     state = controllers.RunningMoments()

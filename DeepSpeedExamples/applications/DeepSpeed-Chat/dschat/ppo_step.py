@@ -29,6 +29,7 @@ from puzzle.provenance import run_header
 from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
+from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
@@ -88,7 +89,7 @@ def run(plan: RunPlan, zero: ZeroOptions, out: Path, data: RunData, world: World
     obstacle = hybrid_obstacle(zero, world.device) if zero.enable_hybrid_engine else None
     hybrid = zero.enable_hybrid_engine and obstacle is None
     torch.manual_seed(config.seed + world.rank)
-    trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world)
+    trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world, reward_function(config))
     trainer.synced = zero.actor_zero_stage == 3
     with Recorder(out, config, world, header(plan, zero, world, hybrid, obstacle)) as recorder:
         if obstacle is not None and recorder.writer is not None:

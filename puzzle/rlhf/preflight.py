@@ -1,0 +1,50 @@
+"""What a rank refuses before models are loaded or replaced, and how it gives a run up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from puzzle import footprint
+from puzzle.engine.world import World
+from puzzle.errors import UserError
+from puzzle.launch import folders, local
+from puzzle.resolve import RunPlan
+
+
+def agree(plan: RunPlan, world: World) -> None:
+    """All ranks made the same plan, or the run would hang later: UserError with what differs."""
+    hashes = world.gather(plan.hash)
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
+        raise UserError(
+            f"rank {odd} resolved the run to plan {hashes[odd]}, rank 0 to {hashes[0]}: their hosts"
+            " see different model folders; give all the same files"
+        )
+
+
+def check_memory(plan: RunPlan, world: World) -> None:
+    """Refuse what cannot fit before anything is loaded."""
+    if world.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(world.device).total_memory
+        footprint.require(footprint.estimate(plan, fused=True), limit)
+
+
+def refuse_replacing(checkpoints: Path, world: World) -> None:
+    """Models stay where a run would begin again; the same refusal on every rank."""
+    refusal = None
+    if world.rank == 0:
+        try:
+            folders.refuse_replacing(checkpoints)
+        except UserError as error:
+            refusal = error
+    if (refusal := world.share(refusal)) is not None:
+        raise refusal
+
+
+def give_up(line: str) -> None:
+    """Ends the run from the rank whose reward function does not let itself be ended."""
+    local.tell(line, True, "user")
+    os._exit(2)
