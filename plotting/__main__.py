@@ -1,6 +1,6 @@
 """`python -m plotting`: draws every figure and table that the logs hold."""
 
-from puzzle.path import leave_working_folder
+from puzzle.files.path import leave_working_folder
 
 if __name__ == "__main__":
     leave_working_folder()  # before anything else is looked for

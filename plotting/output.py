@@ -6,8 +6,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from puzzle import durable
 from puzzle.errors import UserError, describe
+from puzzle.files import durable
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from plotting.output import whole
 from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, save, width_of
 from puzzle.errors import UserError, exit_code
-from puzzle.jsonio import Fields, read_object
+from puzzle.files.jsonio import Fields, read_object
 
 WIDTH = 2 * COLUMN
 LEFT, RIGHT, TOP, BOTTOM = 0.55, 0.08, 0.42, 0.34

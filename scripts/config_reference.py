@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from puzzle.config import TrainConfig
-from puzzle.limits import LARGEST, MOST
+from puzzle.config.run import TrainConfig
+from puzzle.files.limits import LARGEST, MOST
 
 ROOT = Path(__file__).resolve().parents[1]
 UNTOLD = (MOST, LARGEST)  # of nearly every number: the page says so once

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from puzzle.bench import device
 from puzzle.bench.switch import link_rate
 from puzzle.cli.plan_switch import model_spec, triple
-from puzzle.engine.world import World
+from puzzle.engine.runtime.world import World
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import durable
+from puzzle.files import durable
 
 
 @pytest.fixture

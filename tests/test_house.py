@@ -5,58 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rooms import PAGE, ROOMS, allowed, around, page, room_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("puzzle", "plotting")
 FILES = sorted(file.relative_to(ROOT) for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
-
-# Room -> what of the project it may import; rooms not listed may import anything.
-MAY_IMPORT = {
-    "puzzle/errors.py": (),
-    "puzzle/limits.py": (),
-    "puzzle/reading.py": ("puzzle.errors",),
-    "puzzle/durable.py": (),
-    "puzzle/identity.py": ("puzzle.errors",),
-    "puzzle/path.py": (),
-    "puzzle/jsonio.py": ("puzzle.reading", "puzzle.errors"),
-    "puzzle/spec": ("puzzle.spec", "puzzle.jsonio", "puzzle.errors"),
-    "puzzle/plan": ("puzzle.plan", "puzzle.jsonio", "puzzle.spec", "puzzle.limits", "puzzle.errors"),
-    "puzzle/model": (
-        "puzzle.model",
-        "puzzle.jsonio",
-        "puzzle.plan",
-        "puzzle.spec",
-        "puzzle.durable",
-        "puzzle.errors",
-    ),
-    "puzzle/engine": (
-        "puzzle.engine",
-        "puzzle.model",
-        "puzzle.plan",
-        "puzzle.spec",
-        "puzzle.durable",
-        "puzzle.jsonio",
-        "puzzle.reading",
-        "puzzle.identity",
-        "puzzle.errors",
-    ),
-    "puzzle/runlog": ("puzzle.runlog", "puzzle.limits", "puzzle.jsonio", "puzzle.durable", "puzzle.errors"),
-    "plotting": (
-        "plotting",
-        "puzzle.path",
-        "puzzle.runlog",
-        "puzzle.jsonio",
-        "puzzle.durable",
-        "puzzle.errors",
-    ),
-}
-NEVER = {
-    "puzzle/spec": ("torch", "transformers"),
-    "puzzle/plan": ("torch", "transformers"),
-    "puzzle/runlog": ("torch", "transformers", "numpy", "pandas", "scipy", "yaml", "pydantic"),
-    "plotting": ("torch", "transformers"),
-    "puzzle/rlhf": ("torch.distributed",),
-}
 
 
 def inside(name: str, parents: tuple[str, ...]) -> bool:
@@ -77,26 +30,63 @@ def imports(file: Path) -> Iterator[str]:
             yield "torch.distributed"
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
+def arrows(room: str) -> Iterator[tuple[Path, str]]:
+    """Files of a room, not of rooms inside it, with the names of the project that they import."""
+    for file in FILES:
+        if room_of(file.as_posix()) == room:
+            yield from ((file, name) for name in imports(file) if inside(name, PACKAGES))
+
+
+def with_those_around(name: str) -> set[str]:
+    room = room_of(name)
+    return set() if room is None else {room, *around(room)}
+
+
+def test_every_file_has_a_room() -> None:
+    outside = [str(file) for file in FILES if room_of(file.as_posix()) is None]
+    assert outside == ["puzzle/__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_only_what_they_may(room: str) -> None:
     wrong = [
         (str(file), name)
-        for file in FILES
-        if inside(file.as_posix().replace("/", "."), (room.replace("/", "."),))
-        for name in imports(file)
-        if inside(name, PACKAGES) and not inside(name, MAY_IMPORT[room]) and name != "puzzle.__version__"
+        for file, name in arrows(room)
+        if name != "puzzle.__version__" and not allowed(room) & with_those_around(name)
     ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("room", NEVER)
+def test_rooms_lie_on_floors() -> None:
+    """No room may import one from which it can be reached: whatever the table allows has an order."""
+    standing: set[str] = set()
+    while ready := [r for r in ROOMS if r not in standing and allowed(r) - {r} <= standing | around(r)]:
+        standing.update(ready)
+    assert standing == set(ROOMS)
+
+
+def test_what_is_allowed_is_used() -> None:
+    """An arrow that nothing draws any more leaves the table."""
+    for room, listed in ROOMS.items():
+        if any(other != room and other.startswith(room + "/") for other in ROOMS):
+            continue  # what rooms inside it import, they import for it
+        drawn = set().union(*(with_those_around(name) for _, name in arrows(room)))
+        assert set(listed.may) <= drawn, room
+
+
+def test_the_page_shows_the_table() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(text), "run python scripts/rooms.py"
+
+
+@pytest.mark.parametrize("room", [room for room, listed in ROOMS.items() if listed.never])
 def test_rooms_never_import(room: str) -> None:
     wrong = [
         (str(file), name)
         for file in FILES
-        if file.as_posix().startswith(room + "/")
+        if room in with_those_around(file.as_posix())
         for name in imports(file)
-        if inside(name, NEVER[room])
+        if inside(name, ROOMS[room].never)
     ]
     assert wrong == []
 

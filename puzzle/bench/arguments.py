@@ -12,10 +12,10 @@ import torch
 
 from puzzle.cli import Parser, new_file, whole
 from puzzle.cli.plan_switch import model_spec, triple
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
-from puzzle.limits import MOST_LAYERS, MOST_MICROBATCHES, MOST_SEQUENCES, MOST_TOKENS
+from puzzle.files.limits import MOST_LAYERS, MOST_MICROBATCHES, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec

@@ -20,16 +20,16 @@ from puzzle.bench import kernels
 from puzzle.bench.models import MODELS, save_random, sentences
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import Parser, whole
-from puzzle.engine.generate import Request, generate
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.passes import StagePasses
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.world import World
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.model_runner import StagePasses
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_PROCESSES
 from puzzle.launch import local
-from puzzle.limits import MOST_PROCESSES
 from puzzle.model import hf
 from puzzle.model.weights import boxes
 from puzzle.plan.layout import Layout, Placement

@@ -20,14 +20,14 @@ from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.bench.texts import mean_loss, random_batches
 from puzzle.cli import named, whole
-from puzzle.engine.checkpoint import Checkpoints
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.checkpoint import manifest
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.launch import local
-from puzzle.plan import manifest
 
 
 @dataclass(frozen=True, kw_only=True)

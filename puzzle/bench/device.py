@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from puzzle.engine.world import World
+from puzzle.engine.runtime.world import World
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets (SXM parts)."""

@@ -23,22 +23,22 @@ from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, Bench, cut, parser
 from puzzle.bench.texts import mean_loss, mean_square_value, random_batches, token_logprobs
 from puzzle.cli import named, whole
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.stage import OutputFn
-from puzzle.engine.tracing import Clock, gathered
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput, PipelineOutput
+from puzzle.engine.pipeline.stage import OutputFn
+from puzzle.engine.runtime.tracing import Clock, gathered
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_MICROBATCHES
 from puzzle.launch import local
-from puzzle.limits import MOST_MICROBATCHES
 from puzzle.model.weights import initialise
-from puzzle.plan.cost import CostTable
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.measured import measured_costs
-from puzzle.plan.schedule import Op, Schedule
-from puzzle.plan.simulate import simulate
-from puzzle.plan.timeline import Span, Timeline
+from puzzle.plan.pipeline.actions import Op, Schedule
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.measured import measured_costs
+from puzzle.plan.simulate.simulate import simulate
+from puzzle.plan.simulate.timeline import Span, Timeline
 from puzzle.spec.flops import forward_flops, train_flops
 from puzzle.spec.model import ModelSpec
 

@@ -18,13 +18,13 @@ import torch
 from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.cli import whole
-from puzzle.engine.generate import Request, StopRule, Tally, generate
-from puzzle.engine.passes import StagePasses, cache_bytes, fitting_rows
-from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.world import World
+from puzzle.engine.generate.decode_ring import Request, StopRule, Tally, generate
+from puzzle.engine.generate.model_runner import StagePasses, cache_bytes, fitting_rows
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_SEQUENCES, MOST_TOKENS
 from puzzle.launch import local
-from puzzle.limits import MOST_SEQUENCES, MOST_TOKENS
 
 ARMS = {"early stop": True, "to the end": False}
 

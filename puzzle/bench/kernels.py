@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.engine.sampling import SamplingParams, VocabShard, choose, draw
-from puzzle.engine.world import World
+from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw
+from puzzle.engine.runtime.world import World
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.linear import accumulate, product, sums_in_place
 from puzzle.model.noise import gumbel, place_keys, row_keys, row_stems
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.pointwise import Pointwise, has_kernels
-from puzzle.model.products import accumulate, product, sums_in_place
 from puzzle.model.rope import rotation
 
 BF16, EPS = torch.bfloat16, 1e-5

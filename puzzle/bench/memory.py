@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle import footprint
 from puzzle.cli import Parser, named, whole
 from puzzle.cli.plan_switch import triple
-from puzzle.config import TrainConfig
-from puzzle.configio import Key, build, merge, parse_overrides
+from puzzle.config import memory_report as footprint
+from puzzle.config.load import Key, build, merge, parse_overrides
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_LAYERS
 from puzzle.launch import local
-from puzzle.limits import MOST_LAYERS
 from puzzle.plan.memory import RankMemory
-from puzzle.resolve import check_packages, resolve
+from puzzle.rlhf.requirements import check_packages
 from puzzle.runlog import Run, load_runs
 
 BAR = 0.1

@@ -12,18 +12,18 @@ import torch
 from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
 from puzzle.bench.switch import SECONDS, Pair, one_size, pair_of, tidy
-from puzzle.engine.generate import Request, generate
-from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.switcher import Switcher
-from puzzle.engine.world import World
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.reshard.resharder import Switcher
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings, ZeroAdamW
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.model.weights import initialise
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import Transport, plan_switch
+from puzzle.plan.reshard.plan import Transport, plan_switch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,18 +19,18 @@ from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
 from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.switcher import Switcher, lends_pages
-from puzzle.engine.transports import LANES, Unreachable, open_peers
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.reshard.resharder import Switcher, lends_pages
+from puzzle.engine.reshard.transports import LANES, Unreachable, open_peers
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_BYTES
 from puzzle.launch import local
-from puzzle.limits import MOST_BYTES
 from puzzle.model.weights import initialise
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import MIB, SwitchPlan, Transport, plan_switch
-from puzzle.plan.switch_route import STRATEGIES, Strategy
+from puzzle.plan.reshard.plan import MIB, SwitchPlan, Transport, plan_switch
+from puzzle.plan.reshard.routing import STRATEGIES, Strategy
 
 Pair = tuple[tuple[int, int, int], tuple[int, int, int]]
 SECONDS = 60.0  # no rank waits longer for another

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.stage import OutputFn
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.stage import OutputFn
 from puzzle.model.packing import PackedBatch, pack
 
 

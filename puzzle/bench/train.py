@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.bench.texts import mean_loss, random_batches, token_logprobs
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.launch import local
 from puzzle.model.decoder import Decoder
-from puzzle.model.products import Weight, accumulate
-from puzzle.plan.schedule import Op
+from puzzle.model.linear import Weight, accumulate
+from puzzle.plan.pipeline.actions import Op
 from puzzle.spec.flops import forward_flops, train_flops
 
 

@@ -14,11 +14,11 @@ import torch
 from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, Bench, parser
 from puzzle.cli import named, whole
-from puzzle.engine.generate import Request, generate
-from puzzle.engine.passes import StagePasses
-from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.world import World
-from puzzle.limits import MOST_SEQUENCES, MOST_TOKENS
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.model_runner import StagePasses
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.runtime.world import World
+from puzzle.files.limits import MOST_SEQUENCES, MOST_TOKENS
 from puzzle.model import hf
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup

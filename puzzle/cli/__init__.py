@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from puzzle import __version__
 from puzzle.errors import UserError, describe, exit_code
-from puzzle.limits import MOST, MOST_NAME
+from puzzle.files.limits import MOST, MOST_NAME
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
@@ -75,7 +75,7 @@ def named(text: str) -> Path:
 
     ~ and $VARIABLES are filled in also where the shell left them.
     """
-    from puzzle.sections import expanded
+    from puzzle.config.sections import expanded
 
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")

@@ -3,7 +3,7 @@
 import sys
 
 from puzzle.cli import main
-from puzzle.path import leave_working_folder
+from puzzle.files.path import leave_working_folder
 
 if __name__ == "__main__":
     leave_working_folder()

@@ -13,15 +13,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from puzzle import footprint
-from puzzle.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
+from puzzle.campaign import runs as campaign
+from puzzle.campaign.experiments import TABLE, Experiment, Request, expand, read_table
+from puzzle.campaign.forecast import forecast
+from puzzle.campaign.machine import Machine, find_machine
 from puzzle.cli import Parser, filled, named, whole
+from puzzle.config import memory_report as footprint
+from puzzle.config.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
+from puzzle.config.resolve import resolve
 from puzzle.errors import UserError, terminate_as_exit
-from puzzle.experiments import TABLE, Experiment, Request, expand, read_table
-from puzzle.launch import LAUNCHERS, Launcher, campaign, lock, slurm
-from puzzle.launch.forecast import forecast
-from puzzle.launch.machine import Machine, find_machine
-from puzzle.resolve import check_files, check_packages, resolve
+from puzzle.files import lock
+from puzzle.launch import LAUNCHERS, Launcher, slurm
+from puzzle.rlhf.requirements import check_files, check_packages
 
 MOST_REPEATS = 1000
 

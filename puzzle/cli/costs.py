@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from puzzle import jsonio
 from puzzle.errors import UserError
-from puzzle.jsonio import Fields
-from puzzle.plan.cost import CostTable, Seconds, starts
-from puzzle.plan.measured import measured_costs
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Payload
-from puzzle.plan.timeline import MOST_SECONDS, Timeline
+from puzzle.files import jsonio
+from puzzle.files.jsonio import Fields
+from puzzle.plan.pipeline.actions import COLLECTIVES, COMPUTE, Payload
+from puzzle.plan.simulate.cost import CostTable, Seconds, starts
+from puzzle.plan.simulate.measured import measured_costs
+from puzzle.plan.simulate.timeline import MOST_SECONDS, Timeline
 
 KINDS = sorted({*map(str, COMPUTE), *map(str, COLLECTIVES), *map(starts, COLLECTIVES), *map(str, Payload)})
 

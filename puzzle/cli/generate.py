@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle import durable
 from puzzle.cli import Parser, filled, named, new_file, real, whole
-from puzzle.config import DataConfig
+from puzzle.config.sections import DataConfig
+from puzzle.config.sources import folder_spec
 from puzzle.data.endings import endings
 from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text
 from puzzle.errors import UserError
+from puzzle.files import durable
+from puzzle.files.limits import LARGEST, MOST_PROCESSES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.launch import local
-from puzzle.limits import LARGEST, MOST_PROCESSES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.plan.layout import Layout, Placement
-from puzzle.sources import folder_spec
 
 if TYPE_CHECKING:
-    from puzzle.engine.generate import Response
-    from puzzle.engine.runtime import ModelRuntime
+    from puzzle.engine.generate.decode_ring import Response
+    from puzzle.engine.pipeline.model import ModelRuntime
 
 Answers = list[tuple[int, "list[Response]"]]
 """Where a replica's share of a batch begins, and its responses."""
@@ -124,10 +124,10 @@ def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> Promp
 
 def work(job: Job) -> None:
     """What every process does; rank 0 prints, and writes the file once all is there."""
-    from puzzle.engine.generate import Request, check_room, generate
-    from puzzle.engine.passes import StagePasses
-    from puzzle.engine.sampling import SamplingParams
-    from puzzle.engine.world import World
+    from puzzle.engine.generate.decode_ring import Request, check_room, generate
+    from puzzle.engine.generate.model_runner import StagePasses
+    from puzzle.engine.generate.sampling import SamplingParams
+    from puzzle.engine.runtime.world import World
 
     params = SamplingParams(**job.sampling)
     tokenizer = load_tokenizer(str(job.model))
@@ -160,7 +160,7 @@ def work(job: Job) -> None:
 def _load(job: Job, world: Any) -> ModelRuntime:
     import torch
 
-    from puzzle.engine.runtime import ModelRuntime
+    from puzzle.engine.pipeline.model import ModelRuntime
     from puzzle.model import hf
 
     spec = hf.read_spec(job.model, "lm")

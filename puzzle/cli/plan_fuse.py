@@ -12,18 +12,18 @@ from typing import Any
 from puzzle.cli import Parser, named, whole
 from puzzle.cli.costs import read_table, read_trace
 from puzzle.errors import UserError
-from puzzle.limits import MOST_PROCESSES
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedules import PipelineModel
-from puzzle.plan.search import (
+from puzzle.files.limits import MOST_PROCESSES
+from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.search import (
     Estimate,
     choose_fusion,
     inference_candidates,
     trained_apart,
     training_candidates,
 )
-from puzzle.plan.simulate import simulate
-from puzzle.plan.timeline import Timeline
+from puzzle.plan.simulate.simulate import simulate
+from puzzle.plan.simulate.timeline import Timeline
 
 MOST_MODELS = 5
 MOST_PLACES = 2048

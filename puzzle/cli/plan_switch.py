@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.cli import Parser, named, real, whole
-from puzzle.limits import MOST_BYTES, MOST_PROCESSES
+from puzzle.files.limits import MOST_BYTES, MOST_PROCESSES
 from puzzle.plan.cluster import Cluster
-from puzzle.plan.describe import fill_table, switch_json, switch_table
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import MIB, SwitchPlan, plan_switch
-from puzzle.plan.switch_route import STRATEGIES
+from puzzle.plan.reshard.describe import fill_table, switch_json, switch_table
+from puzzle.plan.reshard.plan import MIB, SwitchPlan, plan_switch
+from puzzle.plan.reshard.routing import STRATEGIES
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.published import PUBLISHED, published
 
@@ -51,7 +51,7 @@ def model_spec(name: str) -> ModelSpec:
     """A published size or a Hugging Face folder, with a language model's head."""
     if name.lower() in PUBLISHED or not name or not Path(name).exists():
         return published(name)
-    from puzzle.sources import folder_spec
+    from puzzle.config.sources import folder_spec
 
     return folder_spec("--model", Path(name), "lm")
 

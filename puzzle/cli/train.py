@@ -10,16 +10,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from puzzle import footprint
-from puzzle.capabilities import BASELINE, BASELINE_SCRIPT, require_device
 from puzzle.cli import Parser, named
-from puzzle.config import TrainConfig
-from puzzle.configio import go_on, load_given, option_help, without_inherited
+from puzzle.config import memory_report as footprint
+from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
+from puzzle.config.load import go_on, load_given, option_help, without_inherited
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.engine.runtime.identity import launched
 from puzzle.errors import UserError
-from puzzle.identity import launched
-from puzzle.launch import LAUNCHERS, Launcher, folders, launch, local, lock, slurm
-from puzzle.resolve import check_files, check_packages, resolve
+from puzzle.files import lock
+from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
+from puzzle.rlhf.requirements import check_files, check_packages
 from puzzle.rlhf.rewards import runs_users_code
+from puzzle.runlog import folders
 from puzzle.runlog.past import Past, past_of, read_records
 
 FRUITLESS = 2

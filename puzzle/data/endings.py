@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.data.tokenizers import StopRule, Tokenizer, special_tokens, stop_rule
-from puzzle.jsonio import Fields, read_object
+from puzzle.files.jsonio import Fields, read_object
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """The keys of config.json that name special tokens."""

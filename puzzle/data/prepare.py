@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.data.endings import Endings, endings
 from puzzle.data.prompts import PromptSet, PromptStream, load_prompts, random_prompts
 from puzzle.data.reading import Reader

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from puzzle.config import DataConfig
+from puzzle.config.sections import DataConfig
 from puzzle.data.tokenizers import Tokenizer, answer_lead, encode, render
 from puzzle.errors import UserError, describe, fetching
-from puzzle.jsonio import Fields, parse, shown
+from puzzle.files.jsonio import Fields, parse, shown
 
 _BROKEN = re.compile("[\ud800-\udfff]")
 

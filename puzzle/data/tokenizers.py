@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from puzzle.data.clock import at
 from puzzle.errors import UserError, fetching
-from puzzle.jsonio import read_object
+from puzzle.files.jsonio import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.distributed import DistError, TCPStore
 
-from puzzle.engine.watchdog import vouch
+from puzzle.engine.runtime.watchdog import vouch
 from puzzle.launch import local
 from puzzle.launch.hosts import BEAT_SECONDS, END, FAILED, OVER, Order
 

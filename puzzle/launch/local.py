@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from puzzle.engine.runtime.identity import launched
 from puzzle.errors import UserError, describe, leave, out_of_memory, print_anything, terminate_as_exit
-from puzzle.identity import launched
 from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.

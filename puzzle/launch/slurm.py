@@ -21,12 +21,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from puzzle.configio import read_yaml
+from puzzle.config.load import read_yaml
 from puzzle.errors import UserError, terminate_as_exit
-from puzzle.launch import lock
+from puzzle.files import lock
+from puzzle.files.path import ROOT
 from puzzle.launch.hosts import Watch, filled
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-P", "-u", "-m", "puzzle.launch.agent")
 JOB = ROOT / "scripts/slurm/job.sh"

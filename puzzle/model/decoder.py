@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.errors import UserError
 from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.linear import Later, Weight, linear
 from puzzle.model.logprobs import TokenStats, project, token_stats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
-from puzzle.model.products import Later, Weight, linear
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, local_params

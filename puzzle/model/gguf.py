@@ -14,8 +14,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from puzzle.errors import UserError
-from puzzle.jsonio import Fields
-from puzzle.model.ggufheader import check_header
+from puzzle.files.jsonio import Fields
+from puzzle.model.gguf_header import check_header
 from puzzle.spec.model import ModelSpec
 
 # Mistral models are of the architecture "llama" in GGUF files.

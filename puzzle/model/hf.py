@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from puzzle import durable
 from puzzle.errors import UserError, fetching
-from puzzle.jsonio import Fields, read_object, shown
+from puzzle.files import durable
+from puzzle.files.jsonio import Fields, read_object, shown
 from puzzle.model.decoder import Decoder
 from puzzle.model.rope import frequencies
 from puzzle.model.weights import Sliceable, fill, random_tensor

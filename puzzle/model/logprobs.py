@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from puzzle.model.linear import linear, product
 from puzzle.model.parallel import TensorGroup
-from puzzle.model.products import linear, product
 
 BLOCK = 1 << 24
 """Most fp32 logits alive at once in one tensor: 64 MiB."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.model.products import linear, product, waits_for, weight_gradient
+from puzzle.model.linear import linear, product, waits_for, weight_gradient
 
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -93,7 +93,7 @@ def _has_triton() -> bool:
 
 def training_kernels(plain: Pointwise) -> Pointwise:
     """One kernel each way, for passes with gradients. ImportError without Triton."""
-    from puzzle.model import fused_training
+    from puzzle.model.kernels import training as fused_training
 
     return fused_training.kernels(plain)
 
@@ -101,6 +101,7 @@ def training_kernels(plain: Pointwise) -> Pointwise:
 @cache
 def kernels() -> Pointwise:
     """One kernel each, for passes without gradients. ImportError without Triton."""
-    from puzzle.model import flash_decode, fused
+    from puzzle.model.kernels import flash_decode
+    from puzzle.model.kernels import inference as fused
 
     return Pointwise(fused.add_norm, fused.heads, fused.gated, flash_decode.attend)

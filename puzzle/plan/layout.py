@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from puzzle.errors import UserError
-from puzzle.limits import MOST_PROCESSES
+from puzzle.files.limits import MOST_PROCESSES
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.tensors import Place
 

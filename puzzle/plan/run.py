@@ -1,5 +1,5 @@
 """What a run consists of, decided before any process starts: models and where they lie, the switch, shared
-pipelines, and how a batch is cut. `puzzle.resolve` makes these values from a configuration."""
+pipelines, and how a batch is cut. `puzzle.config.resolve` makes these values from a configuration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.schedules import why_not_fused
-from puzzle.plan.switch import Strategy, SwitchPlan, plan_switch
+from puzzle.plan.pipeline.schedules import why_not_fused
+from puzzle.plan.reshard.plan import Strategy, SwitchPlan, plan_switch
 from puzzle.spec.model import ModelSpec
 
 

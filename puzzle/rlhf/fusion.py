@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedules import PipelineModel, forward_only, one_f_one_b, stretched, why_not_fused
-from puzzle.plan.search import (
+from puzzle.config.sections import Fuse
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput, PipelineOutput
+from puzzle.plan.pipeline.schedules import PipelineModel, forward_only, one_f_one_b, stretched, why_not_fused
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.search import (
     Build,
     FusionGroup,
     apart,
@@ -19,7 +20,6 @@ from puzzle.plan.search import (
     inference_candidates,
     training_candidates,
 )
-from puzzle.sections import Fuse
 
 MakePipeline = Callable[[Sequence[ModelRuntime]], Pipeline]
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from puzzle import footprint
-from puzzle.config import Role, TrainConfig
-from puzzle.engine.offload import HostMemory, Offload, offload_states, offload_weights
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.config import memory_report as footprint
+from puzzle.config.resolve import RunPlan
+from puzzle.config.run import Role, TrainConfig
+from puzzle.config.sections import OptimizerConfig
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.offload import HostMemory, Offload, offload_states, offload_weights
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.model import hf
 from puzzle.model.weights import initialise
-from puzzle.resolve import RunPlan
-from puzzle.rlhf.generator import Generator, build_generator
-from puzzle.sections import OptimizerConfig
+from puzzle.rlhf.policy_generator import Generator, build_generator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}

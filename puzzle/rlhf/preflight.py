@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from puzzle import footprint
-from puzzle.engine.world import World
+from puzzle.config import memory_report as footprint
+from puzzle.config.resolve import RunPlan
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
-from puzzle.launch import folders, local
-from puzzle.resolve import RunPlan
+from puzzle.launch import local
+from puzzle.runlog import folders
 
 
 def agree(plan: RunPlan, world: World) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
 from puzzle.rlhf.patience import Patience, end, patience, raised_at, user_line
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from puzzle.config import AlgorithmConfig, GenerationConfig, TrainConfig
+from puzzle.config.run import AlgorithmConfig, GenerationConfig, TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
 from puzzle.data.reading import Reader
 from puzzle.data.tokenizers import Tokenizer, response_text
-from puzzle.engine.generate import Request, Tally, generate
-from puzzle.engine.pipeline import PipelineInput
-from puzzle.engine.runtime import ModelRuntime, share
-from puzzle.engine.sampling import SamplingParams
+from puzzle.engine.generate.decode_ring import Request, Tally, generate
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.pipeline.model import ModelRuntime, share
+from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.rlhf.experience import Experience, microbatches

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from puzzle.engine.timing import StageClock
-from puzzle.engine.tracing import Clock, gathered, stage_records
-from puzzle.engine.world import World
-from puzzle.plan.measured import measured_costs
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.tracing import Clock, gathered, stage_records
+from puzzle.engine.runtime.world import World
+from puzzle.plan.simulate.measured import measured_costs
 from puzzle.rlhf.fusion import FusedPipeline
-from puzzle.rlhf.records import Recorder
+from puzzle.rlhf.recorder import Recorder
 
 
 class Tracer:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puzzle.config import TrainConfig
-from puzzle.engine.pipeline import PipelineInput
-from puzzle.engine.runtime import ModelRuntime
+from puzzle.config.run import TrainConfig
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
 from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.fusion import FusedPipeline

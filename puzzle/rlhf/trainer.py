@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle import footprint
-from puzzle.config import TrainConfig
+from puzzle.config import memory_report as footprint
+from puzzle.config.resolve import RunPlan, resolve
+from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
-from puzzle.engine.checkpoint import Checkpoints
-from puzzle.engine.pipeline import Pipeline
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.timing import StageClock
-from puzzle.engine.watchdog import Watch
-from puzzle.engine.world import World
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.watchdog import Watch
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
-from puzzle.jsonio import Fields
+from puzzle.files.jsonio import Fields
 from puzzle.launch import local
-from puzzle.provenance import run_header
-from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf.algorithms import make_algorithm
 from puzzle.rlhf.algorithms.base import INFERRED
 from puzzle.rlhf.algorithms.policy import moments
@@ -36,7 +35,8 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
-from puzzle.rlhf.records import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
+from puzzle.rlhf.provenance import run_header
+from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
 from puzzle.rlhf.rewards import FunctionReward, reward_function
 from puzzle.rlhf.rollout import (
     Question,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData
 from puzzle.data.reading import same_tokens
 from puzzle.data.tokenizers import has_tokenizer, load_tokenizer
-from puzzle.engine.runtime import ModelRuntime
+from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.errors import UserError
 from puzzle.rlhf.algorithms.base import INFERRED
 from puzzle.rlhf.models import Models

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from puzzle.errors import UserError
-from puzzle.runlog.jsonl import read_jsonl
-from puzzle.runlog.published import log_name, read_published
+from puzzle.runlog.published.read import log_name, read_published
+from puzzle.runlog.reader import read_jsonl
 from puzzle.runlog.run import Loaded, Report, Run
 
 _OURS = "run.jsonl"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeGuard
 
-from puzzle.limits import MOST_NAME
+from puzzle.files.limits import MOST_NAME
 from puzzle.runlog.run import PROVENANCES, STAGES, RunHeader
 
 SCHEMA = 1

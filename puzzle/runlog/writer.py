@@ -10,10 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from puzzle import durable
 from puzzle.errors import UserError
-from puzzle.runlog import lines, records
+from puzzle.files import durable
+from puzzle.runlog import records
 from puzzle.runlog.past import differences, past_of, read_records
+from puzzle.runlog.published import lines
 from puzzle.runlog.run import STAGES, RunHeader
 
 # What a resumed run must share with the log that it goes on, and what it may change but then says.

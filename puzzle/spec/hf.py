@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from puzzle.errors import UserError
-from puzzle.jsonio import Fields, shown
+from puzzle.files.jsonio import Fields, shown
 
 if TYPE_CHECKING:
     from puzzle.spec.model import ModelSpec, Rope

@@ -40,7 +40,7 @@ class Found:
 
 
 def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[Found]:
-    from puzzle.engine.world import World
+    from puzzle.engine.runtime.world import World
 
     world = World(rank, world_size, torch.device("cpu"))
     return [_run(world, case) for case in cases]
@@ -51,11 +51,11 @@ def _run(world: Any, case: Case) -> Found:
     from dschat.ppo_step import ChatTrainer
     from dschat.ppo_step import run as run_chat
 
-    from puzzle.config import TrainConfig
+    from puzzle.config.resolve import resolve
+    from puzzle.config.run import TrainConfig
     from puzzle.data.endings import Endings
     from puzzle.data.prepare import RunData
     from puzzle.data.prompts import Prompt, PromptSet, PromptStream
-    from puzzle.resolve import resolve
 
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.runlog import UNFAITHFUL, load_runs
 from tests.baseline import chat_ranks
 from tests.baseline.chat_ranks import CHAT, Case

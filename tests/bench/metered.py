@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.profiler import profile
 
-from puzzle.config import TrainConfig
-from puzzle.engine import offload, timing
-from puzzle.engine.offload import BLOCK
+from puzzle.config.run import TrainConfig
+from puzzle.engine.runtime import stage_timer as timing
+from puzzle.engine.train import offload
+from puzzle.engine.train.offload import BLOCK
 from puzzle.rlhf.trainer import train
 
 

@@ -13,7 +13,7 @@ from puzzle.bench import device, kernels
 from puzzle.bench.check import Row, layouts
 from puzzle.bench.texts import next_tokens
 from puzzle.cli import main
-from puzzle.engine.world import World
+from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
 from puzzle.model.pointwise import Pointwise
 from puzzle.spec.published import published

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan import schedules
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedules import PipelineModel
-from puzzle.plan.simulate import makespan
-from puzzle.plan.timeline import Timeline
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.simulate import makespan
+from puzzle.plan.simulate.timeline import Timeline
 from tests.bench.test_switch import TINY
 from tests.plan.single import forward_only, one_f_one_b
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import footprint
 from puzzle.bench import memory
 from puzzle.cli import main
-from puzzle.engine import timing
+from puzzle.config import memory_report as footprint
+from puzzle.config.resolve import resolve
+from puzzle.engine.runtime import stage_timer as timing
 from puzzle.launch import local
-from puzzle.resolve import resolve
 from puzzle.runlog import load_runs
 
 SIZES = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}

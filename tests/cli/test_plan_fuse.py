@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan.simulate import simulate
-from puzzle.plan.timeline import Span, Timeline
+from puzzle.plan.simulate.simulate import simulate
+from puzzle.plan.simulate.timeline import Span, Timeline
 from tests.plan.costs import uniform
 from tests.plan.single import one_f_one_b
 

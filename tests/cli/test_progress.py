@@ -4,10 +4,10 @@ import re
 import pytest
 from rich.console import Console
 
-from puzzle.config import TrainConfig
-from puzzle.progress import Reporter
-from puzzle.provenance import run_header
-from puzzle.resolve import resolve
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.rlhf.console import Reporter
+from puzzle.rlhf.provenance import run_header
 from puzzle.runlog import RunWriter, load_runs
 
 SECONDS = {"generation": 1.0, "inference": 0.5, "training": 2.0, "switch": 0.0, "other": 0.25}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from puzzle.cli import train
-from puzzle.configio import build
+from puzzle.config.load import build
 from puzzle.launch import local
 from tests.launch.running import config
 

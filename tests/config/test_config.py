@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.config import LayoutConfig, TrainConfig, TrainedConfig
-from puzzle.configio import build, keys, load_config, merge, parse_overrides, read_yaml
+from puzzle.config.load import build, keys, load_config, merge, parse_overrides, read_yaml
+from puzzle.config.run import LayoutConfig, TrainConfig, TrainedConfig
 from puzzle.errors import UserError
 
 BYTES = ["--data.tokenizer", "bytes"]

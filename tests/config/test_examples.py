@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.configio import load_config
+from puzzle.config.load import load_config
+from puzzle.config.resolve import resolve
 from puzzle.data.prepare import prepare
-from puzzle.resolve import check_files, resolve
+from puzzle.rlhf.requirements import check_files
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,8 +2,8 @@
 
 from config_reference import PAGE, page, section_of
 
-from puzzle.config import TrainConfig
-from puzzle.configio import keys
+from puzzle.config.load import keys
+from puzzle.config.run import TrainConfig
 
 
 def test_the_page_is_up_to_date() -> None:

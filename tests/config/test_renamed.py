@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.config import TrainConfig
-from puzzle.configio import keys, load_config
+from puzzle.config.load import keys, load_config
+from puzzle.config.renamed import RENAMED, modernised, present
+from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
-from puzzle.renamed import RENAMED, modernised, present
 
 BASE = """\
 actor: {init: {preset: 350m}}

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from puzzle.config import TrainConfig
-from puzzle.engine.world import World
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import plan_switch
-from puzzle.resolve import resolve
+from puzzle.plan.reshard.plan import plan_switch
 from puzzle.rlhf.preflight import agree
 from tests.helpers import run_ranks
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import prepare
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError

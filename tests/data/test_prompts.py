@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.config import DataConfig
+from puzzle.config.run import DataConfig
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, random_prompts, read_rows
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput, PipelineOutput
-from puzzle.engine.runtime import ModelRuntime, share
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime, share
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput, PipelineOutput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.model.packing import pack
 from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.schedule import Schedule
-from puzzle.plan.schedules import Order
+from puzzle.plan.pipeline.actions import Schedule
+from puzzle.plan.pipeline.schedules import Order
 from puzzle.spec.model import Head, ModelSpec
 
 STEPS = 3

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puzzle.engine.checkpoint import Checkpoints
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.model import hf
 from puzzle.model.packing import pack

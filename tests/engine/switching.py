@@ -12,17 +12,17 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import profile
 
-from puzzle.engine import ipc
-from puzzle.engine.switcher import ALIGN, Switcher
-from puzzle.engine.world import World
+from puzzle.engine.reshard import ipc
+from puzzle.engine.reshard.resharder import ALIGN, Switcher
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.weights import fill, random_tensor
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import MIB, SwitchPlan, plan_switch
-from puzzle.plan.switch_route import Strategy
+from puzzle.plan.reshard.plan import MIB, SwitchPlan, plan_switch
+from puzzle.plan.reshard.routing import Strategy
 from puzzle.spec.model import ModelSpec
 
 WORLD = 8

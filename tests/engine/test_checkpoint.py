@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from puzzle.engine.boxfiles import checksum
-from puzzle.engine.checkpoint import Checkpoints
+from puzzle.engine.checkpoint.boxfiles import checksum
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from tests.engine import saving

@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from puzzle.engine import generate as generation
-from puzzle.engine.generate import Request, Tally, generate
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.sampling import SamplingParams
-from puzzle.engine.world import World
+from puzzle.engine.generate import decode_ring as generation
+from puzzle.engine.generate.decode_ring import Request, Tally, generate
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model import hf
 from puzzle.model.noise import gumbel, row_keys

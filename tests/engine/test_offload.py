@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.engine import offload
-from puzzle.engine.offload import HostMemory, Offload, offload_states, offload_weights
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train import offload
+from puzzle.engine.train.offload import HostMemory, Offload, offload_states, offload_weights
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.model.packing import pack
 from puzzle.model.weights import initialise

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.engine.buckets import Bucket, fill_buckets
-from puzzle.engine.optimizer import AdamWSettings, ZeroAdamW
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.grad_buckets import Bucket, fill_buckets
+from puzzle.engine.train.zero_adamw import AdamWSettings, ZeroAdamW
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from puzzle.engine import passes as engine_passes
-from puzzle.engine.generate import Request, generate
-from puzzle.engine.passes import Drawn, StagePasses, bucket
-from puzzle.engine.sampling import SamplingParams
+from puzzle.engine.generate import model_runner as engine_passes
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.model_runner import Drawn, StagePasses, bucket
+from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
 from puzzle.model.noise import row_stems
 from tests.model.tiny import stage

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puzzle.engine.pipeline import Pipeline
-from puzzle.engine.world import World
-from puzzle.plan.schedules import PipelineModel, forward_only, one_f_one_b
+from puzzle.engine.pipeline.pipeline import Pipeline
+from puzzle.engine.runtime.world import World
+from puzzle.plan.pipeline.schedules import PipelineModel, forward_only, one_f_one_b
 from tests.engine import pipelines
 from tests.engine.pipelines import Case
 from tests.helpers import run_ranks

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzle.engine.runner import Executor
-from puzzle.engine.world import World
-from puzzle.plan.schedule import Action, Op, Schedule
+from puzzle.engine.pipeline.executor import Executor
+from puzzle.engine.runtime.world import World
+from puzzle.plan.pipeline.actions import Action, Op, Schedule
 from tests.helpers import run_ranks
 from tests.plan.measures import channels
 from tests.plan.single import one_f_one_b

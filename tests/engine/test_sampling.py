@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from puzzle.engine.sampling import SamplingParams, VocabShard, choose, draw, keep_likely
+from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw, keep_likely
 from puzzle.errors import UserError
 from puzzle.model.noise import gumbel, row_keys, row_stems
 from puzzle.model.parallel import TensorGroup

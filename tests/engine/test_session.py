@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.engine.generate import Books, Request, Session, ring_of
-from puzzle.engine.passes import Drawn
-from puzzle.engine.sampling import SamplingParams
-from puzzle.plan.schedule import Action, Op
+from puzzle.engine.generate.decode_ring import Books, Request, Session, ring_of
+from puzzle.engine.generate.model_runner import Drawn
+from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.plan.pipeline.actions import Action, Op
 
 WIDE = 3
 PATIENCE = 20.0

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from puzzle.engine.switcher import Switcher, lends_pages
-from puzzle.engine.world import World
+from puzzle.engine.reshard.resharder import Switcher, lends_pages
+from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
-from puzzle.plan.switch import Transport
-from puzzle.plan.switch_route import Strategy
+from puzzle.plan.reshard.plan import Transport
+from puzzle.plan.reshard.routing import Strategy
 from tests.engine.switching import (
     LAYERS,
     SPECS,

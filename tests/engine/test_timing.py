@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from puzzle.engine import timing
-from puzzle.engine.boxfiles import Logical, Reader, checksum, write_boxes
-from puzzle.engine.runtime import share
-from puzzle.engine.timing import StageClock
-from puzzle.engine.tracing import stage_records
+from puzzle.engine.checkpoint.boxfiles import Logical, Reader, checksum, write_boxes
+from puzzle.engine.checkpoint.manifest import Entry
+from puzzle.engine.pipeline.model import share
+from puzzle.engine.runtime import stage_timer as timing
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.tracing import stage_records
 from puzzle.errors import UserError
-from puzzle.plan.manifest import Entry
-from puzzle.plan.schedule import Action, Op
-from puzzle.plan.schedules import PipelineModel, one_f_one_b
+from puzzle.plan.pipeline.actions import Action, Op
+from puzzle.plan.pipeline.schedules import PipelineModel, one_f_one_b
 from puzzle.plan.shards import Box
 
 

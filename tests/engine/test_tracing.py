@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.engine.optimizer import AdamWSettings
-from puzzle.engine.pipeline import Pipeline, PipelineInput
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.tracing import Clock, gathered, stage_records
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.tracing import Clock, gathered, stage_records
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.model import hf
 from puzzle.model.packing import pack
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.timeline import Timeline
+from puzzle.plan.simulate.timeline import Timeline
 from tests.helpers import run_ranks
 from tests.reference.tiny import save_lm
 

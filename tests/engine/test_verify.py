@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from puzzle.engine import verify
-from puzzle.engine.verify import checksum
+from puzzle.engine.reshard import verify
+from puzzle.engine.reshard.verify import checksum
 from puzzle.plan.shards import Box
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8]

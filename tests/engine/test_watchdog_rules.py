@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, PrefixStore
 
-from puzzle.engine.watchdog import AWAY, BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge, vouch
+from puzzle.engine.runtime.watchdog import AWAY, BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge, vouch
 
 N = 10.0
 NOW = 1000.0

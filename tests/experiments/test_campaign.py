@@ -14,13 +14,14 @@ from statistics import fmean
 import pytest
 from rich.console import Console
 
+from puzzle.campaign import runs as campaign
+from puzzle.campaign.experiments import Request, expand, read_table
+from puzzle.campaign.forecast import forecast, iteration_seconds
+from puzzle.campaign.machine import Machine
 from puzzle.cli import campaign as command
 from puzzle.cli import main
 from puzzle.errors import UserError
-from puzzle.experiments import Request, expand, read_table
-from puzzle.launch import campaign, slurm
-from puzzle.launch.forecast import forecast, iteration_seconds
-from puzzle.launch.machine import Machine
+from puzzle.launch import slurm
 from puzzle.runlog import load_runs
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,9 @@ WORKER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from puzzle.config import TrainConfig
-from puzzle.provenance import run_header
-from puzzle.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.rlhf.provenance import run_header
+from puzzle.config.resolve import resolve
 from puzzle.runlog import RunWriter
 config = TrainConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
 with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
@@ -116,7 +117,7 @@ def test_the_newest_unfinished_campaign_goes_on(tmp_path, experiments):
 def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
     code = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from puzzle.experiments import *; from puzzle.launch import campaign, local\n"
+        "from puzzle.campaign.experiments import *; from puzzle.launch import campaign, local\n"
         "e = expand(read_table(), Request('cpu', only=('figure9',)))[:1]\n"
         "from dataclasses import replace\n"
         "sleeper = 'import os,time; print(os.getpid(), flush=True); time.sleep(99)'\n"

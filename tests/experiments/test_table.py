@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.config import LayoutConfig
+from puzzle.campaign.experiments import Experiment, Job, Request, expand, fitted, read_table
+from puzzle.config.resolve import resolve
+from puzzle.config.run import LayoutConfig
 from puzzle.errors import UserError
-from puzzle.experiments import Experiment, Job, Request, expand, fitted, read_table
-from puzzle.resolve import resolve
 from puzzle.runlog import load_runs
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from puzzle.cli import train
-from puzzle.engine import checkpoint
-from puzzle.engine.stage import StageRun
+from puzzle.engine.checkpoint import checkpoint
+from puzzle.engine.pipeline.stage import StageRun
 
 FAILURES: dict[str, tuple[object, str, Exception]] = {
     "memory": (

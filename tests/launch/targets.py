@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from puzzle.engine.watchdog import Watch
-from puzzle.engine.world import World
+from puzzle.engine.runtime.watchdog import Watch
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from puzzle.experiments import TABLE, Request, expand, read_table
+from puzzle.campaign.experiments import TABLE, Request, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher
 from tests.launch.running import ROOT, cleared, environment, metrics
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.configio import build
+from puzzle.config.load import build
+from puzzle.engine.runtime.identity import Identity, launched
 from puzzle.errors import UserError
-from puzzle.identity import Identity, launched
 from puzzle.launch import local
 from tests.launch.running import config
 

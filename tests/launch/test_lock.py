@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from puzzle.errors import UserError
-from puzzle.launch import lock
+from puzzle.files import lock
 
 HOLDS = """
 import subprocess, sys
 from pathlib import Path
-from puzzle.launch import lock
+from puzzle.files import lock
 with lock.hold(Path(sys.argv[1])) as keep:
     child = subprocess.Popen(["sleep", "600"], pass_fds=[keep] if sys.argv[2] == "hands on" else [])
     print(child.pid, flush=True)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from puzzle.cli.convert import convert, packaged_gguf, run
-from puzzle.engine.generate import Request, generate
-from puzzle.engine.sampling import SamplingParams
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
 from puzzle.model.hf import read_spec
 from puzzle.model.packing import pack

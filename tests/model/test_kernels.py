@@ -15,10 +15,15 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
-from puzzle.engine.passes import Drawn, StagePasses
-from puzzle.engine.sampling import SamplingParams, VocabShard, choose
-from puzzle.model import flash_decode, fused, fused_training, gumbel_max, pointwise, skinny
+from puzzle.engine.generate.model_runner import Drawn, StagePasses
+from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose
+from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention
+from puzzle.model.kernels import flash_decode
+from puzzle.model.kernels import inference as fused
+from puzzle.model.kernels import sample as gumbel_max
+from puzzle.model.kernels import skinny_gemm as skinny
+from puzzle.model.kernels import training as fused_training
 from puzzle.model.noise import place_keys, row_stems
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.model.products import Weight, accumulate, linear, product, sums_in_place
+from puzzle.model.linear import Weight, accumulate, linear, product, sums_in_place
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedule import COLLECTIVES, COMPUTE, Op, Payload
+from puzzle.plan.pipeline.actions import COLLECTIVES, COMPUTE, Op, Payload
+from puzzle.plan.simulate.cost import CostTable
 
 
 def uniform(models: Iterable[str], forward: float = 1.0, backward: float = 1.0, **others: float) -> CostTable:

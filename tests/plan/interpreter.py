@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from puzzle.plan.schedule import Action, Op, RingSpec, Schedule
+from puzzle.plan.pipeline.actions import Action, Op, RingSpec, Schedule
 
 
 class Wrong(Exception):

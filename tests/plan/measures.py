@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from puzzle.plan.schedule import TRANSFERS, Channel, Op, PipelineSpec, Schedule
+from puzzle.plan.pipeline.actions import TRANSFERS, Channel, Op, PipelineSpec, Schedule
 
 Sizes = Mapping[str, Sequence[float]]
 """Model -> bytes of one micro-batch on every stage."""

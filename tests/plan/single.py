@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from puzzle.plan import schedules
-from puzzle.plan.schedule import Schedule
-from puzzle.plan.schedules import PipelineModel
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.actions import Schedule
+from puzzle.plan.pipeline.schedules import PipelineModel
 
 
 def one_f_one_b(

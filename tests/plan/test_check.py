@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.plan import schedules
-from puzzle.plan.check import check
-from puzzle.plan.ring import Ring
-from puzzle.plan.schedule import Action, Op, PipelineSpec, Schedule
-from puzzle.plan.schedules import PipelineModel
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.actions import Action, Op, PipelineSpec, Schedule
+from puzzle.plan.pipeline.check import check
+from puzzle.plan.pipeline.decode_ring import Ring
+from puzzle.plan.pipeline.schedules import PipelineModel
 from tests.plan.interpreter import play
 from tests.plan.single import forward_only, one_f_one_b
 

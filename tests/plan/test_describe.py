@@ -3,9 +3,9 @@ import json
 import pytest
 
 from puzzle.plan.cluster import Cluster
-from puzzle.plan.describe import switch_json, switch_table
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import plan_switch
+from puzzle.plan.reshard.describe import switch_json, switch_table
+from puzzle.plan.reshard.plan import plan_switch
 from puzzle.spec.published import published
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from puzzle.engine.checkpoint.manifest import Manifest, SavedFile, SavedModel, entries, identity
 from puzzle.errors import UserError
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.manifest import Manifest, SavedFile, SavedModel, entries, identity
 from puzzle.spec.model import ModelSpec
 
 SPEC = ModelSpec.from_hf(

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan import schedules
-from puzzle.plan.cost import CostTable
-from puzzle.plan.measured import action_spans, measured_costs
-from puzzle.plan.schedule import COLLECTIVES, Action, Op, Schedule
-from puzzle.plan.schedules import PipelineModel
-from puzzle.plan.simulate import VirtualExecution, makespan, simulate
-from puzzle.plan.timeline import Span, Timeline
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.actions import COLLECTIVES, Action, Op, Schedule
+from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.measured import action_spans, measured_costs
+from puzzle.plan.simulate.simulate import VirtualExecution, makespan, simulate
+from puzzle.plan.simulate.timeline import Span, Timeline
 from tests.plan.costs import uniform
 from tests.plan.single import forward_only, one_f_one_b
 

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan.check import check
-from puzzle.plan.ring import Ring, ring_channels
-from puzzle.plan.schedule import Op
-from puzzle.plan.simulate import simulate
+from puzzle.plan.pipeline.actions import Op
+from puzzle.plan.pipeline.check import check
+from puzzle.plan.pipeline.decode_ring import Ring, ring_channels
+from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 from tests.plan.interpreter import play
 from tests.plan.measures import channels

@@ -8,13 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan import schedules
-from puzzle.plan.check import check
-from puzzle.plan.cost import CostTable
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.schedule import Op, PipelineSpec, Schedule
-from puzzle.plan.schedules import PipelineModel, microbatch_order, pipeline_channels, stretched, why_not_fused
-from puzzle.plan.simulate import simulate
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.actions import Op, PipelineSpec, Schedule
+from puzzle.plan.pipeline.check import check
+from puzzle.plan.pipeline.schedules import (
+    PipelineModel,
+    microbatch_order,
+    pipeline_channels,
+    stretched,
+    why_not_fused,
+)
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 from tests.plan.interpreter import play
 from tests.plan.measures import channels, peak_in_flight

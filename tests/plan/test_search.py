@@ -2,12 +2,12 @@
 
 from itertools import permutations
 
-from puzzle.plan import schedules
-from puzzle.plan.check import check
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedules import Order, PipelineModel
-from puzzle.plan.search import choose_fusion, inference_candidates, search_order, training_candidates
-from puzzle.plan.simulate import simulate
+from puzzle.plan.pipeline import schedules
+from puzzle.plan.pipeline.check import check
+from puzzle.plan.pipeline.schedules import Order, PipelineModel
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.search import choose_fusion, inference_candidates, search_order, training_candidates
+from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan.cost import CostTable
-from puzzle.plan.schedule import Op
-from puzzle.plan.simulate import simulate
+from puzzle.plan.pipeline.actions import Op
+from puzzle.plan.simulate.cost import CostTable
+from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 from tests.plan.single import forward_only, one_f_one_b
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan import switch_route
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.reshard import routing as switch_route
+from puzzle.plan.reshard.plan import plan_switch
+from puzzle.plan.reshard.rank_plan import Move, RowRange
 from puzzle.plan.shards import local_params
-from puzzle.plan.switch import plan_switch
-from puzzle.plan.switch_part import Move, RowRange
 from puzzle.spec.published import published
 from tests.plan.worlds import layouts, specs, storages
 
@@ -367,7 +367,7 @@ def test_planning_70b_on_128_ranks_is_quick_and_small():
 import time
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import plan_switch
+from puzzle.plan.reshard.plan import plan_switch
 from puzzle.spec.model import ModelSpec
 spec = ModelSpec("llama", 128256, 8192, 28672, 80, 64, 8, 128)
 sides = [Placement.default(Layout.even(*n, 80)) for n in ((1, 64, 2), (8, 4, 4))]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.plan import switch_route
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch import plan_switch
+from puzzle.plan.reshard import routing as switch_route
+from puzzle.plan.reshard.plan import plan_switch
 from puzzle.spec.published import published
 from tests.plan.test_switch import STRATEGIES, _absent_bytes, published_plan, switches
 from tests.plan.worlds import storages

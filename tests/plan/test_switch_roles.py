@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
-from puzzle.plan.switch_roles import choose_roles, role_costs
-from puzzle.plan.switch_rows import Rows
+from puzzle.plan.reshard.overlap import Rows
+from puzzle.plan.reshard.roles import choose_roles, role_costs
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.published import published
 from tests.plan.worlds import layouts, specs, storages

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.config import TrainConfig
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
-from puzzle.engine.world import World
-from puzzle.resolve import resolve
+from puzzle.engine.runtime.world import World
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rewards import reward_function

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.config import TrainConfig
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
-from puzzle.engine import optimizer as optimizer_module
-from puzzle.engine.runtime import ModelRuntime
-from puzzle.engine.world import World
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train import zero_adamw as optimizer_module
 from puzzle.model.weights import boxes
-from puzzle.plan.schedule import Op
-from puzzle.resolve import resolve
+from puzzle.plan.pipeline.actions import Op
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.config import TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.model.noise import gumbel, row_keys
 from puzzle.rlhf.experience import Experience, minibatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO, Rollout, Step, weights

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from puzzle.config import TrainConfig
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
-from puzzle.engine.checkpoint import Checkpoints
-from puzzle.engine.world import World
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
+from puzzle.engine.runtime.world import World
 from puzzle.model.weights import boxes
-from puzzle.resolve import resolve
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.trainer import Trainer

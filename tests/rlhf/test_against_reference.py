@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puzzle.engine.runtime import share
+from puzzle.engine.pipeline.model import share
 from puzzle.rlhf.algorithms import policy, ppo
 from puzzle.rlhf.experience import Experience, microbatches, minibatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO

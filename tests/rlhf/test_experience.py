@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.engine.runtime import share
+from puzzle.engine.pipeline.model import share
 from puzzle.model.packing import pack
 from puzzle.rlhf.experience import Experience, microbatches, minibatches
 

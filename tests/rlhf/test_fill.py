@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import footprint
 from puzzle.cli import main
-from puzzle.configio import load_config
-from puzzle.resolve import resolve
+from puzzle.config import memory_report as footprint
+from puzzle.config.load import load_config
+from puzzle.config.resolve import resolve
 from tests.rlhf.test_offload import CONFIG, same, trained
 
 GENERATION = ("--generation.layout.dp", "1", "--generation.layout.tp", "2")

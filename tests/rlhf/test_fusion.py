@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puzzle.config import AlgorithmConfig, TrainConfig
-from puzzle.engine.pipeline import Pipeline
-from puzzle.engine.world import World
+from puzzle.config.resolve import resolve
+from puzzle.config.run import AlgorithmConfig, TrainConfig
+from puzzle.engine.pipeline.pipeline import Pipeline
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
-from puzzle.plan.cost import CostTable
-from puzzle.resolve import resolve
+from puzzle.plan.simulate.cost import CostTable
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rollout import about_sequences

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import footprint
 from puzzle.cli import main
-from puzzle.configio import load_config
-from puzzle.resolve import resolve
+from puzzle.config import memory_report as footprint
+from puzzle.config.load import load_config
+from puzzle.config.resolve import resolve
 from puzzle.runlog import Run, load_runs
 
 CONFIG = """\

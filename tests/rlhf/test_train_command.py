@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
-from puzzle.plan.ring import Ring
-from puzzle.plan.timeline import Timeline
+from puzzle.plan.pipeline.decode_ring import Ring
+from puzzle.plan.simulate.timeline import Timeline
 from puzzle.runlog import load_runs
 from tests.plan.single import forward_only, one_f_one_b
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from puzzle.runlog import Run, records
-from puzzle.runlog.jsonl import printed_series, read_jsonl
+from puzzle.runlog.reader import printed_series, read_jsonl
 from tests.runlog import texts
 
 Event = tuple[str, dict[str, Any]]

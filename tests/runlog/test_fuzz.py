@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter
-from puzzle.runlog.jsonl import read_jsonl
-from puzzle.runlog.published import log_name, read_published
+from puzzle.runlog.published.read import log_name, read_published
+from puzzle.runlog.reader import read_jsonl
 from tests.runlog import texts
 
 FOREIGN = (

@@ -8,7 +8,7 @@ import pytest
 
 from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter, load_runs
-from puzzle.runlog.published import log_name
+from puzzle.runlog.published.read import log_name
 from tests.runlog import texts
 
 PUZZLE = texts.as_bytes(texts.puzzle_lines())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.runlog import Run, load_runs
-from puzzle.runlog.scan import scan
+from puzzle.runlog.published.scan import scan
 from tests.runlog import texts
 
 PUZZLE = "figure8/orion/llama_7b_350m_opt_2024-04-29T20:35:57+0800.log"

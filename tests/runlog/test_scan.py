@@ -2,7 +2,7 @@
 
 import pytest
 
-from puzzle.runlog.scan import scan
+from puzzle.runlog.published.scan import scan
 from tests.runlog import texts
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.runlog import load_runs
-from puzzle.runlog.scan import scan
+from puzzle.runlog.published.scan import scan
 from tests.runlog import texts
 from tests.runlog.test_load import ours, put
 

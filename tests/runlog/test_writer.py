@@ -14,7 +14,7 @@ import pytest
 
 from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter, load_runs
-from puzzle.runlog.jsonl import read_jsonl
+from puzzle.runlog.reader import read_jsonl
 from tests.runlog import texts
 
 

@@ -22,9 +22,10 @@ def main() -> int:
     """Run; 0 when it ended well, 2 after a user error, a worker's code when that died."""
     from dschat.options import parse
 
-    from puzzle.capabilities import require_device
-    from puzzle.identity import Identity, launched
-    from puzzle.launch import LAUNCHERS, launch, local, lock, slurm
+    from puzzle.config.capabilities import require_device
+    from puzzle.engine.runtime.identity import Identity, launched
+    from puzzle.files import lock
+    from puzzle.launch import LAUNCHERS, launch, local, slurm
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")

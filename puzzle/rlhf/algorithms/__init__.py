@@ -1,9 +1,9 @@
 """Algorithms of RLHF behind one seam (`base.Algorithm`)."""
 
+from puzzle.config.sections import AlgorithmConfig
 from puzzle.rlhf.algorithms.base import Algorithm
 from puzzle.rlhf.algorithms.grpo import GRPO
 from puzzle.rlhf.algorithms.ppo import PPO
-from puzzle.sections import AlgorithmConfig
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": PPO, "grpo": GRPO}
 

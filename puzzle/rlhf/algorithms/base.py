@@ -15,8 +15,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from puzzle.config.sections import AlgorithmConfig
 from puzzle.rlhf.experience import Experience
-from puzzle.sections import AlgorithmConfig
 
 INFERRED: Mapping[str, str] = {
     "actor": "logprobs_BS",

@@ -14,18 +14,18 @@ import transformers
 from torch import Tensor, nn
 
 from dschat.options import ZeroOptions
-from puzzle.config import Role, TrainConfig
-from puzzle.engine.stage import OutputFn
-from puzzle.engine.world import World
+from puzzle.config.resolve import RunPlan
+from puzzle.config.run import Role, TrainConfig
+from puzzle.engine.pipeline.stage import OutputFn
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model.hf import open_checkpoint
 from puzzle.model.logprobs import TokenStats
 from puzzle.model.packing import PackedBatch
 from puzzle.model.weights import random_tensor
 from puzzle.plan.layout import Coord, Layout, Placement
-from puzzle.resolve import RunPlan
-from puzzle.rlhf.generator import Generator
 from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate
+from puzzle.rlhf.policy_generator import Generator
 from puzzle.spec.model import ModelSpec
 
 # The last transformers whose LLaMA layers the Hybrid Engine's kernels can replace.
@@ -189,7 +189,7 @@ class Outputs:
 
 
 class ZeroModel:
-    """A model under ZeRO, with what the algorithm asks of a `puzzle.engine.runtime.ModelRuntime`."""
+    """A model under ZeRO, with what the algorithm asks of a `puzzle.engine.pipeline.model.ModelRuntime`."""
 
     owns_results = True
 

@@ -9,11 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from puzzle.config import TrainConfig
-from puzzle.configio import load_config, merge, parse_overrides, read_yaml
+from puzzle.config.load import load_config, merge, parse_overrides, read_yaml
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.engine.runtime.identity import Identity, launched
 from puzzle.errors import UserError
-from puzzle.identity import Identity, launched
-from puzzle.resolve import check_files, check_packages, resolve
+from puzzle.rlhf.requirements import check_files, check_packages
 
 STAGES = (0, 1, 2, 3)
 # An option that only has another name here: its key in the configuration, and what it holds.

@@ -19,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dschat.options import ZeroOptions
-from puzzle.config import TrainConfig
+from puzzle.config.resolve import RunPlan, resolve
+from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt
-from puzzle.engine.timing import StageClock
-from puzzle.engine.world import World
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
-from puzzle.provenance import run_header
-from puzzle.resolve import RunPlan, resolve
 from puzzle.rlhf.experience import Experience
-from puzzle.rlhf.records import Recorder, describe_rank, experience_metrics
+from puzzle.rlhf.provenance import run_header
+from puzzle.rlhf.recorder import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
@@ -113,7 +113,7 @@ def header(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool, obstacl
 
 
 class ZeroPipeline:
-    """What the algorithm asks of a `puzzle.engine.pipeline.Pipeline`; models run one after the other."""
+    """What an iteration asks of the engine's `Pipeline`; models run one after the other."""
 
     def __init__(self, models: Sequence[Any]) -> None:
         """Whatever the models: each is run by itself."""

@@ -1,0 +1,61 @@
+"""How long a campaign will take and what it will write, from the work in its runs, before any of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from puzzle.campaign.experiments import Experiment
+from puzzle.config.capabilities import BASELINE
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.spec.flops import forward_flops
+
+# What the published runs reached on A800 and A100 GPUs, end to end, on the mean (FLOP/s per GPU).
+RATE, BASELINE_RATE = 40e12, 29e12
+# Start of a run on GPUs: what two H200 took for runs of two short iterations (logs/node). On CPUs starting is
+# all there is: the campaign of README's table, on two cores, per process of its runs.
+GPU_START_SECONDS, CPU_PROCESS_SECONDS = 13.0, 5.0
+RUN_BYTES, RANK_BYTES = 60_000, 4_000  # logs; a campaign's runs save no weights
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of all runs one after another, and bytes that they leave behind."""
+
+    seconds: float
+    written: int
+
+    def __str__(self) -> str:
+        megabytes = max(1, round(self.written / 1e6))
+        return f"about {self.seconds / 3600:.2g} hours one after another, {megabytes} MB of logs"
+
+
+def forecast(experiments: Sequence[Experiment]) -> Forecast:
+    """For runs that can be run."""
+    configs = [experiment.config for experiment in experiments]
+    written = sum(RUN_BYTES + RANK_BYTES * config.world for config in configs)
+    return Forecast(sum(map(run_seconds, configs)), written)
+
+
+def run_seconds(config: TrainConfig) -> float:
+    """One run, its start included."""
+    if config.device == "cpu":
+        return CPU_PROCESS_SECONDS * config.world
+    return GPU_START_SECONDS + config.iterations * iteration_seconds(config)
+
+
+def iteration_seconds(config: TrainConfig) -> float:
+    """One iteration on GPUs as the published runs would take for it."""
+    rate = BASELINE_RATE if config.log.variant == BASELINE else RATE
+    return iteration_flops(config) / (rate * config.world)
+
+
+def iteration_flops(config: TrainConfig) -> int:
+    """Generation, one forward pass of every model that scores, and training; sequences at full length."""
+    prompt = config.data.random_tokens or config.data.max_prompt_tokens
+    length = prompt + config.generation.max_new_tokens
+    lengths = [length] * (config.batch * config.generation.samples)
+    models = [
+        (model.trained, forward_flops(model.spec, lengths)) for model in resolve(config).models.values()
+    ]
+    trained = sum(flops for is_trained, flops in models if is_trained)
+    return sum(flops for _, flops in models) + 3 * config.algorithm.epochs * trained

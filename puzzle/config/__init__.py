@@ -1,0 +1,1 @@
+"""The typed description of a run, and its resolution into a plan."""

@@ -1,0 +1,363 @@
+"""From a YAML file and `--section.key value` to a `TrainConfig`; a mistake becomes one line naming its place.
+
+The command line wins over the file, the file over the defaults.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
+from yaml.constructor import ConstructorError
+
+from puzzle.config.renamed import RENAMED, modernised, present
+from puzzle.config.run import ROLES, SOURCES, TrainConfig
+from puzzle.errors import UserError
+from puzzle.files.reading import read_text
+
+Key = tuple[str, ...]
+
+MOST_BYTES = 16 << 20
+MOST_DEPTH = 64
+MOST_VALUES = 100_000
+MOST_BITS = 1024  # of a whole number: more is none that a double holds, and slow to print
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "string_unicode": "text without half characters",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
+    "tuple_type": "a list",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed YAML file: its values and the line of each key."""
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[Key, int] = field(default_factory=dict)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe types, and an error with a line for every value that is not what its tag says."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """As in the base class, which lets the errors of Python's own types through."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                raise OverflowError
+            return value
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+            kind, text = node.tag.rpartition(":")[2], _show(node.value)
+            raise ConstructorError(None, None, f"{text} is no {kind}", node.start_mark) from None
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a mapping of YAML's safe types.
+
+    Raises UserError: bad syntax, a key given twice or no text, no mapping; deeper, or with its aliases
+    larger, than any configuration.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    text = read_text(path, MOST_BYTES)
+    lines: dict[Key, int] = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _size(node, {}, 0)
+        _walk(path, node, (), lines, set())
+        data = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        place = f"{path}:{line + 1}"
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{place}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested deeper than {MOST_DEPTH} levels") from None
+    except (ValueError, OverflowError):  # what \UFFFFFFFF raises
+        raise UserError(f"{path}: not valid YAML: an escape in it is no character") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections of keys, found {type(data).__name__}")
+    return Document(path, data, lines)
+
+
+def _size(node: Any, sizes: dict[int, int], depth: int) -> int:
+    """Values in and below `node`, an alias counted as all that it stands for; ConstructorError for too many,
+    for too deep ones, and for one that holds itself."""
+    if depth > MOST_DEPTH:
+        raise ConstructorError(None, None, f"nested deeper than {MOST_DEPTH} levels", node.start_mark)
+    if (known := sizes.get(id(node))) is not None:
+        if not known:
+            raise ConstructorError(None, None, "an alias of what it stands in", node.start_mark)
+        return known
+    sizes[id(node)] = total = 0
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                total += _size(part, sizes, depth + 1)
+    if total >= MOST_VALUES:
+        raise ConstructorError(None, None, f"more than {MOST_VALUES} values", node.start_mark)
+    sizes[id(node)] = total + 1
+    return total + 1
+
+
+def _walk(path: Path, node: Any, key: Key, lines: dict[Key, int], seen: set[int]) -> None:
+    """Record the line of every key below `node`; refuses a key given twice or no text. `seen` are those of
+    aliases."""
+    if not isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _walk(path, child, (*key, str(index)), lines, seen)
+        return
+    for name, child in node.value:
+        line = name.start_mark.line + 1
+        if name.tag not in _KEY_TAGS:
+            raise UserError(f"{path}:{line}: {_show(name.value)} is no text, and keys are: quote it")
+        inner = (*key, name.value)
+        if inner in lines and name.value != "<<":
+            raise UserError(f"{path}:{line}: {'.'.join(inner)} is given twice, first in line {lines[inner]}")
+        lines[inner] = line
+        _walk(path, child, inner, lines, seen)
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the last one on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            below = result.get(name)
+            both = isinstance(value, Mapping) and isinstance(below, Mapping)
+            result[name] = merge(below, value) if both else value
+    return result
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def keys(model: type[BaseModel] = TrainConfig, prefix: Key = ()) -> Iterator[tuple[Key, bool]]:
+    """Every key of the configuration and whether it is a section."""
+    for name, info in model.model_fields.items():
+        inner = _section(info.annotation)
+        yield (*prefix, name), inner is not None
+        if inner is not None:
+            yield from keys(inner, (*prefix, name))
+
+
+def suggestion(key: Key) -> str:
+    """`; did you mean a.b?` for an unknown key, or nothing."""
+    if present(key) != key:
+        return f"; it is now {'.'.join(present(key))}, which is given, too"
+    known = [k for k, _ in keys()]
+    siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
+    near = get_close_matches(key[-1], siblings, 1)
+    if near:
+        return f"; did you mean {'.'.join(siblings[near[0]])}?"
+    same = [".".join(k) for k in known if k[-1] == key[-1]]
+    near = same[:1] or get_close_matches(".".join(key), [".".join(k) for k in known], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--section.key value` (lists as JSON or comma-separated; null) to nested values, not yet validated."""
+    arguments = _under_present_names(arguments)
+    known = {".".join(key) for key, _ in keys()}
+    for argument in arguments:
+        name = argument[2:].split("=", 1)[0]
+        if argument.startswith("--") and name not in known and name != "help":
+            raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')))}")
+    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in TrainConfig.model_fields.items()}
+    try:
+        source = CliSettingsSource[Any](
+            create_model("Arguments", __base__=BaseSettings, **fields),
+            cli_prog_name="puzzle train",
+            cli_parse_args=list(arguments),
+            cli_exit_on_error=False,
+            cli_parse_none_str="null",
+            cli_hide_none_type=True,
+        )
+        return source()
+    except SettingsError as error:
+        text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
+        raise UserError(" ".join(text.split())) from None
+
+
+def _under_present_names(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with options and their values renamed; a note for each."""
+    words, said = list(arguments), set()
+    for place, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = tuple(name.split("."))
+        renamed = next((r for r in RENAMED if key[: len(r.old)] == r.old), None)
+        if not word.startswith("--") or renamed is None:
+            continue
+        words[place] = f"--{'.'.join(present(key))}{equals}{renamed.values.get(value, value)}"
+        if not equals and place + 1 < len(words):
+            words[place + 1] = renamed.values.get(words[place + 1], words[place + 1])
+        said.add(str(renamed))
+    for text in sorted(said):
+        print(f"note: the command line: {text}", file=sys.stderr)
+    return words
+
+
+def option_help() -> str:
+    """One line per key: option, default, meaning."""
+    lines = []
+    for key, is_section in keys():
+        info = _field(key)
+        if not is_section:
+            default = "" if info.default is None else f"[{info.default}] "
+            lines.append(f"  --{'.'.join(key):<36} {default}{info.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _field(key: Key) -> FieldInfo:
+    model: type[BaseModel] = TrainConfig
+    for part in key[:-1]:
+        model = _section(model.model_fields[part].annotation) or model
+    return model.model_fields[key[-1]]
+
+
+def build(data: Mapping[str, Any], place: Callable[[Key], str]) -> TrainConfig:
+    """Validate nested values. `place` says where a key came from, for the one line of a mistake."""
+    sections = {key for key, is_section in keys() if is_section and key[-1] != "init"}
+    try:
+        return TrainConfig.model_validate(_without_empty_sections(data, sections))
+    except ValidationError as error:
+        problems = error.errors()
+        problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+        raise UserError(_explain(problem, place)) from None
+
+
+def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        key = (*prefix, str(name))
+        if value is None and key in sections:
+            continue
+        kept[name] = _without_empty_sections(value, sections, key) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _explain(problem: Mapping[str, Any], place: Callable[[Key], str]) -> str:
+    known = {key for key, _ in keys()}
+    path = tuple(str(part) for part in problem["loc"])
+    key = path
+    if problem["type"] != "extra_forbidden":
+        while key and key not in known:
+            key = key[:-1]  # list positions and names of union branches
+    name = ".".join(key)
+    head = f"{place(key)}: {name}: " if key else f"{place(())}: "
+    if problem["type"] == "extra_forbidden":
+        return f"{place(key)}: {name}: unknown key{suggestion(key)}"
+    if problem["type"] == "value_error":
+        reason = problem["msg"].removeprefix("Value error, ")
+        shown = isinstance(problem["input"], (str, int, float, bool, list, tuple))
+        return f"{head}{reason}{', got ' + _show(problem['input']) if shown else ''}"
+    if problem["type"] == "missing":
+        return f"{head}a value is missing"
+    template = _EXPECTED.get(problem["type"])
+    expected = template.format(**problem.get("ctx", {})) if template else problem["msg"]
+    return f"{head}expected {expected}, got {_show(problem['input'])}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig:
+    """The run that `file` and the command line describe; raises UserError naming the file and line."""
+    return load_given(file, arguments)[0]
+
+
+def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
+    """The same, and what was given of it, as nested values without defaults."""
+    document = read_yaml(file) if file else Document(Path("defaults"), {})
+    overrides = parse_overrides(arguments)
+    data, renamed = modernised(document.data)
+    for one in renamed:
+        print(f"note: {document.path}: {one}", file=sys.stderr)
+    lines = {**{present(key): line for key, line in document.lines.items()}, **document.lines}
+
+    def place(key: Key) -> str:
+        inner: Any = overrides
+        for part in key:
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        if key and inner is not None:
+            return "command line"
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
+
+    given = merge(_replaced_sources(data, overrides), overrides)
+    return build(given, place), given
+
+
+def go_on(
+    before: Mapping[str, Any], log: Path, arguments: Sequence[str]
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The run that `before`, given at its start as `log` has it, and the command line describe; and both."""
+    overrides = parse_overrides(arguments)
+    given = merge(_replaced_sources(modernised(before)[0], overrides), overrides)
+    return build(given, lambda key: f"{log} and the command line"), given
+
+
+def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what its roles took over from the actor and the run: what may have
+    been given, for logs that do not say what was."""
+    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    actor = config.get("actor", {})
+    for role in (*ROLES, "generation"):
+        section = kept.get(role, {})
+        if section.get("layout") == (actor if role == "generation" else config).get("layout"):
+            section.pop("layout", None)
+        names = ("model", "init", "layers") if role == "reference" else ("model", "init")
+        if role in ("critic", "reference") and all(section.get(name) == actor.get(name) for name in names):
+            for name in names:
+                section.pop(name, None)
+    return kept
+
+
+def _replaced_sources(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` without the sources that the command line replaces: `--actor.model` puts `actor.init` away."""
+    kept = dict(data)
+    for role in ROLES:
+        section = overrides.get(role)
+        given = [key for key in SOURCES if isinstance(section, Mapping) and section.get(key) is not None]
+        if given and isinstance(kept.get(role), Mapping):
+            kept[role] = {k: v for k, v in kept[role].items() if k not in SOURCES or k in given}
+    return kept

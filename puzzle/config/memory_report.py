@@ -1,0 +1,155 @@
+"""How much device memory a configuration needs: the table of `puzzle train --dry-run`, and its refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from puzzle.config.resolve import RunPlan
+from puzzle.errors import UserError
+from puzzle.plan.layout import Placement
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory, spreading_bytes
+
+GIB = 1 << 30
+UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
+
+# The end of a term's name, and the option that makes it smaller.
+REMEDIES = {
+    "generation weights": "choose a generation.layout nearer to the actor's, or raise its tp or pp",
+    "weights": "raise {model}.layout.tp or pp",
+    "masters": "raise {model}.layout.dp, tp or pp",
+    "moments": "raise {model}.layout.dp, tp or pp",
+    "gradients": "raise {model}.layout.tp or pp",
+    "activations": "lower algorithm.microbatch or set recompute",
+    "logits": "lower algorithm.microbatch, or generation.decode_microbatch where it generates",
+    "one layer": "lower algorithm.microbatch, or generation.prefill_microbatch where it generates",
+    "spreading": "raise {model}.layout.tp or pp instead of dp",
+    "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
+    "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
+}
+# The end of a resident term's name, the option that takes it to the host, and the stage that needs it.
+OFFLOADS = {
+    "masters": ("offload.optimizer", "training"),
+    "moments": ("offload.optimizer", "training"),
+    "reference weights": ("offload.reference", "inference"),
+    "reward weights": ("offload.reward", "inference"),
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB" (1e9) or "74.5GiB" (2**30). UserError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?) ?([GM]i?B)", text)
+    if match is None:
+        raise UserError(f"--device-memory {text}: give a number and GB, GiB, MB or MiB, such as 80GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _uses(plan: RunPlan, fused: bool) -> list[Use]:
+    """The models of a run, the actor first."""
+    config = plan.config
+    return [
+        Use(
+            role,
+            model.spec,
+            model.placement,
+            plan.itemsize,
+            model.trained,
+            recompute=model.trained and config.recompute,
+            fused=fused,
+            compiled=config.compile,
+            offload=config.offload.optimizer if model.trained else getattr(config.offload, role),
+            split=model.trained and config.intra.split_backward,
+        )
+        for role, model in plan.models.items()
+    ]
+
+
+def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
+    """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
+    uses, config = _uses(plan, fused), plan.config
+    switched, placement = _switched(plan, uses[0])
+    generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
+    batch, microbatch, tokens = plan.batch, config.algorithm.microbatch, config.algorithm.microbatch_tokens
+    if tokens is not None:
+        microbatch = max(1, tokens // (batch.prompt + batch.response))
+    work = Work(
+        batch.sequences,
+        batch.minibatch,
+        batch.prompt,
+        batch.response,
+        microbatch,
+        config.generation.prefill_microbatch,
+        config.generation.decode_microbatch,
+    )
+    shared = plan.training.may_share
+    return [rank_memory(rank, uses, generation, work, switched[rank], shared) for rank in range(plan.world)]
+
+
+def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
+    """What every rank needs to generate in another layout, and the placement in which it does."""
+    if plan.switch is None:
+        return [Switched()] * plan.world, plan.generation
+    options, switch = plan.config.switch, plan.switch.plan
+    if options.transport == "peer":
+        switch = switch.by_peer_copies()
+    found = []
+    for rank in range(plan.world):
+        part = switch.for_rank(rank)
+        weights = plan.itemsize * sum(param.size for param in part.allocate)
+        spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if switch.zero else 0
+        filling = max(part.peak_extra, weights + spreading)
+        staged = part.peak_extra if options.overlap == "prefill" else weights
+        found.append(Switched(staged, filling, spreading))
+    return found, switch.destination
+
+
+def table(ranks: Sequence[RankMemory]) -> str:
+    """Text: one line per kind of rank, GiB; below it every term of the rank that needs most."""
+    names = list(ranks[0].stages)
+    head = "".join(f"{name:>12}" for name in ("ranks", "resident", *names, "peak"))
+    lines = ["device memory in GiB, all sequences at full length", head]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in ranks:
+        stages = (sum(rank.stages[name].values()) for name in names)
+        groups.setdefault((sum(rank.resident.values()), *stages, rank.peak), []).append(rank.rank)
+    for sizes, members in groups.items():
+        lines.append(f"{_ranges(members):>12}" + "".join(f"{size / GIB:12.2f}" for size in sizes))
+    most = max(ranks, key=lambda rank: rank.peak)
+    lines.append(f"rank {most.rank} in {most.worst}:")
+    terms = {**most.resident, **most.stages[most.worst]}
+    lines += [f"{size / GIB:>12.2f}  {name}" for name, size in terms.items() if size]
+    host = max(rank.host for rank in ranks)
+    if host:
+        lines.append(f"offloaded to host memory: up to {host / GIB:.2f} per rank")
+    return "\n".join(lines)
+
+
+def require(ranks: Sequence[RankMemory], limit: int) -> None:
+    """UserError, naming the largest term and what lowers it, if a rank needs more than `limit` bytes."""
+    most = max(ranks, key=lambda rank: rank.peak)
+    if most.peak > limit:
+        raise UserError(
+            f"rank {most.rank} needs {most.peak / GIB:.1f} GiB in {most.worst}, its device has"
+            f" {limit / GIB:.1f}; {remedy(most)}"
+        )
+
+
+def remedy(rank: RankMemory) -> str:
+    """The largest term at a rank's peak, and the option that lowers it."""
+    name, size = rank.largest
+    advice = next(text for end, text in REMEDIES.items() if name.endswith(end))
+    for end, (option, stage) in OFFLOADS.items():
+        if name in rank.resident and name.endswith(end) and rank.worst != stage:
+            advice = f"set {option}"
+    return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=name.partition(' ')[0])}"
+
+
+def _ranges(members: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2,5."""
+    runs: list[list[int]] = []
+    for rank in members:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,1 @@
+"""Responses: the decode ring, cached passes, sampling."""

@@ -1,0 +1,1 @@
+"""Passes of one model or several through the stages of a pipeline."""

@@ -1,0 +1,1 @@
+"""Executes switch plans: buckets of rows over messages or peer copies."""

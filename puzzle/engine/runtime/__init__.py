@@ -1,0 +1,1 @@
+"""What a process is among others: groups, clocks, traces, the watchdog."""

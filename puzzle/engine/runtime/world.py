@@ -1,0 +1,184 @@
+"""All processes of a run: this one's place, its device, process groups, and global sums for the algorithm."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puzzle.engine.runtime.identity import Identity, launched
+from puzzle.engine.runtime.tracing import Clock
+from puzzle.engine.runtime.watchdog import LAST_RESORT, Pulse, Watch, Watchdog
+from puzzle.errors import UserError
+from puzzle.plan.pipeline.actions import Channel
+
+YEARS = 3e8
+"""Seconds; time-outs of torch.distributed are finite."""
+
+
+class World:
+    """This process among the run's processes; owns every process group, so that none is global.
+
+    `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
+    processes on each host. While `clock` is set, what runs is timed. `pulse` says what this rank does. No
+    group waits for a member longer than `timeout` seconds (torch's own limit where that is None).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        per_node: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.per_node = per_node or size
+        # Groups do not inherit it from the default group.
+        self.timeout = None if timeout is None else timedelta(seconds=timeout)
+        self.moved: Counter[str] = Counter()
+        self.clock: Clock | None = None
+        self.pulse = Pulse()
+        self.watchdog: Watchdog | None = None
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+
+    @classmethod
+    def start(
+        cls,
+        device: str = "auto",
+        *,
+        timeout: float = 600.0,
+        watch: Watch | None = None,
+    ) -> World:
+        """Join the run that torchrun's variables (RANK, WORLD_SIZE, ...) describe; alone without them.
+
+        With `watch`, hangs are ended; groups wait longer than that takes. UserError if the device is absent.
+        """
+        place = launched() or Identity()
+        rank, size, local = place.rank, place.world, place.local_rank
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if kind == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("device: cuda asked for but torch sees no GPU; use --device cpu")
+            if local >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise UserError(
+                    f"layout: process {local} of this host has no GPU ({count} here); shrink tp, pp or dp"
+                )
+            where = torch.device("cuda", local)
+            torch.cuda.set_device(where)
+        else:
+            where = torch.device("cpu")
+        if watch is not None:
+            timeout = min(LAST_RESORT * watch.seconds + watch.longest, YEARS)
+        if size > 1:
+            backend = "nccl" if kind == "cuda" else "gloo"
+            # Every channel has a communicator of its own, which is what this warning of torch's asks for.
+            os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+            dist.init_process_group(
+                backend,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout),
+                device_id=where if kind == "cuda" else None,
+            )
+        world = cls(rank, size, where, per_node=place.per_node, timeout=timeout)
+        if watch is not None and size > 1:
+            world.watchdog = Watchdog(watch, rank, size, world.pulse, world.moved)
+        return world
+
+    def __enter__(self) -> World:
+        """The run lasts as long as the block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the run. Not after an error: others may be waiting for this rank in a collective, and NCCL
+        lets nobody leave alone; the error would never be told."""
+        if self.watchdog is not None:
+            if kind is None:
+                self.watchdog.leave()
+                self.sum(torch.zeros(1, device=self.device))  # all are here: nobody is missed from now on
+            self.watchdog.stop(over=kind is None)
+        if self.size > 1 and kind is None:
+            dist.destroy_process_group()
+
+    def groups(self, members: Iterable[tuple[int, ...]], purpose: str) -> dist.ProcessGroup | None:
+        """Make the process groups of a purpose; gives this rank's, None for a rank alone.
+
+        Every rank passes the same lists in the same order: torch names groups by how many it has made.
+        """
+        mine = None
+        for ranks in members:
+            if len(ranks) < 2:
+                continue
+            key = (purpose, ranks)
+            if key not in self._groups:
+                self._groups[key] = dist.new_group(list(ranks), timeout=self.timeout, group_desc=purpose)
+            if self.rank in ranks:
+                mine = self._groups[key]
+        return mine
+
+    def connect(self, ends: Iterable[tuple[int, int, Channel]]) -> dict[Channel, dist.ProcessGroup]:
+        """Communicators of the channels (source rank, destination rank, channel) that end at this rank.
+
+        Every rank passes the same set. The first message of an NCCL pair is a handshake of both, so all
+        pairs shake hands here, in one order: later, two ranks could each wait for the other's first message.
+        """
+        mine = {}
+        for src, dst, channel in sorted(ends):
+            purpose = str(channel.payload)
+            known = (purpose, (src, dst)) in self._groups
+            group = self.groups([(src, dst)], purpose)
+            if group is None:
+                continue
+            mine[channel] = group
+            if not known:
+                token = torch.zeros(1, device=self.device)
+                if self.rank == src:
+                    dist.send(token, dst, group=group)
+                else:
+                    dist.recv(token, src, group=group)
+        return mine
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            self.moved["all_reduce"] += x.nbytes
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+            self.moved["all_reduce"] += x.nbytes
+        return x
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (plain Python data) on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (plain Python data), by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def synchronize(self) -> None:
+        """Wait until this rank's device is idle."""
+        if self.device.type == "cuda":
+            with self.pulse.waiting("synchronize the device"):
+                torch.cuda.synchronize(self.device)

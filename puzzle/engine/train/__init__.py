@@ -1,0 +1,1 @@
+"""Optimizer steps: gradient buckets, ZeRO-1 AdamW, offload of its states."""

@@ -1,0 +1,1 @@
+"""Schedules in virtual time: costs, timelines, and the search for shared pipelines."""

@@ -1,0 +1,143 @@
+"""The actor as it generates: in its training layout, or with its weights switched to another one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator as Lending
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from puzzle.config.resolve import RunPlan
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.reshard.resharder import Switcher
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.tracing import Instant
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import ZeroAdamW
+from puzzle.errors import UserError
+
+
+class Generator:
+    """Lends the runtime that generates; `switcher` is None where that is the actor itself.
+
+    With a plan out of ZeRO shards, what the last step of an iteration changed is gathered beside generation;
+    `saved_bytes` need not have arrived before it, of all ranks together.
+    """
+
+    def __init__(
+        self,
+        actor: ModelRuntime,
+        runtime: ModelRuntime | None = None,
+        switcher: Switcher | None = None,
+        verify: bool = False,
+        saved_bytes: int = 0,
+    ) -> None:
+        self.actor, self.runtime, self.switcher, self.verify = actor, runtime or actor, switcher, verify
+        self.saved_bytes = saved_bytes
+        self._seconds = (0.0, 0.0, 0.0)  # of the fill, awaited of it, of the drop
+        self._waits: list[tuple[Instant, Instant]] = []
+
+    @property
+    def _optimizer(self) -> ZeroAdamW:
+        assert self.actor.optimizer is not None
+        return self.actor.optimizer
+
+    def before_last_step(self) -> None:
+        """The actor's next optimizer step is the last one before it generates."""
+        self._optimizer.hold = self.switcher is not None and self.switcher.plan.zero
+
+    def end_training(self) -> None:
+        """Await the actor's weights, unless generation does without the other replicas' rows."""
+        self._optimizer.hold = False
+        if self.switcher is not None and not self._optimizer.owed:
+            self._await_weights()
+
+    def _await_weights(self) -> None:
+        device = self.actor.world.device
+        began = Instant(device)
+        self._optimizer.wait_gather()
+        self._waits.append((began, Instant(device)))
+
+    @contextmanager
+    def weights(self, clock: StageClock | None = None) -> Lending[ModelRuntime]:
+        """The runtime, with its weights for as long as the block lasts; time goes to the clock's stages."""
+        clock_ends = clock.end if clock is not None else lambda stage: None
+        if self.switcher is None:
+            yield self.runtime
+            clock_ends("generation")
+            return
+        fill = self.switcher.fill()
+        if self.switcher.side is None:
+            clock_ends("switch")
+        if self.verify:
+            self._await_weights()
+            self.switcher.verify()
+            clock_ends("other")
+        self._optimizer.spread()
+        yield self.runtime
+        clock_ends("generation")
+        drop = self.switcher.drop()
+        self._await_weights()
+        clock_ends("switch")
+        self._seconds = (fill, fill, drop)
+        if self.switcher.side is not None:
+            whole, waited = self.switcher.take_times()
+            self._seconds = (whole, fill + waited, drop)
+
+    def record(self, world: World) -> dict[str, Any] | None:
+        """Fields of the `switch` record of an iteration, None without a switch; call on every rank.
+
+        Bytes are of all ranks together, `gbs_per_rank` the larger direction of each rank over the fill.
+        """
+        if self.switcher is None:
+            return None
+        plan = self.switcher.plan
+        own = (*self._seconds, sum(end - began for began, end in self._waits))
+        self._waits.clear()
+        most = world.max(torch.tensor(own, dtype=torch.float64, device=world.device)).tolist()
+        fill, awaited, drop, gather = most
+        return {
+            "seconds": awaited + drop + (gather if plan.zero else 0.0),
+            "fill_seconds": fill,
+            "awaited_seconds": awaited,
+            "drop_seconds": drop,
+            "filled_from": "shards" if plan.zero else "gathered",
+            "gather_seconds": gather,
+            "gather_bytes": sum(plan.gather_bytes.values()),
+            "saved_bytes": self.saved_bytes,
+            "bytes": plan.bytes_received,
+            "lower_bound_bytes": plan.lower_bound_bytes,
+            "local_share": plan.local_share,
+            "gbs_per_rank": [max(plan.traffic(rank)) / fill / 1e9 for rank in plan.ranks],
+            "peak_bytes": max(plan.for_rank(rank).peak_extra for rank in plan.ranks),
+            "strategy": plan.strategy,
+            "transport": plan.transport,
+            "hash": plan.hash,
+        }
+
+
+def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generator:
+    """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
+    options, request = plan.config.switch, plan.switch
+    if request is None:
+        return Generator(actor)
+    beside = options.overlap == "prefill"
+    if beside and world.device.type != "cuda":
+        raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
+    switch = request.plan
+    runtime = ModelRuntime(
+        "generation", actor.spec, switch.destination, world, actor.decoder.dtype, allocate=False
+    )
+    switcher = Switcher(
+        switch,
+        world,
+        actor.decoder,
+        runtime.decoder,
+        transport=options.transport,
+        beside=beside,
+    )
+    if switcher.declined is not None and world.rank == 0:
+        print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
+    return Generator(actor, runtime, switcher, options.verify, request.saved_bytes)

@@ -1,0 +1,76 @@
+"""Who ran what where: the header of a run's log from its configuration and this machine."""
+
+import os
+import platform
+import subprocess
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from puzzle import __version__
+from puzzle.config.resolve import RunPlan
+from puzzle.config.run import ModelConfig
+from puzzle.files.path import ROOT
+from puzzle.runlog import RunHeader
+
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
+
+
+def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
+    """The header of a run; `hardware` adds what the engine knows of its devices."""
+    config, log = plan.config, plan.config.log
+    layouts = {
+        "training" if name == "actor" else name: {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
+        for name, layout in config.layouts().items()
+    }
+    return RunHeader(
+        run_id=uuid.uuid4().hex,
+        figures=log.figures,
+        cluster=log.cluster,
+        variant=log.variant,
+        actor=log.actor or _name(config.actor),
+        critic=None if config.critic is None else log.critic or _name(config.critic),
+        config={**config.resolved(), "global_batch_size": plan.batch.sequences},
+        layouts=layouts,
+        provenance=log.provenance,
+        software={"puzzle": __version__, "python": platform.python_version(), **_versions()},
+        hardware={"host": platform.node(), "cores": len(os.sched_getaffinity(0)), **hardware},
+        git_commit=_commit(),
+        plan={"hash": plan.hash, **plan.describe()},
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        repeat=log.repeat,
+    )
+
+
+def _name(source: ModelConfig) -> str:
+    if source.model is not None:
+        return Path(source.model).resolve().name
+    assert source.init is not None
+    return source.init.preset or f"{source.init.num_hidden_layers}x{source.init.hidden_size}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the project's checkout, with + behind it when tracked files differ; None outside."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        return _git(ROOT, "rev-parse", "HEAD") + ("+" if _git(ROOT, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

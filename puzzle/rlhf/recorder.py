@@ -1,0 +1,334 @@
+"""What a run writes: metrics of an experience, the log, samples, model folders, plots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from puzzle.config.run import TrainConfig
+from puzzle.data.endings import Endings
+from puzzle.data.prompts import Prompt
+from puzzle.data.tokenizers import tokenizer_folder
+from puzzle.engine.checkpoint.checkpoint import Saved
+from puzzle.engine.checkpoint.export import whole_tensors
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.world import World
+from puzzle.errors import UserError, describe
+from puzzle.files import durable
+from puzzle.model import hf
+from puzzle.plan.simulate.timeline import Timeline
+from puzzle.rlhf.algorithms.policy import Estimator, token_kl
+from puzzle.rlhf.console import Reporter
+from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.models import Models
+from puzzle.runlog import RunHeader, RunWriter, load_runs
+
+
+def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Estimator) -> dict[str, float]:
+    """What docs/log-schema.md says of an iteration's responses; no KL where there is no reference."""
+    assert experience.logprobs_BS is not None
+    mask = experience.mask_BS.to(experience.logprobs_BS.device)
+    tokens = float(mask.sum())
+    scores_B = scores_B.double()  # sums of large float32 scores would be infinite
+    metrics = {
+        "reward": float(scores_B.mean()),
+        "reward_std": float(scores_B.std(correction=0)),
+        "response_tokens": tokens,
+        "response_length": tokens / len(experience),
+        "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).double().sum()) / tokens,
+        "repetition": repetition(experience.responses),
+    }
+    if experience.drawn_tokens is not None:
+        metrics["useful_token_share"] = tokens / experience.drawn_tokens
+    if (
+        experience.drawn_logprobs_BS is not None
+        and experience.drawn_logprobs_BS is not experience.logprobs_BS
+    ):
+        gap = torch.where(mask, experience.drawn_logprobs_BS - experience.logprobs_BS, 0.0).abs()
+        metrics |= {"logprob_gap": float(gap.double().sum()) / tokens, "logprob_gap_max": float(gap.max())}
+    if experience.ref_logprobs_BS is not None:
+        kl = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
+        total = float(torch.where(mask, kl, 0.0).double().sum())
+        metrics |= {"kl": total / tokens, "kl_response": total / len(experience)}
+    return metrics
+
+
+def held_out_metrics(scores_B: Tensor) -> dict[str, float]:
+    """The mean held-out reward and half its 95 % confidence interval, which one response has none of."""
+    scores_B = scores_B.double()
+    metrics = {"reward": float(scores_B.mean())}
+    if len(scores_B) > 1:
+        metrics["reward_ci95"] = 1.96 * float(scores_B.std()) / len(scores_B) ** 0.5
+    return metrics
+
+
+def repetition(responses: Sequence[Sequence[int]]) -> float:
+    """Share of token pairs that occurred earlier in their response."""
+    pairs = [list(pairwise(r)) for r in responses]
+    total = sum(map(len, pairs))
+    return 1.0 - sum(len(set(p)) for p in pairs) / total if total else 0.0
+
+
+def describe_rank(models: Models, world: World, peaks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Arguments of this rank's `rank` record; `peaks` are bytes by stage."""
+    coordinates = {m.name: {"t": m.coord.t, "p": m.coord.p, "d": m.coord.d} for m in models.all()}
+    return {
+        "coordinates": coordinates,
+        "parameter_bytes": sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
+        "device": str(world.device),
+        "collective_bytes": moved_bytes(models, world),
+        "peak_bytes": peaks or None,
+        "device_bytes": device_bytes(world.device),
+    }
+
+
+def device_bytes(device: torch.device) -> dict[str, int] | None:
+    """Memory of a GPU: `reserved` by torch for tensors, at most, and `outside` of that (CUDA, NCCL, other
+    processes), now."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return {"reserved": torch.cuda.max_memory_reserved(device), "outside": max(0, outside)}
+
+
+def moved_bytes(models: Models, world: World) -> dict[str, int]:
+    """Bytes that this rank has put into messages and collectives, by kind; tensor-parallel ones per model."""
+    runtimes = {m.name: m for m in (*models.all(), models.generator.runtime)}
+    tensor = {f"tensor_parallel.{m.name}": m.tensor.moved for m in runtimes.values() if m.tensor.size > 1}
+    return {**world.moved, **tensor}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How a run goes on: iterations done, the checkpoint's folder (None: from the start), what to warn of."""
+
+    done: int = 0
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _changes(settings: Mapping[str, tuple[Any, Any]], most: int = 12) -> list[str]:
+    """One line about settings that are other than before, none without."""
+    told = [f"{key} {_shown(old)} -> {_shown(new)}" for key, (old, new) in settings.items()]
+    if len(told) > most:
+        told[most:] = [f"{len(told) - most} more (run.jsonl has them)"]
+    return [f"resumed with other settings: {', '.join(told)}"] if told else []
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Recorder:
+    """The log of a run. All ranks hold one; rank 0 writes."""
+
+    def __init__(
+        self, out: Path, config: TrainConfig, world: World, header: RunHeader, resumed: Resumed | None = None
+    ) -> None:
+        """With `resumed`, the log that is there goes on."""
+        self.out, self.config, self.world = out, config, world
+        self.note: str | None = None
+        self.writer = None
+        if world.rank == 0:
+            self.writer = RunWriter(out, header, resumed is not None, world.pulse.writing)
+        done = 0 if resumed is None else resumed.done
+        tensorboard = config.log.tensorboard
+        self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
+        if self.writer is not None and resumed is not None:
+            folder = resumed.folder
+            self.writer.resume(done, None if folder is None else str(folder.relative_to(out)))
+            for note in (*resumed.notes, *_changes(self.writer.settings)):
+                self.writer.warning(note)
+                print(f"warning: {note}", file=sys.stderr)
+
+    def sync(self) -> None:
+        """What the log says is on the disk, whatever happens next."""
+        if self.writer is not None:
+            self.writer.sync()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.reporter is not None:
+            self.reporter.close()
+        if self.writer is None:
+            return
+        if error is None:
+            self.writer.end("completed", self.note)
+            self._plot()
+            return
+        status, why = "failed", " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            status, why = "interrupted", "by a signal"
+        try:
+            self.writer.end(status, why)
+        except UserError:
+            return  # the disk is full: what stopped the run says so
+
+    def ranks(self, own: Mapping[str, Any]) -> None:
+        """Collect every rank's description on rank 0."""
+        for rank, fields in enumerate(self.world.gather(dict(own))):
+            if self.writer is not None:
+                self.writer.rank(rank, **fields)
+
+    def iteration(
+        self,
+        iteration: int,
+        stage_seconds: Mapping[str, float],
+        e2e_seconds: float,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """One finished iteration."""
+        if self.writer is not None and self.reporter is not None:
+            self.writer.iteration(iteration, stage_seconds, e2e_seconds, metrics)
+            self.reporter.iteration(iteration, stage_seconds, e2e_seconds, metrics)
+
+    def switch(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
+        """The switches of an iteration, unless there were none."""
+        if self.writer is not None and fields is not None:
+            self.writer.switch(iteration, **fields)
+
+    def offload(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
+        """What an iteration offloaded, unless it was nothing."""
+        if self.writer is not None and fields is not None:
+            self.writer.offload(iteration, **fields)
+
+    def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Which schedules run."""
+        if self.writer is not None:
+            for fields in records:
+                self.writer.stage(**fields)
+
+    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
+        """What a stage takes by simulation."""
+        if self.writer is not None:
+            self.writer.simulation(iteration, stage, seconds)
+
+    def trace(self, iteration: int, timeline: Timeline) -> None:
+        """Write an iteration's timeline for Perfetto into traces/."""
+        if self.writer is None:
+            return
+        file = self.out / "traces" / f"iteration-{iteration}.json"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            durable.write_text(file, json.dumps(timeline.to_perfetto()))
+        except OSError as error:
+            raise UserError(f"{file}: {describe(error)}") from None
+        self.writer.trace(str(file.relative_to(self.out)), iteration)
+
+    @contextmanager
+    def profiled(self, iteration: int) -> Generator[None]:
+        """Record an iteration of `log.profile` by torch's profiler, in a file per rank."""
+        if iteration not in self.config.log.profile:
+            yield
+            return
+        kinds = [ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        with profile(activities=kinds) as profiler:
+            yield
+        file = self.out / "profiles" / f"iteration-{iteration}-rank-{self.world.rank:03d}.json.gz"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            durable.write(file, lambda part: profiler.export_chrome_trace(str(part)))
+        except OSError as error:
+            raise UserError(f"{file}: {describe(error)}") from None
+        if self.writer is not None:
+            self.writer.trace(str(file.relative_to(self.out)), iteration)
+
+    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics after `done` iterations."""
+        if self.writer is not None and self.reporter is not None:
+            self.writer.evaluation(done, metrics)
+            self.reporter.evaluation(done, metrics)
+
+    def samples(
+        self,
+        iteration: int,
+        experience: Experience,
+        prompts: Sequence[Prompt],
+        said: tuple[Sequence[str], Sequence[str]],
+        scores_B: Tensor,
+        held_out: bool = False,
+    ) -> None:
+        """Prompts and responses with reward and KL, up to `log.samples` of them.
+
+        `prompt_id` is what `data.id_field` holds, else the prompt's position in its file.
+        """
+        if self.writer is None:
+            return
+        kl = None
+        if experience.ref_logprobs_BS is not None and experience.logprobs_BS is not None:
+            gap = experience.logprobs_BS - experience.ref_logprobs_BS
+            kl = torch.where(experience.mask_BS.to(gap.device), gap, 0.0).sum(1).tolist()
+        rewards = scores_B.tolist()
+        for row in range(min(len(experience), self.config.log.samples)):
+            prompt = prompts[row // experience.samples]
+            prompt_id = prompt.index if self.config.data.id_field is None else prompt.id
+            fields = {"reward": rewards[row], "prompt_id": prompt_id, "held_out": held_out}
+            if kl is not None:
+                fields["kl"] = kl[row]
+            self.writer.sample(iteration, said[0][row], said[1][row], **fields)
+
+    def states(self, complete: Sequence[Saved]) -> None:
+        """Checkpoints to resume from that have become complete."""
+        for saved in complete:
+            if self.writer is not None:
+                folder = str(saved.folder.relative_to(self.out))
+                self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
+
+    def save(self, model: ModelRuntime, name: str, done: int, endings: Endings) -> None:
+        """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name.
+
+        `endings` are those that it was trained with.
+        """
+        if not self.config.checkpoint.save:
+            return
+        folder = self.out / "checkpoints" / name
+        tensors = whole_tensors(model)
+        if self.writer is None:
+            for _ in tensors:
+                pass
+            return
+        durable.make_folder(folder.parent)
+        with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model, folder.parent) as files:
+            more, generation, gate = endings.config, endings.generation, self.world.pulse.writing
+            hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
+        self.writer.checkpoint(done, str(folder.relative_to(self.out)))
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the newest `checkpoint.keep` numbered folders."""
+        numbered = durable.numbered(self.out / "checkpoints", "iteration")
+        for folder in list(numbered.values())[: -self.config.checkpoint.keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _plot(self) -> None:
+        if not self.config.log.plots:
+            return
+        # matplotlib takes a second to import: not for runs without plots.
+        from plotting import curves
+
+        folder = self.out / "plots"
+        try:
+            folder.mkdir(exist_ok=True)
+            curves.write(load_runs(self.out).runs, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: {describe(error)}") from None

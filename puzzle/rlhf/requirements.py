@@ -1,0 +1,31 @@
+"""What a run needs of this host, checked before any process starts: packages, files, the reward."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from puzzle.config.capabilities import missing
+from puzzle.config.run import TrainConfig
+from puzzle.data.prompts import read_rows
+from puzzle.errors import UserError
+from puzzle.rlhf.rewards import probe, reward_patience
+
+
+def check_packages(config: TrainConfig) -> None:
+    """UserError for what the run asks for and this installation lacks."""
+    lacks = missing(config)
+    if lacks:
+        raise UserError(f"this version does not have: {'; '.join(lacks)}")
+    for role in config.trained:
+        if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
+            raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
+
+
+def check_files(config: TrainConfig) -> None:
+    """UserError for prompt files that cannot be read and for a reward function that cannot be had; a run
+    finds the same before its log begins."""
+    for key in ("prompts", "eval_prompts"):
+        path = getattr(config.data, key)
+        if path is not None:
+            read_rows(Path(path), config.data.field, config.data.id_field)
+    if config.reward.function is not None:
+        probe(config.reward.function, reward_patience(config))

@@ -1,0 +1,1 @@
+"""Reads the published logs, line by line."""

@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""The rooms of the house: what each knows, and which others it may import.
+
+`python scripts/rooms.py` writes the table into docs/architecture.md; tests/test_house.py holds the code to
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- rooms: written by scripts/rooms.py -->\n", "<!-- end of rooms -->\n"
+HEAVY = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A package or module of the project: what it knows, the rooms that it may import, libraries it never
+    does.
+
+    Who may import a room may import the rooms inside it. A room inside another may import what that one may,
+    and the neighbours that it lists.
+    """
+
+    knows: str
+    may: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+
+
+ROOMS = {
+    "puzzle/errors.py": Room("`UserError`: one line for people; how commands end", (), HEAVY),
+    "puzzle/files": Room(
+        "files and what may stand in them: JSON by type, text within limits, write-then-rename, locks",
+        ("puzzle/errors.py",),
+        HEAVY,
+    ),
+    "puzzle/spec": Room(
+        "`ModelSpec`, `TensorSpec`, published model sizes, FLOPs", ("puzzle/errors.py", "puzzle/files"), HEAVY
+    ),
+    "puzzle/plan": Room(
+        "pure values: layouts, shards, memory, the parts of a run (`run.py`); schedules (`pipeline/`),"
+        " switches (`reshard/`), virtual time (`simulate/`)",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/spec"),
+        HEAVY,
+    ),
+    "puzzle/config": Room(
+        "the typed run: schema, files and command lines into it, `resolve` to a `RunPlan`, its memory report",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan"),
+        HEAVY,
+    ),
+    "puzzle/data": Room(
+        "prompts, tokenizers, what ends a response",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/config"),
+        ("torch",),
+    ),
+    "puzzle/runlog": Room(
+        "the log: schema, writer, readers, published logs",
+        ("puzzle/errors.py", "puzzle/files"),
+        (*HEAVY, "numpy", "pandas", "scipy", "yaml", "pydantic"),
+    ),
+    "puzzle/model": Room(
+        "the decoder as torch modules, weights, Hugging Face files; Triton kernels (`kernels/`)",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan"),
+    ),
+    "puzzle/engine": Room(
+        "executes plans, knows no algorithm",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan", "puzzle/model"),
+    ),
+    "puzzle/engine/runtime": Room("a process among others: groups, clocks, traces, the watchdog"),
+    "puzzle/engine/train": Room(
+        "gradient buckets, ZeRO-1 AdamW, offload of its states", ("puzzle/engine/runtime",)
+    ),
+    "puzzle/engine/pipeline": Room(
+        "passes of one model or several through stages", ("puzzle/engine/runtime", "puzzle/engine/train")
+    ),
+    "puzzle/engine/reshard": Room(
+        "executes switch plans by messages or peer copies", ("puzzle/engine/runtime",)
+    ),
+    "puzzle/engine/generate": Room(
+        "the decode ring, cached passes, sampling",
+        ("puzzle/engine/runtime", "puzzle/engine/pipeline", "puzzle/engine/reshard"),
+    ),
+    "puzzle/engine/checkpoint": Room(
+        "states to resume from, models to export, as boxes", ("puzzle/engine/pipeline", "puzzle/engine/train")
+    ),
+    "puzzle/launch": Room(
+        "places processes: local, Ray, Slurm ([launching.md](launching.md))",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/config", "puzzle/engine"),
+    ),
+    "puzzle/rlhf": Room(
+        "an iteration: algorithms behind one seam (`algorithms/`), rewards, rollout, steps, what is logged",
+        (
+            "puzzle/errors.py",
+            "puzzle/files",
+            "puzzle/plan",
+            "puzzle/config",
+            "puzzle/data",
+            "puzzle/runlog",
+            "puzzle/model",
+            "puzzle/engine",
+            "puzzle/launch",
+            "plotting",
+        ),
+        ("torch.distributed",),
+    ),
+    "puzzle/campaign": Room(
+        "many runs: `experiments.yaml` into configurations, what they need, one after another",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/config", "puzzle/launch"),
+        HEAVY,
+    ),
+    "puzzle/cli": Room(
+        "the commands, imported when they run",
+        (
+            "puzzle/errors.py",
+            "puzzle/files",
+            "puzzle/spec",
+            "puzzle/plan",
+            "puzzle/config",
+            "puzzle/data",
+            "puzzle/runlog",
+            "puzzle/model",
+            "puzzle/engine",
+            "puzzle/launch",
+            "puzzle/rlhf",
+            "puzzle/campaign",
+            "plotting",
+        ),
+    ),
+    "puzzle/bench": Room(
+        "measurements and checks on real devices ([performance.md](performance.md))",
+        (
+            "puzzle/errors.py",
+            "puzzle/files",
+            "puzzle/spec",
+            "puzzle/plan",
+            "puzzle/config",
+            "puzzle/runlog",
+            "puzzle/model",
+            "puzzle/engine",
+            "puzzle/launch",
+            "puzzle/rlhf",
+            "puzzle/cli",
+        ),
+    ),
+    "plotting": Room(
+        "figures and curves, pure functions of logs",
+        ("puzzle/errors.py", "puzzle/files", "puzzle/runlog"),
+        HEAVY,
+    ),
+}
+
+
+def room_of(path: str) -> str | None:
+    """The innermost room that a path (`puzzle/plan/layout.py`) or a dotted module lies in."""
+    parts = path.removesuffix(".py").replace(".", "/").split("/")
+    for length in range(len(parts), 0, -1):
+        inner = "/".join(parts[:length])
+        for name in (inner, f"{inner}.py"):
+            if name in ROOMS:
+                return name
+    return None
+
+
+def around(room: str) -> set[str]:
+    """The rooms that a room lies in."""
+    parents = [parent.as_posix() for parent in Path(room).parents]
+    return {parent for parent in parents if parent in ROOMS}
+
+
+def allowed(room: str) -> set[str]:
+    """Rooms that `room` may import, with all that lies in them: its own list, that of the room it lies in,
+    and itself."""
+    own = {room, *ROOMS[room].may}
+    return own.union(*(allowed(parent) - {parent} for parent in around(room)))
+
+
+def table() -> str:
+    """The rooms as a Markdown table, those that import least first."""
+    lines = ["| room | what it knows | may import |", "|---|---|---|"]
+    for name, room in ROOMS.items():
+        short = [other.removeprefix("puzzle/").removesuffix(".py") for other in room.may]
+        said = ", ".join(f"`{other}`" for other in short) or "nothing of the project"
+        if name.count("/") > 1:
+            said = (
+                f"{', '.join(f'`{other}`' for other in short) or 'none of its neighbours'}; what `engine` may"
+            )
+        lines.append(f"| `{name}{'' if name.endswith('.py') else '/'}` | {room.knows} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str) -> str:
+    """`text` of the page with the present table between its marks."""
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
