@@ -363,7 +363,7 @@ def test_dry_run_refuses_what_cannot_fit(tmp_path, capsys, options: list[str], w
     out, err = capsys.readouterr()
     if "much" not in options:  # which is refused before anything is read
         assert json.loads(out)["dtype"] == "bf16"
-    assert "device memory in GiB" in err
+        assert "device memory in GiB" in err
     if words is not None:
         assert re.search(f"^error: .*{words}", err.splitlines()[-1])
 
