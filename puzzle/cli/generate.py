@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config.sections import DataConfig
 from puzzle.config.sources import folder_spec
 from puzzle.data.endings import endings
-from puzzle.data.prompts import Prompt, PromptSet, Row, load_prompts, tokenise
+from puzzle.data.prompts import Prompt, PromptSet, Row, decoded, lines, load_prompts, tokenise
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text
 from puzzle.errors import UserError
 from puzzle.files import durable
@@ -112,14 +111,14 @@ def run(arguments: Sequence[str]) -> int:
 def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     if path is not None:
         return load_prompts(path, data, tokenizer)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # Whatever the terminal's encoding: bytes that are no UTF-8 are refused with their line, by `Row`.
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    rows = [Row(f"standard input, line {i}", None, line) for i, line in enumerate(lines, 1) if line.strip()]
+    source = "standard input"
+    if sys.stdin is None:
+        raise UserError("standard input is closed; give --prompts FILE")
+    # Read as files are, whatever the terminal's encoding.
+    rows = [Row(f"{source}:{i}", None, line) for i, line in lines(decoded(sys.stdin.buffer.read(), source))]
     if not rows:
         raise UserError("no prompts on standard input; give lines, or --prompts FILE")
-    return tokenise(rows, "standard input", data, tokenizer)
+    return tokenise(rows, source, data, tokenizer)
 
 
 def work(job: Job) -> None:

@@ -83,7 +83,7 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
     elif path.suffix == ".parquet":
         records = _parquet(path)
     elif path.suffix in (".txt", ".text"):
-        records = ((f"{path}:{number}", {field: line}) for number, line in _lines(_content(path)))
+        records = ((f"{path}:{number}", {field: line}) for number, line in lines(_content(path)))
     else:
         raise UserError(f"{path}: prompts must be .jsonl, .parquet, .txt or a Hugging Face dataset folder")
     rows: list[Row] = []
@@ -110,27 +110,31 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
 
 
 def _content(path: Path) -> str:
-    """The text of a file without its byte order mark; UserError for what is not UTF-8."""
+    """The text of a file, as `decoded` gives it; UserError for a file that cannot be read."""
     if not path.is_file():
         raise UserError(f"{path}: is no regular file")  # a pipe would be waited for without end
     try:
-        data = path.read_bytes()
+        return decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(describe(error)) from None
+
+
+def decoded(data: bytes, source: str) -> str:
+    """The text in `data` without its byte order mark; UserError naming the line for what is not UTF-8."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path}: is UTF-16 text; save it as UTF-8")
+        raise UserError(f"{source}: is UTF-16 text; save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
+        raise UserError(f"{source}:{line}: not UTF-8 text: {error.reason}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path}:{line}: holds a NUL character; save the file as UTF-8 text")
+        raise UserError(f"{source}:{line}: holds a NUL character; save it as UTF-8 text")
     return text
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def lines(text: str) -> Iterator[tuple[int, str]]:
     """The non-blank lines and their numbers."""
     # Not str.splitlines: it also ends lines at characters that texts may hold.
     for number, line in enumerate(re.split("\r\n|\n|\r", text), 1):
@@ -144,7 +148,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.suffix == ".json" and text.lstrip().startswith("["):
         found = ((f"{path} row {i}", record) for i, record in enumerate(parse(text, str(path))))
     else:
-        found = ((f"{path}:{i}", parse(line, f"{path}:{i}")) for i, line in _lines(text))
+        found = ((f"{path}:{i}", parse(line, f"{path}:{i}")) for i, line in lines(text))
     for place, record in found:
         if not isinstance(record, dict):
             raise UserError(f"{place}: expected a JSON object, found {type(record).__name__}")

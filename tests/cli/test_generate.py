@@ -91,27 +91,47 @@ def test_layouts_and_stop_texts_give_the_same_lines(model: Path, tmp_path: Path)
     assert ended[1]["response"] != text
 
 
+def give(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
 def test_streams_a_single_response(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = ["generate", str(model), "--max-new-tokens", "9", "--device", "cpu", "--greedy"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
+    give(monkeypatch, b"hello\nagain\n")
     assert main(options) == 0
     both = capsys.readouterr().out
     said: list[str] = []
     monkeypatch.setattr(Terminal, "_say", lambda _, text: said.append(text))
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    give(monkeypatch, b"hello\n")
     assert main(options) == 0
     assert both.startswith("".join(said))
     assert len([piece for piece in said if piece]) >= 4
 
 
-def test_reads_standard_input(
+def test_reads_standard_input_as_it_reads_files(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nworld\n"))
-    assert main(["generate", str(model), "--max-new-tokens", "2", "--device", "cpu"]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if line in ("hello", "world")]
+    options = ["generate", str(model), "--max-new-tokens", "2", "--device", "cpu"]
+    give(monkeypatch, b"\xef\xbb\xbfhello\n\nworld\n")
+    assert main(options) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line in ("hello", "world")] == [
+        "hello",
+        "world",
+    ]
+    refused = {
+        b"fine\nbad \xff\n": ":2: not UTF-8 text",
+        "hi\n".encode("utf-16"): ": is UTF-16 text",
+        b"a\0b\n": ":1: holds",
+    }
+    for data, said in refused.items():
+        give(monkeypatch, data)
+        assert main(options) == 2
+        assert capsys.readouterr().err.startswith(f"error: standard input{said}")
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(options) == 2
+    assert capsys.readouterr().err == "error: standard input is closed; give --prompts FILE\n"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +156,7 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    give(monkeypatch, b"")
     (tmp_path / "P.txt").write_text("a prompt\n")
     given = [str(tmp_path / "P.txt") if option == "P" else option for option in options]
     assert main(["generate", str(model), "--device", "cpu", *given]) == 2

@@ -66,7 +66,7 @@ BAD_LINES = [
     (b"\n \n", ": holds no prompts"),
     (b'{"prompt": "123456789"}\n', ":1: the prompt has 9 tokens, data.max_prompt_tokens is 8"),
     ('{"prompt": "fine"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
-    ('{"prompt": "fine"}\n'.encode("utf-16-le"), ":1: holds a NUL character; save the file as UTF-8"),
+    ('{"prompt": "fine"}\n'.encode("utf-16-le"), ":1: holds a NUL character; save it as UTF-8"),
     (b'{"prompt": ' + b"[" * 100_000 + b"\n", ":1: not valid JSON"),
     (b'{"prompt": ' + b"9" * 5000 + b"}\n", ":1: not valid JSON"),
 ]
