@@ -12,6 +12,7 @@ from typing import NoReturn
 from puzzle import __version__
 from puzzle.errors import UserError, describe, exit_code
 from puzzle.files.limits import MOST, MOST_NAME
+from puzzle.files.path import expanded
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
@@ -75,8 +76,6 @@ def named(text: str) -> Path:
 
     ~ and $VARIABLES are filled in also where the shell left them.
     """
-    from puzzle.config.sections import expanded
-
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     try:

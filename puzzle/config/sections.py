@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,6 +27,7 @@ from puzzle.files.limits import (
     MOST_TOKENS,
     SMALLEST,
 )
+from puzzle.files.path import expanded
 
 
 def _no_float32_zero(value: float) -> float:
@@ -50,16 +49,6 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_no_float32_
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-def expanded(path: str) -> str:
-    """A path with ~ and $VARIABLES filled in, as a shell does; ValueError for a variable that is not set."""
-    if os.path.lexists(path):
-        return path
-    filled = os.path.expandvars(os.path.expanduser(path))
-    if left := re.search(r"\$(\w+|\{\w+\})", filled):
-        raise ValueError(f"{left[0]} is not set in the environment")
-    return filled
 
 
 Location = Annotated[str, AfterValidator(expanded)]

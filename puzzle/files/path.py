@@ -1,6 +1,7 @@
 """`python -m` puts the working folder first on the path: nothing may be taken from there by chance."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,3 +18,13 @@ def leave_working_folder() -> None:
         return
     others = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), others)))
+
+
+def expanded(path: str) -> str:
+    """A path with ~ and $VARIABLES filled in, as a shell does; ValueError for a variable that is not set."""
+    if os.path.lexists(path):
+        return path
+    filled = os.path.expandvars(os.path.expanduser(path))
+    if left := re.search(r"\$(\w+|\{\w+\})", filled):
+        raise ValueError(f"{left[0]} is not set in the environment")
+    return filled

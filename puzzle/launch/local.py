@@ -40,6 +40,7 @@ SAFE_PATH = "PYTHONSAFEPATH"
 DONE = "done"
 """What a worker reports at the end of its work: who ends without it has failed, whatever its exit code."""
 GRACE_SECONDS = 5.0
+MOST_SOCKET_FOLDER = 64
 SETTLE_SECONDS = 0.5
 MOST_PER_CORE = 16
 
@@ -189,7 +190,9 @@ def _ensure_server() -> None:
     process: Any = multiprocessing.current_process()
     own = process._config
     before = own.get("tempdir")
-    with tempfile.TemporaryDirectory(prefix="puzzle-") as folder:
+    # The name of a socket holds 107 bytes.
+    short = None if len(tempfile.gettempdir()) <= MOST_SOCKET_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="puzzle-", dir=short) as folder:
         own["tempdir"] = folder
         try:
             multiprocessing.forkserver.ensure_running()

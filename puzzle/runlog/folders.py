@@ -42,7 +42,7 @@ def prepare(out: Path, resume: bool, saves: bool) -> None:
     if not resume and (out / "run.jsonl").exists():
         raise UserError(f"--out {out}: already holds a run; choose another folder, or go on with --resume")
     for name in FILES:
-        if os.path.lexists(out / name) and not (out / name).is_file():
+        if os.path.lexists(out / name) and ((out / name).is_dir() or not (out / name).exists()):
             raise UserError(f"{out / name}: is no file; move it away")
     for name in FOLDERS:
         path = out / name

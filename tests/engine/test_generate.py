@@ -135,7 +135,7 @@ def test_min_new_tokens_equals_transformers(tmp_path):
 def enough(total):
     """A stop rule: over from the token on with which the sum of all exceeds `total`."""
 
-    def rule():
+    def rule(prompt):
         heard = []
         return lambda token: heard.append(token) or sum(heard) > total
 

@@ -117,7 +117,8 @@ def test_the_newest_unfinished_campaign_goes_on(tmp_path, experiments):
 def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
     code = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from puzzle.campaign.experiments import *; from puzzle.launch import campaign, local\n"
+        "from puzzle.campaign.experiments import *; from puzzle.campaign import runs as campaign\n"
+        "from puzzle.launch import local\n"
         "e = expand(read_table(), Request('cpu', only=('figure9',)))[:1]\n"
         "from dataclasses import replace\n"
         "sleeper = 'import os,time; print(os.getpid(), flush=True); time.sleep(99)'\n"

@@ -186,7 +186,7 @@ def broken_index(folder):
 
 WRONG = {
     "no folder": (lambda f: shutil.rmtree(f), "no such model folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: No such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read: No such file"),
     "config is not JSON": (
         lambda f: (f / "config.json").write_text("{"),
         r"config\.json: not valid JSON",

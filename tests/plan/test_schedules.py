@@ -188,6 +188,7 @@ def test_orders() -> None:
 
 
 @given(pipelines(), st.data())
+@settings(max_examples=400)
 def test_a_mix_for_other_counts(
     case: tuple[list[PipelineModel], int, list[str]], data: st.DataObject
 ) -> None:

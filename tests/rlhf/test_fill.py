@@ -77,7 +77,7 @@ def test_memory_counts_rows_on_their_way(folder: Path) -> None:
         footprint.estimate(
             resolve(load_config(Path("run.yaml"), [*given, "--switch.source", fill])), fused=False
         )
-        for fill in ("gathered", "shards")
+        for fill in ("gathered", "zero_shards")
     )
     for before, after in zip(gathered, shards, strict=True):
         more = after.total("generation") - before.total("generation")

@@ -209,6 +209,8 @@ def test_refused_before_any_process_starts(folder, capsys, options, what, mend) 
 def test_another_number_of_processes(folder, capsys, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert main(["train", "--config", "run.yaml", "--out", "o", "--layout.dp", "2"]) == 2
     assert "3 processes were started but tp x pp x dp is 2" in capsys.readouterr().err
 
@@ -217,7 +219,7 @@ def test_stop_texts_end_responses_and_are_no_part_of_their_text(folder: Path) ->
     """Every small letter is a stop text: a tenth of what a random model draws."""
     letters = ", ".join("abcdefghijklmnopqrstuvwxyz".replace("n", "").replace("y", ""))
     config = CONFIG.replace("{max_new_tokens: 4}", f"{{max_new_tokens: 24, stop: [{letters}]}}")
-    config = config.replace("ppo: {", "ppo: {old_logprobs: recompute, ")
+    config = config.replace("algorithm: {", "algorithm: {old_logprobs: recompute, ")
     config = config.replace("iterations: 2", "iterations: 1")
     (folder / "run.yaml").write_text(config)
     assert main(["train", "--config", "run.yaml", "--out", "o"]) == 0

@@ -7,12 +7,11 @@ costs that takes 2M + P - 1 slots of forward and backward instead of 2(M + P - 1
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import numpy as np
 
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
@@ -142,9 +141,18 @@ def stretched(order: Sequence[str], counts: Mapping[str, int]) -> tuple[str, ...
     places: list[tuple[float, int, int, str]] = []
     for i, (name, count) in enumerate(counts.items()):
         old = [place for place, model in enumerate(order) if model == name]
-        at = (np.arange(count) + 0.5) * len(old) / count - 0.5
-        places += [(x, i, k, name) for k, x in enumerate(np.interp(at, range(len(old)), old).tolist())]
+        shares = ((k + 0.5) * len(old) / count - 0.5 for k in range(count))
+        places += [(_place(old, share), i, k, name) for k, share in enumerate(shares)]
     return tuple(name for *_, name in sorted(places))
+
+
+def _place(places: Sequence[int], index: float) -> float:
+    """Where `index` lies among evenly numbered places, on the line through the two next to it; beyond the
+    ends, too, so that what alternates goes on alternating."""
+    if len(places) == 1:
+        return places[0]
+    low = min(max(math.floor(index), 0), len(places) - 2)
+    return places[low] + (index - low) * (places[low + 1] - places[low])
 
 
 def why_not_fused(placements: Mapping[str, Placement]) -> str | None:
