@@ -1,9 +1,11 @@
 """`python -m plotting`: draws every figure and table that the logs hold."""
 
+from puzzle.errors import UserError, exit_code, say_signals
 from puzzle.files.path import leave_working_folder
 
 if __name__ == "__main__":
     leave_working_folder()  # before anything else is looked for
+    say_signals()
 
 import difflib
 import sys
@@ -18,7 +20,6 @@ from plotting.options import Parser, folder
 from plotting.output import whole
 from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
 from plotting.speedups import figure8, figure9, figure11
-from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Loaded, Report
 
 FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}

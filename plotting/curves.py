@@ -6,6 +6,13 @@ Student's interval. The interval of a single run's held-out reward is the one ov
 (`reward_ci95`, half its width).
 """
 
+from puzzle.errors import UserError, exit_code, say_signals
+from puzzle.files.path import leave_working_folder
+
+if __name__ == "__main__":
+    leave_working_folder()  # before anything else is looked for
+    say_signals()
+
 import csv
 import json
 import math
@@ -24,7 +31,6 @@ from plotting.loading import load
 from plotting.options import Parser, folder
 from plotting.output import whole
 from plotting.selection import REAL, pair
-from puzzle.errors import UserError, exit_code
 from puzzle.runlog.run import Run
 
 NAME = "curves"

@@ -1,6 +1,13 @@
 """Gantt charts of timelines, from their Chrome traces: a panel per trace, a bar per row, all on one time
 axis. `python -m plotting.timeline OUT TITLE=TRACE.json ...` draws traces that runs left."""
 
+from puzzle.errors import UserError, exit_code, say_signals
+from puzzle.files.path import leave_working_folder
+
+if __name__ == "__main__":
+    leave_working_folder()  # before anything else is looked for
+    say_signals()
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +22,6 @@ from matplotlib.patches import Patch, Rectangle
 
 from plotting.output import whole
 from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, save, width_of
-from puzzle.errors import UserError, exit_code
 from puzzle.files.jsonio import Fields, read_object
 
 WIDTH = 2 * COLUMN

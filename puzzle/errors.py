@@ -112,6 +112,19 @@ def leave(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
+def say_signals() -> None:
+    """From the first line of a program on, while it still imports: SIGINT and SIGTERM end it in one line."""
+    signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print("interrupted" if number == signal.SIGINT else "terminated", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
 def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command and says in one line why it failed.
 

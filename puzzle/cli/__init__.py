@@ -68,6 +68,8 @@ def filled(text: str) -> str:
     """The type of an option that is a text, and not an empty one."""
     if not 0 < len(text) <= MOST_NAME:
         raise argparse.ArgumentTypeError(f"{text!r}: give a text of 1 to {MOST_NAME} characters")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: is no UTF-8 text")
     return text
 
 

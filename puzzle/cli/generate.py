@@ -61,7 +61,7 @@ def parser() -> Parser:
     made.add_argument("--min-new-tokens", type=whole(0, MOST_TOKENS), default=0)
     made.add_argument("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128)
     made.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends a response; repeatable"
+        "--stop", action="append", type=filled, default=[], metavar="TEXT", help="ends a response; repeatable"
     )
     made.add_argument("--seed", type=whole(0, MOST_SEED), default=0)
     made.add_argument(
@@ -79,8 +79,6 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
-    if "" in given.stop:
-        raise UserError("--stop: an empty text would end every response; leave it out")
     # Before the tokenizer: transformers reads config.json too, and says less of what is wrong with it.
     spec = folder_spec("model", given.model, "lm")
     layout = Layout.even(given.tp, given.pp, given.dp, spec.num_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,17 +17,20 @@ from puzzle.files.limits import MOST_PROCESSES
 from puzzle.plan.pipeline.schedules import PipelineModel
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.search import (
+    MOST_TRIALS,
     Estimate,
     choose_fusion,
     inference_candidates,
+    search_trials,
     trained_apart,
     training_candidates,
 )
 from puzzle.plan.simulate.simulate import simulate
 from puzzle.plan.simulate.timeline import Timeline
 
-MOST_MODELS = 5
-MOST_PLACES = 2048
+MOST_PASSES = 2048
+MOST_ARRANGED = 12 * MOST_PASSES
+"""Passes of a schedule, and of one schedule for every order of the models: about ten seconds."""
 
 
 def run(arguments: list[str]) -> int:
@@ -47,6 +51,9 @@ def run(arguments: list[str]) -> int:
     estimates = choose_fusion(candidates, cost)
     apart = next(e for e in estimates if e.candidate is candidates[0])
     print(json.dumps([_row(e, apart) for e in estimates]) if given.json else _table(estimates, apart))
+    tried = search_trials(planned, given.pp)
+    if given.training and len(models) > 1 and tried < MOST_TRIALS and not given.json:
+        print(f"searched: the best of {tried} orders instead of {MOST_TRIALS}, since schedules are long")
     if given.out:
         _draw(given.out, estimates[0], apart, cost)
     return 0
@@ -90,13 +97,12 @@ def _models(given: argparse.Namespace) -> dict[str, int]:
         raise UserError("a model is given twice; give each once, with all of its micro-batches")
     if unknown := [name for name in given.tied if name not in models]:
         raise UserError(f"--tied {unknown[0]}: no model of that name; there are {', '.join(models)}")
-    if len(models) > MOST_MODELS:
-        raise UserError(f"{len(models)} models; at most {MOST_MODELS}, since every order of them is tried")
-    places = given.pp * sum(models.values())
-    if places > MOST_PLACES:
+    microbatches = sum(models.values())
+    passes, most = given.pp * microbatches, min(MOST_PASSES, MOST_ARRANGED // math.factorial(len(models)))
+    if passes > most:
         raise UserError(
-            f"--pp {given.pp} x {sum(models.values())} micro-batches = {places} passes; at most {MOST_PLACES}"
-            " are simulated"
+            f"--pp {given.pp} x {microbatches} micro-batches = {passes} passes; of {len(models)} models at"
+            f" most {most} are simulated, since every order of the models is"
         )
     return models
 

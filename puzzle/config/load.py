@@ -340,9 +340,11 @@ def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved configuration without what its roles took over from the actor and the run: what may have
     been given, for logs that do not say what was."""
     kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
-    actor = config.get("actor", {})
+    actor = config.get("actor")
     for role in (*ROLES, "generation"):
-        section = kept.get(role, {})
+        section = kept.get(role)
+        if not isinstance(actor, Mapping) or not isinstance(section, dict):
+            continue  # `build` says that it must be a section
         if section.get("layout") == (actor if role == "generation" else config).get("layout"):
             section.pop("layout", None)
         names = ("model", "init", "layers") if role == "reference" else ("model", "init")

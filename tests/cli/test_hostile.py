@@ -34,6 +34,7 @@ OPTIONS = [
     ([*SWITCH[:4], "--from", "\u0663,1,1", "--to", "1,1,3"], "three whole numbers"),
     ([*SWITCH, "--gpus-per-node", "-1"], "at least 1"),
     ([*SWITCH, "--intra-gbs", "inf"], "finite number above 0"),
+    ([*SWITCH[:4], "--from", "1,1,64", "--to", "1,1,256", "--zero"], "--zero: 64 replicas to 256 processes"),
     ([*SWITCH, "--out", ""], "the name is empty"),
     ([*SWITCH[:3], "", *SWITCH[4:]], "no published model size ''"),
     (["plan", "fuse", "--pp", "1000000000", "--training", "a=1", "--costs", "costs"], "from 1 to 1024"),
@@ -41,7 +42,7 @@ OPTIONS = [
     (["plan", "fuse", "--pp", "2", "--training", f"a={HUGE}", "--costs", "costs"], "write MODEL=N"),
     (["plan", "fuse", "--pp", "2", "--training", "a=\u00b2", "--costs", "costs"], "write MODEL=N"),
     (["plan", "fuse", "--pp", "2", "--training", "a=1", "a=1", "--costs", "costs"], "given twice"),
-    (["plan", "fuse", "--pp", "1", "--inference", *MANY, "--costs", "costs"], "at most 5"),
+    (["plan", "fuse", "--pp", "1", "--inference", *MANY, "--costs", "costs"], "of 9 models at most 0"),
     ([*FUSE, "costs", "--tied", "c"], "--tied c: no model"),
     ([*FUSE, ""], "the name is empty"),
     ([*FUSE, "."], "cannot be read"),
@@ -58,6 +59,9 @@ OPTIONS = [
     (["generate", "m", "--layout.dp", "1000000000"], "from 1 to 1024"),
     (["generate", "m", "--max-new-tokens", HUGE], "from 1 to 1048576"),
     (["generate", "m", "--field", ""], "give a text"),
+    (["generate", "m", "--field", "\udcff"], "is no UTF-8 text"),
+    (["generate", "m", "--stop", ""], "give a text"),
+    (["generate", "m", "--stop", "\udcff"], "is no UTF-8 text"),
     (["bench", "train", *BENCH, "--rows", "0"], "from 1 to 1048576"),
     (["bench", "train", *BENCH, "--length", "-1"], "from 1 to 1048576"),
     (["bench", "train", *BENCH, "--microbatches", "1000000000"], "from 1 to 4096"),
@@ -155,16 +159,29 @@ def test_options_of_curves(arguments: list[str], words: str, capsys: pytest.Capt
     refused(lambda: curves.main(arguments), words, capsys)
 
 
+def write_log(folder: Path, **changed: object) -> None:
+    names = {"run_id": "r", "cluster": "c", "variant": "base", "actor": "7B", "critic": "7B"}
+    objects = {name: {} for name in ("config", "layouts", "software", "hardware")}
+    numbers = {"seq": 0, "time": 0.0, "schema": 1, "repeat": 0, "figures": []}
+    others = {"record": "run", "provenance": "measured", "git_commit": None, "started": None}
+    header = {**names, **objects, **numbers, **others, **changed}
+    (folder / "run.jsonl").write_text(json.dumps(header) + "\n")
+
+
 @pytest.mark.parametrize("program", [plot, curves.main])
 def test_a_log_with_a_name_without_end(
     folder: Path, program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"run_id": "r", "cluster": "c", "variant": "base", "actor": "x" * 100_000, "critic": "7B"}
-    objects = {name: {} for name in ("config", "layouts", "software", "hardware")}
-    numbers = {"seq": 0, "time": 0.0, "schema": 1, "repeat": 0, "figures": []}
-    others = {"record": "run", "provenance": "measured", "git_commit": None, "started": None}
-    (folder / "run.jsonl").write_text(json.dumps({**names, **objects, **numbers, **others}) + "\n")
+    write_log(folder, actor="x" * 100_000)
     refused(lambda: program(["--logs", ".", "--out", "o"]), "no readable run", capsys)
+
+
+@pytest.mark.parametrize("config", [{"actor": 5}, {"actor": {}, "critic": []}, {"generation": "x"}])
+def test_resuming_a_log_whose_sections_are_none(
+    folder: Path, config: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(folder, config=config)
+    refused(lambda: main(["train", "--resume", "--out", "."]), "expected a section of keys", capsys)
 
 
 def test_a_line_is_short_and_printable() -> None:
@@ -222,3 +239,25 @@ def test_odd_outputs(shell: str, code: int | tuple[int, ...], words: str) -> Non
     assert found.stderr.count("\n") <= 1
     assert "Traceback" not in found.stderr
     assert "Exception ignored" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+@pytest.mark.parametrize("program", ["plotting", "plotting.curves", "plotting.timeline"])
+def test_signals_while_a_program_imports(
+    program: str, number: signal.Signals, words: str, tmp_path: Path
+) -> None:
+    """In the midst of the imports, which take long: a matplotlib that sends the signal says when."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    found = subprocess.run(
+        [sys.executable, "-m", program, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (128 + number, "", f"{words}\n")

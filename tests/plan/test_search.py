@@ -6,7 +6,13 @@ from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.schedules import Order, PipelineModel
 from puzzle.plan.simulate.cost import CostTable
-from puzzle.plan.simulate.search import choose_fusion, inference_candidates, search_order, training_candidates
+from puzzle.plan.simulate.search import (
+    choose_fusion,
+    inference_candidates,
+    search_order,
+    search_trials,
+    training_candidates,
+)
 from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 
@@ -78,6 +84,13 @@ def test_search_finds_the_best_of_all_orders() -> None:
     found = seconds(search_order("aaaabbb", seconds, trials=400))
     assert found < seconds("aaaabbb")
     assert found == min(every)
+
+
+def test_long_schedules_are_simulated_less_often() -> None:
+    """At most 200 times, and about 2^15 passes in all."""
+    models = [PipelineModel("actor", 64), PipelineModel("critic", 64)]
+    assert search_trials(models, 8) == 32
+    assert [search_trials(models, stages) for stages in (1, 1024)] == [200, 1]
 
 
 def test_the_search_keeps_to_its_trials() -> None:

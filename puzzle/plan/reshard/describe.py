@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from puzzle.plan.cluster import GB
@@ -15,6 +16,7 @@ SHADES = " .:-=+*#%@"
 
 def switch_json(plan: SwitchPlan) -> dict[str, Any]:
     """The plan's numbers: bytes and seconds, of all ranks together and by rank and pair."""
+    ranks = [_rank(plan, rank) for rank in plan.ranks]
     return {
         "strategy": plan.strategy,
         "from": _layout(plan.source),
@@ -27,7 +29,7 @@ def switch_json(plan: SwitchPlan) -> dict[str, Any]:
         "lower_bound_bytes": plan.lower_bound_bytes,
         "fixed_order_bytes": plan.fixed_order_bytes,
         "seconds_model": plan.seconds_model,
-        "peak_extra_bytes": max(plan.for_rank(rank).peak_extra for rank in plan.ranks),
+        "peak_extra_bytes": max(rank["peak_extra_bytes"] for rank in ranks),
         "buckets": plan.num_buckets,
         "roles_exact": plan.roles_exact,
         "tp_inside_nodes": plan.tp_inside_nodes,
@@ -35,7 +37,7 @@ def switch_json(plan: SwitchPlan) -> dict[str, Any]:
         "zero": plan.zero,
         "gather_bytes": sum(plan.gather_bytes.values()),
         "gather_seconds_model": plan.gather_seconds,
-        "ranks": [_rank(plan, rank) for rank in plan.ranks],
+        "ranks": ranks,
         "pairs": [
             {"source": source, "destination": destination, "bytes": nbytes}
             for (source, destination), nbytes in plan.pairs.items()
@@ -43,9 +45,10 @@ def switch_json(plan: SwitchPlan) -> dict[str, Any]:
     }
 
 
-def switch_table(plan: SwitchPlan) -> str:
-    """The plan as text: totals, a line per rank, and a drawing of who sends how much to whom."""
-    numbers = switch_json(plan)
+def switch_table(plan: SwitchPlan, numbers: Mapping[str, Any] | None = None) -> str:
+    """The plan as text: totals, a line per rank, and a drawing of who sends how much to whom. `numbers`: what
+    `switch_json` says of it, where that is known."""
+    numbers = numbers or switch_json(plan)
     head = [
         f"switch {plan.source.layout} -> {plan.destination.layout} ({plan.strategy}), tp,pp,dp;"
         f" stages {_stages(plan.source)} -> {_stages(plan.destination)}",

@@ -7,16 +7,16 @@ contiguous in memory on both sides. Every rank makes the same plan and takes its
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
-from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.reshard.overlap import Rows, Unit
-from puzzle.plan.reshard.rank_plan import RankPart, RankPlan
+from puzzle.plan.reshard.rank_plan import RankPart, RankPlan, Storages
 from puzzle.plan.reshard.roles import RoleCosts, Roles, choose_roles, role_costs
 from puzzle.plan.reshard.routing import STRATEGIES, Records, Strategy, assign_buckets, route
 from puzzle.plan.shards import local_params, zero_rows
@@ -119,10 +119,17 @@ class SwitchPlan:
 
     def traffic(self, rank: int) -> tuple[int, int]:
         """Bytes that a rank sends and receives."""
-        return (
-            sum(nbytes for (source, _), nbytes in self.pairs.items() if source == rank),
-            sum(nbytes for (_, destination), nbytes in self.pairs.items() if destination == rank),
-        )
+        sent, received = self._traffic
+        return sent[rank], received[rank]
+
+    @cached_property
+    def _traffic(self) -> tuple[Counter[int], Counter[int]]:
+        sent: Counter[int] = Counter()
+        received: Counter[int] = Counter()
+        for (source, destination), nbytes in self.pairs.items():
+            sent[source] += nbytes
+            received[destination] += nbytes
+        return sent, received
 
     @cached_property
     def seconds_model(self) -> float:
@@ -139,13 +146,14 @@ class SwitchPlan:
         """Bytes of other replicas' rows in each source rank's storages: what the all-gather after an
         optimizer step brings."""
         layout, lacks = self.source.layout, {}
-        for coord in layout.coords():
-            if (coord.p, coord.d) not in lacks:  # tensor ranks have storages of one shape
-                params = local_params(self.spec, layout, coord)
-                own = [zero_rows(param, layout.dp, coord.d) for param in params]
+        for p in range(layout.pp):
+            # Tensor ranks have storages of one shape.
+            params = local_params(self.spec, layout, Coord(0, p, 0))
+            for d in range(layout.dp):
+                own = [zero_rows(param, layout.dp, d) for param in params]
                 rows = [param.rows - (stop - start) for param, (start, stop) in zip(params, own, strict=True)]
                 sizes = (param.row_size * count for param, count in zip(params, rows, strict=True))
-                lacks[coord.p, coord.d] = self.itemsize * sum(sizes)
+                lacks[p, d] = self.itemsize * sum(sizes)
         return {self.source.rank_of(c): lacks[c.p, c.d] for c in layout.coords()}
 
     @cached_property
@@ -163,6 +171,11 @@ class SwitchPlan:
         if self.strategy != "gather-all":
             return 0
         return max(unit.kind.shape[0] * unit.kind.row_bytes for unit in self.units)
+
+    @cached_property
+    def storages(self) -> Storages:
+        """What each destination rank holds in the end; replicas hold alike."""
+        return Storages(self.spec, self.destination.layout)
 
     @property
     def depth(self) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.reshard.overlap import Unit
 from puzzle.plan.reshard.routing import Records
 from puzzle.plan.shards import LocalParam, local_params
+from puzzle.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from puzzle.plan.reshard.plan import SwitchPlan
@@ -82,6 +84,21 @@ class RankPlan:
     peak_extra: int
 
 
+class Storages:
+    """The storages of a layout's coordinates by name, made once for all replicas of one."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout) -> None:
+        self.spec, self.layout = spec, layout
+        self._made: dict[tuple[int, int], dict[str, LocalParam]] = {}
+
+    def of(self, coord: Coord) -> dict[str, LocalParam]:
+        """Those of one coordinate."""
+        if (place := coord[:2]) not in self._made:
+            params = local_params(self.spec, self.layout, coord)
+            self._made[place] = {param.name: param for param in params}
+        return self._made[place]
+
+
 class RankPart:
     """Turns one rank's records into row ranges of named storages."""
 
@@ -116,9 +133,7 @@ class RankPart:
     def _destination(self) -> Iterable[tuple[int, LocalParam]]:
         if self.gets is None:
             return []
-        params = local_params(self.whole.spec, self.whole.destination.layout, self.gets)
-        by_name = {param.name: param for param in params}
-        p = self.gets.p
+        by_name, p = self.whole.storages.of(self.gets), self.gets.p
         return [(i, by_name[u.destination[p]]) for i, u in enumerate(self.whole.units) if p in u.destination]
 
     def _moves(self, index: int) -> list[Move]:

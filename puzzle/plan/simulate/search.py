@@ -80,17 +80,27 @@ def apart(models: Sequence[PipelineModel]) -> list[FusionGroup]:
     return [FusionGroup((m.name,) * m.microbatches) for m in models]
 
 
+MOST_TRIALS, MOST_PASSES = 200, 1 << 15
+"""Simulations of a search, and micro-batches x stages of all of them: a second or two."""
+
+
+def search_trials(models: Sequence[PipelineModel], num_stages: int) -> int:
+    """How many orders a search simulates: MOST_TRIALS, and fewer of schedules that are long."""
+    return max(1, min(MOST_TRIALS, MOST_PASSES // (num_stages * sum(m.microbatches for m in models))))
+
+
 def training_candidates(
     models: Sequence[PipelineModel],
     num_stages: int,
     cost: CostTable,
     *,
-    trials: int = 200,
+    trials: int | None = None,
 ) -> list[Candidate]:
     """Apart, one after the other in every order, alternating from every first model, and the best order
-    found in `trials` simulations; each fused one with the best of `DEFER` (see `one_f_one_b`). All
-    that once more with split backwards where the costs of their parts are known, and with these alone where
-    those of whole ones are not."""
+    found in `trials` simulations (those of `search_trials`); each fused one with the best of `DEFER` (see
+    `one_f_one_b`). All that once more with split backwards where the costs of their parts are
+    known, and with these alone where those of whole ones are not."""
+    trials = trials or search_trials(models, num_stages)
     candidates = []
     for split in _splits(models, num_stages, cost):
         build = partial(one_f_one_b, split=split)
