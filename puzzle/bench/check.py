@@ -21,7 +21,7 @@ from puzzle.bench.models import MODELS, save_random, sentences
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import Parser, whole
 from puzzle.engine.generate.decode_ring import Request, generate
-from puzzle.engine.generate.model_runner import StagePasses
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
@@ -245,7 +245,7 @@ def _training(folder: Path, placement: Placement, world: World, truth: Truth) ->
             if runtime.owns_results:
                 own = own + torch.stack(result.results).sum()
             loss_gap = max(loss_gap, abs(float(world.sum(own)) / truth.losses[step] - 1))
-            norm_gap = max(norm_gap, abs(optimizer.take_norms()[-1] / truth.norms[step] - 1))
+            norm_gap = max(norm_gap, abs(optimizer.pop_grad_norms()[-1] / truth.norms[step] - 1))
         name = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
         found.append((f"{STEPS} steps {name}, losses", loss_gap, limit))
         found.append((f"{STEPS} steps {name}, gradient norms", norm_gap, 5 * limit))
@@ -265,7 +265,7 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     found: Found = []
     for mode in ("eager", "graphs"):
-        with StagePasses(runtime.decoder, graphs=mode == "graphs") as passes:
+        with ModelRunner(runtime.decoder, graphs=mode == "graphs") as passes:
             for ends, stop_ids in (("", ()), (", early ends", stops)):
                 params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
                 answers = generate(runtime.decoder, requests, params, runtime.executor, passes=passes)

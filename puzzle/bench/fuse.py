@@ -230,7 +230,7 @@ class Team:
             "costs": cost.seconds,
             "flushes": {n: sum(s.flushes for s in _schedules(r)) for n, r in results.items()},
             "hashes": {n: [s.hash for s in _schedules(r)] for n, r in results.items()},
-            "grad_norms": {n: m.optimizer.take_norms() for n, m in self.models.items() if m.optimizer},
+            "grad_norms": {n: m.optimizer.pop_grad_norms() for n, m in self.models.items() if m.optimizer},
             "peak_bytes": peaks,
             "where": device.facts(self.world),
         }

@@ -19,7 +19,7 @@ from puzzle.bench import device
 from puzzle.bench.arguments import LayoutBench, parser
 from puzzle.cli import whole
 from puzzle.engine.generate.decode_ring import Request, StopRule, Tally, generate
-from puzzle.engine.generate.model_runner import StagePasses, cache_bytes, fitting_rows
+from puzzle.engine.generate.model_runner import ModelRunner, cache_bytes, fitting_rows
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
@@ -98,7 +98,7 @@ class Subject:
         self.runtime = bench.runtime(world)
         self.runtime.freeze()
         self.bandwidth = device.copy_bandwidth(world)
-        with StagePasses(self.runtime.decoder) as warm:
+        with ModelRunner(self.runtime.decoder) as warm:
             self._seconds(warm, min(bench.batches), 2)
 
     def fixed(self, mode: str, batch: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Subject:
         new, sizes = self.bench.new, self._waves(batch)
         device.reset_peak(self.world.device)
         captured: dict[str, Any] = {}
-        with StagePasses(self.runtime.decoder, graphs=mode == "graphs") as passes:
+        with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
             if passes.graphs:
                 first = self._seconds(passes, sizes[0], new)
                 captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
@@ -137,7 +137,7 @@ class Subject:
         for _ in range(1 + self.bench.repeats):
             for name, arm in arms.items():
                 tally = Tally()
-                with StagePasses(self.runtime.decoder, graphs=mode == "graphs") as passes:
+                with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
                     seconds = [
                         self._seconds(passes, size, self.bench.new, lengths, ARMS[name], tally)
                         for size, lengths in waves
@@ -162,7 +162,7 @@ class Subject:
 
     def _seconds(
         self,
-        passes: StagePasses,
+        passes: ModelRunner,
         batch: int,
         new: int,
         lengths: Sequence[int] | None = None,

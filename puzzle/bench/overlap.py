@@ -15,7 +15,7 @@ from puzzle.bench.switch import SECONDS, Pair, one_size, pair_of, tidy
 from puzzle.engine.generate.decode_ring import Request, generate
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
-from puzzle.engine.reshard.resharder import Switcher
+from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings, ZeroAdamW
 from puzzle.errors import UserError
@@ -117,7 +117,7 @@ class _Subject:
             made = ModelRuntime(
                 "made", self.spec, plan.destination, self.world, DTYPES[self.bench.dtype], allocate=False
             )
-            switcher = Switcher(
+            switcher = Resharder(
                 plan, self.world, self.runtime.decoder, made.decoder, transport=transport, beside=beside
             )
             if zero:
@@ -140,12 +140,12 @@ class _Subject:
                 row |= {"beside_fill_seconds": fills, "beside_awaited_seconds": waits / self._turns}
         return row
 
-    def _turn(self, switcher: Switcher, made: ModelRuntime, zero: bool) -> None:
+    def _turn(self, switcher: Resharder, made: ModelRuntime, zero: bool) -> None:
         """From the end of training to that of a prefill pass; out of shards, the gather goes on beside it,
         and what it brought is put in place behind it."""
         switcher.fill()
-        self.optimizer.owed = zero
-        self.optimizer.spread()
+        self.optimizer.gather_pending = zero
+        self.optimizer.start_gather()
         self.prefill(made)
         self.optimizer.wait_gather()
 
@@ -163,7 +163,7 @@ class _Subject:
 
     def gather(self) -> None:
         """The all-gather after an optimizer step."""
-        self.optimizer.owed = True
+        self.optimizer.gather_pending = True
         self.optimizer.wait_gather()
 
     @torch.no_grad()

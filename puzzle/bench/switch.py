@@ -20,7 +20,7 @@ from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
 from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
 from puzzle.engine.pipeline.model import ModelRuntime
-from puzzle.engine.reshard.resharder import Switcher, lends_pages
+from puzzle.engine.reshard.resharder import Resharder, lends_pages
 from puzzle.engine.reshard.transports import LANES, Unreachable, open_peers
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
@@ -176,12 +176,12 @@ class _Subject:
             staging_bytes=self.bench.staging_bytes,
         )
 
-    def switcher(self, plan: SwitchPlan, transport: Transport) -> Switcher:
+    def switcher(self, plan: SwitchPlan, transport: Transport) -> Resharder:
         """Makes the destination's parameters by that plan."""
         made = ModelRuntime(
             "destination", plan.spec, plan.destination, self.world, DTYPES[self.bench.dtype], allocate=False
         )
-        return Switcher(plan, self.world, self.runtime.decoder, made.decoder, transport=transport)
+        return Resharder(plan, self.world, self.runtime.decoder, made.decoder, transport=transport)
 
     def row(self, strategy: Strategy, transport: Transport, rates: dict[str, float]) -> dict[str, Any]:
         """The measurement, or why there is none: peers that cannot be read are no end of the rest."""
@@ -241,7 +241,7 @@ class _Subject:
         """The largest of the ranks' numbers."""
         return int(self.world.max(torch.tensor(number, device=self.world.device)))
 
-    def _times(self, switcher: Switcher, *, fresh: bool = False) -> tuple[list[float], list[float]]:
+    def _times(self, switcher: Resharder, *, fresh: bool = False) -> tuple[list[float], list[float]]:
         """Of each fill and of each drop; the first ones do not count."""
 
         def drop() -> None:
@@ -267,7 +267,7 @@ class _Subject:
         return self._truth[1]
 
 
-def _weights(switcher: Switcher) -> Iterator[Tensor]:
+def _weights(switcher: Resharder) -> Iterator[Tensor]:
     assert switcher.destination is not None
     return (p.detach() for p in switcher.destination.parameters())
 

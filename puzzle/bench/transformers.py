@@ -15,7 +15,7 @@ from puzzle.bench import device
 from puzzle.bench.arguments import DTYPES, Bench, parser
 from puzzle.cli import named, whole
 from puzzle.engine.generate.decode_ring import Request, generate
-from puzzle.engine.generate.model_runner import StagePasses
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
 from puzzle.files.limits import MOST_SEQUENCES, MOST_TOKENS
@@ -83,7 +83,7 @@ def _ours(bench: TransformersBench, prompts: list[list[int]], world: World) -> A
     decoder = Decoder(spec, layout, Coord(0, 0, 0), TensorGroup(), DTYPES[bench.dtype], world.device)
     hf.load(decoder, bench.model)
     decoder.requires_grad_(False)
-    passes = StagePasses(decoder)
+    passes = ModelRunner(decoder)
     requests = [Request(prompt, row) for row, prompt in enumerate(prompts)]
     params = SamplingParams(greedy=True, min_new_tokens=bench.new, max_new_tokens=bench.new)
     return lambda: [answer.tokens for answer in generate(decoder, requests, params, passes=passes)]

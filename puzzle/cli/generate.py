@@ -122,7 +122,7 @@ def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> Promp
 def work(job: Job) -> None:
     """What every process does; rank 0 prints, and writes the file once all is there."""
     from puzzle.engine.generate.decode_ring import Request, check_room, generate
-    from puzzle.engine.generate.model_runner import StagePasses
+    from puzzle.engine.generate.model_runner import ModelRunner
     from puzzle.engine.generate.sampling import SamplingParams
     from puzzle.engine.runtime.world import World
 
@@ -134,7 +134,7 @@ def work(job: Job) -> None:
         requests = [Request(prompt.tokens, prompt.index) for prompt in job.prompts]
         check_room(requests, params.max_new_tokens, runtime.spec.max_positions)
         terminal = Terminal(tokenizer, job) if world.rank == 0 else None
-        with StagePasses(runtime.decoder) as passes:
+        with ModelRunner(runtime.decoder) as passes:
             for start in range(0, len(requests), job.batch):
                 part = requests[start : start + job.batch]
                 rows = runtime.rows(len(part))

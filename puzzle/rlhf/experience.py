@@ -25,8 +25,8 @@ class Experience:
 
     Tensors are float32 and right-padded; what lies outside `mask_BS` means nothing. Column k belongs to
     response token k: its log-prob, and the value of the state before it. `dataclasses.replace` adds what an
-    iteration finds out. `logprobs_BS` are those that PPO starts from, `drawn_logprobs_BS` what generation
-    gave; `drawn_tokens` is how many tokens it drew, surplus ones included. Raises ValueError if rows and
+    iteration finds out. `logprobs_BS` are those that PPO starts from, `sampled_logprobs_BS` what generation
+    gave; `sampled_tokens` is how many tokens it drew, surplus ones included. Raises ValueError if rows and
     prompts do not fit together or a row is empty.
     """
 
@@ -36,8 +36,8 @@ class Experience:
     samples: int = 1
     scores_B: Tensor | None = None
     logprobs_BS: Tensor | None = None
-    drawn_logprobs_BS: Tensor | None = None
-    drawn_tokens: int | None = None
+    sampled_logprobs_BS: Tensor | None = None
+    sampled_tokens: int | None = None
     ref_logprobs_BS: Tensor | None = None
     values_BS: Tensor | None = None
     advantages_BS: Tensor | None = None

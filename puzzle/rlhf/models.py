@@ -20,31 +20,31 @@ from puzzle.engine.train.offload import HostMemory, Offload, offload_states, off
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.model import hf
 from puzzle.model.weights import initialise
-from puzzle.rlhf.policy_generator import Generator, build_generator
+from puzzle.rlhf.policy_generator import PolicyGenerator, build_policy_generator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
 """Added to the run's seed for random weights: the reference starts as the actor does."""
 
 
-class Room:
+class OffloadPolicy:
     """What a run offloads: optimizer `states`, needed in training, and `weights`, needed in inference."""
 
     def __init__(self, world: World, states: Sequence[Offload] = (), weights: Sequence[Offload] = ()) -> None:
         self.world, self.states, self.weights = world, states, weights
 
     def for_generation(self) -> None:
-        """All leave."""
+        """Offload everything: the KV cache takes the memory."""
         for part in (*self.weights, *self.states):
             part.leave()
 
     def for_inference(self) -> None:
-        """The weights come, layer after layer."""
+        """Prefetch frozen weights, layer by layer."""
         for part in self.weights:
             part.fetch()
 
     def for_training(self) -> None:
-        """The weights leave; the states come, which are needed at the end of the first step."""
+        """Offload frozen weights; prefetch optimizer states, first used by the first optimizer step."""
         for part in self.weights:
             part.leave()
         for part in self.states:
@@ -68,8 +68,8 @@ class Models:
 
     by_role: Mapping[str, ModelRuntime]
     trained: Mapping[str, ModelRuntime]
-    generator: Generator
-    room: Room
+    generator: PolicyGenerator
+    offload: OffloadPolicy
 
     @property
     def actor(self) -> ModelRuntime:
@@ -124,9 +124,9 @@ def build_models(plan: RunPlan, world: World) -> Models:
             made[role].attach_optimizer(_adamw(getattr(config, role).optimizer, plan.batch.all_steps))
         else:
             made[role].freeze()
-    generator = build_generator(plan, world, made["actor"])
+    generator = build_policy_generator(plan, world, made["actor"])
     trained: dict[str, ModelRuntime] = {role: made[role] for role in config.trained}
-    return Models(made, trained, generator, _room(config, world, made, host))
+    return Models(made, trained, generator, _offload_policy(config, world, made, host))
 
 
 def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
@@ -149,7 +149,9 @@ def _host_memory(plan: RunPlan, world: World) -> HostMemory:
     return HostMemory(world.device, ahead, world.pulse.tick)
 
 
-def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory) -> Room:
+def _offload_policy(
+    config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory
+) -> OffloadPolicy:
     options, states, weights = config.offload, [], []
     if options.optimizer:
         for role in config.trained:
@@ -159,4 +161,4 @@ def _room(config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], h
     for role in ("reference", "reward"):
         if getattr(options, role):
             weights.append(offload_weights(host, made[role].stage))
-    return Room(world, states, weights)
+    return OffloadPolicy(world, states, weights)

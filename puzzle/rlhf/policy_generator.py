@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator as Lending
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from puzzle.config.resolve import RunPlan
 from puzzle.engine.pipeline.model import ModelRuntime
-from puzzle.engine.reshard.resharder import Switcher
+from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.stage_timer import StageClock
 from puzzle.engine.runtime.tracing import Instant
 from puzzle.engine.runtime.world import World
@@ -19,7 +19,7 @@ from puzzle.engine.train.zero_adamw import ZeroAdamW
 from puzzle.errors import UserError
 
 
-class Generator:
+class PolicyGenerator:
     """Lends the runtime that generates; `switcher` is None where that is the actor itself.
 
     With a plan out of ZeRO shards, what the last step of an iteration changed is gathered beside generation;
@@ -30,7 +30,7 @@ class Generator:
         self,
         actor: ModelRuntime,
         runtime: ModelRuntime | None = None,
-        switcher: Switcher | None = None,
+        switcher: Resharder | None = None,
         verify: bool = False,
         saved_bytes: int = 0,
     ) -> None:
@@ -46,12 +46,12 @@ class Generator:
 
     def before_last_step(self) -> None:
         """The actor's next optimizer step is the last one before it generates."""
-        self._optimizer.hold = self.switcher is not None and self.switcher.plan.zero
+        self._optimizer.defer_gather = self.switcher is not None and self.switcher.plan.zero
 
     def end_training(self) -> None:
         """Await the actor's weights, unless generation does without the other replicas' rows."""
-        self._optimizer.hold = False
-        if self.switcher is not None and not self._optimizer.owed:
+        self._optimizer.defer_gather = False
+        if self.switcher is not None and not self._optimizer.gather_pending:
             self._await_weights()
 
     def _await_weights(self) -> None:
@@ -61,7 +61,7 @@ class Generator:
         self._waits.append((began, Instant(device)))
 
     @contextmanager
-    def weights(self, clock: StageClock | None = None) -> Lending[ModelRuntime]:
+    def weights(self, clock: StageClock | None = None) -> Generator[ModelRuntime]:
         """The runtime, with its weights for as long as the block lasts; time goes to the clock's stages."""
         clock_ends = clock.end if clock is not None else lambda stage: None
         if self.switcher is None:
@@ -75,7 +75,7 @@ class Generator:
             self._await_weights()
             self.switcher.verify()
             clock_ends("other")
-        self._optimizer.spread()
+        self._optimizer.start_gather()
         yield self.runtime
         clock_ends("generation")
         drop = self.switcher.drop()
@@ -118,11 +118,11 @@ class Generator:
         }
 
 
-def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generator:
+def build_policy_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> PolicyGenerator:
     """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
     options, request = plan.config.switch, plan.switch
     if request is None:
-        return Generator(actor)
+        return PolicyGenerator(actor)
     beside = options.overlap == "prefill"
     if beside and world.device.type != "cuda":
         raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
@@ -130,7 +130,7 @@ def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generat
     runtime = ModelRuntime(
         "generation", actor.spec, switch.destination, world, actor.decoder.dtype, allocate=False
     )
-    switcher = Switcher(
+    switcher = Resharder(
         switch,
         world,
         actor.decoder,
@@ -140,4 +140,4 @@ def build_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> Generat
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
-    return Generator(actor, runtime, switcher, options.verify, request.saved_bytes)
+    return PolicyGenerator(actor, runtime, switcher, options.verify, request.saved_bytes)

@@ -50,13 +50,13 @@ def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Esti
         "entropy": -float(torch.where(mask, experience.logprobs_BS, 0.0).double().sum()) / tokens,
         "repetition": repetition(experience.responses),
     }
-    if experience.drawn_tokens is not None:
-        metrics["useful_token_share"] = tokens / experience.drawn_tokens
+    if experience.sampled_tokens is not None:
+        metrics["useful_token_share"] = tokens / experience.sampled_tokens
     if (
-        experience.drawn_logprobs_BS is not None
-        and experience.drawn_logprobs_BS is not experience.logprobs_BS
+        experience.sampled_logprobs_BS is not None
+        and experience.sampled_logprobs_BS is not experience.logprobs_BS
     ):
-        gap = torch.where(mask, experience.drawn_logprobs_BS - experience.logprobs_BS, 0.0).abs()
+        gap = torch.where(mask, experience.sampled_logprobs_BS - experience.logprobs_BS, 0.0).abs()
         metrics |= {"logprob_gap": float(gap.double().sum()) / tokens, "logprob_gap_max": float(gap.max())}
     if experience.ref_logprobs_BS is not None:
         kl = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)

@@ -37,7 +37,7 @@ def sampling_params(config: TrainConfig, stop_ids: tuple[int, ...]) -> SamplingP
     )
 
 
-def respond(
+def rollout(
     actor: ModelRuntime,
     prompts: Sequence[Prompt],
     samples: int,
@@ -87,7 +87,7 @@ def respond(
     logprobs = actor.collect(logprobs_RS, rows, (count, width))[:, :longest]
     drawn = torch.tensor(tally.rows if actor.owns_results else 0, device=actor.world.device)
     drawn = int(actor.world.sum(drawn))
-    return replace(experience, logprobs_BS=logprobs, drawn_logprobs_BS=logprobs, drawn_tokens=drawn)
+    return replace(experience, logprobs_BS=logprobs, sampled_logprobs_BS=logprobs, sampled_tokens=drawn)
 
 
 def responses_of(parts: Sequence[Experience]) -> Experience:
@@ -135,7 +135,7 @@ def reward_sequences(
     ]
 
 
-class Cut:
+class MicroBatches:
     """The micro-batches of a replica's share of some rows of an experience, as packed batches.
 
     `passes` is how many micro-batches every replica has. Without `algorithm.packing` the sequences of a
@@ -187,19 +187,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Question:
+class Computation:
     """What a model is asked in inference: its micro-batches, and how results make the answer for all rows."""
 
     input: PipelineInput
     answer: Callable[[list[Tensor]], Tensor]
 
 
-def about_tokens(
+def compute_tokens(
     model: ModelRuntime, experience: Experience, config: AlgorithmConfig, temperature: float | None
-) -> Question:
+) -> Computation:
     """float32 (B, S): log-probs of the responses at `temperature`, or values where that is None."""
     count, device = len(experience), model.world.device
-    cut = Cut(model, range(count), [experience.sequence(row) for row in range(count)], config)
+    cut = MicroBatches(model, range(count), [experience.sequence(row) for row in range(count)], config)
 
     def output_fn(index: int, hidden: Tensor) -> Tensor:
         states_N = cut.states_N(experience, index)
@@ -215,12 +215,12 @@ def about_tokens(
             own = torch.cat(parts) if parts else None
         return model.collect(own, model.rows(count), (count, experience.mask_BS.shape[1]))
 
-    return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
+    return Computation(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
 
-def about_sequences(
+def compute_scores(
     model: ModelRuntime, sequences: Sequence[Sequence[int]], config: AlgorithmConfig
-) -> Question:
+) -> Computation:
     """float32 (B,): the reward head's output at the last token of each sequence.
 
     UserError for tokens or lengths that the model does not know.
@@ -234,7 +234,7 @@ def about_sequences(
             f"{model.name}: a dialogue of {longest} tokens exceeds its {spec.max_positions} positions; "
             "lower generation.max_new_tokens or data.max_prompt_tokens"
         )
-    cut = Cut(model, range(count), sequences, config)
+    cut = MicroBatches(model, range(count), sequences, config)
 
     def output_fn(index: int, hidden: Tensor) -> Tensor:
         return model.decoder.values(hidden)[cut.last_rows(index)]
@@ -243,7 +243,7 @@ def about_sequences(
         own = torch.cat(results) if model.owns_results and results else None
         return model.collect(own, model.rows(count), (count,))
 
-    return Question(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
+    return Computation(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
 
 def require_finite(experience: Experience, found: Mapping[str, Tensor | None]) -> None:

@@ -15,7 +15,7 @@ from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
 from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import Models
-from puzzle.rlhf.rollout import Cut
+from puzzle.rlhf.rollout import MicroBatches
 
 
 class LossInputs(NamedTuple):
@@ -73,7 +73,7 @@ class TrainStep:
         out |= self.algorithm.metrics(found)
         for role, model in self.models.trained.items():
             assert model.optimizer is not None
-            norms = model.optimizer.take_norms()
+            norms = model.optimizer.pop_grad_norms()
             out[f"{role}_grad_norm"] = sum(norms) / len(norms)
         return out | self._first_ratio()
 
@@ -86,7 +86,9 @@ class TrainStep:
 
     def _input(self, role: str, model: ModelRuntime, rows: Sequence[int]) -> PipelineInput:
         """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
-        cut = Cut(model, rows, [self.experience.sequence(row) for row in rows], self.config.algorithm)
+        cut = MicroBatches(
+            model, rows, [self.experience.sequence(row) for row in rows], self.config.algorithm
+        )
         last = model.coord.p == model.placement.layout.pp - 1
         inputs = [self._loss_inputs(role, rows, cut, i) for i in range(len(cut.rows))] if last else []
 
@@ -114,7 +116,7 @@ class TrainStep:
         )
         return Outputs(stats.logprobs, stats.entropy)
 
-    def _loss_inputs(self, role: str, rows: Sequence[int], cut: Cut, index: int) -> LossInputs:
+    def _loss_inputs(self, role: str, rows: Sequence[int], cut: MicroBatches, index: int) -> LossInputs:
         e, part = self.experience, cut.rows[index]
         fields = {}
         for name, attribute in self.algorithm.inputs(role).items():
@@ -125,7 +127,7 @@ class TrainStep:
         weights_N = self._weights(rows, cut, part).to(states_N.device)
         return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields)
 
-    def _weights(self, rows: Sequence[int], cut: Cut, part: Sequence[int]) -> Tensor:
+    def _weights(self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int]) -> Tensor:
         """float32 (N,): what each token's loss is multiplied with; over all replicas they make the loss of
         the minibatch an average of `algorithm.loss_average`."""
         e, average = self.experience, self.config.algorithm.loss_average

@@ -39,13 +39,13 @@ from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
 from puzzle.rlhf.rewards import FunctionReward, reward_function
 from puzzle.rlhf.rollout import (
-    Question,
-    about_sequences,
-    about_tokens,
+    Computation,
+    compute_scores,
+    compute_tokens,
     require_finite,
-    respond,
     responses_of,
     reward_sequences,
+    rollout,
     sampling_params,
     texts,
 )
@@ -222,15 +222,15 @@ class Trainer:
         self.tracer.start(iteration)
         generation = self.config.generation
         with self.models.generator.weights(clock) as actor:
-            self.models.room.for_generation()
-            experience = respond(
+            self.models.offload.for_generation()
+            experience = rollout(
                 actor, prompts, generation.samples, self.params, iteration, generation, self.data.endings
             )
-        self.models.room.for_inference()
+        self.models.offload.for_inference()
         doing(f"iteration {iteration}, inference")
         experience, scores = self._inference(experience, prompts)
         clock.end("inference")
-        self.models.room.for_training()
+        self.models.offload.for_training()
         doing(f"iteration {iteration}, training")
         step = self._train_step(experience)
         step.run(iteration, self.models.generator.before_last_step)
@@ -246,7 +246,7 @@ class Trainer:
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
         recorder.iteration(iteration, seconds, total, metrics)
         recorder.switch(iteration, self.models.generator.record(self.world))
-        recorder.offload(iteration, self.models.room.record())
+        recorder.offload(iteration, self.models.offload.record())
         recorder.samples(iteration, experience, prompts, self._texts(experience, prompts), scores)
         self.tracer.read(iteration, clock, recorder)
         return metrics
@@ -282,20 +282,20 @@ class Trainer:
         require_finite(experience, found)
         return self.algorithm.advantages(experience, scores, self.kl_coef), raw
 
-    def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Question:
+    def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Computation:
         """What a role's model computes of the responses: scores, log-probs or values."""
         model = self.models.by_role[role]
         if INFERRED[role] == "scores_B":
             return self._about_rewards(model, experience, prompts)
         temperature = self.params.temperature if model.spec.head == "lm" else None
-        return about_tokens(model, experience, self.config.algorithm, temperature)
+        return compute_tokens(model, experience, self.config.algorithm, temperature)
 
     def _about_rewards(
         self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
-    ) -> Question:
+    ) -> Computation:
         stops = self.config.generation.stop
         sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.data.reader, stops)
-        return about_sequences(reward, sequences, self.config.algorithm)
+        return compute_scores(reward, sequences, self.config.algorithm)
 
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
         """float32 (B,): the reward of every row."""
@@ -341,8 +341,8 @@ class Trainer:
         parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         generation, endings = self.config.generation, self.data.endings
         with self.models.generator.weights() as actor:
-            self.models.room.for_generation()
-            answers = [respond(actor, part, 1, params, 0, generation, endings) for part in parts]
+            self.models.offload.for_generation()
+            answers = [rollout(actor, part, 1, params, 0, generation, endings) for part in parts]
         experience = responses_of(answers)
         if self.function is not None:
             scores = self.score(experience, prompts)  # a function may compare responses: it gets them all

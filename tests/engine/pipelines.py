@@ -152,7 +152,7 @@ def steps(world: World, case: Case, fused: bool, split: bool = False) -> dict[st
     for _ in range(STEPS):
         trained = train()
         losses.append([digest(stage.results) for stage in trained])
-        norms.append([n for r in made if r.optimizer is not None for n in r.optimizer.take_norms()])
+        norms.append([n for r in made if r.optimizer is not None for n in r.optimizer.pop_grad_norms()])
         for runtime in made:
             assert runtime.optimizer is not None
             runtime.optimizer.release()

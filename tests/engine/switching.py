@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import profile
 
 from puzzle.engine.reshard import ipc
-from puzzle.engine.reshard.resharder import ALIGN, Switcher
+from puzzle.engine.reshard.resharder import ALIGN, Resharder
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
@@ -121,7 +121,7 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
     source = stage(plan, plan.source, rank, "cpu", case.dtype)
     destination = stage(plan, plan.destination, rank, "meta", case.dtype)
     expected = stage(plan, plan.destination, rank, "cpu", case.dtype)
-    switcher = Switcher(plan, world, source, destination, timeout=60.0, transport=case.transport)
+    switcher = Resharder(plan, world, source, destination, timeout=60.0, transport=case.transport)
     wrong = []
     for seed in (1, 2):
         filled(source, seed)
@@ -159,7 +159,7 @@ def differences(destination: Decoder, expected: Decoder) -> list[str]:
     ]
 
 
-def extra(switcher: Switcher, measured: int) -> list[str]:
+def extra(switcher: Resharder, measured: int) -> list[str]:
     promised = switcher.part.peak_extra
     # Beside alignment, torch allocates a few words of its own for flags and sizes.
     slack = ALIGN * len(switcher.part.allocate) + 64
@@ -167,7 +167,7 @@ def extra(switcher: Switcher, measured: int) -> list[str]:
     return [] if ok else [f"peak extra {measured}, promised {promised}"]
 
 
-def aliases(case: Case, switcher: Switcher, source: Decoder | None, destination: Decoder) -> list[str]:
+def aliases(case: Case, switcher: Resharder, source: Decoder | None, destination: Decoder) -> list[str]:
     """Aliased storages lie in training memory; where tp grows by a factor, whatever a rank has is aliased.
 
     Except qkv with key/value heads newly shared by tensor ranks (no longer neighbouring rows), and the
@@ -210,7 +210,7 @@ def flipped(rank: int, case: Case, which: str) -> str:
     source = stage(plan, plan.source, rank, "cpu", case.dtype)
     destination = stage(plan, plan.destination, rank, "meta", case.dtype)
     filled(source, 1)
-    switcher = Switcher(plan, world, source, destination)
+    switcher = Resharder(plan, world, source, destination)
     switcher.fill()
     switcher.verify()
     if destination is not None and which in dict(destination.named_parameters()):
@@ -231,7 +231,7 @@ def mismatched(rank: int) -> str:
     strategy: Strategy = "fixed-order" if rank else "planned"
     plan = Case("lm", (1, 2, 1), (2, 1, 1), strategy).plan()
     try:
-        Switcher(plan, world, stage(plan, plan.source, rank, "cpu", LM_DTYPE), None)
+        Resharder(plan, world, stage(plan, plan.source, rank, "cpu", LM_DTYPE), None)
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -246,7 +246,7 @@ def deserted(rank: int, transport: Literal["messages", "peer"]) -> str:
     plan = Case("lm", (1, 2, 1), (2, 1, 1)).plan()
     source = stage(plan, plan.source, rank, "cpu", LM_DTYPE)
     made = stage(plan, plan.destination, rank, "meta", LM_DTYPE)
-    switcher = Switcher(plan, world, source, made, transport=transport)
+    switcher = Resharder(plan, world, source, made, transport=transport)
     if rank == 1:
         time.sleep(5.0)
         return ""
@@ -268,11 +268,11 @@ def unreadable(rank: int) -> list[str]:
     with mock.patch.object(ipc, "_host", return_value=f"host {rank}"):
         for asked in (plan, whole):
             try:
-                Switcher(asked, world, source, made, transport="peer")
+                Resharder(asked, world, source, made, transport="peer")
             except UserError as error:
                 said.append(str(error))
     assert source is not None
-    switcher = Switcher(plan, world, source, made, transport="peer")
+    switcher = Resharder(plan, world, source, made, transport="peer")
     name, weight = next(iter(source.named_parameters()))
     source.register_parameter(name, torch.nn.Parameter(weight.detach().clone()))
     try:

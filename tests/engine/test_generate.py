@@ -169,7 +169,7 @@ def test_books_end_by_stop_ids_rules_and_lengths():
         params = SamplingParams(min_new_tokens=least, max_new_tokens=most, stop_ids=ids)
         seen = []
         asked = [Request([1], i) for i in range(9)]
-        books = generation.Books(
+        books = generation.RequestStates(
             asked, params, enough(60), lambda i, token, seen=seen: seen.append((i, token))
         )
         for step in range(12):
@@ -193,7 +193,7 @@ def test_books_end_by_stop_ids_rules_and_lengths():
 )
 def test_whether_a_response_may_be_shorter(ids, rule, least, expected):
     params = SamplingParams(stop_ids=ids, min_new_tokens=least, max_new_tokens=8)
-    assert generation.Books([Request([1])], params, rule).may_end == expected
+    assert generation.RequestStates([Request([1])], params, rule).may_end == expected
 
 
 def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):

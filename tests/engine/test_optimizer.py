@@ -112,7 +112,7 @@ def test_steps_are_those_of_the_textbook(dtype: torch.dtype, clip: float | None)
             np.testing.assert_allclose(master.numpy(), truth.weights[name], rtol=3e-5, atol=1e-6)
         for slot, master in zip(optimizer.slots, optimizer.masters, strict=True):
             assert torch.equal(slot.param.detach(), master.to(dtype))
-    assert optimizer.take_norms() == pytest.approx(norms, rel=1e-5)
+    assert optimizer.pop_grad_norms() == pytest.approx(norms, rel=1e-5)
     assert optimizer.steps == len(rates)
     assert clip is None or (min(norms) > clip) == (clip < 1)
 

@@ -11,7 +11,7 @@ import torch
 
 from puzzle.engine.generate import model_runner as engine_passes
 from puzzle.engine.generate.decode_ring import Request, generate
-from puzzle.engine.generate.model_runner import Drawn, StagePasses, bucket
+from puzzle.engine.generate.model_runner import Drawn, ModelRunner, bucket
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
 from puzzle.model.noise import row_stems
@@ -39,7 +39,7 @@ def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
     params = SamplingParams(max_new_tokens=12, seed=3)
     alone = [generate(decoder, [Request(p, i)], params)[0] for i, p in enumerate(prompts)]
 
-    passes = StagePasses(decoder)
+    passes = ModelRunner(decoder)
     passes.start((3, 1), CAPACITY, params)
     got: list[list[tuple[int, float]]] = [[] for _ in prompts]
 
@@ -81,14 +81,14 @@ def test_parked_rows_change_nothing_and_stay_where_they_are(
     params = SamplingParams(max_new_tokens=10, seed=3)
     alone = [generate(decoder, [Request(p, i)], params)[0].tokens for i, p in enumerate(prompts)]
 
-    def record(self: engine_passes._Recorded) -> None:
+    def record(self: engine_passes.CudaGraphDecode) -> None:
         def replay() -> None:
             self.out = self._pass()
 
         self.graph = cast(Any, SimpleNamespace(replay=replay))
 
-    monkeypatch.setattr(engine_passes._Recorded, "record", record)
-    passes = StagePasses(decoder)
+    monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", record)
+    passes = ModelRunner(decoder)
     passes.start((5,), CAPACITY, params)
     passes.graphs = True
     got: list[list[int]] = [[] for _ in prompts]
@@ -121,13 +121,13 @@ def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: 
     """Recordings are counted where no graph can be made: they launch their pass, as on a CPU."""
     recorded = []
 
-    def count(self: engine_passes._Recorded) -> None:
+    def count(self: engine_passes.CudaGraphDecode) -> None:
         recorded.append(len(self.state[0]))
         replay = lambda: setattr(self, "out", self._pass())  # noqa: E731
         self.graph = cast(Any, SimpleNamespace(replay=replay))
 
-    monkeypatch.setattr(engine_passes._Recorded, "record", count)
-    passes = StagePasses(stage(save_lm(tmp_path / "model")))
+    monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", count)
+    passes = ModelRunner(stage(save_lm(tmp_path / "model")))
     passes.start((11, 3), CAPACITY, SamplingParams())
     passes.graphs = True
     passes.record(leaving=False)
@@ -147,7 +147,7 @@ def test_a_batch_that_does_not_fit_is_told_what_does(tmp_path: Path, monkeypatch
     decoder = stage(save_lm(tmp_path / "model"))
     prompts = [Request([1] * n, n) for n in (2, 6, 4)]
     params = SamplingParams(max_new_tokens=5)
-    cache = StagePasses(decoder)
+    cache = ModelRunner(decoder)
     cache.start((2,), 11, params)
     assert cache.cache is not None
     free = cache.cache.k.nbytes + cache.cache.v.nbytes  # room for two of the longest

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle.engine.generate.decode_ring import Books, Request, Session, ring_of
+from puzzle.engine.generate.decode_ring import DecodeRingStage, Request, RequestStates, ring_of
 from puzzle.engine.generate.model_runner import Drawn
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.plan.pipeline.actions import Action, Op
@@ -33,7 +33,7 @@ def logprob(token: int) -> float:
 
 
 class ToyPasses:
-    """What `StagePasses` does, in lists. Hidden states are (row, last token, tokens before it)."""
+    """What `ModelRunner` does, in lists. Hidden states are (row, last token, tokens before it)."""
 
     def __init__(self, stage: int, stages: int) -> None:
         first, last = stage == 0, stage == stages - 1
@@ -170,8 +170,8 @@ def play(stages: int, requests: list[Request], params: SamplingParams, sizes: An
     ring = ring_of(stages, [len(request.prompt) for request in requests], *sizes)
 
     def stage(number: int) -> None:
-        books = Books(requests, params)
-        session = Session(cast(Any, ToyPasses(number, stages)), ring, books, late)
+        books = RequestStates(requests, params)
+        session = DecodeRingStage(cast(Any, ToyPasses(number, stages)), ring, books, late)
         execution = ToyExecution(number, wires)
         rounds = session.run(cast(Any, execution))
         assert tuple(execution.done) == ring.unrolled(rounds).actions[number]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from puzzle.engine.reshard.resharder import Switcher, lends_pages
+from puzzle.engine.reshard.resharder import Resharder, lends_pages
 from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
 from puzzle.plan.reshard.plan import Transport
@@ -83,7 +83,7 @@ def test_passes_await_what_they_read_next(monkeypatch):
     plan, cpu = case.plan(), torch.device("cpu")
     source, destination = (stage(plan, plan.source, 0, where, torch.float32) for where in ("cpu", "meta"))
     assert destination is not None
-    switcher = Switcher(plan, World(0, 1, cpu), source, destination)
+    switcher = Resharder(plan, World(0, 1, cpu), source, destination)
     switcher.fill()
     seen: list[str] = []
     stream = SimpleNamespace(wait_event=seen.append)

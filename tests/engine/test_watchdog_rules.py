@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, PrefixStore
 
-from puzzle.engine.runtime.watchdog import AWAY, BUSY, PATIENCE, STOPPED, Pulse, Seen, Sign, judge, vouch
+from puzzle.engine.runtime.watchdog import (
+    AWAY,
+    BUSY,
+    PATIENCE,
+    STOPPED,
+    Heartbeat,
+    PeerState,
+    Pulse,
+    judge,
+    vouch,
+)
 
 N = 10.0
 NOW = 1000.0
@@ -24,10 +34,10 @@ NOW = 1000.0
 
 def seen(
     rank: int, moved: float, waits: bool = True, silent: float = 0.0, over: bool = False, limit: float = 0.0
-) -> Seen:
+) -> PeerState:
     """A rank that moved so many seconds ago and showed a sign of life so many seconds ago."""
-    sign = Sign(rank, "host", 100 + rank, doing=f"work {rank}", waits=waits, over=over, limit=limit)
-    return Seen(sign, NOW - silent, NOW - moved)
+    sign = Heartbeat(rank, "host", 100 + rank, doing=f"work {rank}", waits=waits, over=over, limit=limit)
+    return PeerState(sign, NOW - silent, NOW - moved)
 
 
 CASES = [
@@ -65,7 +75,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("_name", "ranks", "line"), CASES, ids=[case[0] for case in CASES])
-def test_rules(_name: str, ranks: list[Seen], line: str | None) -> None:
+def test_rules(_name: str, ranks: list[PeerState], line: str | None) -> None:
     verdict = judge(ranks, NOW, N, lambda sign: STOPPED)
     assert (verdict is None) == (line is None), verdict
     if verdict is not None:
@@ -102,7 +112,7 @@ def test_a_host_vouches_for_its_ranks() -> None:
             time.sleep(0.01)
         store = HashStore()
         for rank, pid in ((4, os.getpid()), (5, child.pid)):
-            sign = Sign(rank, socket.gethostname(), pid)
+            sign = Heartbeat(rank, socket.gethostname(), pid)
             PrefixStore("watchdog/0", store).set(str(rank), json.dumps(asdict(sign)))
         vouch(store, range(4, 7))  # the last has shown no sign yet
     finally:

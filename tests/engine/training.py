@@ -42,12 +42,12 @@ def overflowing(rank: int, layout: Layout) -> tuple[list[bool], list[float], str
 
         before = [p.detach().clone() for p in runtime.decoder.parameters()]
         Pipeline([runtime]).train([PipelineInput(runtime, [batch], loss_fn)])
-        first = first or optimizer.take_norms()
+        first = first or optimizer.pop_grad_norms()
         changed.append(
             any(not torch.equal(*p) for p in zip(before, runtime.decoder.parameters(), strict=True))
         )
     try:
-        optimizer.take_norms()
+        optimizer.pop_grad_norms()
     except UserError as error:
         return changed, first, str(error)
     return changed, first, ""
@@ -89,7 +89,7 @@ def run(
         (result,) = pipeline.train([PipelineInput(runtime, batches, loss_fn)])
         own = torch.stack(result.results).sum() if runtime.owns_results else torch.zeros(())
         losses.append(float(world.sum(own.clone())))
-        norms += optimizer.take_norms()
+        norms += optimizer.pop_grad_norms()
     found = [
         (name, box.intervals, values.clone())
         for name, box, values in boxes(runtime.decoder, runtime.decoder.get_parameter)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
-from puzzle.engine.generate.model_runner import Drawn, StagePasses
+from puzzle.engine.generate.model_runner import Drawn, ModelRunner
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention
@@ -245,7 +245,7 @@ def test_a_cpu_takes_no_kernel_though_triton_is_there(monkeypatch, tmp_path: Pat
     ):
         monkeypatch.setattr(module, name, refuse)
     pointwise.kernels.cache_clear()
-    passes = StagePasses(stage(save_variant(tmp_path / "model", "llama")))
+    passes = ModelRunner(stage(save_variant(tmp_path / "model", "llama")))
     passes.start((2,), 20, SamplingParams())
     passes.prefill([0, 1], [[1, 2], [3]], [4, 5])
     passes.decode(0, 2)
@@ -267,7 +267,7 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     for with_kernels in (False, True):
         monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
-        passes = StagePasses(decoder)
+        passes = ModelRunner(decoder)
         passes.start((4,), 20, params)
         outs = [passes.prefill([2, 0, 1], prompts, stems), *(passes.decode(0, 3) for _ in range(3))]
         found.append([out.fetch().lists() for out in outs if isinstance(out, Drawn)])

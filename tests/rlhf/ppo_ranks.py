@@ -111,7 +111,7 @@ def run_case(world: World, case: Case) -> Watch:
         for iteration in range(config.iterations):
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None
-            watch.owed.append(models.actor.optimizer.owed)
+            watch.owed.append(models.actor.optimizer.gather_pending)
             for model in models.trained.values():
                 assert model.optimizer is not None
                 assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"

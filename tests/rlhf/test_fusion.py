@@ -13,7 +13,7 @@ from puzzle.errors import UserError
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import build_models
-from puzzle.rlhf.rollout import about_sequences
+from puzzle.rlhf.rollout import compute_scores
 from tests.helpers import run_ranks
 from tests.rlhf.test_trainer_reference import Bench, Shape, run_all
 
@@ -104,7 +104,7 @@ def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
     found = []
     pair = [models.by_role[role] for role in ("critic", "reward")]
     for critic, reward in ([(1.0, 5.0), (5.0, 1.0)], [(5.0, 1.0), (1.0, 5.0)], [(0.0, 0.0), (0.0, 0.0)]):
-        asked = [about_sequences(m, texts, AlgorithmConfig(microbatch=1)) for m in pair]
+        asked = [compute_scores(m, texts, AlgorithmConfig(microbatch=1)) for m in pair]
         fused = FusedPipeline("auto", pair)
         apart = [
             q.answer(r.results) for q, r in zip(asked, fused.infer([q.input for q in asked]), strict=True)
@@ -118,7 +118,7 @@ def decided(rank: int) -> list[tuple[bool, list[tuple[str, ...]]]]:
             assert torch.equal(question.answer(result.results), before)
         assert (again[0].schedule is again[1].schedule) is shared
         more = [
-            about_sequences(q.input.model, [*texts, *texts[1:]], AlgorithmConfig(microbatch=1)) for q in asked
+            compute_scores(q.input.model, [*texts, *texts[1:]], AlgorithmConfig(microbatch=1)) for q in asked
         ]
         for question, result in zip(more, fused.infer([q.input for q in more]), strict=True):
             (alone,) = Pipeline([question.input.model]).infer([question.input])

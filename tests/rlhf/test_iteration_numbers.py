@@ -88,8 +88,8 @@ def test_the_log_describes_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [numpy_ppo.value_loss([new], [old], [r], None) for new, old, r in calls["critic"]]
     assert sum(loss.tokens for loss in actor) == sum(loss.tokens for loss in value) == tokens
     expected = {
-        "clip_share": sum(loss.clip_fraction * loss.tokens for loss in actor) / tokens,
-        "value_clip_share": sum(loss.clip_fraction * loss.tokens for loss in value) / tokens,
+        "clip_frac": sum(loss.clip_fraction * loss.tokens for loss in actor) / tokens,
+        "value_clip_frac": sum(loss.clip_fraction * loss.tokens for loss in value) / tokens,
         "approx_kl": sum(loss.approx_kl * loss.tokens for loss in actor) / tokens,
         "value_error": sum(2 * loss.value * loss.tokens for loss in plain) / tokens,
     }
@@ -98,8 +98,8 @@ def test_the_log_describes_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
         means = [sum(x.value * x.tokens for x in step) / sum(x.tokens for x in step) for step in steps]
         expected[name] = sum(means) / len(means)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert 0 < metrics["clip_share"] < 1
-    assert 0 < metrics["value_clip_share"] < 1
+    assert 0 < metrics["clip_frac"] < 1
+    assert 0 < metrics["value_clip_frac"] < 1
 
 
 @pytest.mark.parametrize("place", ["reward", "loss"])

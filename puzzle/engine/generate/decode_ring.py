@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzle.engine.generate.model_runner import Drawn, Fetched, StagePasses
+from puzzle.engine.generate.model_runner import Drawn, Fetched, ModelRunner
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.executor import Execution, Executor
 from puzzle.engine.runtime.world import World
@@ -72,7 +72,7 @@ def generate(
     params: SamplingParams,
     executor: Executor | None = None,
     *,
-    passes: StagePasses | None = None,
+    passes: ModelRunner | None = None,
     prefill: int | None = None,
     decode: int | None = None,
     stop: StopRule | None = None,
@@ -104,9 +104,9 @@ def generate(
     if lookahead is None:
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
-    books = Books(requests, params, stop, watch)
-    used = passes or StagePasses(decoder, graphs)
-    session = Session(used, ring, books, lookahead, early_stop)
+    books = RequestStates(requests, params, stop, watch)
+    used = passes or ModelRunner(decoder, graphs)
+    session = DecodeRingStage(used, ring, books, lookahead, early_stop)
     rounds = session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
@@ -139,7 +139,7 @@ def ring_of(stages: int, lengths: Sequence[int], prefill: int | None, decode: in
     return ring
 
 
-class Books:
+class RequestStates:
     """What every request has drawn, and whether it has ended; the same on all ranks of a replica."""
 
     def __init__(
@@ -205,11 +205,11 @@ class _Share:
         self.unread.append((tuple(self.order), drawn.fetch()))
 
 
-class Session:
+class DecodeRingStage:
     """A stage's part in a ring (a `StageProgram`); row r of the cache is request r's until rows come free."""
 
     def __init__(
-        self, passes: StagePasses, ring: Ring, books: Books, lookahead: int, early_stop: bool = True
+        self, passes: ModelRunner, ring: Ring, books: RequestStates, lookahead: int, early_stop: bool = True
     ) -> None:
         self.passes, self.ring, self.books, self.lookahead = passes, ring, books, lookahead
         self.early_stop = early_stop

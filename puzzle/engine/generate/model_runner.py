@@ -74,7 +74,7 @@ class Fetched:
         return self._host[0].tolist(), self._host[1].view(torch.float32).tolist()
 
 
-class StagePasses:
+class ModelRunner:
     """The passes of `decoder`. Every rank of a tensor group makes the same calls in the same order.
 
     The cache rows are cut into groups, the decode micro-batches; in each, the sequences in use come first and
@@ -89,7 +89,7 @@ class StagePasses:
         self.graphs = graphs and decoder.device.type == "cuda"
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._recorded: dict[tuple[int, int], CudaGraphDecode] = {}
         self._key: object = None
         self.pool = None
 
@@ -175,10 +175,10 @@ class StagePasses:
                 if recording.graph is None:
                     recording.record()
 
-    def _recording(self, group: int, rows: int) -> _Recorded:
+    def _recording(self, group: int, rows: int) -> CudaGraphDecode:
         start = sum(self.groups[:group])
         if (start, rows) not in self._recorded:
-            self._recorded[start, rows] = _Recorded(self, start, start + rows)
+            self._recorded[start, rows] = CudaGraphDecode(self, start, start + rows)
         return self._recorded[start, rows]
 
     @torch.inference_mode()
@@ -199,7 +199,7 @@ class StagePasses:
         """These rows have no sequence any more."""
         self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = PARKED
 
-    def __enter__(self) -> StagePasses:
+    def __enter__(self) -> ModelRunner:
         """Keep cache and graphs as long as the block."""
         return self
 
@@ -219,10 +219,10 @@ class StagePasses:
             self.pool = torch.cuda.graph_pool_handle()
 
 
-class _Recorded:
+class CudaGraphDecode:
     """The decode pass of rows [start, stop)."""
 
-    def __init__(self, passes: StagePasses, start: int, stop: int) -> None:
+    def __init__(self, passes: ModelRunner, start: int, stop: int) -> None:
         assert passes.cache is not None
         decoder = passes.decoder
         self.passes, self.decoder = passes, decoder

@@ -23,7 +23,7 @@ ALIGN = 256
 """Bytes: every storage begins at a multiple, as device kernels like it."""
 
 
-class Switcher:
+class Resharder:
     """Fills a decoder of the destination placement from one of the source placement, as often as asked.
 
     The destination decoder may live on the meta device: its parameters are made by `fill`, as views of source

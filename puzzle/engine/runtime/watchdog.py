@@ -61,7 +61,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What a rank publishes: `beat` counts signs, `moves` counts changes of what it does; `limit` is
     `Pulse.busy`'s."""
 
@@ -83,14 +83,14 @@ class Sign:
 
 
 @dataclass
-class Seen:
+class PeerState:
     """A rank's last sign, and when its beat and its moves last changed (seconds of this process's clock)."""
 
-    sign: Sign
+    sign: Heartbeat
     beat_at: float
     moved_at: float
 
-    def update(self, sign: Sign, now: float) -> None:
+    def update(self, sign: Heartbeat, now: float) -> None:
         """Take a newer sign in."""
         if sign.beat != self.sign.beat:
             self.beat_at = now
@@ -107,7 +107,9 @@ class Verdict:
     silent: tuple[int, ...] = field(default=())
 
 
-def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sign], str]) -> Verdict | None:
+def judge(
+    seen: Sequence[PeerState], now: float, seconds: float, state: Callable[[Heartbeat], str]
+) -> Verdict | None:
     """Whether the run hangs; `state` says in words what the operating system knows of a silent rank."""
     here = [s for s in seen if not s.sign.over]
     silent = [s for s in here if now - s.beat_at >= seconds]
@@ -132,17 +134,17 @@ def judge(seen: Sequence[Seen], now: float, seconds: float, state: Callable[[Sig
     return Verdict(line + _others(here, first, now) + remedy, tuple(s.sign.rank for s in silent))
 
 
-def _patience(sign: Sign, seconds: float) -> float:
+def _patience(sign: Heartbeat, seconds: float) -> float:
     """How long a rank may compute while others wait: its own limit ends it first."""
     return PATIENCE * seconds + sign.limit
 
 
-def _silence(sign: Sign, state: str, seconds: float) -> float:
+def _silence(sign: Heartbeat, state: str, seconds: float) -> float:
     """How long a rank of which the system knows `state` may give no sign."""
     return {BUSY: math.inf, AWAY: _patience(sign, seconds)}.get(state, seconds)
 
 
-def _others(here: Sequence[Seen], first: Seen, now: float, most: int = 3) -> str:
+def _others(here: Sequence[PeerState], first: PeerState, now: float, most: int = 3) -> str:
     waiting = [s for s in here if s is not first and s.sign.waits]
     told = [f"{s.sign.name} waits in {s.sign.doing} ({now - s.moved_at:.0f} s)" for s in waiting[:most]]
     if len(waiting) > most:
@@ -156,7 +158,7 @@ AWAY = "does not answer"
 STOPPED = "is stopped (SIGSTOP, or a debugger)"
 
 
-def process_state(sign: Sign) -> str:
+def process_state(sign: Heartbeat) -> str:
     """What has become of a process that shows no sign of life."""
     if sign.host != socket.gethostname():
         return AWAY
@@ -177,14 +179,14 @@ class Watchdog:
         """`moved` counts bytes, by kind: where they change, the rank moves."""
         self.watch, self.size, self.pulse, self.moved = watch, size, pulse, moved
         self.interval = min(2.0, watch.seconds / 20)
-        self.sign = Sign(rank, socket.gethostname(), os.getpid())
+        self.sign = Heartbeat(rank, socket.gethostname(), os.getpid())
         self._main = threading.main_thread().ident
         self._store = _own_store(watch.seconds)
         self._stacks, self._new = _stack_file(watch.folder, rank)
         # Chained to what the signal does by default: who is told to write its stacks does nothing afterwards.
         faulthandler.register(DUMP, file=self._stacks, all_threads=True, chain=True)
         self._key: Any = None
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, PeerState] = {}
         self._known: set[str] = set()
         self._done = threading.Event()
         self._leaving = False
@@ -269,19 +271,19 @@ class Watchdog:
             if sign.rank in self._seen:
                 self._seen[sign.rank].update(sign, now)
             else:
-                self._seen[sign.rank] = Seen(sign, now, now)
+                self._seen[sign.rank] = PeerState(sign, now, now)
         return judge(list(self._seen.values()), now, self.watch.seconds, self._state)
 
-    def _state(self, sign: Sign) -> str:
+    def _state(self, sign: Heartbeat) -> str:
         key = f"state/{sign.rank}"
         if sign.host != self.sign.host and self._store.check([key]):
             return self._store.get(key).decode()
         return process_state(sign)
 
-    def _signs(self) -> list[Sign]:
+    def _signs(self) -> list[Heartbeat]:
         keys = [key for key in map(str, range(self.size)) if key in self._known or self._store.check([key])]
         self._known.update(keys)
-        return [Sign(**json.loads(text)) for text in self._store.multi_get(keys)]
+        return [Heartbeat(**json.loads(text)) for text in self._store.multi_get(keys)]
 
     def _end(self, verdict: Verdict) -> None:
         """Stacks of all ranks, the line, the end of this process."""
@@ -309,7 +311,7 @@ class Watchdog:
             _kill(sign.pid, signal.SIGKILL)
         os._exit(1)
 
-    def _leave_stack(self, sign: Sign) -> None:
+    def _leave_stack(self, sign: Heartbeat) -> None:
         """Write the last known stack of a stopped rank into its file, unless another rank does."""
         own = str(self.sign.rank)
         if self._store.compare_set(f"left/{sign.rank}", "", own) == own.encode():
@@ -353,7 +355,7 @@ def vouch(store: dist.Store, ranks: Sequence[int]) -> None:
     signs = _of_signs(store)
     for rank in ranks:
         if signs.check([str(rank)]):
-            sign = Sign(**json.loads(signs.get(str(rank))))
+            sign = Heartbeat(**json.loads(signs.get(str(rank))))
             signs.set(f"state/{rank}", process_state(sign))
 
 

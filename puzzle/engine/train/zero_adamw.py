@@ -64,8 +64,8 @@ class ZeroAdamW:
         self._norm: tuple[Tensor, dist.Work | None] | None = None
         self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
         self.before_use: Callable[[], None] = lambda: None  # masters and moments may lie elsewhere
-        self.hold = False  # after the next step, weights are not gathered before `spread`
-        self.owed = False  # they are not yet
+        self.defer_gather = False  # after the next step, weights are not gathered before `start_gather`
+        self.gather_pending = False  # they are not yet
         self.buckets = fill_buckets(params, self.dp, coord.d, bucket)
         self.slots = [slot for b in self.buckets for slot in b.slots]
         self._home = {id(slot.param): (b, slot) for b in self.buckets for slot in b.slots}
@@ -229,7 +229,7 @@ class ZeroAdamW:
         self._norm = None
         self.norms.append(square.sqrt())
 
-    def take_norms(self) -> list[float]:
+    def pop_grad_norms(self) -> list[float]:
         """The gradients' norms before clipping in all steps since the last call; waits for the device.
 
         UserError if one is not finite: that step has changed nothing (apex's has: it cannot leave out).
@@ -262,7 +262,7 @@ class ZeroAdamW:
 
     def _start_gather(self) -> None:
         """Put the stepped rows in place and, unless that is to wait, spread them."""
-        self.owed = self.hold and self.group is not None
+        self.gather_pending = self.defer_gather and self.group is not None
         masters = dict(zip(map(id, self.slots), self.masters, strict=True))
         for bucket in reversed(self.buckets):  # the first layers are needed first
             with torch.no_grad():
@@ -270,13 +270,13 @@ class ZeroAdamW:
                     own = slot.param[slot.low : slot.high]
                     if own.dtype != torch.float32:
                         own.copy_(masters[id(slot)])
-            if not self.owed:
+            if not self.gather_pending:
                 self._gather(bucket)
 
-    def spread(self) -> None:
+    def start_gather(self) -> None:
         """Start to gather the replicas' stepped rows, if that waits; all ranks of the model together."""
-        if self.owed:
-            self.owed = False
+        if self.gather_pending:
+            self.gather_pending = False
             for bucket in reversed(self.buckets):
                 self._gather(bucket)
 
@@ -304,7 +304,7 @@ class ZeroAdamW:
         first = needed([decoder.embed]) if decoder.first else []
 
         def begin(*_: object) -> None:
-            assert not self.owed, f"{self.name}: a pass before `spread`"
+            assert not self.gather_pending, f"{self.name}: a pass before `start_gather`"
             self._arrive(first if layers else self.buckets)
 
         decoder.register_forward_pre_hook(begin)
@@ -316,7 +316,7 @@ class ZeroAdamW:
 
     def wait_gather(self) -> None:
         """Put the other replicas' rows in place; if they are, nothing."""
-        self.spread()
+        self.start_gather()
         self._arrive(self.buckets)
 
     def _await(self, work: dist.Work, what: str, group: dist.ProcessGroup | None) -> None:

@@ -178,6 +178,6 @@ class ClippedPolicy(Algorithm):
         """Averages over the tokens of all steps."""
         tokens = sums["actor.tokens"]
         return {
-            "clip_share": sums["actor.clipped"] / tokens,
+            "clip_frac": sums["actor.clipped"] / tokens,
             "approx_kl": sums["actor.approx_kl"] / tokens,
         }

@@ -165,6 +165,6 @@ class PPO(ClippedPolicy):
         tokens = sums["critic.tokens"]
         return {
             **super().metrics(sums),
-            "value_clip_share": sums["critic.clipped"] / tokens,
+            "value_clip_frac": sums["critic.clipped"] / tokens,
             "value_error": sums["critic.squared_error"] / tokens,
         }

@@ -24,8 +24,8 @@ from puzzle.model.logprobs import TokenStats
 from puzzle.model.packing import PackedBatch
 from puzzle.model.weights import random_tensor
 from puzzle.plan.layout import Coord, Layout, Placement
-from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, Room, learning_rate
-from puzzle.rlhf.policy_generator import Generator
+from puzzle.rlhf.models import DTYPES, ROLE_SEEDS, Models, OffloadPolicy, learning_rate
+from puzzle.rlhf.policy_generator import PolicyGenerator
 from puzzle.spec.model import ModelSpec
 
 # The last transformers whose LLaMA layers the Hybrid Engine's kernels can replace.
@@ -202,7 +202,7 @@ class ZeroModel:
         self.tensor = SimpleNamespace(size=1)
         self.decoder = Outputs(engine.module)
         self._norms: list[float] = []
-        self.optimizer = SimpleNamespace(take_norms=self._take_norms, release=lambda: None)
+        self.optimizer = SimpleNamespace(pop_grad_norms=self._take_norms, release=lambda: None)
         self._steps = 0
 
     def rows(self, count: int) -> range:
@@ -297,4 +297,4 @@ def build(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool) -> Model
         made[role] = ZeroModel(role, spec, world, engine, rate)
     found: Any = made
     trained: dict[str, Any] = {role: found[role] for role in config.trained}
-    return Models(found, trained, Generator(found["actor"]), Room(world))
+    return Models(found, trained, PolicyGenerator(found["actor"]), OffloadPolicy(world))

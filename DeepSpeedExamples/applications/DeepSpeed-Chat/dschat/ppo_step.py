@@ -138,7 +138,7 @@ class ChatTrainer(Trainer):
         """One PPO iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
         clock = StageClock(self.world)
-        experience = self.respond(prompts)
+        experience = self.rollout(prompts)
         clock.end("generation")
         if not iteration:
             self._compare(experience, recorder)
@@ -202,7 +202,7 @@ class ChatTrainer(Trainer):
         return actor.engine
 
     @torch.no_grad()
-    def respond(self, prompts: Sequence[Prompt]) -> Experience:
+    def rollout(self, prompts: Sequence[Prompt]) -> Experience:
         """Responses to every prompt, the same experience on every rank."""
         actor, samples = self.models.actor, self.config.generation.samples
         count = len(prompts) * samples
