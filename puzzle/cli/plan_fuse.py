@@ -29,8 +29,8 @@ from puzzle.plan.simulate.simulate import simulate
 from puzzle.plan.simulate.timeline import Timeline
 
 MOST_PASSES = 2048
-MOST_ARRANGED = 12 * MOST_PASSES
-"""Passes of a schedule, and of one schedule for every order of the models: about ten seconds."""
+"""Of a schedule; and per order of the models, of which training tries several schedules: some ten seconds."""
+MOST_TRAINED, MOST_INFERRED = 2 * MOST_PASSES, 12 * MOST_PASSES
 
 
 def run(arguments: list[str]) -> int:
@@ -98,7 +98,8 @@ def _models(given: argparse.Namespace) -> dict[str, int]:
     if unknown := [name for name in given.tied if name not in models]:
         raise UserError(f"--tied {unknown[0]}: no model of that name; there are {', '.join(models)}")
     microbatches = sum(models.values())
-    passes, most = given.pp * microbatches, min(MOST_PASSES, MOST_ARRANGED // math.factorial(len(models)))
+    passes, arranged = given.pp * microbatches, MOST_TRAINED if given.training else MOST_INFERRED
+    most = min(MOST_PASSES, arranged // math.factorial(len(models)))
     if passes > most:
         raise UserError(
             f"--pp {given.pp} x {microbatches} micro-batches = {passes} passes; of {len(models)} models at"

@@ -43,6 +43,7 @@ OPTIONS = [
     (["plan", "fuse", "--pp", "2", "--training", "a=\u00b2", "--costs", "costs"], "write MODEL=N"),
     (["plan", "fuse", "--pp", "2", "--training", "a=1", "a=1", "--costs", "costs"], "given twice"),
     (["plan", "fuse", "--pp", "1", "--inference", *MANY, "--costs", "costs"], "of 9 models at most 0"),
+    (["plan", "fuse", "--pp", "8", "--training", "a=40", "b=40", "c=6", "--costs", "costs"], "at most 682"),
     ([*FUSE, "costs", "--tied", "c"], "--tied c: no model"),
     ([*FUSE, ""], "the name is empty"),
     ([*FUSE, "."], "cannot be read"),
