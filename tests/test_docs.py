@@ -1,0 +1,83 @@
+"""The pages: their Python examples run, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "logs").glob("*.md")])
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Relative links of a page that lead to no file, or to no heading of one."""
+    dead = []
+    for link in LINK.findall(FENCED.sub("", page.read_text("utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n[a](gone.md) [b](page.md#a-heading) [c](#gone) [d](https://x.org/y)\n")
+    assert dead_links(page) == ["gone.md", "#gone"]
+
+
+def test_examples_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Block after block in one namespace, and what the page shows of their output is what they print."""
+    page = ROOT / "docs" / "python.md"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page.name}, example {number}", "exec"), names)
+    assert names["exit_code"] == 0
+    assert names["schedule"].num_stages == 3
+    assert len(names["run"].iterations) == 2
+    printed = capsys.readouterr().out
+    for shown in blocks(page, "text"):
+        assert shown in printed
+
+
+def test_the_example_of_an_algorithm_runs() -> None:
+    """Each response beside the mean of the others of its prompt, at its own tokens alone."""
+    import torch
+
+    from puzzle.config.sections import AlgorithmConfig
+    from puzzle.rlhf.experience import Experience
+
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs" / "architecture.md", "python"):
+        exec(compile(block, "architecture.md", "exec"), names)
+    experience = Experience(((1,), (2,)), (0, 1), ((3, 4), (5,), (6,), (7, 8)), samples=2)
+    algorithm = names["RLOO"](AlgorithmConfig())
+    found = algorithm.advantages(experience, torch.tensor([1.0, 4.0, 2.0, 2.5]), 0.0)
+    assert found.advantages_BS.tolist() == [[-3.0, -3.0], [3.0, 0.0], [-0.5, 0.0], [0.5, 0.5]]
