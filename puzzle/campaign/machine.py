@@ -24,7 +24,7 @@ def find_machine(launcher: Launcher) -> Machine:
         return _ray_cluster()
     if launcher != "local" and slurm.inside():
         nodes = slurm.job_nodes("auto")
-        gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+        gpus = slurm.gpus_here()
         words = f"this Slurm job has {len(nodes)} nodes with {gpus or 'no'} GPUs each"
         return Machine(gpus, gpus * len(nodes), None, words)
     if launcher == "slurm":

@@ -24,14 +24,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from puzzle.engine.runtime.identity import launched
-from puzzle.errors import UserError, describe, leave, out_of_memory, print_anything, terminate_as_exit
+from puzzle.errors import (
+    TERMINATED,
+    UserError,
+    describe,
+    leave,
+    out_of_memory,
+    print_anything,
+    terminate_as_exit,
+)
 from puzzle.launch.network import LOOPBACK, interface_towards, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
-MENDABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT),
-    *(errno.EMFILE, errno.ENFILE),
-)
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EMFILE, errno.ENFILE)
 PEER_ENDED = signal.SIGUSR1
 REPORT = "PUZZLE_REPORT"
 """Variable that tells a worker the file descriptor on which its launcher listens."""
@@ -235,24 +240,26 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> Non
     try:
         _resolve(target)(*args)
     except UserError as error:
-        report.send((time.time(), "user", str(error), ""))
+        _send(report, "user", str(error))
         raise SystemExit(2) from None
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            raise  # the launcher knows it by its exit code
         if isinstance(error, OSError) and error.errno in MENDABLE:
-            report.send((time.time(), "user", describe(error), ""))
+            _send(report, "user", describe(error))
             raise SystemExit(2) from None
         if (lack := out_of_memory(error)) is not None:
-            report.send((time.time(), "user", f"rank {share.first + local_rank}: {lack}", ""))
+            _send(report, "user", f"rank {share.first + local_rank}: {lack}")
             raise SystemExit(2) from None
         text = str(error).strip().splitlines()
         trace = traceback.format_exc()
         if log is not None:
             os.write(2, trace.encode("utf-8", "backslashreplace"))
         line = f"{type(error).__name__}: {text[0] if text else ''}"
-        report.send((time.time(), "error", line, "" if log is not None else trace))
+        _send(report, "error", line, "" if log is not None else trace)
         raise SystemExit(1) from error
     else:
-        report.send((time.time(), DONE, "", ""))
+        _send(report, DONE, "")
     finally:
         if log is not None and log.stat().st_size == 0 and share.first + local_rank == 0:
             log.unlink()
@@ -274,10 +281,15 @@ def tell(line: str, first: bool, kind: str = "hang") -> None:
     """Say why all processes of the run end, from any thread: to the launcher that started this one, or,
     where that is another program, on stderr, if `first`. `kind` is a Death's."""
     if REPORT in os.environ:
-        report = Connection(os.dup(int(os.environ[REPORT])), readable=False)
-        report.send((time.time(), kind, line, ""))
+        _send(Connection(os.dup(int(os.environ[REPORT])), readable=False), kind, line)
     elif first:
         print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def _send(report: Connection, kind: str, line: str, trace: str = "") -> None:
+    """Tell the launcher; nobody, where it is gone: its processes end with it."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        report.send((time.time(), kind, line, trace))
 
 
 def peer_ended(_number: int, _frame: Any) -> None:
@@ -312,7 +324,8 @@ def _watch(workers: Sequence[Any], reports: Sequence[Connection], first: int) ->
 
 def _death(rank: int, worker: Any, report: Connection) -> Death | None:
     """Why a worker ended, or is about to; None for one that runs on or has done its work."""
-    code, kind = worker.exitcode, ""
+    kind = ""
+    code = -signal.SIGTERM if worker.exitcode == TERMINATED else worker.exitcode  # see `leave`
     if report.poll():
         with contextlib.suppress(EOFError):
             when, kind, line, trace = report.recv()
@@ -322,7 +335,9 @@ def _death(rank: int, worker: Any, report: Connection) -> Death | None:
         return None
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " (out of memory, or by hand)" if name == "SIGKILL" else ""
+        hint = {"SIGKILL": " (out of memory, or by hand)", "SIGTERM": " (by hand, or a scheduler)"}.get(
+            name, ""
+        )
         return Death(rank, "signal", f"killed by {name}{hint}", 128 - code, time.time())
     when = "after" if kind == DONE else "before"
     line = f"ended with exit code {code} {when} its work was done (os._exit, as a reward may call it)"

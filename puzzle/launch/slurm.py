@@ -104,7 +104,7 @@ def settings() -> Settings:
 
 def inside() -> bool:
     """Whether this process belongs to a Slurm job."""
-    return "SLURM_JOB_ID" in os.environ
+    return bool(os.environ.get("SLURM_JOB_ID"))
 
 
 def is_here() -> bool:
@@ -179,20 +179,46 @@ def _ended(step: subprocess.Popen, seconds: float) -> bool:
 
 
 def job_nodes(device: str) -> list[Node]:
-    """The nodes of this job in Slurm's order, with their devices: GPUs, or cores for `device` cpu."""
-    names = _answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    """The nodes of this job in Slurm's order, with their devices: GPUs, or cores for `device` cpu.
+
+    Raises UserError for variables that are left of another job, or set by hand.
+    """
+    names = _answer("scontrol", "show", "hostnames", _variable("SLURM_JOB_NODELIST")).split()
     cores = [
         int(cores)
-        for cores, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", os.environ["SLURM_JOB_CPUS_PER_NODE"])
-        for _ in range(int(times or 1))
+        for cores, _, times in re.findall(r"(\d{1,9})(\(x(\d{1,9})\))?", _variable("SLURM_JOB_CPUS_PER_NODE"))
+        for _ in range(min(int(times or 1), len(names) + 1))
     ]
-    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    gpus = gpus_here()
     if device == "cuda" and not gpus:
         raise UserError(f"job {os.environ['SLURM_JOB_ID']} has no GPUs; say gres in {file()}")
     rooms = cores if device == "cpu" or not gpus else [gpus] * len(names)
+    if len(rooms) != len(names):
+        raise _odd("SLURM_JOB_CPUS_PER_NODE", f"does not fit the {len(names)} nodes of SLURM_JOB_NODELIST")
     found = _answer("scontrol", "show", "node", "--oneliner", ",".join(names))
     addresses = dict(re.findall(r"^NodeName=(\S+) .*? NodeAddr=(\S+)", found, re.MULTILINE))
+    if absent := [name for name in names if name not in addresses]:
+        raise UserError(f"scontrol show node: tells no address of {', '.join(absent)}")
     return [Node(name, addresses[name], room) for name, room in zip(names, rooms, strict=True)]
+
+
+def gpus_here() -> int:
+    """GPUs that the job has on this node."""
+    text = os.environ.get("SLURM_GPUS_ON_NODE") or "0"
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise _odd("SLURM_GPUS_ON_NODE", "is no number")
+    return int(text)
+
+
+def _variable(name: str) -> str:
+    """What Slurm says to every job under `name`."""
+    if not os.environ.get(name):
+        raise _odd(name, "is not set")
+    return os.environ[name]
+
+
+def _odd(name: str, what: str) -> UserError:
+    return UserError(f"SLURM_JOB_ID is set but {name} {what}: unset SLURM_JOB_ID where this is no Slurm job")
 
 
 def submission(words: Sequence[str], world: int, out: Path) -> list[str]:

@@ -73,8 +73,18 @@ def _refuse_beginning_again(out: Path) -> None:
 
 
 def refuse_replacing(checkpoints: Path) -> None:
-    """Raise UserError if models are there, which a run that begins again would replace."""
-    if found := models(checkpoints):
+    """Raise UserError if models are there, which a run that begins again would replace.
+
+    What was saved before anything was trained is no loss: the run writes the same again.
+    """
+    log = read_records(checkpoints.parent / "run.jsonl")
+    began = any(record["record"] == "iteration" for record in log)
+    saved = {r.get("path"): r.get("iteration") for r in log if r["record"] == "checkpoint"}
+
+    def trained(name: str) -> bool:
+        return saved.get(f"{checkpoints.name}/{name}") != 0 and (began or name != "best")
+
+    if found := list(filter(trained, models(checkpoints))):
         raise UserError(
             f"--resume: {checkpoints} holds models ({', '.join(found)}) but no state-N to go on from: the run"
             " would begin again and replace them; begin a new one in another folder, with --actor.model"

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from puzzle.cli import main
-from puzzle.runlog import load_runs
+from puzzle.errors import UserError
+from puzzle.runlog import folders, load_runs
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """\
@@ -208,7 +209,7 @@ def test_a_finished_run_leaves_a_state_and_nothing_untrained_replaces_a_model(tm
     for state in (out / "checkpoints").glob("state-*"):
         shutil.rmtree(state)
     assert main([*resume, "--iterations", "4"]) == 2
-    assert "holds models (best, last, last-critic) but no state-N to go on from" in capsys.readouterr().err
+    assert "holds models (last, last-critic) but no state-N to go on from" in capsys.readouterr().err
     assert digests(out) == before
     shutil.rmtree(out / "checkpoints")
     assert main([*resume, "--iterations", "4"]) == 2
@@ -233,3 +234,24 @@ def test_what_stands_in_the_way_is_noticed_before_training(
     assert err.startswith(f"error: {place}: ")
     assert err.count("\n") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_what_was_saved_before_training_does_not_forbid_to_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/best").mkdir(parents=True)
+    (tmp_path / "checkpoints/best/config.json").touch()
+    head = {"seq": 0, "time": 1.0}
+    trained = {"record": "iteration", "iteration": 0, "stage_seconds": {}, "e2e_seconds": 1.0, "metrics": {}}
+    saved = {"record": "checkpoint", "path": "checkpoints/best"}
+    logs = {  # what the log tells of, whether the model that is there may be replaced
+        True: [[], [saved | {"iteration": 0}], [saved | {"iteration": 0}, trained]],
+        False: [[trained], [saved | {"iteration": 0}, trained, saved | {"iteration": 1}]],
+    }
+    for free, told in logs.items():
+        for records in told:
+            lines = [json.dumps(head | record) for record in records]
+            (tmp_path / "run.jsonl").write_text("\n".join(lines) + "\n")
+            if free:
+                folders.refuse_replacing(tmp_path / "checkpoints")
+            else:
+                with pytest.raises(UserError, match=r"holds models \(best\) but no state-N"):
+                    folders.refuse_replacing(tmp_path / "checkpoints")

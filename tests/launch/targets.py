@@ -45,7 +45,7 @@ def fail(out: Path, kind: str) -> None:
             raise OSError(28, "No space left on device", "somewhere/file")
         if kind == "leave":
             os._exit(0)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM if kind == "terminate" else signal.SIGKILL)
     dist.barrier()
 
 

@@ -67,6 +67,7 @@ def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
         ("disk", UserError, "somewhere/file: No space left on device"),
         ("bug", local.WorkerError, "rank 1 on .*: ValueError: a bug; its log: .*rank-001.txt"),
         ("kill", local.WorkerError, r"rank 1 on .*: killed by SIGKILL \(out of memory, or by hand\)"),
+        ("terminate", local.WorkerError, r"rank 1 on .*: killed by SIGTERM \(by hand, or a scheduler\)"),
         ("leave", local.WorkerError, "rank 1 on .*: ended with exit code 0 before its work was done"),
     ],
 )
@@ -199,3 +200,11 @@ def test_a_working_folder_is_no_place_for_modules(tmp_path: Path) -> None:
     parent.wait()
     assert not (tmp_path / "imported").exists()
     assert list(temporary.iterdir()) == []
+
+
+def test_whoever_outlives_its_launcher_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setenv(local.REPORT, str(writer))
+    local.tell("the store does not answer", True)
+    os.close(writer)

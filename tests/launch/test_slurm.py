@@ -37,6 +37,32 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield tmp_path
 
 
+def test_variables_of_no_job_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "hostnames": "n1 n2",
+        "node": "NodeName=n1 Arch=x NodeAddr=10.0.0.1\nNodeName=n2 Arch=x NodeAddr=n2",
+    }
+    monkeypatch.setattr(slurm, "_answer", lambda *words: answers[words[2]])
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": "4(x2)"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.job_nodes("cpu") == [slurm.Node("n1", "10.0.0.1", 4), slurm.Node("n2", "n2", 4)]
+    odd = {
+        "SLURM_JOB_NODELIST": ("",),
+        "SLURM_JOB_CPUS_PER_NODE": ("", "4", "4(x1000000000)", "x"),
+        "SLURM_GPUS_ON_NODE": ("two",),
+    }
+    for name, values in odd.items():
+        for value in values:
+            with monkeypatch.context() as one:
+                one.setenv(name, value)
+                with pytest.raises(UserError, match=f"^SLURM_JOB_ID is set but {name} "):
+                    slurm.job_nodes("cpu")
+    answers["node"] = ""
+    with pytest.raises(UserError, match="no address of n1, n2"):
+        slurm.job_nodes("cpu")
+
+
 def jobs() -> list[str]:
     """Ids of the jobs that Slurm has, those that are just ending included."""
     found = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, check=True)
