@@ -42,14 +42,29 @@ from puzzle.files.limits import MOST_SEQUENCES
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SOURCES = ("model", "init", "function")
-TRAINED: dict[str, tuple[Role, ...]] = {"ppo": ("actor", "critic"), "grpo": ("actor",)}
+TRAINED: dict[str, tuple[Role, ...]] = {
+    "ppo": ("actor", "critic"),
+    "grpo": ("actor",),
+    "dr_grpo": ("actor",),
+    "rloo": ("actor",),
+}
 """Which roles an algorithm trains; a critic that is not among them is not there."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": {
         "kl": {"coef": 0.04, "estimator": "k3", "place": "loss"},
         "reward_clip": None,
         "loss_average": "sequence",
-    }
+    },
+    "dr_grpo": {
+        "kl": {"coef": 0.04, "estimator": "k3", "place": "loss"},
+        "reward_clip": None,
+        "loss_average": "constant",
+    },
+    "rloo": {
+        "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"},
+        "reward_clip": None,
+        "loss_average": "constant",
+    },
 }
 """Where an algorithm's defaults are not those of the schema."""
 
@@ -161,9 +176,9 @@ class TrainConfig(Section):
         if (self.critic is not None) != ("critic" in self.trained):
             said = "has no critic; leave the section out" if self.critic is not None else "needs a critic"
             raise ValueError(f"critic: algorithm {name} {said}")
-        if name == "grpo" and self.generation.samples < 2:
+        if name != "ppo" and self.generation.samples < 2:
             raise ValueError(
-                "generation.samples: grpo compares the samples of a prompt; give 2 or more of them"
+                f"generation.samples: {name} compares the samples of a prompt; give 2 or more of them"
             )
         if len(self.trained) == 1 and self.intra.fuse_training is True:
             raise ValueError(f"intra.fuse_training: {name} trains one model; leave it out")

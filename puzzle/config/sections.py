@@ -248,11 +248,14 @@ class KLConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """What a run learns by: ppo (Schulman et al. 2017) with a critic; grpo (Shao et al. 2024) without one,
-    on groups of `generation.samples`. grpo's defaults differ: a KL of 0.04 by k3 in the loss, no reward_clip,
-    loss_average sequence."""
+    """What a run learns by: `ppo` (Schulman et al. 2017) with a critic; without one, on groups of
+    `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025) and `rloo` (Ahmadian et al.
+    2024). Their defaults differ: no reward_clip; a KL of 0.04 by k3 in the loss, for rloo of 0.05 by k1 in
+    the reward; loss_average sequence for grpo, constant for the others."""
 
-    name: Literal["ppo", "grpo"] = Field("ppo", description="grpo: advantages within groups of samples")
+    name: Literal["ppo", "grpo", "dr_grpo", "rloo"] = Field(
+        "ppo", description="all but ppo: advantages within groups of samples (docs/algorithms.md)"
+    )
     epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
     microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
@@ -272,8 +275,10 @@ class AlgorithmConfig(Section):
     old_logprobs: Literal["generation", "recompute"] = Field(
         "generation", description="where the policy before the step comes from; recompute: one more pass"
     )
-    loss_average: Literal["token", "sequence", "microbatch"] = Field(
-        "token", description="tokens count alike; sequence: responses do; microbatch: mean of means"
+    loss_average: Literal["token", "sequence", "constant", "microbatch"] = Field(
+        "token",
+        description="tokens count alike; sequence: responses do; constant: sums over max_new_tokens;"
+        " microbatch: mean of means",
     )
 
     @model_validator(mode="after")
@@ -288,8 +293,6 @@ class AlgorithmConfig(Section):
     def _of_ppo_alone(self) -> AlgorithmConfig:
         if self.name == "ppo":
             return self
-        if self.kl.place == "reward" and not self.reference_free:
-            raise ValueError(f"kl.place reward: {self.name} rewards whole responses; use loss")
         idle = ("value_clip", "gamma", "gae_lambda", "whiten")
         given = [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]
         if given:

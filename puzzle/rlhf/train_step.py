@@ -135,6 +135,9 @@ class TrainStep:
             weights = [1.0 / (len(rows) * e.tokens([row])) for row in part for _ in range(e.tokens([row]))]
             return torch.tensor(weights)
         tokens = e.tokens(part)
+        if average == "constant":
+            most = self.config.generation.max_new_tokens
+            return torch.full((tokens,), 1.0 / (len(rows) * most))
         weight = 1.0 / e.tokens(rows) if average == "token" else 1.0 / (sum(cut.passes) * tokens)
         return torch.full((tokens,), weight)
 

@@ -41,7 +41,7 @@ RewardFunction = Callable[[Tokens, Tokens], list[float]]
 class ReferenceConfig:
     """Everything that PPO depends on beyond models and prompts."""
 
-    algorithm: str = "ppo"  # or "grpo": no critic; rows in groups of `samples`
+    algorithm: str = "ppo"  # or one without a critic, of rows in groups of `samples`
     samples: int = 1
     max_new_tokens: int = 12
     eos_token_id: int | None = None
@@ -59,7 +59,9 @@ class ReferenceConfig:
     entropy_coef: float = 0.0
     epochs: int = 1
     minibatches: Callable[[int, int], list[list[int]]] | None = None  # (iteration, epoch) -> rows per step
-    loss_average: str = "token"  # "sequence": mean of rows' means; "microbatch": of each `microbatch` rows'
+    loss_average: str = (
+        "token"  # "sequence": mean of rows' means; "constant"; "microbatch": of each `microbatch` rows'
+    )
     microbatch: int = 1
     actor_lr: float = 1e-4
     critic_lr: float = 1e-4
@@ -222,9 +224,13 @@ class ReferencePPO:
         if not c.reference_free:
             ref_logprobs = [self.answer_logprobs(self.reference, p, a)[0].tolist() for p, a in pairs]
         scores = self.reward(prompts, responses)
-        if c.algorithm == "grpo":
+        if c.algorithm != "ppo":
             limited = [min(max(score, -c.score_clip), c.score_clip) for score in scores]
-            per_row = numpy_ppo.group_advantages(limited, c.samples)
+            if c.kl_place == "reward" and ref_logprobs is not None:
+                for row, (new, old) in enumerate(zip(logprobs, ref_logprobs, strict=True)):
+                    kl = [numpy_ppo.kl_estimate(a, b, c.kl_estimator) for a, b in zip(new, old, strict=True)]
+                    limited[row] -= c.kl_coef * sum(kl)
+            per_row = numpy_ppo.group_advantages(limited, c.samples, c.algorithm)
             spread = [[value] * len(row) for value, row in zip(per_row, responses, strict=True)]
             return Rollout(prompts, responses, scores, logprobs, ref_logprobs, None, None, spread, None)
         values = [self.answer_values(p, a).tolist() for p, a in pairs]
@@ -273,6 +279,8 @@ class ReferencePPO:
             return [1 / sum(lengths)] * len(rows)
         if self.config.loss_average == "sequence":
             return [1 / (length * len(rows)) for length in lengths]
+        if self.config.loss_average == "constant":
+            return [1 / (self.config.max_new_tokens * len(rows))] * len(rows)
         size = self.config.microbatch
         groups = [lengths[i : i + size] for i in range(0, len(rows), size)]
         return [1 / (sum(group) * len(groups)) for group in groups for _ in group]

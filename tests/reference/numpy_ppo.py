@@ -49,14 +49,21 @@ def rewards(
     return result
 
 
-def group_advantages(scores: list[float], samples: int) -> list[float]:
-    """Each score less the mean of its group, over its group's standard deviation (n - 1); a group whose
-    scores are all the same gives zeros. Groups are runs of `samples` scores.
+def group_advantages(scores: list[float], samples: int, algorithm: str = "grpo") -> list[float]:
+    """Each score beside its group, a run of `samples` scores. rloo: less the mean of the others; dr_grpo:
+    less the mean of all; grpo: that over the group's standard deviation (n - 1), 0 where all are the same.
     """
     result: list[float] = []
     for start in range(0, len(scores), samples):
         group = scores[start : start + samples]
         mean = sum(group) / samples
+        if algorithm == "dr_grpo":
+            result += [score - mean for score in group]
+            continue
+        if algorithm == "rloo":
+            others = [[other for j, other in enumerate(group) if j != i] for i in range(samples)]
+            result += [score - sum(rest) / len(rest) for score, rest in zip(group, others, strict=True)]
+            continue
         spread = math.sqrt(sum((score - mean) ** 2 for score in group) / (samples - 1))
         result += [0.0 if max(group) == min(group) else (score - mean) / spread for score in group]
     return result

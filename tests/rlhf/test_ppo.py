@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.rlhf import controllers
-from puzzle.rlhf.algorithms import grpo, policy, ppo
+from puzzle.rlhf.algorithms import groups, policy, ppo
 from tests.reference import numpy_ppo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -330,25 +330,33 @@ def test_weights_count_every_token_by_itself(case, seed):
         torch.testing.assert_close(leaf_BS.grad, plain_BS.grad * weights_BS)
 
 
-@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=24), st.integers(2, 6))
-def test_advantages_within_groups(scores, samples):
+ALGORITHMS = {"grpo": groups.GRPO, "dr_grpo": groups.DrGRPO, "rloo": groups.RLOO}
+
+
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=24),
+    st.integers(2, 6),
+    st.sampled_from(sorted(ALGORITHMS)),
+)
+def test_advantages_within_groups(scores, samples, name):
     scores = (scores * samples)[: len(scores) // samples * samples or samples]
-    found = grpo.group_advantages(torch.tensor(scores), samples)
-    expected = numpy_ppo.group_advantages(scores, samples)
+    found = groups.group_advantages(torch.tensor(scores), samples, ALGORITHMS[name].of_group)
+    expected = numpy_ppo.group_advantages(scores, samples, name)
     spreads = [np.ptp(scores[i : i + samples]) for i in range(0, len(scores), samples)]
     for place, (got, want) in enumerate(zip(found.tolist(), expected, strict=True)):
         if spreads[place // samples] > 1e-3 or spreads[place // samples] == 0:
             assert got == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
-def test_groups_stand_alone():
+@pytest.mark.parametrize("kind", ALGORITHMS.values())
+def test_groups_stand_alone(kind):
     """Other groups change nothing, order inside a group goes along, equal scores teach nothing."""
     one, other = torch.tensor([1.0, 4.0, -2.0]), torch.tensor([7.0, 7.0, 7.0])
-    alone = grpo.group_advantages(one, 3)
-    both = grpo.group_advantages(torch.cat([other, one]), 3)
+    alone = groups.group_advantages(one, 3, kind.of_group)
+    both = groups.group_advantages(torch.cat([other, one]), 3, kind.of_group)
     assert torch.equal(both, torch.cat([torch.zeros(3), alone]))
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(grpo.group_advantages(one[order], 3), alone[order])
-    assert not grpo.group_advantages(torch.full((4,), 0.1), 2).any()
+    torch.testing.assert_close(groups.group_advantages(one[order], 3, kind.of_group), alone[order])
+    assert float(groups.group_advantages(torch.full((4,), 0.1), 2, kind.of_group).abs().max()) < 1e-15
     with pytest.raises(ValueError, match="group of one"):
-        grpo.group_advantages(one, 1)
+        groups.group_advantages(one, 1, kind.of_group)

@@ -65,6 +65,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "grpo", "minibatch": 6, "microbatch": 2, "epochs": 2, "kl": {"coef": 0.1}},
         "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
     },
+    "leave one out": {
+        "batch": 3,
+        "generation": {"samples": 4},
+        "algorithm": {"name": "rloo", "minibatch": 6, "microbatch": 3, "kl": {"coef": 0.2}},
+    },
+    "plain differences": {
+        "batch": 4,
+        "generation": {"samples": 2, "greedy": False},
+        "algorithm": {"name": "dr_grpo", "microbatch": 2, "reward_clip": 1.0},
+    },
     "groups alone": {
         "batch": 3,
         "generation": {"samples": 4},
@@ -116,6 +126,8 @@ SHORT: dict[int, list[tuple[str, str, Shape]]] = {
         ("kl in loss", "mistral", MIXED[0]),
         ("plain", "qwen3", MIXED[1]),
         ("groups", "llama", (2, 1, 2)),
+        ("leave one out", "qwen2", (2, 2, 1)),
+        ("plain differences", "llama", (1, 2, 2)),
         ("groups alone", "tied", {"actor": (1, 4, 1), "generation": (2, 2, 1), "reward": (1, 2, 2)}),
     ],
 }
@@ -176,7 +188,7 @@ class Bench:
         config["algorithm"] = {**options["algorithm"], **ppo}
         for role in ("actor", "critic"):
             config[role]["optimizer"] = {"lr": 1e-4, "eps": 1e-4}
-        if config["algorithm"].get("name") == "grpo":
+        if config["algorithm"].get("name", "ppo") != "ppo":
             del config["critic"]
         shapes = shape if isinstance(shape, dict) else {"": shape}
         for role, (tp, pp, dp, *stages) in shapes.items():

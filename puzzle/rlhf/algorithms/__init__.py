@@ -2,10 +2,10 @@
 
 from puzzle.config.sections import AlgorithmConfig
 from puzzle.rlhf.algorithms.base import Algorithm
-from puzzle.rlhf.algorithms.grpo import GRPO
+from puzzle.rlhf.algorithms.groups import GRPO, RLOO, DrGRPO
 from puzzle.rlhf.algorithms.ppo import PPO
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": PPO, "grpo": GRPO}
+ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": PPO, "grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO}
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
