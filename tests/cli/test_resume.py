@@ -240,7 +240,14 @@ def test_what_was_saved_before_training_does_not_forbid_to_begin_again(tmp_path:
     (tmp_path / "checkpoints/best").mkdir(parents=True)
     (tmp_path / "checkpoints/best/config.json").touch()
     head = {"seq": 0, "time": 1.0}
-    trained = {"record": "iteration", "iteration": 0, "stage_seconds": {}, "e2e_seconds": 1.0, "metrics": {}}
+    stages = dict.fromkeys(("generation", "inference", "training", "switch", "other"), 1.0)
+    trained = {
+        "record": "iteration",
+        "iteration": 0,
+        "stage_seconds": stages,
+        "e2e_seconds": 5.0,
+        "metrics": {},
+    }
     saved = {"record": "checkpoint", "path": "checkpoints/best"}
     logs = {  # what the log tells of, whether the model that is there may be replaced
         True: [[], [saved | {"iteration": 0}], [saved | {"iteration": 0}, trained]],
