@@ -49,6 +49,15 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
     assert dead_links(page) == ["gone.md", "#gone"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    """Paths of the repository in backticks, without placeholders."""
+    named = re.findall(
+        r"`((?:puzzle|plotting|tests|scripts|docs|examples)/[\w./-]+)`", page.read_text("utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_examples_in_python_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
