@@ -77,7 +77,7 @@ def test_examples_in_python_run(
 
 
 def test_the_example_of_an_algorithm_runs() -> None:
-    """Each response beside the mean of the others of its prompt, at its own tokens alone."""
+    """The best of each group alone, at its own tokens alone."""
     import torch
 
     from puzzle.config.sections import AlgorithmConfig
@@ -87,6 +87,6 @@ def test_the_example_of_an_algorithm_runs() -> None:
     for block in blocks(ROOT / "docs" / "architecture.md", "python"):
         exec(compile(block, "architecture.md", "exec"), names)
     experience = Experience(((1,), (2,)), (0, 1), ((3, 4), (5,), (6,), (7, 8)), samples=2)
-    algorithm = names["RLOO"](AlgorithmConfig())
+    algorithm = names["BestOfGroup"](AlgorithmConfig())
     found = algorithm.advantages(experience, torch.tensor([1.0, 4.0, 2.0, 2.5]), 0.0)
-    assert found.advantages_BS.tolist() == [[-3.0, -3.0], [3.0, 0.0], [-0.5, 0.0], [0.5, 0.5]]
+    assert found.advantages_BS.tolist() == [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
