@@ -33,7 +33,7 @@ from puzzle.errors import (
     print_anything,
     terminate_as_exit,
 )
-from puzzle.launch.network import LOOPBACK, interface_towards, listen
+from puzzle.launch.network import LOOPBACK, choose_interfaces, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EMFILE, errno.ENFILE)
@@ -165,7 +165,7 @@ def host(
             for local_rank in range(share.count):
                 receive, send = context.Pipe(duplex=False)
                 rank = share.first + local_rank
-                log = None if logs is None else logs / f"rank-{rank:03d}.txt"
+                log = None if logs is None else (logs / f"rank-{rank:03d}.txt").absolute()
                 place = (share, local_rank, threads, log, os.environ.get(SAFE_PATH))
                 pipes = (send, alive, kept)
                 worker = context.Process(target=_work, args=(target, tuple(args), place, pipes))
@@ -220,7 +220,6 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> Non
     if log is not None:
         _redirect(log, share.first + local_rank == 0)
     print_anything()
-    interface = interface_towards(share.address)
     values = {
         "RANK": share.first + local_rank,
         "WORLD_SIZE": share.world,
@@ -231,13 +230,12 @@ def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> Non
         REPORT: report.fileno(),
     }
     os.environ.update({name: str(value) for name, value in values.items()})
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, interface)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// joins that store, makes none
     import torch
 
     torch.set_num_threads(threads)
     try:
+        choose_interfaces(share.address)
         _resolve(target)(*args)
     except UserError as error:
         _send(report, "user", str(error))

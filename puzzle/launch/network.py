@@ -6,6 +6,7 @@ On one host that is loopback and nothing listens elsewhere. IPv4, as the nodes o
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 LOOPBACK = "127.0.0.1"
+GLOO = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the address of an interface
 
 
@@ -53,6 +55,22 @@ def interface_towards(address: str) -> str:
         if _address_of(name) == ours:
             return name
     raise UserError(f"no network interface of {socket.gethostname()} has the address {ours}")
+
+
+def choose_interfaces(address: str) -> None:
+    """Have gloo and NCCL use the interface that leads to `address`, where their variables name none.
+
+    Raises UserError for one that this host does not have; NCCL, which reads patterns, checks its own.
+    """
+    for variable in (GLOO, "NCCL_SOCKET_IFNAME"):
+        if not os.environ.get(variable):
+            os.environ[variable] = interface_towards(address)
+    there = [name for _, name in socket.if_nameindex()]
+    if absent := [name for name in os.environ[GLOO].split(",") if name not in there]:
+        raise UserError(
+            f"{GLOO}={os.environ[GLOO]}: {socket.gethostname()} has no network interface {absent[0]!r};"
+            f" unset it, or name one of {', '.join(there)}"
+        )
 
 
 def _resolved(host: str) -> str:

@@ -51,7 +51,8 @@ def no_launcher(monkeypatch):
 
 
 def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
-    local.run(f"{TARGETS}:add_ranks", (tmp_path,), 3, tmp_path / "ranks")
+    monkeypatch.chdir(tmp_path)
+    local.run(f"{TARGETS}:add_ranks", (tmp_path,), 3, Path("ranks"))
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     assert [(tmp_path / f"{r}.txt").read_text() for r in range(3)] == [f"3.0 {r} {threads}" for r in range(3)]
     assert (tmp_path / "ranks/rank-002.txt").read_text() == "hello from 2\n"

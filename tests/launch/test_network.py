@@ -44,3 +44,15 @@ def test_another_host_is_reached_from_the_address_of_an_interface_of_ours():
 def test_an_unknown_host_is_named():
     with pytest.raises(UserError, match=r"host nowhere\.invalid is unknown here"):
         network.address_towards(["nowhere.invalid"])
+
+
+def test_interfaces_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch):
+    for given, used in (("", "lo"), ("lo", "lo")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")
+        network.choose_interfaces("127.0.0.1")
+        assert os.environ["GLOO_SOCKET_IFNAME"] == used
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "^docker"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nosuch0")
+    with pytest.raises(UserError, match=r"^GLOO_SOCKET_IFNAME=lo,nosuch0: .* no network interface 'nosuch0'"):
+        network.choose_interfaces("127.0.0.1")
