@@ -23,7 +23,7 @@ from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.rlhf.requirements import check_files, check_packages
 from puzzle.rlhf.rewards import runs_users_code
 from puzzle.runlog import folders
-from puzzle.runlog.past import Past, past_of, read_records
+from puzzle.runlog.past import Past, past_of, read_lines
 
 FRUITLESS = 2
 
@@ -107,7 +107,7 @@ def _configured(out: Path | None, overrides: Sequence[str]) -> tuple[TrainConfig
 
 def _past(out: Path) -> Past:
     """What the run in `out` was; UserError if there is none."""
-    past = past_of(read_records(out / "run.jsonl"))
+    past = past_of(read_lines(out / "run.jsonl"))
     if past is None:
         raise UserError(f"--resume: {out} holds no run; without --resume one begins")
     return past
@@ -129,7 +129,7 @@ def start(
         raise UserError("launch.max_restarts: another launcher started this process and restarts it: use 0")
     made = not os.path.lexists(out)
     began = datetime.now().astimezone()
-    if resume and (said := _past(out).run["started"]) is not None:
+    if resume and (said := _past(out).run.started) is not None:
         try:
             began = datetime.fromisoformat(said)
         except ValueError:

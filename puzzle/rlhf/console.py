@@ -66,7 +66,7 @@ class Reporter:
         e2e_seconds: float,
         metrics: Mapping[str, float],
     ) -> None:
-        """One finished iteration (counted from 0), with the arguments of `RunWriter.iteration`."""
+        """One finished iteration (counted from 0), with the fields of its record."""
         values = {**metrics, **stage_seconds, "e2e": e2e_seconds}
         cells = "".join(_cell(values.get(name), form) for _, name, form in _COLUMNS)
         self._done = iteration + 1

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.model import hf
 from puzzle.model.weights import initialise
 from puzzle.rlhf.policy_generator import PolicyGenerator, build_policy_generator
+from puzzle.runlog import records
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
@@ -50,8 +50,8 @@ class OffloadPolicy:
         for part in self.states:
             part.fetch()
 
-    def record(self) -> dict[str, Any] | None:
-        """Fields of an iteration's `offload` record, None where nothing is offloaded; call on every rank."""
+    def record(self, iteration: int) -> records.Offload | None:
+        """What an iteration offloaded, None where nothing is; call on every rank."""
         if not (self.states or self.weights):
             return None
         times = [part.take_times() for part in (*self.states, *self.weights)]
@@ -59,7 +59,7 @@ class OffloadPolicy:
         device = self.world.device
         slowest = self.world.max(torch.tensor([waited, copied], dtype=torch.float64, device=device)).tolist()
         total = self.world.sum(torch.tensor(moved, dtype=torch.float64, device=device))
-        return {"seconds": slowest[0], "copy_seconds": slowest[1], "bytes": int(total)}
+        return records.Offload(iteration, slowest[0], slowest[1], int(total))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from puzzle.engine.runtime.tracing import Instant
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import ZeroAdamW
 from puzzle.errors import UserError
+from puzzle.runlog.records import Switch
 
 
 class PolicyGenerator:
@@ -86,8 +86,8 @@ class PolicyGenerator:
             whole, waited = self.switcher.take_times()
             self._seconds = (whole, fill + waited, drop)
 
-    def record(self, world: World) -> dict[str, Any] | None:
-        """Fields of the `switch` record of an iteration, None without a switch; call on every rank.
+    def record(self, world: World, iteration: int) -> Switch | None:
+        """The switches of an iteration, None without any; call on every rank.
 
         Bytes are of all ranks together, `gbs_per_rank` the larger direction of each rank over the fill.
         """
@@ -98,8 +98,7 @@ class PolicyGenerator:
         self._waits.clear()
         most = world.max(torch.tensor(own, dtype=torch.float64, device=world.device)).tolist()
         fill, awaited, drop, gather = most
-        return {
-            "seconds": awaited + drop + (gather if plan.zero else 0.0),
+        fields = {
             "fill_seconds": fill,
             "awaited_seconds": awaited,
             "drop_seconds": drop,
@@ -116,6 +115,7 @@ class PolicyGenerator:
             "transport": plan.transport,
             "hash": plan.hash,
         }
+        return Switch(iteration, awaited + drop + (gather if plan.zero else 0.0), fields=fields)
 
 
 def build_policy_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> PolicyGenerator:

@@ -34,6 +34,8 @@ from puzzle.rlhf.console import Reporter
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models
 from puzzle.runlog import RunHeader, RunWriter, load_runs
+from puzzle.runlog.record import Record
+from puzzle.runlog.records import Checkpoint, End, Evaluation, Iteration, Rank, Resume, Trace, Warned
 
 
 def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Estimator) -> dict[str, float]:
@@ -81,17 +83,18 @@ def repetition(responses: Sequence[Sequence[int]]) -> float:
     return 1.0 - sum(len(set(p)) for p in pairs) / total if total else 0.0
 
 
-def describe_rank(models: Models, world: World, peaks: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Arguments of this rank's `rank` record; `peaks` are bytes by stage."""
+def describe_rank(models: Models, world: World, peaks: Mapping[str, int] | None = None) -> Rank:
+    """What this rank is and holds; `peaks` are bytes by stage."""
     coordinates = {m.name: {"t": m.coord.t, "p": m.coord.p, "d": m.coord.d} for m in models.all()}
-    return {
-        "coordinates": coordinates,
-        "parameter_bytes": sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
-        "device": str(world.device),
-        "collective_bytes": moved_bytes(models, world),
-        "peak_bytes": peaks or None,
-        "device_bytes": device_bytes(world.device),
-    }
+    return Rank(
+        world.rank,
+        coordinates=coordinates,
+        parameter_bytes=sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
+        device=str(world.device),
+        collective_bytes=moved_bytes(models, world),
+        peak_bytes=dict(peaks) if peaks else None,
+        device_bytes=device_bytes(world.device),
+    )
 
 
 def device_bytes(device: torch.device) -> dict[str, int] | None:
@@ -149,10 +152,10 @@ class Recorder:
         tensorboard = config.log.tensorboard
         self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
         if self.writer is not None and resumed is not None:
-            folder = resumed.folder
-            self.writer.resume(done, None if folder is None else str(folder.relative_to(out)))
+            folder = None if resumed.folder is None else str(resumed.folder.relative_to(out))
+            self.writer.write(Resume(done, folder))
             for note in (*resumed.notes, *_changes(self.writer.settings)):
-                self.writer.warning(note)
+                self.writer.write(Warned(note))
                 print(f"warning: {note}", file=sys.stderr)
 
     def sync(self) -> None:
@@ -171,55 +174,33 @@ class Recorder:
         if self.writer is None:
             return
         if error is None:
-            self.writer.end("completed", self.note)
+            self.writer.write(End("completed", self.note))
             self._plot()
             return
         status, why = "failed", " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             status, why = "interrupted", "by a signal"
         try:
-            self.writer.end(status, why)
+            self.writer.write(End(status, why))
         except UserError:
             return  # the disk is full: what stopped the run says so
 
-    def ranks(self, own: Mapping[str, Any]) -> None:
-        """Collect every rank's description on rank 0."""
-        for rank, fields in enumerate(self.world.gather(dict(own))):
-            if self.writer is not None:
-                self.writer.rank(rank, **fields)
+    def ranks(self, own: Rank) -> None:
+        """Log every rank's description; call on every rank."""
+        self.write(*self.world.gather(own))
 
-    def iteration(
-        self,
-        iteration: int,
-        stage_seconds: Mapping[str, float],
-        e2e_seconds: float,
-        metrics: Mapping[str, float],
-    ) -> None:
-        """One finished iteration."""
-        if self.writer is not None and self.reporter is not None:
-            self.writer.iteration(iteration, stage_seconds, e2e_seconds, metrics)
-            self.reporter.iteration(iteration, stage_seconds, e2e_seconds, metrics)
-
-    def switch(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
-        """The switches of an iteration, unless there were none."""
-        if self.writer is not None and fields is not None:
-            self.writer.switch(iteration, **fields)
-
-    def offload(self, iteration: int, fields: Mapping[str, Any] | None) -> None:
-        """What an iteration offloaded, unless it was nothing."""
-        if self.writer is not None and fields is not None:
-            self.writer.offload(iteration, **fields)
-
-    def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Which schedules run."""
-        if self.writer is not None:
-            for fields in records:
-                self.writer.stage(**fields)
-
-    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
-        """What a stage takes by simulation."""
-        if self.writer is not None:
-            self.writer.simulation(iteration, stage, seconds)
+    def write(self, *records: Record | None) -> None:
+        """Log records, and show those of iterations and evaluations; None is what there was none of."""
+        if self.writer is None or self.reporter is None:
+            return
+        for record in records:
+            if record is not None:
+                self.writer.write(record)
+            if isinstance(record, Iteration):
+                told = (record.stage_seconds, record.e2e_seconds, record.metrics)
+                self.reporter.iteration(record.iteration, *told)
+            elif isinstance(record, Evaluation):
+                self.reporter.evaluation(record.iteration, record.metrics)
 
     def trace(self, iteration: int, timeline: Timeline) -> None:
         """Write an iteration's timeline for Perfetto into traces/."""
@@ -231,7 +212,7 @@ class Recorder:
             durable.write_text(file, json.dumps(timeline.to_perfetto()))
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
-        self.writer.trace(str(file.relative_to(self.out)), iteration)
+        self.write(Trace(str(file.relative_to(self.out)), iteration))
 
     @contextmanager
     def profiled(self, iteration: int) -> Generator[None]:
@@ -250,14 +231,7 @@ class Recorder:
             durable.write(file, lambda part: profiler.export_chrome_trace(str(part)))
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
-        if self.writer is not None:
-            self.writer.trace(str(file.relative_to(self.out)), iteration)
-
-    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics after `done` iterations."""
-        if self.writer is not None and self.reporter is not None:
-            self.writer.evaluation(done, metrics)
-            self.reporter.evaluation(done, metrics)
+        self.write(Trace(str(file.relative_to(self.out)), iteration))
 
     def samples(
         self,
@@ -288,11 +262,10 @@ class Recorder:
             self.writer.sample(iteration, said[0][row], said[1][row], **fields)
 
     def states(self, complete: Sequence[Saved]) -> None:
-        """Checkpoints to resume from that have become complete."""
+        """Log checkpoints to resume from that have become complete."""
         for saved in complete:
-            if self.writer is not None:
-                folder = str(saved.folder.relative_to(self.out))
-                self.writer.checkpoint(saved.number, folder, seconds=saved.seconds, bytes=saved.bytes)
+            folder = str(saved.folder.relative_to(self.out))
+            self.write(Checkpoint(saved.number, folder, saved.seconds, saved.bytes))
 
     def save(self, model: ModelRuntime, name: str, done: int, endings: Endings) -> None:
         """Write the model as a Hugging Face folder under checkpoints/, replacing one of that name.
@@ -311,7 +284,7 @@ class Recorder:
         with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model, folder.parent) as files:
             more, generation, gate = endings.config, endings.generation, self.world.pulse.writing
             hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
-        self.writer.checkpoint(done, str(folder.relative_to(self.out)))
+        self.write(Checkpoint(done, str(folder.relative_to(self.out))))
         self._prune()
 
     def _prune(self) -> None:

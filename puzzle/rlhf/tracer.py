@@ -10,6 +10,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.plan.simulate.measured import measured_costs
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.recorder import Recorder
+from puzzle.runlog.records import Simulation, Stage
 
 
 class Tracer:
@@ -45,7 +46,7 @@ class Tracer:
             return
         if self._timed:
             found = stage_records(self.world, clock)
-            recorder.stages([fields for fields in found if fields["name"] not in self._known])
+            recorder.write(*(Stage.from_json(one) for one in found if one["name"] not in self._known))
             self._known |= {fields["name"] for fields in found}
             fused = [self._simulate(clock, stage, iteration, recorder) for stage in self.pipelines]
             self._to_time = any(fused)
@@ -64,5 +65,5 @@ class Tracer:
         stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
         tied = [name for name, model in pipeline.models.items() if model.spec.tied]
         cost = measured_costs(gathered(self.world, spans), stage_of, tied)
-        recorder.simulation(iteration, stage, pipeline.simulated(cost, stage == "training"))
+        recorder.write(Simulation(iteration, stage, pipeline.simulated(cost, stage == "training")))
         return pipeline.undecided and pipeline.decide(cost, stage == "training")

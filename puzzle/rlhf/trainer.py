@@ -52,7 +52,7 @@ from puzzle.rlhf.rollout import (
 from puzzle.rlhf.tracer import Tracer
 from puzzle.rlhf.train_step import TrainStep
 from puzzle.rlhf.vocabulary import agree_on_vocabulary
-from puzzle.runlog import STAGES
+from puzzle.runlog.records import STAGES, Evaluation, Iteration
 
 
 def train(
@@ -244,9 +244,9 @@ class Trainer:
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
-        recorder.iteration(iteration, seconds, total, metrics)
-        recorder.switch(iteration, self.models.generator.record(self.world))
-        recorder.offload(iteration, self.models.offload.record())
+        recorder.write(Iteration(iteration, seconds, total, metrics))
+        recorder.write(self.models.generator.record(self.world, iteration))
+        recorder.write(self.models.offload.record(iteration))
         recorder.samples(iteration, experience, prompts, self._texts(experience, prompts), scores)
         self.tracer.read(iteration, clock, recorder)
         return metrics
@@ -350,7 +350,7 @@ class Trainer:
             scores = torch.cat([self.score(*pair) for pair in zip(answers, parts, strict=True)])
         require_finite(experience, {"reward: the score": scores[:, None]})
         metrics = held_out_metrics(scores)
-        recorder.evaluation(done, metrics)
+        recorder.write(Evaluation(done, metrics))
         recorder.samples(done, experience, prompts, self._texts(experience, prompts), scores, held_out=True)
         if self.config.checkpoint.best and metrics["reward"] > self.best:
             recorder.save(self.models.actor, "best", done, self.data.endings)

@@ -1,31 +1,22 @@
-"""The log of a run: schema, writer and readers. Standard library only."""
+"""The log of a run: schema, writer and readers. Standard library only.
+
+A run's log is records, each of a class of `puzzle.runlog.records`: `writer.write(Switch(...))` adds one,
+`run.of(Switch)` gives them back.
+"""
 
 from puzzle.runlog.load import load_runs
-from puzzle.runlog.run import (
-    PROVENANCES,
-    STAGES,
-    UNFAITHFUL,
-    Evaluation,
-    Iteration,
-    Loaded,
-    Report,
-    Run,
-    RunHeader,
-    Switch,
-)
+from puzzle.runlog.records import PROVENANCES, STAGES, UNFAITHFUL, RunHeader
+from puzzle.runlog.run import Loaded, Report, Run
 from puzzle.runlog.writer import RunWriter
 
 __all__ = [
     "PROVENANCES",
     "STAGES",
     "UNFAITHFUL",
-    "Evaluation",
-    "Iteration",
     "Loaded",
     "Report",
     "Run",
     "RunHeader",
     "RunWriter",
-    "Switch",
     "load_runs",
 ]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from puzzle.errors import UserError, describe
 from puzzle.files import durable
-from puzzle.runlog.past import past_of, read_records
+from puzzle.runlog.past import past_of, read_lines
+from puzzle.runlog.records import Checkpoint, Iteration
 
 FILES = ("run.jsonl", "run.log", "samples.jsonl")
 FOLDERS = ("checkpoints", "ranks", "plots", "traces", "profiles", "tensorboard")
@@ -64,7 +65,7 @@ def _refuse_beginning_again(out: Path) -> None:
     if states(out / "checkpoints"):
         return
     refuse_replacing(out / "checkpoints")
-    past = past_of(read_records(out / "run.jsonl"))
+    past = past_of(read_lines(out / "run.jsonl"))
     if past is not None and past.completed:
         raise UserError(
             f"--resume: the run in {out} is complete and left no checkpoint (checkpoint.save false) to go on"
@@ -77,9 +78,9 @@ def refuse_replacing(checkpoints: Path) -> None:
 
     What was saved before anything was trained is no loss: the run writes the same again.
     """
-    log = read_records(checkpoints.parent / "run.jsonl")
-    began = any(record["record"] == "iteration" for record in log)
-    saved = {r.get("path"): r.get("iteration") for r in log if r["record"] == "checkpoint"}
+    log = [line.record for line in read_lines(checkpoints.parent / "run.jsonl")]
+    began = any(isinstance(record, Iteration) for record in log)
+    saved = {record.path: record.iteration for record in log if isinstance(record, Checkpoint)}
 
     def trained(name: str) -> bool:
         return saved.get(f"{checkpoints.name}/{name}") != 0 and (began or name != "best")

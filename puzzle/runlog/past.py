@@ -1,11 +1,13 @@
 """What a run that shall go on was: its header, and what the processes that went on with it said."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.runlog import records
+from puzzle.runlog.reader import valid_lines
+from puzzle.runlog.record import Line
+from puzzle.runlog.records import End, Resume, RunHeader
 
 
 @dataclass(frozen=True)
@@ -13,34 +15,29 @@ class Past:
     """A run's log so far. `config` and `given` are those of the last process that wrote it; `given` is what
     the user gave, without defaults, None in logs that do not say."""
 
-    run: Mapping[str, Any]
+    run: RunHeader
     config: Mapping[str, Any]
     given: Mapping[str, Any] | None
     completed: bool
 
 
-def read_records(log: Path) -> list[dict[str, Any]]:
-    """The readable records of a log, in order; none where there is no log. Raises OSError."""
-    found = []
-    for line in log.read_bytes().splitlines() if log.is_file() else ():
-        try:
-            found.append(records.decode(line))
-        except records.BadLine:
-            continue  # readers report it; a writer only goes on behind it
-    return found
+def read_lines(log: Path) -> list[Line]:
+    """The readable lines of a log, in order; none where there is no log. Raises OSError."""
+    # What cannot be read is reported by readers: a writer only goes on behind it.
+    return valid_lines(log.read_bytes(), []) if log.is_file() else []
 
 
-def past_of(found: list[dict[str, Any]]) -> Past | None:
-    """The run that records tell of; None without a header."""
-    run = next((record for record in found if record["record"] == "run"), None)
+def past_of(lines: Iterable[Line]) -> Past | None:
+    """The run that lines tell of; None without a header."""
+    records = [line.record for line in lines]
+    run = next((record for record in records if isinstance(record, RunHeader)), None)
     if run is None:
         return None
-    last = next((record for record in reversed(found) if record["record"] in ("resume", "run")), run)
-    changed = last.get("changed") or {}
-    ends = [record.get("status") for record in found if record["record"] in ("end", "resume")]
-    config = changed.get("config", run["config"])
-    given = changed.get("given", run.get("given"))
-    return Past(run, config, given, bool(ends) and ends[-1] == "completed")
+    resume = next((one for one in reversed(records) if isinstance(one, Resume | RunHeader)), None)
+    changed = (resume.changed if isinstance(resume, Resume) else None) or {}
+    last = next((one for one in reversed(records) if isinstance(one, End | Resume)), None)
+    completed = isinstance(last, End) and last.status == "completed"
+    return Past(run, changed.get("config", run.config), changed.get("given", run.given), completed)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

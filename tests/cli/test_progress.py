@@ -9,6 +9,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.rlhf.console import Reporter
 from puzzle.rlhf.provenance import run_header
 from puzzle.runlog import RunWriter, load_runs
+from puzzle.runlog.records import End, Evaluation, Iteration
 
 SECONDS = {"generation": 1.0, "inference": 0.5, "training": 2.0, "switch": 0.0, "other": 0.25}
 METRICS = {"reward": 0.25, "kl": 0.01, "actor_loss": -0.5, "critic_loss": 0.125, "response_tokens": 640.0}
@@ -107,10 +108,10 @@ def test_header_and_log_of_a_run(tmp_path):
     assert header.config["global_batch_size"] == 32
     assert header.software["torch"]
     with RunWriter(tmp_path, header) as writer:
-        writer.iteration(0, SECONDS, 3.75, METRICS)
-        writer.evaluation(0, {"reward": 0.5, "kl": float("nan")})
-        writer.evaluation(1, {"reward": 0.75})
-        writer.end("completed")
+        writer.write(Iteration(0, SECONDS, 3.75, METRICS))
+        writer.write(Evaluation(0, {"reward": 0.5, "kl": float("nan")}))
+        writer.write(Evaluation(1, {"reward": 0.75}))
+        writer.write(End("completed"))
     [run] = load_runs(tmp_path).runs
     assert run.reports == ()
     assert run.config["generation"]["samples"] == 2

@@ -34,6 +34,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.rlhf.provenance import run_header
 from puzzle.config.resolve import resolve
 from puzzle.runlog import RunWriter
+from puzzle.runlog.records import End, Iteration
 config = TrainConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
 with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
     if config.log.variant == {failing!r}:
@@ -41,8 +42,9 @@ with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
     seconds = 2.0 if config.log.variant == "wo_bulk" else 1.0
     stages = dict(generation=1.0, inference=1.0, training=seconds, switch=0.0, other=0.0)
     for iteration in range(3):
-        log.iteration(iteration, stages, 2.0 + seconds, dict(reward=0.0, actor_loss=0.0, critic_loss=0.0))
-    log.end("completed")
+        metrics = dict(reward=0.0, actor_loss=0.0, critic_loss=0.0)
+        log.write(Iteration(iteration, stages, 2.0 + seconds, metrics))
+    log.write(End("completed"))
 """
 
 

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.runlog import Run, RunWriter, load_runs
+from puzzle.runlog.records import End, Iteration, Printed
 from tests.runlog import texts
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "logs" / "published"
+TIMES = {"e2e": (9.0, 2.0, 4.0)}
 TABLE = json.loads((ROOT / "tests" / "data" / "expected_figures.json").read_text())["rows"]
 
 
-def run(variant="opt", pair="7B/350M", **changes: Any) -> Run:
-    """A run of figure 8 with three iterations."""
+def run(variant="opt", pair="7B/350M", printed: Any = TIMES, records: Any = (), **changes: Any) -> Run:
+    """A run of figure 8 with three iterations; `records` are more that its log has."""
     actor, critic = pair.split("/")
     fields: dict[str, Any] = {
         "run_id": f"{pair}-{variant}",
@@ -32,14 +34,8 @@ def run(variant="opt", pair="7B/350M", **changes: Any) -> Run:
         "git_commit": None,
         "started": "2026-11-22T12:00:00+00:00",
         "source": f"{pair}-{variant}.jsonl",
-        "iterations": (),
-        "switches": (),
-        "stages": (),
-        "ranks": (),
-        "printed": {"e2e": (9.0, 2.0, 4.0)},
-        "notes": (),
+        "records": (*records, *(Printed(name, "s", row) for name, row in printed.items()), End("completed")),
         "reports": (),
-        "ended": True,
     }
     return Run(**{**fields, **changes})
 
@@ -49,8 +45,8 @@ def write(folder: Path, variant="opt", seconds=(9.0, 2.0, 4.0), **changes: Any) 
     with RunWriter(folder, texts.header(run_id=variant, variant=variant, **changes)) as writer:
         for index, e2e in enumerate(seconds):
             parts, total = texts.stages(e2e / 2, e2e / 8, e2e / 4, e2e / 8)
-            writer.iteration(index, parts, total, {})
-        writer.end("completed")
+            writer.write(Iteration(index, parts, total, {}))
+        writer.write(End("completed"))
     return folder
 
 

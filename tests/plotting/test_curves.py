@@ -7,6 +7,7 @@ import pytest
 from plotting import curves
 from plotting.selection import pair
 from puzzle.runlog import RunHeader, RunWriter, load_runs
+from puzzle.runlog.records import End, Evaluation, Iteration
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -27,13 +28,14 @@ def write_run(folder, rewards, seed=0, evaluations=(), variant="puzzle", provena
         software={},
         hardware={},
         git_commit=None,
+        started=None,
     )
     with RunWriter(folder, header) as writer:
         for iteration, reward in enumerate(rewards):
-            writer.iteration(iteration, STAGES, 1.0, {"reward": reward, "kl": 0.1 * iteration})
+            writer.write(Iteration(iteration, STAGES, 1.0, {"reward": reward, "kl": 0.1 * iteration}))
         for iteration, metrics in evaluations:
-            writer.evaluation(iteration, metrics)
-        writer.end("completed")
+            writer.write(Evaluation(iteration, metrics))
+        writer.write(End("completed"))
 
 
 def read(folder):

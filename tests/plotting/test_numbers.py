@@ -16,6 +16,7 @@ from plotting.speedups import figure8, figure9, figure11
 from plotting.stats import mean, of
 from puzzle.errors import UserError
 from puzzle.runlog import UNFAITHFUL, Report, RunWriter, load_runs
+from puzzle.runlog.records import Iteration, Simulation
 from tests.plotting import builders
 from tests.plotting.builders import run
 from tests.runlog import texts
@@ -211,7 +212,7 @@ def test_a_gather_that_was_not_timed_is_a_gap_and_not_0_s(tmp_path, reading):
         with RunWriter(tmp_path / variant, header) as writer:
             for index in range(3):
                 stages, e2e = texts.stages(2.0, 0.5, 1.0, switch)
-                writer.iteration(index, stages, e2e, {})
+                writer.write(Iteration(index, stages, e2e, {}))
     runs = load_runs(tmp_path).runs
     assert {run.variant: "gather" in run.printed for run in runs} == {"dschat": False, "opt": False}
     cells = {row.series: row for row in table3.numbers(runs, reading)}
@@ -281,10 +282,10 @@ def test_a_hybrid_engine_that_could_not_engage_is_named():
 
 def test_theory_is_what_the_run_without_sharing_simulated():
     seconds = {"apart": 3.0, "fused": 2.0}
-    found = {"iteration": 1, "stage": "training", "seconds": seconds}
-    other = {"iteration": 1, "stage": "inference", "seconds": {"apart": 9.0, "fused": 1.0}}
+    found = Simulation(1, "training", seconds)
+    other = Simulation(1, "inference", {"apart": 9.0, "fused": 1.0})
     times = {"printed": {"training": (9.0, 4.0, 4.0)}, "figures": ("figure10",)}
-    runs = [run("wo_bulk", simulations=(other, found), **times), run("w_bulk", **times)]
+    runs = [run("wo_bulk", records=(other, found), **times), run("w_bulk", **times)]
     config = "7B/350M bs128 (8,1,1)"
     assert rows_of(figure10, runs)["orion", config, "Theoretical", "1"].value == 1.5
     # Of a log without, nothing is known.

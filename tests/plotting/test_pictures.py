@@ -17,6 +17,7 @@ from plotting import figure10, figure12, page, style, table3
 from plotting.irregularities import CORRECTED, PUBLISHED
 from plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog import load_runs
+from puzzle.runlog.records import Note
 from tests.plotting import builders
 
 MODULES = (figure8, figure9, figure10, figure11, figure12, table3)
@@ -27,10 +28,11 @@ TINY = "SmolLM2-135M-Instruct"
 def variety():
     """The published runs, and the same numbers under other clusters, names, provenances and repeats."""
     square = [run for run in RUNS if run.actor == run.critic and run.cluster == "orion"]
-    laptop = {"cluster": "laptop-with-a-long-name", "provenance": "rehearsal", "notes": ()}
+    laptop = {"cluster": "laptop-with-a-long-name", "provenance": "rehearsal"}
+    plain = [replace(run, records=tuple(r for r in run.records if not isinstance(r, Note))) for run in square]
     runs = [*RUNS]
-    runs += [replace(run, actor=TINY, critic=TINY, **laptop) for run in square]
-    runs += [replace(run, actor=TINY, critic="tiny", **laptop) for run in square]
+    runs += [replace(run, actor=TINY, critic=TINY, **laptop) for run in plain]
+    runs += [replace(run, actor=TINY, critic="tiny", **laptop) for run in plain]
     many = [run for run in square if run.figures[0] not in ("figure10", "figure12")]
     for size in range(1, 10):
         runs += [replace(run, actor=f"{size}B", cluster="h200", provenance="measured") for run in many]

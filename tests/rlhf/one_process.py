@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,8 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.trainer import Trainer
+from puzzle.runlog.record import Record
+from puzzle.runlog.records import Evaluation, Iteration
 
 VOCAB = 40
 INIT = {
@@ -42,12 +44,14 @@ class Log:
         self.held_out: list[tuple[Experience, list[float]]] = []
         self.saved: list[tuple[str, int]] = []
 
-    def iteration(self, number: int, _seconds: object, _total: object, metrics: Mapping[str, float]) -> None:
-        assert number == len(self.metrics)
-        self.metrics.append(dict(metrics))
-
-    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
-        self.evaluations.append((done, dict(metrics)))
+    def write(self, *records: Record | None) -> None:
+        for record in records:
+            match record:
+                case Iteration():
+                    assert record.iteration == len(self.metrics)
+                    self.metrics.append(dict(record.metrics))
+                case Evaluation():
+                    self.evaluations.append((record.iteration, dict(record.metrics)))
 
     def samples(
         self,

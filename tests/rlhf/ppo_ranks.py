@@ -24,6 +24,8 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.trainer import Trainer
+from puzzle.runlog.record import Record
+from puzzle.runlog.records import Iteration, Simulation, Stage, Switch
 
 Boxes = list[tuple[str, tuple[tuple[int, int], ...], Tensor]]
 """(Hugging Face name, intervals, values) of pieces of logical tensors."""
@@ -46,10 +48,10 @@ class Watch:
     experiences: list[Experience] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
-    switches: list[dict[str, Any] | None] = field(default_factory=list)
+    switches: list[dict[str, Any]] = field(default_factory=list)
     owed: list[bool] = field(default_factory=list)  # whether the actor's last step is not gathered yet
     stages: list[Mapping[str, Any]] = field(default_factory=list)
-    simulations: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+    simulations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
     weights: dict[str, Boxes] = field(default_factory=dict)
     parameter_bytes: dict[str, int] = field(default_factory=dict)
@@ -64,19 +66,17 @@ class Recorder:
     def samples(self, iteration: int, experience: Experience, *_: Any, **__: Any) -> None:
         self.watch.experiences.append(experience)
 
-    def iteration(
-        self, iteration: int, seconds: dict[str, float], total: float, metrics: dict[str, float]
-    ) -> None:
-        self.watch.metrics.append(metrics)
-
-    def switch(self, iteration: int, fields: dict[str, Any] | None) -> None:
-        self.watch.switches.append(fields)
-
-    def simulation(self, iteration: int, stage: str, seconds: Mapping[str, float]) -> None:
-        self.watch.simulations.append((stage, dict(seconds)))
-
-    def stages(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self.watch.stages += records
+    def write(self, *records: Record | None) -> None:
+        for record in records:
+            match record:
+                case Iteration():
+                    self.watch.metrics.append(dict(record.metrics))
+                case Switch():
+                    self.watch.switches.append(record.to_json())
+                case Simulation():
+                    self.watch.simulations.append((record.stage, dict(record.seconds)))
+                case Stage():
+                    self.watch.stages.append(record.to_json())
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None

@@ -43,7 +43,6 @@ def test_ppo_with_switches_equals_the_reference(bench: Bench, names: list) -> No
         shards = case.config["switch"]["fill"] == "shards"
         assert all(watch.owed == [shards] * len(switches) for watch in watches)
         for fields in switches:
-            assert fields is not None
             assert fields["strategy"] == name[3]
             assert fields["transport"] == ("peer" if name[0] == "kl in loss" else "messages")
             assert fields["seconds"] >= fields["fill_seconds"] > 0

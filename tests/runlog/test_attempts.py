@@ -7,48 +7,36 @@ from typing import Any
 
 import pytest
 
-from puzzle.runlog import Run, records
-from puzzle.runlog.reader import printed_series, read_jsonl
+from puzzle.runlog import Run
+from puzzle.runlog.reader import read_jsonl
+from puzzle.runlog.record import Line, Record, encode
+from puzzle.runlog.records import End, Iteration, Resume, Switch
+from puzzle.runlog.run import printed_series
 from tests.runlog import texts
 
-Event = tuple[str, dict[str, Any]]
 
-
-def header() -> dict[str, Any]:
-    fields = vars(texts.header())
-    return {"schema": 1, **fields, "figures": list(fields["figures"])}
-
-
-def log(path: Path, events: Sequence[Event]) -> Run:
+def log(path: Path, events: Sequence[Record]) -> Run:
     """The run of a log with these records behind its header."""
-    lines = []
-    for seq, (kind, fields) in enumerate([("run", header()), *events]):
-        lines.append(records.encode({"record": kind, "seq": seq, "time": 1.0, **fields}))
+    lines = [encode(Line(seq, record, 1.0)) for seq, record in enumerate([texts.header(), *events])]
     path.write_text("".join(f"{line}\n" for line in lines))
     run = read_jsonl(path)
     assert isinstance(run, Run)
     return run
 
 
-def iteration(index: int, seconds: float) -> Event:
-    stages, e2e = texts.stages(seconds, 0.25, 0.5)
-    fields = {"iteration": index, "stage_seconds": stages, "e2e_seconds": e2e, "metrics": {"kl": seconds}}
-    return "iteration", fields
+def iteration(index: int, seconds: float) -> Iteration:
+    return Iteration(index, *texts.stages(seconds, 0.25, 0.5), {"kl": seconds})
 
 
-def resume(index: int, **more: Any) -> Event:
-    return "resume", {"iteration": index, "checkpoint": "state", **more}
-
-
-def switch(index: int, seconds: float) -> Event:
-    return "switch", {"iteration": index, "seconds": seconds}
+def resume(index: int, **more: Any) -> Resume:
+    return Resume(index, "state", **more)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_last_attempt_of_each_iteration_counts(tmp_path: Path, seed: int) -> None:
     """Random runs that go back some iterations at each resume, with 0 to 2 switches an iteration."""
     chance = random.Random(seed)
-    events: list[Event] = []
+    events: list[Record] = []
     seconds: dict[int, float] = {}
     switches: dict[int, list[float]] = {}
     at = 0
@@ -60,7 +48,7 @@ def test_the_last_attempt_of_each_iteration_counts(tmp_path: Path, seed: int) ->
             spent = [round(chance.uniform(0.1, 1.0), 3) for _ in range(chance.randint(0, 2))]
             seconds[at] = round(chance.uniform(1.0, 9.0), 3)
             events.append(iteration(at, seconds[at]))
-            events += [switch(at, one) for one in spent]
+            events += [Switch(at, one) for one in spent]
             if spent:  # of an attempt that wrote none the one before stays
                 switches[at] = spent
             at += 1
@@ -87,15 +75,15 @@ def test_an_iteration_twice_in_one_attempt_is_said(tmp_path: Path) -> None:
     ("events", "ended"),
     [
         ([iteration(0, 1.0)], False),
-        ([iteration(0, 1.0), ("end", {"status": "failed"})], True),
-        ([iteration(0, 1.0), ("end", {"status": "failed"}), resume(1), iteration(1, 1.0)], False),
+        ([iteration(0, 1.0), End("failed")], True),
+        ([iteration(0, 1.0), End("failed"), resume(1), iteration(1, 1.0)], False),
         (
-            [("end", {"status": "failed"}), resume(0), iteration(0, 1.0), ("end", {"status": "completed"})],
+            [End("failed"), resume(0), iteration(0, 1.0), End("completed")],
             True,
         ),
     ],
 )
-def test_a_resumed_run_has_not_ended(tmp_path: Path, events: list[Event], ended: bool) -> None:
+def test_a_resumed_run_has_not_ended(tmp_path: Path, events: list[Record], ended: bool) -> None:
     assert log(tmp_path / "run.jsonl", events).ended is ended
 
 
@@ -115,8 +103,7 @@ def test_series_of_a_log_that_printed_none(tmp_path: Path, variant: str, switche
     events = []
     for index, seconds in enumerate(switched):
         stages, e2e = texts.stages(4.0 + index, 2.0, 8.0 * (index + 1), seconds, other=0.125)
-        fields = {"iteration": index, "stage_seconds": stages, "e2e_seconds": e2e, "metrics": {}}
-        events.append(("iteration", fields))
+        events.append(Iteration(index, stages, e2e, {}))
     run = log(tmp_path / "run.jsonl", events)
     found = dict(printed_series(variant, run.iterations))
     generation = tuple(4.0 + index + seconds for index, seconds in enumerate(switched))

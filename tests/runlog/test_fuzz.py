@@ -11,6 +11,7 @@ from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter
 from puzzle.runlog.published.read import log_name, read_published
 from puzzle.runlog.reader import read_jsonl
+from puzzle.runlog.records import End, Iteration, Switch
 from tests.runlog import texts
 
 FOREIGN = (
@@ -62,9 +63,9 @@ def ours(tmp_path_factory):
     with RunWriter(folder, texts.header()) as writer:
         for index in range(4):
             parts, e2e = texts.stages(1.0 + index, 0.5, 2.0, switch=0.25)
-            writer.switch(index, 0.25, bytes=4096)
-            writer.iteration(index, parts, e2e, {"kl": 0.5 + index, "reward": -1.0})
-        writer.end("completed")
+            writer.write(Switch(index, 0.25, fields={"bytes": 4096}))
+            writer.write(Iteration(index, parts, e2e, {"kl": 0.5 + index, "reward": -1.0}))
+        writer.write(End("completed"))
     run = read_jsonl(folder / "run.jsonl")
     assert isinstance(run, Run)
     return folder, run, (folder / "run.jsonl").read_bytes().splitlines()

@@ -5,13 +5,15 @@ import json
 import pytest
 
 from puzzle.errors import UserError
-from puzzle.runlog import Run, RunWriter, records
+from puzzle.runlog import Run, RunWriter
 from puzzle.runlog.reader import read_jsonl
+from puzzle.runlog.record import seal
+from puzzle.runlog.records import End, Iteration
 from tests.runlog import texts
 
 
 def checked(record):
-    return records.encode({name: value for name, value in record.items() if name != "crc"}).encode()
+    return seal({name: value for name, value in record.items() if name != "crc"}).encode()
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ def lines(tmp_path):
     with RunWriter(tmp_path / "whole", texts.header()) as writer:
         for index in range(4):
             parts, e2e = texts.stages(1.0 + index, 0.5, 2.0)
-            writer.iteration(index, parts, e2e, {"kl": 0.5})
-        writer.end("completed")
+            writer.write(Iteration(index, parts, e2e, {"kl": 0.5}))
+        writer.write(End("completed"))
     return (tmp_path / "whole" / "run.jsonl").read_bytes().splitlines()
 
 

@@ -9,6 +9,7 @@ import pytest
 from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter, load_runs
 from puzzle.runlog.published.read import log_name
+from puzzle.runlog.records import Iteration
 from tests.runlog import texts
 
 PUZZLE = texts.as_bytes(texts.puzzle_lines())
@@ -26,7 +27,7 @@ def ours(folder, count=2, scale=1.0, **changes):
     with RunWriter(folder, texts.header(**changes)) as writer:
         for index in range(count):
             parts, e2e = texts.stages(scale * (1.0 + index), 0.5, 2.0)
-            writer.iteration(index, parts, e2e, {"kl": 0.5})
+            writer.write(Iteration(index, parts, e2e, {"kl": 0.5}))
     return folder
 
 

@@ -102,7 +102,7 @@ def test_stages_add_up_but_for_rounding(left: float) -> None:
     line = texts.puzzle_line(4, 7830.421, 4876.259, 11357.272)
     whole, _, e2e = line.rpartition(": ")
     found = scan(texts.as_bytes([f"{whole}: {float(e2e) + left:.3f}"]))
-    noted = [note["seconds"] for note in found.notes if note["kind"] == "sum"]
+    noted = [note.seconds for note in found.notes if note.kind == "sum"]
     assert noted == ([] if abs(left) <= 0.002 else [pytest.approx(left / 1e3, abs=1e-9)])
     assert found.blocks[0].values["e2e_time"] == [pytest.approx(float(e2e) + left)]
 

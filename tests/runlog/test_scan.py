@@ -50,7 +50,7 @@ def test_foreign_text_in_a_puzzle_line_is_mended_and_reported(second):
     assert found.blocks[0].iteration == 11
     assert found.blocks[0].values["stage2_infer"] == [1329.438]
     assert found.blocks[0].values["e2e_time"] == [16512.411]
-    assert [note["kind"] for note in found.notes] == ["repaired"]
+    assert [note.kind for note in found.notes] == ["repaired"]
     assert "repaired" in found.reports[0][1]
 
 
@@ -69,8 +69,8 @@ def test_stages_that_do_not_add_up_are_kept_and_noted():
     line = texts.puzzle_line(4, 7830.421, 4876.259, 11357.272).replace("24063.952", "24163.952")
     found = scan(texts.as_bytes([line]))
     assert found.blocks[0].values["e2e_time"] == [24163.952]
-    assert found.notes[0]["kind"] == "sum"
-    assert found.notes[0]["seconds"] == pytest.approx(0.1)
+    assert found.notes[0].kind == "sum"
+    assert found.notes[0].seconds == pytest.approx(0.1)
     assert "100.000 ms" in found.reports[0][1]
 
 
@@ -119,9 +119,9 @@ def test_a_training_line_glued_to_the_epoch_line():
     ranks = [times[2] for times in texts.CHAT_TIMES]
     assert found.blocks[1].values["training_time_rank_print"] == list(ranks[1])
     assert found.training == [*ranks[0], 0.0, ranks[1][2], *ranks[2]]
-    assert found.notes[0]["kind"] == "glued"
-    assert found.notes[0]["indices"] == [3]
-    assert found.notes[0]["values"] == list(ranks[1][:2])
+    assert found.notes[0].kind == "glued"
+    assert found.notes[0].indices == (3,)
+    assert found.notes[0].values == list(ranks[1][:2])
 
 
 def test_training_times_of_another_node_before_the_first_iteration():

@@ -15,25 +15,40 @@ import pytest
 from puzzle.errors import UserError
 from puzzle.runlog import Run, RunWriter, load_runs
 from puzzle.runlog.reader import read_jsonl
+from puzzle.runlog.records import (
+    Checkpoint,
+    End,
+    Iteration,
+    Rank,
+    Resume,
+    Simulation,
+    Stage,
+    Switch,
+    Trace,
+    Warned,
+)
 from tests.runlog import texts
 
 
 def write(folder, count=3, variant="opt", **header):
     with RunWriter(folder, texts.header(variant=variant, **header)) as writer:
-        writer.rank(0, coordinates={"training": [0, 0, 0]}, parameter_bytes=1024, device="cpu")
-        writer.stage("training", "1f1b", "9a", actions={"forward": 8}, flushes=1, bubble_share=0.25)
-        writer.simulation(1, "training", {"apart": 3.0, "fused": 2.0})
+        writer.write(Rank(0, coordinates={"training": [0, 0, 0]}, parameter_bytes=1024, device="cpu"))
+        writer.write(Stage("training", "1f1b", "9a", actions={"forward": 8}, flushes=1, bubble_share=0.25))
+        writer.write(Simulation(1, "training", {"apart": 3.0, "fused": 2.0}))
         for index in range(count):
             parts, e2e = texts.stages(1.5 + index, 0.5, 2.0, switch=0.25, other=0.125)
-            writer.switch(index, 0.25, bytes=4096, lower_bound_bytes=4096, local_share=0.5)
-            writer.iteration(
-                index, parts, e2e, {"reward": 0.5, "actor_loss": 1.0, "critic_loss": 2.0, "kl": 0.1}
+            more = {"bytes": 4096, "lower_bound_bytes": 4096, "local_share": 0.5}
+            writer.write(Switch(index, 0.25, fields=more))
+            writer.write(
+                Iteration(
+                    index, parts, e2e, {"reward": 0.5, "actor_loss": 1.0, "critic_loss": 2.0, "kl": 0.1}
+                )
             )
         writer.sample(0, "Why?", "Because.", score=math.nan)
-        writer.checkpoint(count - 1, "checkpoints/2", seconds=1.0, bytes=10)
-        writer.trace("trace.json", iteration=1)
-        writer.rank(0, collective_bytes={"all_reduce": 77})
-        writer.end("completed")
+        writer.write(Checkpoint(count - 1, "checkpoints/2", seconds=1.0, bytes=10))
+        writer.write(Trace("trace.json", iteration=1))
+        writer.write(Rank(0, collective_bytes={"all_reduce": 77}))
+        writer.write(End("completed"))
     return folder
 
 
@@ -123,7 +138,7 @@ def test_the_published_scripts_words_are_where_they_look(tmp_path, variant):
 def test_nan_becomes_null_and_a_warning(tmp_path):
     with RunWriter(tmp_path, texts.header()) as writer:
         parts, e2e = texts.stages(1.0, 0.5, 2.0)
-        writer.iteration(0, parts, e2e, {"kl": math.nan, "reward": math.inf})
+        writer.write(Iteration(0, parts, e2e, {"kl": math.nan, "reward": math.inf}))
     run = read(tmp_path)
     assert math.isnan(run.iterations[0].metrics["kl"])
     assert math.isnan(run.iterations[0].metrics["reward"])
@@ -137,15 +152,15 @@ def test_nan_becomes_null_and_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda w: w.iteration(0, texts.stages(1.0, 0.5, 2.0)[0], 3.6, {}),
-        lambda w: w.iteration(0, texts.stages(math.nan, 0.5, 2.0)[0], 3.5, {}),
-        lambda w: w.iteration(0, {"generation": 3.5}, 3.5, {}),
-        lambda w: w.iteration(0, {**texts.stages(1.0, 0.5, 2.0)[0], "lunch": 0.0}, 3.5, {}),
-        lambda w: w.iteration(-1, *texts.stages(1.0, 0.5, 2.0), {}),
-        lambda w: w.switch(0, -0.5),
-        lambda w: w.switch(0, math.nan),
-        lambda w: w.rank(0, parameter_bytes=-5),
-        lambda w: w.warning(""),
+        lambda w: w.write(Iteration(0, texts.stages(1.0, 0.5, 2.0)[0], 3.6, {})),
+        lambda w: w.write(Iteration(0, texts.stages(math.nan, 0.5, 2.0)[0], 3.5, {})),
+        lambda w: w.write(Iteration(0, {"generation": 3.5}, 3.5, {})),
+        lambda w: w.write(Iteration(0, {**texts.stages(1.0, 0.5, 2.0)[0], "lunch": 0.0}, 3.5, {})),
+        lambda w: w.write(Iteration(-1, *texts.stages(1.0, 0.5, 2.0), {})),
+        lambda w: w.write(Switch(0, -0.5)),
+        lambda w: w.write(Switch(0, math.nan)),
+        lambda w: w.write(Rank(0, parameter_bytes=-5)),
+        lambda w: w.write(Warned("")),
     ],
 )
 def test_nonsense_is_refused_and_nothing_is_written(tmp_path, call):
@@ -172,11 +187,11 @@ def test_resume_goes_on_in_the_same_file(tmp_path):
     layouts = {"training": {"tp": 2, "pp": 1, "dp": 1}}
     with RunWriter(tmp_path, texts.header(run_id="other", layouts=layouts), resume=True) as writer:
         assert writer.run_id == "abc"
-        writer.resume(2, "checkpoints/1")
+        writer.write(Resume(2, "checkpoints/1"))
         for index in (2, 3):
             parts, e2e = texts.stages(9.0, 0.5, 2.0)
-            writer.switch(index, 0.5)
-            writer.iteration(index, parts, e2e, {})
+            writer.write(Switch(index, 0.5))
+            writer.write(Iteration(index, parts, e2e, {}))
     run = read(tmp_path)
     assert [one.stage_seconds["generation"] for one in run.iterations] == [1.5, 2.5, 9.0, 9.0]
     assert [(switch.iteration, switch.seconds) for switch in run.switches] == [
@@ -200,9 +215,9 @@ def test_another_run_is_not_resumed(tmp_path, changes):
 
 def test_warnings_and_ends_say_when_and_why(tmp_path):
     with RunWriter(tmp_path, texts.header()) as writer:
-        writer.warning("odd", iteration=3)
-        writer.warning("at no time")
-        writer.end("failed", "no room")
+        writer.write(Warned("odd", iteration=3))
+        writer.write(Warned("at no time"))
+        writer.write(End("failed", "no room"))
     records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [(one["text"], one.get("iteration")) for one in records[1:3]] == [("odd", 3), ("at no time", None)]
     assert (records[3]["status"], records[3]["text"]) == ("failed", "no room")
@@ -215,15 +230,15 @@ def test_a_resumed_log_has_no_empty_lines(tmp_path):
     for resume in (False, True, True):
         with RunWriter(tmp_path, texts.header(), resume=resume) as writer:
             if resume:
-                writer.resume(0)
-            writer.warning("odd")
+                writer.write(Resume(0))
+            writer.write(Warned("odd"))
     for name in ("run.jsonl", "run.log"):
         assert all(line.strip() for line in (tmp_path / name).read_text().splitlines())
 
 
 def test_resume_of_nothing_starts(tmp_path):
     with RunWriter(tmp_path, texts.header(), resume=True) as writer:
-        writer.end("completed")
+        writer.write(End("completed"))
     assert read(tmp_path).reports == ()
 
 
@@ -248,9 +263,9 @@ def test_a_log_cut_at_any_byte_reads_and_goes_on(tmp_path):
         if size % 29 and b"\n" not in whole[size - 2 : size + 2]:
             continue
         with RunWriter(folder, texts.header(), resume=True) as writer:
-            writer.resume(1)
+            writer.write(Resume(1))
             parts, e2e = texts.stages(7.0, 0.5, 2.0)
-            writer.iteration(1, parts, e2e, {})
+            writer.write(Iteration(1, parts, e2e, {}))
         after = read(folder)
         assert after.iterations[-1].stage_seconds["generation"] == 7.0
         assert not [report for report in after.reports if "missing before" in report.what]
@@ -260,10 +275,11 @@ def test_a_log_cut_at_any_byte_reads_and_goes_on(tmp_path):
 
 def test_a_killed_writer_leaves_a_readable_log(tmp_path):
     code = (
-        "from pathlib import Path; from puzzle.runlog import RunWriter; from tests.runlog import texts\n"
+        "from pathlib import Path; from puzzle.runlog import RunWriter\n"
+        "from puzzle.runlog.records import Iteration; from tests.runlog import texts\n"
         f"writer = RunWriter(Path({str(tmp_path)!r}), texts.header())\n"
         "for index in range(10**6):\n"
-        "    writer.iteration(index, *texts.stages(1.0 + index, 0.5, 2.0), {'kl': 0.5})\n"
+        "    writer.write(Iteration(index, *texts.stages(1.0 + index, 0.5, 2.0), {'kl': 0.5}))\n"
         "    if index == 20: print('go', flush=True)\n"
     )
     root = Path(__file__).parents[2]
@@ -293,7 +309,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
 def test_a_disk_that_fills_up_tears_one_line(tmp_path, monkeypatch):
     writer = RunWriter(tmp_path, texts.header())
     parts, e2e = texts.stages(1.0, 0.5, 2.0)
-    writer.iteration(0, parts, e2e, {})
+    writer.write(Iteration(0, parts, e2e, {}))
     real = os.write
 
     def full(descriptor, data):
@@ -302,9 +318,9 @@ def test_a_disk_that_fills_up_tears_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(UserError, match="No space left"):
-        writer.iteration(1, parts, e2e, {})
+        writer.write(Iteration(1, parts, e2e, {}))
     monkeypatch.setattr(os, "write", real)
-    writer.iteration(2, parts, e2e, {})
+    writer.write(Iteration(2, parts, e2e, {}))
     writer.close()
     run = read(tmp_path)
     assert [one.iteration for one in run.iterations] == [0, 2]

@@ -10,7 +10,8 @@ from typing import Any
 
 from puzzle.runlog.published.lines import PUZZLE_STAGES
 from puzzle.runlog.published.scan import Block, Scan, scan
-from puzzle.runlog.run import Iteration, Report, Run, Switch
+from puzzle.runlog.records import End, Iteration, Printed, Switch
+from puzzle.runlog.run import Report, Run, missing
 
 _NAME = re.compile(
     r"[a-z][a-z0-9.]*_(?P<actor>\d+(?:\.\d+)?[mb])_(?P<critic>\d+(?:\.\d+)?[mb])_"
@@ -106,18 +107,6 @@ def read_published(path: Path, name: LogName) -> Run | tuple[Report, ...]:
     iterations = _iterations(blocks, str(path), reports)
     if not iterations:
         return (Report(str(path), None, "no readable iteration: not used"), *reports)
-    return assemble(name, found, blocks, iterations, str(path), reports)
-
-
-def assemble(
-    name: LogName,
-    found: Scan,
-    blocks: Sequence[Block],
-    iterations: tuple[Iteration, ...],
-    source: str,
-    reports: Sequence[Report],
-) -> Run:
-    """A published run from what its name and its text say; `blocks` are in order of iteration."""
     arguments = found.arguments
     first = blocks[0].values
     batch = first.get("global_batch_size", first.get("perf_batch_size", [0.0]))[0]
@@ -129,10 +118,11 @@ def assemble(
         config["global_batch_size"] = name.batch
     world = _value(arguments.get("world_size", "None"))
     switches = tuple(
-        Switch(one.iteration, one.stage_seconds["switch"], {})
+        Switch(one.iteration, one.stage_seconds["switch"])
         for one in iterations
         if one.stage_seconds["switch"] > 0
     )
+    printed = [Printed(key, "s", values) for key, values in _printed(found, blocks).items()]
     return Run(
         run_id=name.run_id,
         figures=(name.figure,) if name.figure else (),
@@ -147,13 +137,9 @@ def assemble(
         hardware={"devices": world} if isinstance(world, int) else {},
         git_commit=None,
         started=None if name.started is None else name.started.isoformat(),
-        source=source,
-        iterations=iterations,
-        switches=switches,
-        printed=_printed(found, blocks),
-        notes=tuple(found.notes),
+        source=str(path),
+        records=(*printed, *iterations, *switches, *found.notes, End("completed")),
         reports=tuple(reports),
-        ended=True,
     )
 
 
@@ -226,11 +212,8 @@ def _last_of_each(blocks: Sequence[Block], source: str, reports: list[Report]) -
             reports.append(Report(source, block.line, what))
         last[block.iteration] = block
         highest = max(highest, block.iteration)
-    # Counted, not listed: a damaged step number may be any number.
-    missing = highest + 1 - len(last)
-    if missing > 0:
-        gap = next(index for index in range(highest + 1) if index not in last)
-        reports.append(Report(source, None, f"{missing} iterations are missing, the first is {gap}"))
+    if gap := missing(last):
+        reports.append(Report(source, None, gap))
     return [last[index] for index in sorted(last)]
 
 
@@ -292,10 +275,7 @@ def _iteration(
 
 
 _NOT_METRICS = {
-    "stage1_gen",
-    "stage2_infer",
-    "stage3_train",
-    "e2e_time",
+    *PUZZLE_STAGES,
     "apply_shadow_model_time",
     "training_time_rank_print",
     "training_time_other_node_print",

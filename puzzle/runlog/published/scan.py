@@ -6,11 +6,12 @@ The text is what many processes wrote to one terminal: prefixes, colours, lines 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from puzzle.runlog.published import lines
+from puzzle.runlog.records import Note
 
 # Ranks train in step: their times for one iteration differ by at most this share (0.2 % in the public logs).
 _RANK_SPREAD = 0.01
@@ -38,7 +39,7 @@ class Scan:
     other_node: list[float] = field(default_factory=list)
     training: list[float] = field(default_factory=list)
     arguments: dict[str, str] = field(default_factory=dict)
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     reports: list[tuple[int | None, str]] = field(default_factory=list)
 
 
@@ -161,8 +162,8 @@ class _Scanner:
             self._report(number, f"repaired: {text}")
             self._note("repaired", text, ["generation", "inference", "training", "e2e"], block.iteration)
 
-    def _note(self, kind: str, text: str, series: list[str], index: int, **more: Any) -> None:
-        self.found.notes.append({"kind": kind, "text": text, "series": series, "indices": [index], **more})
+    def _note(self, kind: str, text: str, series: Sequence[str], index: int, **more: Any) -> None:
+        self.found.notes.append(Note(kind, text, tuple(series), (index,), **more))
 
     def _reshard(self, number: int, groups: dict[str, str]) -> None:
         self._reshards.append(float(groups["apply_shadow_model_time"]))

@@ -32,7 +32,7 @@ from puzzle.rlhf.recorder import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rewards import reward_function
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
-from puzzle.runlog import STAGES, UNFAITHFUL, RunHeader
+from puzzle.runlog.records import STAGES, UNFAITHFUL, Iteration, RunHeader, Switch, Warned
 
 SURPRISE = 0.5
 """Nats per token that rounding does not explain."""
@@ -92,8 +92,8 @@ def run(plan: RunPlan, zero: ZeroOptions, out: Path, data: RunData, world: World
     trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world, reward_function(config))
     trainer.synced = zero.actor_zero_stage == 3
     with Recorder(out, config, world, header(plan, zero, world, hybrid, obstacle)) as recorder:
-        if obstacle is not None and recorder.writer is not None:
-            recorder.writer.warning(f"the Hybrid Engine was asked for but cannot engage: {obstacle}")
+        if obstacle is not None:
+            recorder.write(Warned(f"the Hybrid Engine was asked for but cannot engage: {obstacle}"))
         recorder.ranks(describe_rank(trainer.models, world))
         for iteration in range(config.iterations):
             trainer.iteration(iteration, recorder)
@@ -155,8 +155,8 @@ class ChatTrainer(Trainer):
         self._gathered = 0.0
         seconds["generation"] -= gather
         seconds["switch"] += gather
-        recorder.iteration(iteration, seconds, total, metrics)
-        recorder.switch(iteration, {"seconds": gather} if gather > 0 else None)
+        recorder.write(Iteration(iteration, seconds, total, metrics))
+        recorder.write(Switch(iteration, gather) if gather > 0 else None)
         recorder.samples(
             iteration, experience, prompts, texts(experience, prompts, self.data.tokenizer), scores
         )
@@ -166,10 +166,9 @@ class ChatTrainer(Trainer):
         """Warn if generation, which may run on kernels of its own, draws what the model would not."""
         nats, variance, tokens = self.world.sum(self._surprise(experience)).tolist()
         nats /= tokens
-        if nats > max(SURPRISE, CHANCE * math.sqrt(variance) / tokens) and recorder.writer is not None:
-            recorder.writer.warning(
-                f"{UNFAITHFUL}: a token is {nats:.2f} nats less likely than their own would be"
-            )
+        if nats > max(SURPRISE, CHANCE * math.sqrt(variance) / tokens):
+            unlikely = f"a token is {nats:.2f} nats less likely than their own would be"
+            recorder.write(Warned(f"{UNFAITHFUL}: {unlikely}"))
 
     @torch.no_grad()
     def _surprise(self, experience: Experience) -> Tensor:
