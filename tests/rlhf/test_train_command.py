@@ -212,7 +212,7 @@ def test_another_number_of_processes(folder, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert main(["train", "--config", "run.yaml", "--out", "o", "--layout.dp", "2"]) == 2
-    assert "3 processes were started but tp x pp x dp is 2" in capsys.readouterr().err
+    assert "3 processes were started (WORLD_SIZE) but tp x pp x dp is 2" in capsys.readouterr().err
 
 
 def test_stop_texts_end_responses_and_are_no_part_of_their_text(folder: Path) -> None:
