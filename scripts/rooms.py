@@ -31,9 +31,9 @@ class Room:
 
 
 ROOMS = {
-    "puzzle/errors.py": Room("`UserError`: one line for people; how commands end", (), HEAVY),
+    "puzzle/errors.py": Room("`UserError`, the one-line error message; exit codes", (), HEAVY),
     "puzzle/files": Room(
-        "files and what may stand in them: JSON by type, text within limits, write-then-rename, locks",
+        "reading and writing files: typed JSON, size limits, write-then-rename, locks",
         ("puzzle/errors.py",),
         HEAVY,
     ),
@@ -41,18 +41,18 @@ ROOMS = {
         "`ModelSpec`, `TensorSpec`, published model sizes, FLOPs", ("puzzle/errors.py", "puzzle/files"), HEAVY
     ),
     "puzzle/plan": Room(
-        "pure values: layouts, shards, memory, the parts of a run (`run.py`); schedules (`pipeline/`),"
+        "pure values: layouts, shards, memory, parts of the `RunPlan` (`run.py`); schedules (`pipeline/`),"
         " switches (`reshard/`), virtual time (`simulate/`)",
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec"),
         HEAVY,
     ),
     "puzzle/config": Room(
-        "the typed run: schema, files and command lines into it, `resolve` to a `RunPlan`, its memory report",
+        "configuration: schema, files and command lines, `resolve` to a `RunPlan`, the memory report",
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan"),
         HEAVY,
     ),
     "puzzle/data": Room(
-        "prompts, tokenizers, what ends a response",
+        "prompts, tokenizers, stop conditions of responses",
         ("puzzle/errors.py", "puzzle/files", "puzzle/config"),
         ("torch",),
     ),
@@ -69,29 +69,31 @@ ROOMS = {
         "executes plans, knows no algorithm",
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan", "puzzle/model"),
     ),
-    "puzzle/engine/runtime": Room("a process among others: groups, clocks, traces, the watchdog"),
+    "puzzle/engine/runtime": Room("one process of a run: process groups, timers, traces, the watchdog"),
     "puzzle/engine/train": Room(
         "gradient buckets, ZeRO-1 AdamW, offload of its states", ("puzzle/engine/runtime",)
     ),
     "puzzle/engine/pipeline": Room(
-        "passes of one model or several through stages", ("puzzle/engine/runtime", "puzzle/engine/train")
+        "forward and backward passes of one model or several through stages",
+        ("puzzle/engine/runtime", "puzzle/engine/train"),
     ),
     "puzzle/engine/reshard": Room(
         "executes switch plans by messages or peer copies", ("puzzle/engine/runtime",)
     ),
     "puzzle/engine/generate": Room(
-        "the decode ring, cached passes, sampling",
+        "the decode ring, passes with a KV cache, sampling",
         ("puzzle/engine/runtime", "puzzle/engine/pipeline", "puzzle/engine/reshard"),
     ),
     "puzzle/engine/checkpoint": Room(
-        "states to resume from, models to export, as boxes", ("puzzle/engine/pipeline", "puzzle/engine/train")
+        "checkpoints to resume from and exported models, as boxes",
+        ("puzzle/engine/pipeline", "puzzle/engine/train"),
     ),
     "puzzle/launch": Room(
-        "places processes: local, Ray, Slurm ([launching.md](launching.md))",
+        "starts processes: local, Ray, Slurm ([launching.md](launching.md))",
         ("puzzle/errors.py", "puzzle/files", "puzzle/config", "puzzle/engine"),
     ),
     "puzzle/rlhf": Room(
-        "an iteration: algorithms behind one seam (`algorithms/`), rewards, rollout, steps, what is logged",
+        "an iteration: algorithms (`algorithms/`), rewards, rollout, training steps, logging",
         (
             "puzzle/errors.py",
             "puzzle/files",
@@ -107,7 +109,7 @@ ROOMS = {
         ("torch.distributed",),
     ),
     "puzzle/campaign": Room(
-        "many runs: `experiments.yaml` into configurations, what they need, one after another",
+        "many runs: `experiments.yaml` to configurations, their requirements, execution one by one",
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/config", "puzzle/launch"),
         HEAVY,
     ),

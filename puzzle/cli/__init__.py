@@ -16,7 +16,7 @@ from puzzle.files.path import expanded
 
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
-    "train": "train a model by PPO",
+    "train": "train a model by reinforcement learning (PPO, GRPO, ...)",
     "generate": "answer prompts with a model folder",
     "convert": "turn a GGUF file into a Hugging Face model folder",
     "plan": "plan switches and shared pipelines, without devices",

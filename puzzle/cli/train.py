@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parser = Parser(
         "puzzle train",
-        description="Train a model by PPO.",
+        description="Train a model by reinforcement learning (PPO, GRPO, ...).",
         epilog="Every key of the configuration is an option, --section.key VALUE, and wins over the file.",
         allow_abbrev=False,
         add_help=False,
