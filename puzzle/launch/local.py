@@ -153,7 +153,7 @@ def host(
     threads = threads_per_worker(share.count)
     wait_passively()
     # The server is `python -c`, which would find modules in the working folder first.
-    with _environment({"OMP_NUM_THREADS": str(threads), SAFE_PATH: "1"}):
+    with environment({"OMP_NUM_THREADS": str(threads), SAFE_PATH: "1"}):
         _ensure_server()
     kept = None if keep is None else Connection(os.dup(keep), writable=False)
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
@@ -382,7 +382,8 @@ def raise_death(death: Death, where: str, logs: Path | None) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Generator[None]:
+def environment(values: Mapping[str, str]) -> Generator[None]:
+    """Variables of this process, and of what it starts, while the block lasts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

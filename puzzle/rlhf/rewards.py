@@ -9,6 +9,7 @@ import inspect
 import math
 import multiprocessing
 import numbers
+import os
 import signal
 import sys
 import traceback
@@ -23,6 +24,7 @@ from typing import Any
 
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
+from puzzle.launch.local import SAFE_PATH, environment
 from puzzle.rlhf.patience import Patience, end, patience, raised_at, user_line
 
 OURS = "puzzle."
@@ -108,8 +110,12 @@ def probe(name: str, allowed: Patience) -> None:
         return
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(name, send), daemon=True)
-    process.start()
+    given = os.environ.get(SAFE_PATH)
+    process = context.Process(target=_probe, args=(name, send, given), daemon=True)
+    with environment(
+        {SAFE_PATH: "1"}
+    ):  # it is `python -c`, which would find modules in the working folder first
+        process.start()
     send.close()
     try:
         with patience(f"reward.function {name}: its import", allowed):
@@ -124,7 +130,9 @@ def probe(name: str, allowed: Patience) -> None:
         raise UserError(found)
 
 
-def _probe(name: str, send: Connection) -> None:
+def _probe(name: str, send: Connection, safe_path: str | None) -> None:
+    if safe_path is None:
+        os.environ.pop(SAFE_PATH, None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends this process
     try:
         FunctionReward(name)

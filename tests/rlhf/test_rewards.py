@@ -1,6 +1,8 @@
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -240,3 +242,18 @@ def test_sentiment_reads_the_response_alone():
     assert happy > 0.5
     assert sad < -0.3
     assert none == 0
+
+
+def test_the_process_that_imports_finds_no_modules_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("multiprocessing", "types", "random", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    source = (
+        "import os\nassert 'PYTHONSAFEPATH' not in os.environ\ndef score(prompts, responses): return []\n"
+    )
+    (tmp_path / "of_mine.py").write_text(source)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    probe("of_mine:score", Patience())
+    assert "PYTHONSAFEPATH" not in os.environ
