@@ -112,7 +112,7 @@ def _take(path: Path) -> int:
     """The descriptor of the locked file, which still bears the name; UserError if somebody holds it."""
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             locked = _lock(descriptor)
             if locked is not False and _same(descriptor, path):

@@ -35,7 +35,7 @@ class LineFile:
     def __init__(self, path: Path, gate: AbstractContextManager[object]) -> None:
         self.path, self._gate = path, gate
         with _writing(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             size = os.fstat(self._descriptor).st_size
             self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 

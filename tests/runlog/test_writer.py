@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.errors import UserError
+from puzzle.files import lock
 from puzzle.runlog import Run, RunWriter, load_runs
 from puzzle.runlog.reader import read_jsonl
 from puzzle.runlog.records import (
@@ -345,3 +346,16 @@ def test_a_file_in_the_way_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         RunWriter(tmp_path / "file" / "run", texts.header())
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_the_umask_says_who_reads_and_writes_logs_and_locks(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with lock.hold(tmp_path / "run"):
+            write(tmp_path / "run")
+            modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run").iterdir() if p.is_file()}
+    finally:
+        os.umask(before)
+    assert {".lock", "run.jsonl", "run.log"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~mask}
