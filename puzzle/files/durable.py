@@ -8,12 +8,14 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 _OPEN: AbstractContextManager[object] = nullcontext()
-# What file systems answer that cannot do this for folders (some FUSE and network ones): nothing to mend.
+# What is answered for folders of file systems that cannot do this (some FUSE and network ones), and for
+# devices and pipes: nothing to mend.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -21,12 +23,18 @@ def sync(path: Path) -> None:
     """Bring to the disk what a file holds, or which names a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (error.errno in _NO_SYNC and path.is_dir()):
-            raise
+        sync_open(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> None:
+    """`sync` what is open already; devices and pipes have nothing to bring anywhere."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise
 
 
 def sync_tree(folder: Path) -> None:

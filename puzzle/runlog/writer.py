@@ -51,7 +51,7 @@ class LineFile:
     def sync(self) -> None:
         """Bring what was written to the disk."""
         with _writing(self.path):
-            os.fsync(self._descriptor)
+            durable.sync_open(self._descriptor)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -199,8 +199,10 @@ def test_a_mix_for_other_counts(
     counts = {m.name: data.draw(st.integers(1, 9)) for m in models}
     assert Counter(stretched(order, counts)) == counts
     other = [PipelineModel(name, n) for name, n in counts.items()]
-    # One micro-batch of each alternates and is sequential: nothing says which.
+    # One micro-batch of each alternates and is sequential: nothing says which. From twice as many on, a
+    # micro-batch's place is shared, and what alternated makes small blocks.
     told = len(set(own.values())) == 1 and max(own.values()) > 1
+    told &= max(counts.values()) < 2 * max(own.values())
     for kind in ("sequential", "alternating") if told else ("sequential",):
         names = [model for model, _ in microbatch_order(models, kind)]
         if kind == "sequential" or len(set(counts.values())) == 1:
