@@ -124,22 +124,25 @@ class TrainStep:
             assert x_BS is not None, f"{role} learns from {attribute}, which inference did not find"
             fields[name] = e.take_N(x_BS, part)
         states_N = cut.states_N(e, index)
-        weights_N = self._weights(rows, cut, part).to(states_N.device)
+        weights_N = self._weights(rows, cut, part, states_N.device)
         return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields)
 
-    def _weights(self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int]) -> Tensor:
+    def _weights(
+        self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int], device: torch.device
+    ) -> Tensor:
         """float32 (N,): what each token's loss is multiplied with; over all replicas they make the loss of
         the minibatch an average of `algorithm.loss_average`."""
         e, average = self.experience, self.config.algorithm.loss_average
         if average == "sequence":
-            weights = [1.0 / (len(rows) * e.tokens([row])) for row in part for _ in range(e.tokens([row]))]
-            return torch.tensor(weights)
-        tokens = e.tokens(part)
-        if average == "constant":
-            most = self.config.generation.max_new_tokens
-            return torch.full((tokens,), 1.0 / (len(rows) * most))
-        weight = 1.0 / e.tokens(rows) if average == "token" else 1.0 / (sum(cut.passes) * tokens)
-        return torch.full((tokens,), weight)
+            lengths = torch.tensor([e.tokens([row]) for row in part])
+            return (1.0 / (len(rows) * lengths)).repeat_interleave(lengths).to(device)
+        divisors = {
+            "token": e.tokens(rows),
+            "constant": len(rows) * self.config.generation.max_new_tokens,
+            "microbatch": sum(cut.passes) * e.tokens(part),
+        }
+        # Made on the device: a copy from the host would wait for it, once per micro-batch.
+        return torch.full((e.tokens(part),), 1.0 / divisors[average], device=device)
 
     def _note_ratio(self, logprobs_N: Tensor, old_N: Tensor) -> None:
         ratio = (logprobs_N - old_N).exp()
