@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, repeat
@@ -277,17 +277,29 @@ def _pytest(root: Path, words: list[str], output: int) -> int:
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", *words]))
 
 
-def noticed(fault: Fault | None, tests: list[str], left_out: list[str], limit: float) -> list[str]:
+def fails_alone(test: str) -> tuple[list[str], float]:
+    """What fails of one file of tests without any fault, and the seconds that it takes."""
+    began = time.monotonic()
+    with copied() as root:
+        return run_tests(root, [test], 3600), time.monotonic() - began
+
+
+def noticed(fault: Fault, tests: list[str], left_out: list[str], limit: float) -> list[str]:
     """What fails in a copy of the tree with the fault: the nearest file of tests first, then the others."""
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        root = Path(folder) / "tree"
-        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "shared"))
-        if fault is None:
-            return run_tests(root, tests, limit)
+    with copied() as root:
         (root / fault.file).write_bytes(fault.planted((root / fault.file).read_bytes()))
         words = ["-x", *(f"--deselect={test}" for test in left_out)]
         found = run_tests(root, [*words, tests[0]], limit)
         return found or (run_tests(root, [*words, *tests[1:]], limit) if tests[1:] else [])
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the tree that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        root = Path(folder) / "tree"
+        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "shared"))
+        yield root
 
 
 def main() -> int:
@@ -298,7 +310,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--equivalent", type=Path, default=ROOT / "tests/equivalent_faults.txt",
                         help="lines `FILE: BEFORE => AFTER  ## REASON`, or `FILE: *  ## REASON`")  # fmt: skip
-    parser.add_argument("--limit", type=float, help="seconds per fault (default: 3 runs without one)")
+    parser.add_argument("--limit", type=float, help="seconds per fault (default: 3 runs of its tests)")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time, each in a copy of its own")
     options = parser.parse_args()
     lines = options.equivalent.read_text().splitlines() if options.equivalent.exists() else []
@@ -315,14 +327,15 @@ def main() -> int:
     for library in ("torch", "transformers", "hypothesis"):
         importlib.import_module(library)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
-    began, every = time.monotonic(), sorted({test for files in tests for test in files})
-    left_out = noticed(None, every, [], 3600)
-    for test in left_out:
-        print(f"left out, because it fails without any fault: {test}", flush=True)
-    limit = options.limit or 3 * (time.monotonic() - began) + 30
     survivors, context = 0, multiprocessing.get_context("fork")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        answers = pool.map(noticed, chosen, tests, repeat(left_out), repeat(limit))
+        every = sorted({test for files in tests for test in files})
+        alone = dict(zip(every, pool.map(fails_alone, every), strict=True))
+        left_out = [test for failed, _ in alone.values() for test in failed]
+        for test in left_out:
+            print(f"left out, because it fails without any fault: {test}", flush=True)
+        limits = [options.limit or 30 + 3 * sum(alone[test][1] for test in files) for files in tests]
+        answers = pool.map(noticed, chosen, tests, repeat(left_out), limits)
         for number, (fault, by) in enumerate(zip(chosen, answers, strict=True), 1):
             survivors += not by
             change = fault.key(sources[fault.file]).removeprefix(f"{fault.file}: ")
