@@ -298,7 +298,7 @@ def copied() -> Iterator[Path]:
     """A copy of the tree that goes with the block."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder) / "tree"
-        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "shared"))
+        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "shared"))
         yield root
 
 
