@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -294,11 +294,13 @@ def noticed(fault: Fault, tests: list[str], left_out: list[str], limit: float) -
 
 
 @contextmanager
-def copied() -> Iterator[Path]:
+def copied() -> Generator[Path]:
     """A copy of the tree that goes with the block."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder) / "tree"
-        shutil.copytree(ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "shared"))
+        shutil.copytree(
+            ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "shared")
+        )
         yield root
 
 

@@ -138,7 +138,7 @@ def seal(values: Mapping[str, Any]) -> str:
 
     Raises ValueError at NaN or an infinity, TypeError at a value that JSON has no form for.
     """
-    body = json.dumps(values, allow_nan=False, separators=(",", ":"), ensure_ascii=True)[:-1]
+    body = json.dumps(values, allow_nan=False, separators=(",", ":"))[:-1]  # in ASCII
     return f'{body},"crc":"{zlib.crc32(body.encode()):08x}"}}'
 
 

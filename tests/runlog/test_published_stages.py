@@ -75,10 +75,12 @@ def chat_iteration(epoch: int, step: int) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("first", [0, 1, 5])
 @pytest.mark.parametrize("lengths", [(3,), (3, 2), (1, 1, 1), (2, 4, 1)])
-def test_epochs_of_a_chat_log_go_on_counting(lengths: tuple[int, ...]) -> None:
-    """Steps begin anew with every epoch; iterations do not, however many steps an epoch had."""
-    steps = [(epoch, step) for epoch, count in enumerate(lengths) for step in range(count)]
+def test_epochs_of_a_chat_log_go_on_counting(lengths: tuple[int, ...], first: int) -> None:
+    """Steps begin anew with every epoch; iterations do not, however many steps an epoch had, and whichever
+    epoch is the first in the log."""
+    steps = [(epoch, step) for epoch, count in enumerate(lengths, first) for step in range(count)]
     found = scan(texts.as_bytes([line for at in steps for line in chat_iteration(*at)]))
     assert [block.iteration for block in found.blocks] == list(range(sum(lengths)))
     assert [block.values["generation_time"] for block in found.blocks] == [[20.0 + e + s] for e, s in steps]

@@ -123,6 +123,8 @@ def test_one_flipped_byte_never_gives_another_record(data):
         ({"e2e_seconds": -1.0}, "must be seconds >= 0"),
         ({"e2e_seconds": "3.5"}, "must be seconds >= 0"),
         ({"e2e_seconds": 10**400}, "must be seconds >= 0"),
+        ({"e2e_seconds": 1.1e9}, "must be seconds >= 0"),
+        ({"stage_seconds": {**STAGES, "training": 1.1e9}}, "to seconds >= 0"),
         ({"seq": None}, "seq of iteration must be a whole number"),
         ({"e2e_seconds": 3.6}, "add up to 3.500000 s, e2e_seconds is 3.600000 s"),
         ({"stage_seconds": {"generation": 3.5}}, "exactly the keys generation, inference"),
@@ -140,6 +142,30 @@ def test_what_breaks_the_schema_is_refused_on_both_sides(changes, what):
     if isinstance(own["stage_seconds"], dict) and not {"record", "seq"} & changes.keys():
         with pytest.raises(ValueError, match=re.escape(what)):
             encode(Line(1, Iteration(**own)))
+
+
+@pytest.mark.parametrize("whole", [1e-3, 3.5, 0.999e9])
+@pytest.mark.parametrize(("share", "fits"), [(0.0, True), (0.9e-6, True), (1.1e-6, False), (1e-3, False)])
+def test_stages_add_up_within_a_millionth(whole, share, fits):
+    """Of the whole, whichever is larger: what three decimals of a millisecond can lose."""
+    for sign in (1, -1):
+        stages = {**texts.stages(whole / 2, whole / 4, whole / 4)[0]}
+        record = iteration(stage_seconds=stages, e2e_seconds=whole * (1 + sign * share))
+        if fits:
+            assert isinstance(decode(json.dumps(record).encode()).record, Iteration)
+        else:
+            with pytest.raises(BadLine, match="add up to"):
+                decode(json.dumps(record).encode())
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20))
+def test_lines_are_ascii_whatever_they_say(said):
+    """Half-written characters of other encodings cannot occur."""
+    line = encode(Line(1, texts.header(cluster=f"x{said}", config={said: said})))
+    assert line.isascii()
+    read = decode(line.encode()).record
+    assert isinstance(read, RunHeader)
+    assert (read.cluster, read.config) == (f"x{said}", {said: said})
 
 
 def test_what_is_left_over_may_be_negative():

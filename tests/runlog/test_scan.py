@@ -2,8 +2,17 @@
 
 import pytest
 
-from puzzle.runlog.published.scan import scan
+from puzzle.runlog.published import scan as scanning
 from tests.runlog import texts
+
+
+def scan(data):
+    """What the scanner finds; every report is a text and names a line that is there, or none."""
+    found = scanning.scan(data)
+    for line, what in found.reports:
+        assert isinstance(what, str)
+        assert line is None or 1 <= line <= data.count(b"\n") + data.count(b"\r") + 1
+    return found
 
 
 def numbers(data):
@@ -150,6 +159,16 @@ def test_training_times_of_another_node_before_the_first_iteration():
 )
 def test_numbers_that_may_be_torn_are_reported(text, what):
     assert any(what in report for report in reports([*texts.chat_lines(), text]))
+
+
+def test_a_number_that_may_be_torn_hides_none_behind_it():
+    """Three ranks print into one line; the first number runs into other digits."""
+    lines = texts.chat_lines()
+    place = lines.index(texts.step_line(0))
+    lines[place - 2 : place] = ["Training time: 5.4.7 Training time: 5.45788431167603 Training time: 5.46"]
+    found = scan(texts.as_bytes(lines))
+    assert found.blocks[0].values["training_time_rank_print"] == [5.45788431167603, 5.46, 5.45796966552734]
+    assert sum("number dropped" in what for _, what in found.reports) == 1
 
 
 def test_an_engine_line_that_contradicts_itself_is_reported():

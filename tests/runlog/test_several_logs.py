@@ -129,3 +129,65 @@ def test_ranks_that_train_in_step_take_the_same_time(slowest: float, said: bool)
     low, high = sorted((9.41, slowest))
     told = [f"iteration 0: training times from {low} to {high} s"] if said else []
     assert [what for _, what in found.reports if "training times from" in what] == told
+
+
+def blocks(*steps: tuple[int, float]) -> list[str]:
+    """PUZZLE's lines of these iterations with these seconds of training."""
+    return [texts.puzzle_line(step, 9000.0, 2500.0, 1000 * training) for step, training in steps]
+
+
+@pytest.mark.parametrize(
+    ("steps", "counts", "said"),
+    [
+        ([(0, 1.0), (1, 2.0), (2, 3.0)], [1.0, 2.0, 3.0], []),
+        ([(0, 1.0), (2, 3.0), (1, 2.0)], [1.0, 2.0, 3.0], [(3, "out of order: iteration 1 after 2")]),
+        (
+            [(2, 3.0), (1, 2.0), (0, 1.0)],
+            [1.0, 2.0, 3.0],
+            [(2, "out of order: iteration 1 after 2"), (3, "out of order: iteration 0 after 2")],
+        ),
+        (
+            [(0, 1.0), (1, 2.0), (1, 2.0)],
+            [1.0, 2.0],
+            [(3, "iteration 1 again, with the same numbers: this one counts")],
+        ),
+        (
+            [(0, 1.0), (1, 2.0), (0, 4.0)],
+            [4.0, 2.0],
+            [(3, "iteration 0 again, with other numbers: this one counts")],
+        ),
+        ([(0, 1.0), (3, 2.0)], [1.0, 2.0], [(None, "2 iterations are missing, the first is 1")]),
+    ],
+)
+def test_iterations_of_a_published_log_are_put_in_order(
+    tmp_path: Path, steps: list[tuple[int, float]], counts: list[float], said: list[tuple[int | None, str]]
+) -> None:
+    """Each once, the last of each; what was out of order, double or missing is said with its line."""
+    path = put(tmp_path, NAME.format("+0800"), texts.as_bytes(blocks(*steps)))
+    (run,) = load_runs(tmp_path).runs
+    assert [one.iteration for one in run.iterations] == sorted({step for step, _ in steps})
+    assert [one.stage_seconds["training"] for one in run.iterations] == counts
+    assert run.printed["training"] == tuple(counts)
+    assert [(one.source, one.line, one.what) for one in run.reports] == [(str(path), *what) for what in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "printed", "batch"),
+    [
+        (NAME, True, "512", 128),  # the arguments
+        (NAME, False, "512", 512),  # else what the first line prints
+        (NAME, False, "5(Role pid=3)12", None),  # unless other text stands in it
+        (NAME.replace("350m_opt", "350m_64_8_1_1_opt"), True, "512", 64),  # the name before all
+    ],
+)
+def test_the_batch_is_what_name_arguments_or_lines_say(
+    tmp_path: Path, name: str, argument: bool, printed: str, batch: int | None
+) -> None:
+    lines = [texts.argument("global_batch_size", 128)] * argument
+    lines += [
+        one.replace("global_batch_size: 128", f"global_batch_size: {printed}") for one in blocks((0, 1.0))
+    ]
+    put(tmp_path, name.format("+0800"), texts.as_bytes(lines))
+    (run,) = load_runs(tmp_path).runs
+    assert run.config.get("global_batch_size") == batch
+    assert run.config.keys() <= {"global_batch_size"}

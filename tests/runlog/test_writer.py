@@ -136,6 +136,32 @@ def test_the_published_scripts_words_are_where_they_look(tmp_path, variant):
         assert engine.split("|")[1:3] == ["E2E latency=4.38s ", "Gather latency=0.25s (5.71%) "]
 
 
+def test_samples_keep_what_json_can_say(tmp_path):
+    """Any fields beside prompt and response, in UTF-8; only numbers that JSON has not become null."""
+    more = {"score": 0.25, "turns": ["a", None], "truth": "4", "cut": True, "gap": None, "n": 10**400}
+    with RunWriter(tmp_path, texts.header()) as writer:
+        writer.sample(3, "Wozu?", "Für \N{SNOWMAN}\nalle.", **more, low=-math.inf, odd=math.nan)
+        writer.sample(4, "", "")
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert "Für \N{SNOWMAN}\\nalle." in text
+    first, second = map(json.loads, text.splitlines())
+    told = {"iteration": 3, "prompt": "Wozu?", "response": "Für \N{SNOWMAN}\nalle."}
+    assert first == {**told, **more, "low": None, "odd": None}
+    assert second == {"iteration": 4, "prompt": "", "response": ""}
+
+
+def test_lines_say_when_they_were_written(tmp_path, monkeypatch):
+    """In milliseconds: digits beyond say nothing."""
+    times = iter([1764000000.123456, 1764000001.0004, 1764000001.9996])
+    monkeypatch.setattr("time.time", lambda: next(times))
+    with RunWriter(tmp_path, texts.header()) as writer:
+        writer.write(Warned("odd"))
+        writer.write(End("completed"))
+    records = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [one["time"] for one in records] == [1764000000.123, 1764000001.0, 1764000002.0]
+    assert [one["seq"] for one in records] == [0, 1, 2]
+
+
 def test_nan_becomes_null_and_a_warning(tmp_path):
     with RunWriter(tmp_path, texts.header()) as writer:
         parts, e2e = texts.stages(1.0, 0.5, 2.0)

@@ -109,8 +109,8 @@ def read_published(path: Path, name: LogName) -> Run | tuple[Report, ...]:
         return (Report(str(path), None, "no readable iteration: not used"), *reports)
     arguments = found.arguments
     first = blocks[0].values
-    batch = first.get("global_batch_size", first.get("perf_batch_size", [0.0]))[0]
-    config: dict[str, Any] = {"global_batch_size": int(batch)}
+    batch = first.get("global_batch_size") or first.get("perf_batch_size")
+    config: dict[str, Any] = {"global_batch_size": int(batch[0])} if batch else {}
     for argument, key in _CONFIG.items():
         if argument in arguments:
             config[key] = _value(arguments[argument])
