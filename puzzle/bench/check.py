@@ -42,7 +42,7 @@ MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison: `value` must not exceed `limit`."""
 
     name: str
@@ -80,7 +80,7 @@ def work(models: tuple[str, ...], device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
-        def report(row: Row) -> None:
+        def report(row: Comparison) -> None:
             if not row.ok:
                 failed.append(f"{row.name} {row.where}")
             if world.rank == 0:
@@ -89,7 +89,7 @@ def work(models: tuple[str, ...], device: str) -> None:
                 print(f"{line} {row.seconds:6.1f} s", flush=True)
 
         for name, value, limit in kernels.compare(world):
-            report(Row(name, str(world.device.type), value, limit))
+            report(Comparison(name, str(world.device.type), value, limit))
         with tempfile.TemporaryDirectory() as own:
             base = Path(world.share(own))
             for model in models:
@@ -112,7 +112,7 @@ def layouts(world: int, layers: int) -> list[Layout]:
     ]
 
 
-def _check_model(folder: Path, model: str, world: World, report: Callable[[Row], None]) -> None:
+def _check_model(folder: Path, model: str, world: World, report: Callable[[Comparison], None]) -> None:
     spec = hf.read_spec(folder)
     texts = sentences(spec.vocab_size)
     truth = Truth(folder, texts, world)
@@ -126,7 +126,7 @@ def _check_model(folder: Path, model: str, world: World, report: Callable[[Row],
             start = time.perf_counter()
             for name, value, limit in check(folder, Placement.default(layout), world, truth):
                 largest = world.max(torch.tensor(value, dtype=torch.float64, device=world.device))
-                report(Row(name, where, float(largest), limit, time.perf_counter() - start))
+                report(Comparison(name, where, float(largest), limit, time.perf_counter() - start))
 
 
 class Truth:

@@ -14,7 +14,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.linear import accumulate, product, sums_in_place
-from puzzle.model.noise import gumbel, place_keys, row_keys, row_stems
+from puzzle.model.noise import gumbel, position_keys, row_keys, row_seeds
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.pointwise import Pointwise, has_kernels
@@ -181,12 +181,12 @@ def _few_rows(device: torch.device) -> Iterator[tuple[str, float, float]]:
 def _draws(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Tokens and log-probabilities of the kernel against those of the plain draw."""
     count_B = torch.arange(64, device=device)
-    stem_B = row_stems(3, 1, count_B, count_B % 4)
+    row_seed_B = row_seeds(3, 1, count_B, count_B % 4)
     logits_BV = 2 * torch.randn((64, 9000), device=device)
     shard = VocabShard(TensorGroup(), 0, 9000)
     params = SamplingParams(temperature=0.7, min_new_tokens=5, stop_ids=(3, 8000))
-    packed = draw(logits_BV.clone(), stem_B, count_B, params, shard)
-    tokens_B, logprobs_B = choose(logits_BV, place_keys(stem_B, count_B), count_B < 5, params, shard)
+    packed = draw(logits_BV.clone(), row_seed_B, count_B, params, shard)
+    tokens_B, logprobs_B = choose(logits_BV, position_keys(row_seed_B, count_B), count_B < 5, params, shard)
     yield "kernel: tokens drawn otherwise", float((packed[0] != tokens_B).sum()), 0.0
     yield "kernel: their log-probs", float((packed[1].view(torch.float32) - logprobs_B).abs().max()), 1e-4
 

@@ -119,7 +119,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Request:
+class Selection:
     """What to expand: `only` names figures (all if empty); `devices`, what there is (None: enough)."""
 
     scale: str
@@ -143,26 +143,26 @@ def read_table(path: Path = TABLE) -> Table:
         raise UserError(f"{path}:{line}: {'.'.join(key)}: {reason}") from None
 
 
-def expand(table: Table, request: Request) -> list[Experiment]:
+def expand(table: Table, selection: Selection) -> list[Experiment]:
     """The runs of the requested figures; a run that several figures share is there once.
 
     Raises UserError for unknown names, and for a configuration that is none.
     """
-    scale = table.scales[_known("--scale", request.scale, table.scales)]
-    for figure in request.only:
+    scale = table.scales[_known("--scale", selection.scale, table.scales)]
+    for figure in selection.only:
         _known("--only", figure, table.figures)
     figures: dict[tuple[str, str, Job], list[str]] = {}
     for name, figure in table.figures.items():
-        if not request.only or name in request.only:
-            for pair, job in _jobs(scale, figure, request.cluster):
-                job = fitted(job, request.devices or scale.devices)
+        if not selection.only or name in selection.only:
+            for pair, job in _jobs(scale, figure, selection.cluster):
+                job = fitted(job, selection.devices or scale.devices)
                 for variant in figure.variants:
                     named = figures.setdefault((pair, _known(name, variant, table.variants), job), [])
                     named += [name] if name not in named else []
     return [
-        _experiment(table, scale, request, pair, variant, job, tuple(names), repeat)
+        _experiment(table, scale, selection, pair, variant, job, tuple(names), repeat)
         for (pair, variant, job), names in figures.items()
-        for repeat in range(request.repeats)
+        for repeat in range(selection.repeats)
     ]
 
 
@@ -191,7 +191,7 @@ def _jobs(scale: Scale, figure: Figure, cluster: str) -> Iterator[tuple[str, Job
 def _experiment(
     table: Table,
     scale: Scale,
-    request: Request,
+    selection: Selection,
     pair: str,
     variant_name: str,
     job: Job,
@@ -203,10 +203,10 @@ def _experiment(
     actor, slash, critic = pair.partition("/")
     if not slash or "/" in critic:
         raise UserError(f"pair {pair}: write it as ACTOR/CRITIC")
-    log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": request.cluster}
+    log = {"actor": actor, "critic": critic, "variant": variant_name, "cluster": selection.cluster}
     rows = -(-job.batch // layouts[variant.training][2])
     decode = {"small": job.decode[0], "large": job.decode[1], "rows": rows}[variant.decode]
-    most = table.most_layers(request.scale, request.devices)
+    most = table.most_layers(selection.scale, selection.devices)
     models = {role: _model(scale, name, most) for role, name in (("actor", actor), ("critic", critic))}
     data = merge(
         table.config,
@@ -227,7 +227,7 @@ def _experiment(
             "log": {**log, "figures": list(figures), "repeat": repeat},
         },
         variant.config,
-        {} if request.iterations is None else {"iterations": request.iterations},
+        {} if selection.iterations is None else {"iterations": selection.iterations},
     )
     tp, pp, dp = job.train
     name = f"{actor}_{critic}_{variant_name}_{job.batch}_{tp}-{pp}-{dp}".lower()
@@ -236,7 +236,7 @@ def _experiment(
         return f"{TABLE.name}: {name}"
 
     config = build(data, place)
-    return Experiment(f"{name}_r{repeat}" if request.repeats > 1 else name, config, tuple(missing(config)))
+    return Experiment(f"{name}_r{repeat}" if selection.repeats > 1 else name, config, tuple(missing(config)))
 
 
 def _model(scale: Scale, name: str, most: int | None) -> dict[str, Any]:

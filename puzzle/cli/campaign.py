@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from puzzle.campaign import runs as campaign
-from puzzle.campaign.experiments import TABLE, Experiment, Request, expand, read_table
+from puzzle.campaign.experiments import TABLE, Experiment, Selection, expand, read_table
 from puzzle.campaign.forecast import forecast
 from puzzle.campaign.machine import Machine, find_machine
 from puzzle.cli import Parser, filled, named, whole
@@ -45,13 +45,13 @@ def run(arguments: Sequence[str]) -> int:
     devices = None
     if scale == "node" and scale in table.scales:
         devices = min(machine.per_host, table.scales[scale].devices) or table.scales[scale].devices
-    request = Request(
+    selection = Selection(
         scale, tuple(options.only), options.cluster, devices, options.repeats, options.iterations
     )
     if (most := table.most_layers(scale, devices)) is not None:  # said wherever a figure names the machine
-        cluster = f"{request.cluster}, {devices} GPUs, at most {most} layers"
-        request = replace(request, cluster=cluster)
-    experiments = [_checked(experiment, machine) for experiment in expand(table, request)]
+        cluster = f"{selection.cluster}, {devices} GPUs, at most {most} layers"
+        selection = replace(selection, cluster=cluster)
+    experiments = [_checked(experiment, machine) for experiment in expand(table, selection)]
     submits = options.launcher == "slurm" and not slurm.inside()
     if options.dry_run:
         _list(experiments, console)
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     if all(experiment.lacks for experiment in experiments):
         _list(experiments, console)
         raise UserError("none of these runs can be run by this version here")
-    asked = {**asdict(request), "only": list(request.only)}
+    asked = {**asdict(selection), "only": list(selection.only)}
     out = options.out or campaign.unfinished(Path(), asked)
     if out is None:
         out = Path(f"outputs_from_exec_{datetime.now():%Y%m%d-%H%M%S}")

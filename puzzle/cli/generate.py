@@ -13,7 +13,7 @@ from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config.sections import DataConfig
 from puzzle.config.sources import folder_spec
 from puzzle.data.endings import endings
-from puzzle.data.prompts import Prompt, PromptSet, Row, decoded, lines, load_prompts, tokenise
+from puzzle.data.prompts import Prompt, PromptRow, PromptSet, decoded, lines, load_prompts, tokenise
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text
 from puzzle.errors import UserError
 from puzzle.files import durable
@@ -30,7 +30,7 @@ Answers = list[tuple[int, "list[Response]"]]
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerateJob:
     """What every process is given."""
 
     model: Path
@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     names = ("greedy", "temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "seed")
     sampling = {name: getattr(given, name) for name in names}
-    job = Job(
+    job = GenerateJob(
         given.model,
         _prompts(given.prompts, data, tokenizer).prompts,
         given.jsonl,
@@ -113,13 +113,15 @@ def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> Promp
     if sys.stdin is None:
         raise UserError("standard input is closed; give --prompts FILE")
     # Read as files are, whatever the terminal's encoding.
-    rows = [Row(f"{source}:{i}", None, line) for i, line in lines(decoded(sys.stdin.buffer.read(), source))]
+    rows = [
+        PromptRow(f"{source}:{i}", None, line) for i, line in lines(decoded(sys.stdin.buffer.read(), source))
+    ]
     if not rows:
         raise UserError("no prompts on standard input; give lines, or --prompts FILE")
     return tokenise(rows, source, data, tokenizer)
 
 
-def work(job: Job) -> None:
+def work(job: GenerateJob) -> None:
     """What every process does; rank 0 prints, and writes the file once all is there."""
     from puzzle.engine.generate.decode_ring import Request, check_room, generate
     from puzzle.engine.generate.model_runner import ModelRunner
@@ -154,7 +156,7 @@ def work(job: Job) -> None:
             terminal.write()
 
 
-def _load(job: Job, world: Any) -> ModelRuntime:
+def _load(job: GenerateJob, world: Any) -> ModelRuntime:
     import torch
 
     from puzzle.engine.pipeline.model import ModelRuntime
@@ -181,7 +183,7 @@ def _load(job: Job, world: Any) -> ModelRuntime:
 class Terminal:
     """Prints responses, a single one while it comes, and keeps the lines of the file."""
 
-    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
+    def __init__(self, tokenizer: Tokenizer, job: GenerateJob) -> None:
         self.tokenizer, self.job = tokenizer, job
         self._lines: list[str] = []
         self._stream = TextStream(tokenizer, job.prompts[0].tokens)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from puzzle.config.resolve import RunPlan
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
-from puzzle.plan.memory import RankMemory, Switched, Use, Work, rank_memory, spreading_bytes
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, deferred_gather_bytes, rank_memory
 
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
@@ -23,7 +23,7 @@ REMEDIES = {
     "activations": "lower algorithm.microbatch or set recompute",
     "logits": "lower algorithm.microbatch, or generation.decode_microbatch where it generates",
     "one layer": "lower algorithm.microbatch, or generation.prefill_microbatch where it generates",
-    "spreading": "raise {model}.layout.tp or pp instead of dp",
+    "deferred all-gather": "raise {model}.layout.tp or pp instead of dp",
     "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
 }
@@ -81,8 +81,8 @@ def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
         config.generation.prefill_microbatch,
         config.generation.decode_microbatch,
     )
-    shared = plan.training.may_share
-    return [rank_memory(rank, uses, generation, work, switched[rank], shared) for rank in range(plan.world)]
+    fused = plan.training.may_share
+    return [rank_memory(rank, uses, generation, work, switched[rank], fused) for rank in range(plan.world)]
 
 
 def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
@@ -96,10 +96,10 @@ def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
     for rank in range(plan.world):
         part = switch.for_rank(rank)
         weights = plan.itemsize * sum(param.size for param in part.allocate)
-        spreading = spreading_bytes(actor, actor.placement.coord_of(rank)) if switch.zero else 0
-        filling = max(part.peak_extra, weights + spreading)
+        deferred_gather = deferred_gather_bytes(actor, actor.placement.coord_of(rank)) if switch.zero else 0
+        filling = max(part.peak_extra, weights + deferred_gather)
         staged = part.peak_extra if options.overlap == "prefill" else weights
-        found.append(Switched(staged, filling, spreading))
+        found.append(Switched(staged, filling, deferred_gather))
     return found, switch.destination
 
 

@@ -22,7 +22,7 @@ Messages = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One prompt as read: `place` is file:line, or file and row, for error lines."""
 
     place: str
@@ -69,7 +69,7 @@ class PromptSet:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
+def read_rows(path: Path, field: str, id_field: str | None) -> list[PromptRow]:
     """The rows of a .jsonl, .parquet or .txt file or of a Hugging Face dataset folder, in order.
 
     Raises UserError naming file and line for what cannot be read, has no `field`, or has nothing in it.
@@ -86,7 +86,7 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
         records = ((f"{path}:{number}", {field: line}) for number, line in lines(_content(path)))
     else:
         raise UserError(f"{path}: prompts must be .jsonl, .parquet, .txt or a Hugging Face dataset folder")
-    rows: list[Row] = []
+    rows: list[PromptRow] = []
     seen: dict[str, str] = {}
     for place, record in records:
         for name in filter(None, (field, id_field)):
@@ -103,7 +103,7 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[Row]:
             seen[own] = place
         if isinstance(record[field], str) and not record[field].strip():
             raise UserError(f"{place}: the prompt is empty")
-        rows.append(Row(place, own, record[field]))
+        rows.append(PromptRow(place, own, record[field]))
     if not rows:
         raise UserError(f"{path}: holds no prompts")
     return rows
@@ -192,7 +192,11 @@ def load_prompts(
 
 
 def tokenise(
-    rows: Sequence[Row], source: str, data: DataConfig, tokenizer: Tokenizer, now: datetime | None = None
+    rows: Sequence[PromptRow],
+    source: str,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    now: datetime | None = None,
 ) -> PromptSet:
     """Turn rows into prompts, with `now` where a chat template writes the time; raises UserError naming the
     place of what is wrong."""
@@ -229,7 +233,7 @@ def tokenise(
     return PromptSet(tuple(kept), dropped)
 
 
-def _messages(row: Row, data: DataConfig) -> Messages | None:
+def _messages(row: PromptRow, data: DataConfig) -> Messages | None:
     """The turns of a row, with the run's system turn unless it has its own; None for plain text."""
     value = row.value
     if isinstance(value, str) and not data.chat_template:

@@ -58,7 +58,7 @@ def filled(world: int, room: Sequence[int]) -> list[int]:
     return counts
 
 
-class Watch:
+class AgentMonitor:
     """The launcher's side of a run on several hosts. Posts are JSON, read only to be shown."""
 
     def __init__(self, hosts: Sequence[str], counts: Sequence[int], addresses: Sequence[str]) -> None:

@@ -275,7 +275,7 @@ def _redirect(log: Path, first: bool) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def tell(line: str, first: bool, kind: str = "hang") -> None:
+def report(line: str, first: bool, kind: str = "hang") -> None:
     """Say why all processes of the run end, from any thread: to the launcher that started this one, or,
     where that is another program, on stderr, if `first`. `kind` is a Death's."""
     if REPORT in os.environ:

@@ -22,7 +22,7 @@ from typing import Any
 
 from puzzle.errors import UserError, leave, terminate_as_exit
 from puzzle.launch import slurm
-from puzzle.launch.hosts import STOPPED, Watch, filled
+from puzzle.launch.hosts import STOPPED, AgentMonitor, filled
 from puzzle.launch.local import WorkerError
 from puzzle.launch.network import LOOPBACK, address_towards
 
@@ -75,28 +75,28 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         chosen = [nodes[placed[index]] for index in range(len(counts))]
         addresses = [node["NodeManagerAddress"] for node in chosen]
-        watch = Watch([node["NodeManagerHostname"] for node in chosen], counts, addresses)
-        order = watch.order(target, args, logs).text()
-        ends = _Agents(watch, group, counts, order)
+        monitor = AgentMonitor([node["NodeManagerHostname"] for node in chosen], counts, addresses)
+        order = monitor.order(target, args, logs).text()
+        ends = _Agents(monitor, group, counts, order)
         try:
-            watch.until(ends.ended)
+            monitor.until(ends.ended)
         except BaseException:
-            watch.end(STOPPED)
+            monitor.end(STOPPED)
             raise
         finally:
             ends.wait()
-        watch.find_mute()
-        watch.settle(ends.code, f"an agent ended with code {ends.code}; its output tells why", logs)
+        monitor.find_mute()
+        monitor.settle(ends.code, f"an agent ended with code {ends.code}; its output tells why", logs)
 
 
 class _Agents:
     """The actors of a run and what comes of them."""
 
-    def __init__(self, watch: Watch, group: Any, counts: Sequence[int], order: str) -> None:
+    def __init__(self, monitor: AgentMonitor, group: Any, counts: Sequence[int], order: str) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._watch = watch
+        self._monitor = monitor
         self._control, self._answered = ray.get_runtime_context().gcs_address, time.monotonic()
         self.code = 0
         values = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
@@ -144,7 +144,7 @@ class _Agents:
                 continue
             except RayError as error:
                 index = self._streams.pop(stream)
-                self._watch.lose(index, f"its Ray actor is gone: {type(error).__name__}")
+                self._monitor.lose(index, f"its Ray actor is gone: {type(error).__name__}")
                 continue
             if isinstance(some, int):
                 self.code = self.code or some

@@ -25,7 +25,7 @@ from puzzle.config.load import read_yaml
 from puzzle.errors import UserError, terminate_as_exit
 from puzzle.files import lock
 from puzzle.files.path import ROOT
-from puzzle.launch.hosts import Watch, filled
+from puzzle.launch.hosts import AgentMonitor, filled
 
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-P", "-u", "-m", "puzzle.launch.agent")
@@ -130,8 +130,8 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
     nodes = job_nodes(device)
     counts = filled(world, [node.room for node in nodes])
     nodes = nodes[: len(counts)]
-    watch = Watch([node.name for node in nodes], counts, [node.address for node in nodes])
-    order = watch.order(target, args, logs)
+    monitor = AgentMonitor([node.name for node in nodes], counts, [node.address for node in nodes])
+    order = monitor.order(target, args, logs)
     with terminate_as_exit():
         # A session of its own: a Ctrl-C is for this process, which ends srun.
         step = subprocess.Popen(
@@ -142,13 +142,13 @@ def run(target: str, args: Sequence[Any], world: int, logs: Path | None, device:
             with contextlib.suppress(BrokenPipeError):
                 step.stdin.write(order.text().encode())
                 step.stdin.flush()
-            watch.until(lambda seconds: _ended(step, seconds))
+            monitor.until(lambda seconds: _ended(step, seconds))
         finally:
             end_step(step)
     code = step.returncode
     if code > 0:  # srun itself lives: it has ended the other agents, and they had the time to say so
-        watch.find_mute()
-    watch.settle(
+        monitor.find_mute()
+    monitor.settle(
         code if code >= 0 else 128 - code, f"srun ended with code {code}; its output tells why", logs
     )
 

@@ -2,7 +2,7 @@
 
 No mask ever spans sequences: on CUDA the varlen flash kernel reads the packed tokens as they are; elsewhere
 they are laid out as (B, S) rows, left-aligned, where causality alone hides the padding behind a sequence.
-Suffixes: T packed tokens, B rows, S places of a row, H query heads, K key/value heads, h head_dim.
+Suffixes: T packed tokens, B rows, S positions of a row, H query heads, K key/value heads, h head_dim.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ except ImportError:
 
 
 class Slots(NamedTuple):
-    """Where the first n keys and values of a pass go: a layer's (B, K, S, h), int64 rows and places (n,)."""
+    """Where the first n keys and values of a pass go: a layer's (B, K, S, h); int64 rows, positions (n,)."""
 
     k_BKSh: Tensor
     v_BKSh: Tensor
     rows: Tensor
-    places: Tensor
+    positions: Tensor
 
     def write(self, k_TKh: Tensor, v_TKh: Tensor) -> None:
         """Store them."""
         count = len(self.rows)
-        self.k_BKSh[self.rows, :, self.places[:count]] = k_TKh[:count]
-        self.v_BKSh[self.rows, :, self.places[:count]] = v_TKh[:count]
+        self.k_BKSh[self.rows, :, self.positions[:count]] = k_TKh[:count]
+        self.v_BKSh[self.rows, :, self.positions[:count]] = v_TKh[:count]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class KVCache:
         return self.k[layer, :rows, :, : batch.reach], self.v[layer, :rows, :, : batch.reach]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` places of row `source` over row `target`, in every layer."""
+        """Copy the first `length` positions of row `source` over row `target`, in every layer."""
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
 
@@ -124,8 +124,8 @@ def _row_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: 
         q, k, v = (x.index_select(0, batch.row_tokens) for x in (q, k, v))
     mask = None
     if window is not None:
-        place = torch.arange(longest, device=q.device)
-        mask = (place[None] <= place[:, None]) & (place[None] > place[:, None] - window)
+        position = torch.arange(longest, device=q.device)
+        mask = (position[None] <= position[:, None]) & (position[None] > position[:, None] - window)
     q, k, v = (x.view(rows, longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     out = out.transpose(1, 2).reshape(rows * longest, *out.shape[1:2], out.shape[3])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from puzzle.model.pointwise import has_kernels
 
 FEW = 64
-"""Rows up to which `skinny` reads weights faster than the BLAS (measured on an H100)."""
+"""Rows up to which `skinny_gemm` reads weights faster than the BLAS (measured on an H100)."""
 
 FEW_ON_CPU = 16
 """Rows up to which a CPU multiplies wide matrices from the left."""
@@ -69,10 +69,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
     """What `linear` gives, where no gradient is wanted."""
     few = x.dim() == 2 and len(x) <= FEW and x.dtype in (torch.bfloat16, torch.float16)
     if few and bias is None and has_kernels(x.device):
-        from puzzle.model.kernels import skinny_gemm as skinny
+        from puzzle.model.kernels import skinny_gemm
 
-        if skinny.fits(weight, transposed):
-            return skinny.product(x, weight, transposed)
+        if skinny_gemm.fits(weight, transposed):
+            return skinny_gemm.product(x, weight, transposed)
     matrix = weight.t() if transposed else weight
     if _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel():
         if few_and_wide(x, matrix) and bias is None:

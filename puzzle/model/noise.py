@@ -46,23 +46,23 @@ def _mix64_tensor(state: Tensor) -> Tensor:
 def row_keys(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor, position_B: Tensor) -> Tensor:
     """Keys (B, 2) int32 of the rows of one draw; the three tensors are int64, on one device, and broadcast.
 
-    `position` counts the tokens before the drawn one in a way that the caller keeps to (here: answer tokens
+    `position` counts the tokens before the sampled one in a way that the caller keeps to (here: answer tokens
     so far). Each name is mixed in after the one before it was mixed, so exchanging two of them gives
     another key.
     """
-    return place_keys(row_stems(seed, iteration, prompt_id_B, sample_B), position_B)
+    return position_keys(row_seeds(seed, iteration, prompt_id_B, sample_B), position_B)
 
 
-def row_stems(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor) -> Tensor:
-    """What of `row_keys` stays the same while a response is drawn: int64 (B,)."""
+def row_seeds(seed: int, iteration: int, prompt_id_B: Tensor, sample_B: Tensor) -> Tensor:
+    """What of `row_keys` stays the same while a response is sampled: int64 (B,)."""
     state = _mix64(_mix64(seed + GOLDEN) + iteration + GOLDEN)
     state_B = _mix64_tensor(prompt_id_B.long() + _signed(state + GOLDEN, 64))
     return _mix64_tensor(state_B + (sample_B + _signed(GOLDEN, 64)))
 
 
-def place_keys(stem_B: Tensor, position_B: Tensor) -> Tensor:
-    """`row_keys` of rows with these stems, at these positions: (B, 2) int32."""
-    state_B = _mix64_tensor(stem_B + (position_B + _signed(GOLDEN, 64)))
+def position_keys(row_seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """`row_keys` of rows with these row_seeds, at these positions: (B, 2) int32."""
+    state_B = _mix64_tensor(row_seed_B + (position_B + _signed(GOLDEN, 64)))
     return state_B.contiguous().unsqueeze(-1).view(torch.int32)
 
 

@@ -52,16 +52,16 @@ class PackedBatch:
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """int64 (T,): place of each token inside its segment."""
-        places = torch.cat([torch.arange(n) for n in self.segments])
-        return places.to(self.tokens_T.device, non_blocking=True)
+        """int64 (T,): position of each token inside its segment."""
+        positions = torch.cat([torch.arange(n) for n in self.segments])
+        return positions.to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
     def row_tokens(self) -> Tensor:
-        """int64 (sequences * longest,): the token at each place of left-aligned rows; 0 behind an end."""
-        places = torch.arange(max(self.lengths))
+        """int64 (sequences * longest,): the token at each position of left-aligned rows; 0 behind an end."""
+        positions = torch.arange(max(self.lengths))
         lengths = torch.tensor(self.lengths)[:, None]
-        tokens = torch.where(places < lengths, lengths.cumsum(0) - lengths + places, 0)
+        tokens = torch.where(positions < lengths, lengths.cumsum(0) - lengths + positions, 0)
         return tokens.flatten().to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
@@ -101,12 +101,12 @@ class DecodeBatch:
         return torch.arange(len(self.tokens_T), device=self.tokens_T.device)
 
     def mask(self, window: int | None) -> Tensor:
-        """bool (B, 1, 1, reach): cached places that each row's new token sees, the last `window` if given."""
-        place = torch.arange(self.reach, device=self.positions_T.device)
+        """bool (B, 1, 1, reach): cached positions that a row's new token sees, the last `window` if given."""
+        position = torch.arange(self.reach, device=self.positions_T.device)
         last = self.positions_T[:, None]
-        seen = place <= last
+        seen = position <= last
         if window is not None:
-            seen &= place > last - window
+            seen &= position > last - window
         return seen[:, None, None]
 
 

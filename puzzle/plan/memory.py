@@ -120,7 +120,7 @@ def gradient_bytes(use: Use, coord: Coord) -> int:
     return FP32 * _chunk(use, coord) * (dp if use.fused or dp == 1 else dp + 1)
 
 
-def spreading_bytes(use: Use, coord: Coord) -> int:
+def deferred_gather_bytes(use: Use, coord: Coord) -> int:
     """All replicas' stepped rows, where they spread after the gradients' buffers were given back."""
     dp = use.placement.layout.dp
     return use.itemsize * _chunk(use, coord) * dp if dp > 1 else 0
@@ -300,12 +300,12 @@ def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
 @dataclass(frozen=True)
 class Switched:
     """What generating in another layout takes beside the training weights: `weights` while it generates,
-    `filling` (those and staging) while they are brought there; `spreading`: stepped rows of the actor that
-    come from other replicas while it generates."""
+    `filling` (those and staging) while they are brought there; `deferred_gather`: stepped rows of the actor
+    that come from other replicas while it generates."""
 
     weights: int = 0
     filling: int = 0
-    spreading: int = 0
+    deferred_gather: int = 0
 
 
 def rank_memory(
@@ -314,14 +314,14 @@ def rank_memory(
     generation: Use,
     work: Work,
     switched: Switched = Switched(),
-    shared: bool = False,
+    fused: bool = False,
 ) -> RankMemory:
-    """What `rank` needs. `generation` is the actor where it generates; `shared`: the trained models share a
+    """What `rank` needs. `generation` is the actor where it generates; `fused`: the trained models share a
     pipeline."""
     resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
-    steps = [_fused(trained, work, rank)] if shared else []
-    if not shared:
+    steps = [_fused(trained, work, rank)] if fused else []
+    if not fused:
         steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
     inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
     made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
@@ -330,7 +330,7 @@ def rank_memory(
         "switch": {"generation weights and staging": switched.filling, **states},
         "generation": {
             "generation weights": switched.weights,
-            "actor spreading": switched.spreading,
+            "actor deferred all-gather": switched.deferred_gather,
             **made,
         },
         "inference": {**lent, **inferred},

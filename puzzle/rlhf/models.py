@@ -111,10 +111,10 @@ def build_models(plan: RunPlan, world: World) -> Models:
             runtime.decoder.compile_layers()
         seed = config.seed + ROLE_SEEDS[role]
         if section.model is None:
-            initialise(runtime.decoder, seed, world.pulse.tick)
+            initialise(runtime.decoder, seed, world.progress.tick)
         else:
             head_seed = seed if role == "critic" else None
-            loaded = hf.load(runtime.decoder, folder, head_seed, world.pulse.tick)
+            loaded = hf.load(runtime.decoder, folder, head_seed, world.progress.tick)
             if world.rank == 0:
                 loaded.warn(folder)
         made[role] = runtime
@@ -146,7 +146,7 @@ def _host_memory(plan: RunPlan, world: World) -> HostMemory:
     ahead = 0
     if options.optimizer or options.reference or options.reward:
         ahead = footprint.estimate(plan, fused=world.device.type == "cuda")[world.rank].host
-    return HostMemory(world.device, ahead, world.pulse.tick)
+    return HostMemory(world.device, ahead, world.progress.tick)
 
 
 def _offload_policy(

@@ -47,5 +47,5 @@ def refuse_replacing(checkpoints: Path, world: World) -> None:
 
 def give_up(line: str) -> None:
     """Ends the run from the rank whose reward function does not let itself be ended."""
-    local.tell(line, True, "user")
+    local.report(line, True, "user")
     os._exit(2)

@@ -147,7 +147,7 @@ class Recorder:
         self.note: str | None = None
         self.writer = None
         if world.rank == 0:
-            self.writer = RunWriter(out, header, resumed is not None, world.pulse.writing)
+            self.writer = RunWriter(out, header, resumed is not None, world.progress.writing)
         done = 0 if resumed is None else resumed.done
         tensorboard = config.log.tensorboard
         self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
@@ -282,7 +282,7 @@ class Recorder:
             return
         durable.make_folder(folder.parent)
         with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model, folder.parent) as files:
-            more, generation, gate = endings.config, endings.generation, self.world.pulse.writing
+            more, generation, gate = endings.config, endings.generation, self.world.progress.writing
             hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
         self.write(Checkpoint(done, str(folder.relative_to(self.out))))
         self._prune()

@@ -85,9 +85,9 @@ def rollout(
     )
     longest = experience.mask_BS.shape[1]
     logprobs = actor.collect(logprobs_RS, rows, (count, width))[:, :longest]
-    drawn = torch.tensor(tally.rows if actor.owns_results else 0, device=actor.world.device)
-    drawn = int(actor.world.sum(drawn))
-    return replace(experience, logprobs_BS=logprobs, sampled_logprobs_BS=logprobs, sampled_tokens=drawn)
+    sampled = torch.tensor(tally.rows if actor.owns_results else 0, device=actor.world.device)
+    sampled = int(actor.world.sum(sampled))
+    return replace(experience, logprobs_BS=logprobs, sampled_logprobs_BS=logprobs, sampled_tokens=sampled)
 
 
 def responses_of(parts: Sequence[Experience]) -> Experience:

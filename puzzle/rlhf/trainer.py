@@ -71,7 +71,7 @@ def train(
     began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
     function = reward_function(config, give_up)
     longest = 0.0 if function is None else function.allowed.longest
-    watch = Watch(config.launch.watchdog, local.tell, out / "ranks", longest)
+    watch = Watch(config.launch.watchdog, local.report, out / "ranks", longest)
     with World.start(config.device, watch=watch) as world:
         try:
             plan = resolve(config, max(world.gather(world.per_node)))
@@ -80,7 +80,7 @@ def train(
             # Random tokens are read by every model as they are.
             data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0], began)
             check_memory(plan, world)
-            world.pulse.mark("loading models")
+            world.progress.mark("loading models")
             trainer = Trainer(plan, data, build_models(plan, world), world, function)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
@@ -189,7 +189,7 @@ class Trainer:
             if stop is not None and metrics["kl"] > stop:
                 recorder.note = f"KL {metrics['kl']:.4g} exceeded algorithm.kl_stop {stop:g}"
                 break
-        self.world.pulse.mark("saving the models")
+        self.world.progress.mark("saving the models")
         if self.config.checkpoint.save and self._saved != self.done:
             self._begin_state(checkpoints)  # a run that has ended can go on, too
         for role, model in self.models.trained.items():
@@ -201,7 +201,7 @@ class Trainer:
 
     def _save(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
         """Begin a checkpoint where one is due, log those that became complete."""
-        self.world.pulse.mark("saving")
+        self.world.progress.mark("saving")
         recorder.states(checkpoints.finished())
         options = self.config.checkpoint
         if options.save and options.every and self.done % options.every == 0:
@@ -216,7 +216,7 @@ class Trainer:
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One iteration; its metrics, equal on every rank."""
         prompts = self.data.train.next()
-        doing = self.world.pulse.mark
+        doing = self.world.progress.mark
         doing(f"iteration {iteration}, generation")
         clock = StageClock(self.world)
         self.tracer.start(iteration)
@@ -307,7 +307,7 @@ class Trainer:
         assert self.function is not None
         found: list[float] | UserError = []
         if self.world.rank == 0:
-            with self.world.pulse.busy("the reward function", self.function.allowed.longest):
+            with self.world.progress.busy("the reward function", self.function.allowed.longest):
                 try:
                     found = self.function(*self._texts(experience, prompts))
                 except UserError as error:
@@ -333,7 +333,7 @@ class Trainer:
         """
         if not self.config.eval.every or self.data.held_out is None:
             return
-        self.world.pulse.mark(f"evaluation after {done} iterations")
+        self.world.progress.mark(f"evaluation after {done} iterations")
         prompts, size = self.data.held_out.prompts, self.config.batch * self.config.generation.samples
         params = dataclasses.replace(
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puzzle.bench import device, kernels
-from puzzle.bench.check import Row, layouts
+from puzzle.bench.check import Comparison, layouts
 from puzzle.bench.texts import next_tokens
 from puzzle.cli import main
 from puzzle.engine.runtime.world import World
@@ -85,9 +85,9 @@ def test_check_holds_on_a_cpu(capfd: pytest.CaptureFixture) -> None:
 
 
 def test_a_comparison_can_fail() -> None:
-    assert Row("a", "b", 1.0, 1.0).ok
-    assert not Row("a", "b", 1.1, 1.0).ok
-    assert not Row("a", "b", float("nan"), 1.0).ok
+    assert Comparison("a", "b", 1.0, 1.0).ok
+    assert not Comparison("a", "b", 1.1, 1.0).ok
+    assert not Comparison("a", "b", float("nan"), 1.0).ok
 
 
 def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

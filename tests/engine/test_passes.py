@@ -11,23 +11,23 @@ import torch
 
 from puzzle.engine.generate import model_runner as engine_passes
 from puzzle.engine.generate.decode_ring import Request, generate
-from puzzle.engine.generate.model_runner import Drawn, ModelRunner, bucket
+from puzzle.engine.generate.model_runner import ModelRunner, Sampled, bucket
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
-from puzzle.model.noise import row_stems
+from puzzle.model.noise import row_seeds
 from tests.model.tiny import stage
 from tests.reference.tiny import save_lm
 
 CAPACITY = 48
 
 
-def stems(ids: list[int], seed: int = 3) -> list[int]:
+def seeds_of(ids: list[int], seed: int = 3) -> list[int]:
     names = torch.tensor(ids)
-    return row_stems(seed, 0, names, torch.zeros_like(names)).tolist()
+    return row_seeds(seed, 0, names, torch.zeros_like(names)).tolist()
 
 
-def drawn(out: Drawn | torch.Tensor) -> tuple[list[int], list[float]]:
-    assert isinstance(out, Drawn)
+def drawn(out: Sampled | torch.Tensor) -> tuple[list[int], list[float]]:
+    assert isinstance(out, Sampled)
     return out.fetch().lists()
 
 
@@ -43,12 +43,12 @@ def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
     passes.start((3, 1), CAPACITY, params)
     got: list[list[tuple[int, float]]] = [[] for _ in prompts]
 
-    def note(who: list[int], out: Drawn | torch.Tensor) -> None:
+    def note(who: list[int], out: Sampled | torch.Tensor) -> None:
         for i, token, logprob in zip(who, *drawn(out), strict=True):
             got[i].append((token, logprob))
 
     def fill(rows: list[int], who: list[int]) -> None:
-        note(who, passes.prefill(rows, [prompts[i] for i in who], stems(who)))
+        note(who, passes.prefill(rows, [prompts[i] for i in who], seeds_of(who)))
 
     fill([2, 0, 3], [0, 1, 3])
     fill([1], [2])
@@ -71,7 +71,7 @@ def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
         torch.testing.assert_close(logprobs, torch.tensor(truth.logprobs[: len(part)]), rtol=0, atol=1e-5)
 
 
-def test_parked_rows_change_nothing_and_stay_where_they_are(
+def test_inactive_rows_change_nothing_and_stay_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where passes have as many rows as a bucket: what stands behind the sequences in use has no
@@ -93,26 +93,28 @@ def test_parked_rows_change_nothing_and_stay_where_they_are(
     passes.graphs = True
     got: list[list[int]] = [[] for _ in prompts]
 
-    def note(who: list[int], out: Drawn | torch.Tensor) -> None:
+    def note(who: list[int], out: Sampled | torch.Tensor) -> None:
         for i, token in zip(who, drawn(out)[0], strict=True):
             got[i].append(token)
 
-    note([0, 1, 2], passes.prefill([0, 1, 2], prompts[:3], stems([0, 1, 2])))
+    note([0, 1, 2], passes.prefill([0, 1, 2], prompts[:3], seeds_of([0, 1, 2])))
     for _ in range(4):
         note([0, 1, 2], passes.decode(0, 3))
         assert passes.state[1].tolist() == [
             *(len(prompts[i]) + len(got[i]) - 1 for i in range(3)),
-            engine_passes.PARKED,
-            engine_passes.PARKED,
+            engine_passes.INACTIVE,
+            engine_passes.INACTIVE,
         ]
-    note([3], passes.prefill([3], prompts[3:], stems([3])))  # where a parked row was computed four times
+    note(
+        [3], passes.prefill([3], prompts[3:], seeds_of([3]))
+    )  # where an inactive row was computed four times
     for _ in range(3):
         note([0, 1, 2, 3], passes.decode(0, 4))
     passes.move(3, 0, len(prompts[3]) + len(got[3]) - 1)
-    assert passes.state[1, 3] == engine_passes.PARKED
+    assert passes.state[1, 3] == engine_passes.INACTIVE
     for _ in range(2):
         note([3, 1, 2], passes.decode(0, 3))
-    assert passes.state[1, 3:].tolist() == [engine_passes.PARKED] * 2
+    assert passes.state[1, 3:].tolist() == [engine_passes.INACTIVE] * 2
     assert [len(part) for part in got] == [8, 10, 10, 6]
     assert got == [truth[: len(part)] for part, truth in zip(got, alone, strict=True)]
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw, keep_likely
 from puzzle.errors import UserError
-from puzzle.model.noise import gumbel, row_keys, row_stems
+from puzzle.model.noise import gumbel, row_keys, row_seeds
 from puzzle.model.parallel import TensorGroup
 from tests.helpers import run_ranks
 
@@ -63,8 +63,8 @@ def test_log_probabilities_are_of_logits_without_noise_filters_or_bans(case, lea
     logits, params = rows(60, seed=5), SamplingParams(**case, stop_ids=(3, 11), min_new_tokens=least, seed=2)
     logits[:, [3, 11]] += 5.0
     numbers = torch.arange(60)
-    stems, counts = row_stems(2, 0, numbers, numbers), numbers % 4
-    packed = draw(logits.clone(), stems, counts, params, WHOLE)
+    seeds, counts = row_seeds(2, 0, numbers, numbers), numbers % 4
+    packed = draw(logits.clone(), seeds, counts, params, WHOLE)
     assert packed.dtype == torch.int32
     tokens, logprobs = packed[0].long().numpy(), packed[1].view(torch.float32).numpy()
     scaled = logits.double().numpy() / params.temperature
@@ -74,9 +74,9 @@ def test_log_probabilities_are_of_logits_without_noise_filters_or_bans(case, lea
     assert not set(tokens[young]) & {3, 11}
     assert set(tokens[~young]) & {3, 11}
     if not params.greedy:  # the same names draw the same, other names something else
-        again = draw(logits.clone(), stems, counts, params, WHOLE)
+        again = draw(logits.clone(), seeds, counts, params, WHOLE)
         assert torch.equal(packed, again)
-        other = draw(logits.clone(), row_stems(3, 0, numbers, numbers), counts, params, WHOLE)
+        other = draw(logits.clone(), row_seeds(3, 0, numbers, numbers), counts, params, WHOLE)
         assert not torch.equal(packed[0], other[0])
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.engine.generate.decode_ring import DecodeRingStage, Request, RequestStates, ring_of
-from puzzle.engine.generate.model_runner import Drawn
+from puzzle.engine.generate.model_runner import Sampled
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.plan.pipeline.actions import Action, Op
 
@@ -57,13 +57,13 @@ class ToyPasses:
         assert not self.cached
         self.recorded = leaving
 
-    def _drawn(self, rows: list[int]) -> Drawn:
+    def _drawn(self, rows: list[int]) -> Sampled:
         tokens = [following(self.cached[row]) for row in rows]
         self.next.update(zip(rows, tokens, strict=True))
         bits = torch.tensor([logprob(token) for token in tokens]).view(torch.int32)
-        return Drawn(torch.stack((torch.tensor(tokens, dtype=torch.int32), bits)))
+        return Sampled(torch.stack((torch.tensor(tokens, dtype=torch.int32), bits)))
 
-    def prefill(self, rows: range, prompts: list[list[int]], stems: list[int], x: Any) -> Any:
+    def prefill(self, rows: range, prompts: list[list[int]], row_seeds: list[int], x: Any) -> Any:
         told = [
             [row, token, place] for row, p in zip(rows, prompts, strict=True) for place, token in enumerate(p)
         ]
@@ -170,13 +170,13 @@ def play(stages: int, requests: list[Request], params: SamplingParams, sizes: An
     ring = ring_of(stages, [len(request.prompt) for request in requests], *sizes)
 
     def stage(number: int) -> None:
-        books = RequestStates(requests, params)
-        session = DecodeRingStage(cast(Any, ToyPasses(number, stages)), ring, books, late)
+        states = RequestStates(requests, params)
+        session = DecodeRingStage(cast(Any, ToyPasses(number, stages)), ring, states, late)
         execution = ToyExecution(number, wires)
         rounds = session.run(cast(Any, execution))
         assert tuple(execution.done) == ring.unrolled(rounds).actions[number]
         assert not execution.under_way
-        found[number] = (books.responses(), session.rows)
+        found[number] = (states.responses(), session.rows)
 
     threads = [threading.Thread(target=stage, args=(s,), daemon=True) for s in range(stages)]
     for thread in threads:

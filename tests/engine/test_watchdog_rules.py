@@ -23,7 +23,7 @@ from puzzle.engine.runtime.watchdog import (
     STOPPED,
     Heartbeat,
     PeerState,
-    Pulse,
+    Progress,
     judge,
     vouch,
 )
@@ -131,10 +131,10 @@ def test_a_line_names_three_others_at_most() -> None:
 
 
 def test_a_pulse_says_what_it_waits_for_and_goes_back() -> None:
-    pulse = Pulse()
-    pulse.mark("iteration 3")
-    before = pulse.count
-    with pulse.waiting("all-gather"):
-        assert (pulse.doing, pulse.waits) == ("iteration 3: all-gather", True)
-    assert (pulse.doing, pulse.waits) == ("iteration 3", False)
-    assert pulse.count > before
+    progress = Progress()
+    progress.mark("iteration 3")
+    before = progress.count
+    with progress.waiting("all-gather"):
+        assert (progress.doing, progress.waits) == ("iteration 3: all-gather", True)
+    assert (progress.doing, progress.waits) == ("iteration 3", False)
+    assert progress.count > before

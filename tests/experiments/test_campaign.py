@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from puzzle.campaign import runs as campaign
-from puzzle.campaign.experiments import Request, expand, read_table
+from puzzle.campaign.experiments import Selection, expand, read_table
 from puzzle.campaign.forecast import forecast, iteration_seconds
 from puzzle.campaign.machine import Machine
 from puzzle.cli import campaign as command
@@ -50,7 +50,7 @@ with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
 
 @pytest.fixture
 def experiments():
-    found = expand(read_table(), Request("cpu", only=("figure9",)))
+    found = expand(read_table(), Selection("cpu", only=("figure9",)))
     return [replace(experiment, lacks=()) for experiment in found[:4]]
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
         "import sys; from pathlib import Path; from rich.console import Console\n"
         "from puzzle.campaign.experiments import *; from puzzle.campaign import runs as campaign\n"
         "from puzzle.launch import local\n"
-        "e = expand(read_table(), Request('cpu', only=('figure9',)))[:1]\n"
+        "e = expand(read_table(), Selection('cpu', only=('figure9',)))[:1]\n"
         "from dataclasses import replace\n"
         "sleeper = 'import os,time; print(os.getpid(), flush=True); time.sleep(99)'\n"
         "with local.terminate_as_exit():\n"
@@ -144,7 +144,7 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
 
 
 def test_the_baseline_is_run_by_its_own_program():
-    figure8 = expand(read_table(), Request("cpu", only=("figure8",)))
+    figure8 = expand(read_table(), Selection("cpu", only=("figure8",)))
     words = {
         e.config.log.variant: campaign.command_of(e, "ray")(Path("c.json"), Path("out")) for e in figure8
     }
@@ -282,7 +282,7 @@ def test_the_forecast_is_near_what_the_published_runs_took():
             took[run.actor, run.critic, run.variant].append(fmean(run.printed["e2e"][1:]))
     experiments = [
         e
-        for e in expand(read_table(), Request("paper", cluster="orion"))
+        for e in expand(read_table(), Selection("paper", cluster="orion"))
         if "figure8" in e.config.log.figures
     ]
     pairs = [

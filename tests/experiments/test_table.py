@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.campaign.experiments import Experiment, Job, Request, expand, fitted, read_table
+from puzzle.campaign.experiments import Experiment, Job, Selection, expand, fitted, read_table
 from puzzle.config.resolve import resolve
 from puzzle.config.run import LayoutConfig
 from puzzle.errors import UserError
@@ -45,7 +45,7 @@ def by_run(experiments: list[Experiment]) -> dict[tuple, Experiment]:
 
 @pytest.mark.parametrize("cluster", ["orion", "phoenix"])
 def test_the_paper_scale_is_the_published_runs(table, cluster):
-    ours = by_run(expand(table, Request("paper", cluster=cluster)))
+    ours = by_run(expand(table, Selection("paper", cluster=cluster)))
     runs = [run for run in load_runs(ROOT / "logs/published").runs if run.cluster == cluster]
     compared = 0
     for run in (run for run in runs if run.variant != "theoretical"):
@@ -77,7 +77,7 @@ def test_the_paper_scale_is_the_published_runs(table, cluster):
     [("cpu", None), ("node", 8), ("node", 4), ("node", 1), ("paper", None), ("rehearsal", None)],
 )
 def test_every_run_is_possible_and_named_once(table, scale, devices):
-    experiments = expand(table, Request(scale, devices=devices))
+    experiments = expand(table, Selection(scale, devices=devices))
     assert len({experiment.name for experiment in experiments}) == len(experiments)
     assert {figure for e in experiments for figure in e.config.log.figures} == FIGURES
     for experiment in experiments:
@@ -88,7 +88,7 @@ def test_every_run_is_possible_and_named_once(table, scale, devices):
 
 
 def test_the_rehearsal_is_the_paper_with_toys(table):
-    paper, toys = (expand(table, Request(scale)) for scale in ("paper", "rehearsal"))
+    paper, toys = (expand(table, Selection(scale)) for scale in ("paper", "rehearsal"))
     for real, toy in zip(paper, toys, strict=True):
         assert real.name == toy.name
         assert real.config.layouts() == toy.config.layouts()
@@ -101,23 +101,23 @@ def test_a_node_has_as_deep_models_as_its_devices_hold(table):
         (8, {"7B": 16, "13B": 16, "33B": 16, "350M": 16}),
         (2, dict.fromkeys(("7B", "350M"), 4)),
     ):
-        for experiment in expand(table, Request("node", devices=devices)):
+        for experiment in expand(table, Selection("node", devices=devices)):
             models = resolve(experiment.config).models
             for role, name in (
                 ("actor", experiment.config.log.actor),
                 ("critic", experiment.config.log.critic),
             ):
                 assert models[role].spec.num_layers == layers.get(name, 4)
-    assert resolve(expand(table, Request("paper"))[0].config).actor.spec.num_layers == 32
+    assert resolve(expand(table, Selection("paper"))[0].config).actor.spec.num_layers == 32
 
 
 def test_iterations_of_the_request_win(table):
-    assert {e.config.iterations for e in expand(table, Request("cpu", iterations=2))} == {2}
+    assert {e.config.iterations for e in expand(table, Selection("cpu", iterations=2))} == {2}
 
 
 def test_repeats_differ_in_seed_and_number_alone(table):
-    twice = expand(table, Request("cpu", only=("figure9",), repeats=2))
-    assert len(twice) == 2 * len(expand(table, Request("cpu", only=("figure9",))))
+    twice = expand(table, Selection("cpu", only=("figure9",), repeats=2))
+    assert len(twice) == 2 * len(expand(table, Selection("cpu", only=("figure9",))))
     first, second = twice[:2]
     assert (second.config.seed, second.config.log.repeat) == (1, 1)
     log = second.config.log.model_copy(update={"repeat": 0})
@@ -125,14 +125,14 @@ def test_repeats_differ_in_seed_and_number_alone(table):
 
 
 def test_only_chooses_figures(table):
-    some = expand(table, Request("cpu", only=("figure12", "table3")))
+    some = expand(table, Selection("cpu", only=("figure12", "table3")))
     assert {figure for e in some for figure in e.config.log.figures} == {"figure12", "table3"}
-    for request, words in [
-        (Request("cpu", only=("figure99",)), "figure99 is unknown; did you mean figure9"),
-        (Request("big"), "big is unknown; there are cpu, node, paper, rehearsal"),
+    for selection, words in [
+        (Selection("cpu", only=("figure99",)), "figure99 is unknown; did you mean figure9"),
+        (Selection("big"), "big is unknown; there are cpu, node, paper, rehearsal"),
     ]:
         with pytest.raises(UserError, match=words):
-            expand(table, request)
+            expand(table, selection)
 
 
 def test_jobs_shrink_to_the_devices():
@@ -162,5 +162,5 @@ def test_mistakes_in_the_table_are_named(tmp_path, old, new, words):
     assert old in text
     (tmp_path / "table.yaml").write_text(text.replace(old, new))
     with pytest.raises(UserError) as raised:
-        expand(read_table(tmp_path / "table.yaml"), Request("cpu"))
+        expand(read_table(tmp_path / "table.yaml"), Selection("cpu"))
     assert words in str(raised.value)

@@ -56,10 +56,10 @@ def watched(out: Path, kind: str, seconds: float) -> None:
         mock.patch.object(socket, "gethostname", return_value=f"host{os.environ['RANK']}").start()
         kind = "stop 1"
     longest = 60.0 if kind == "limited" else 0.0
-    with World.start("cpu", watch=Watch(seconds, local.tell, out / "ranks", longest)) as world:
+    with World.start("cpu", watch=Watch(seconds, local.report, out / "ranks", longest)) as world:
         (out / f"{world.rank}.pid").write_text(str(os.getpid()))
         world.sum(torch.ones(1))
-        world.pulse.mark("the lesson")
+        world.progress.mark("the lesson")
         if kind == f"stop {world.rank}":
             time.sleep(seconds / 4)
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -69,12 +69,12 @@ def watched(out: Path, kind: str, seconds: float) -> None:
             elif kind == "endless":
                 while True:
                     time.sleep(0.01)
-                    with world.pulse.writing:
+                    with world.progress.writing:
                         (out / "saved").touch()
             elif kind == "slow":
                 time.sleep(2.5 * seconds)
             elif kind == "limited":  # longer than a watchdog's patience and than its collectives' time-outs
-                with world.pulse.busy("an errand", 60.0):
+                with world.progress.busy("an errand", 60.0):
                     time.sleep(31 * seconds)
             elif kind == "native":
                 # PyDLL keeps the interpreter locked, as long native code does: no thread shows signs of life.

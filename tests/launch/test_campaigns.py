@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from puzzle.campaign.experiments import TABLE, Request, expand, read_table
+from puzzle.campaign.experiments import TABLE, Selection, expand, read_table
 from puzzle.launch import LAUNCHERS, Launcher
 from tests.launch.running import ROOT, cleared, environment, metrics
 
@@ -56,7 +56,7 @@ def test_a_campaign_has_the_same_losses_under_all_launchers(
     (tmp_path / "slurm.yaml").write_text('time: "01:00:00"\nnodelist: "node[1-4]"\n')
     monkeypatch.setenv("PUZZLE_SLURM", str(tmp_path / "slurm.yaml"))
     table = shortened(tmp_path)
-    whole, short = (expand(read_table(file), Request("cpu")) for file in (TABLE, table))
+    whole, short = (expand(read_table(file), Selection("cpu")) for file in (TABLE, table))
     covered = {(figure, e.config.log.variant) for e in whole for figure in e.config.log.figures}
     assert {(figure, e.config.log.variant) for e in short for figure in e.config.log.figures} == covered
     with cleared(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from puzzle.launch.hosts import OVER, Watch
+from puzzle.launch.hosts import OVER, AgentMonitor
 from puzzle.launch.local import Death, WorkerError
 
 FOLLOWS = Death(0, "error", "RuntimeError: Connection closed by peer", 1, time.time())
@@ -27,24 +27,24 @@ FOLLOWS = Death(0, "error", "RuntimeError: Connection closed by peer", 1, time.t
 def test_an_agent_that_ended_without_a_word_is_the_cause(
     beats: tuple[str | None, ...], line: str, code: int
 ) -> None:
-    watch = Watch("abc", (2, 2, 2), ["127.0.0.1"] * 3)
-    order = watch.order("module:function", [], None)
+    monitor = AgentMonitor("abc", (2, 2, 2), ["127.0.0.1"] * 3)
+    order = monitor.order("module:function", [], None)
     store = TCPStore(order.address, order.port, is_master=False)
     store.set("death/0", json.dumps(asdict(FOLLOWS)))
     for index, beat in enumerate(beats):
         if beat is not None:
             store.set(f"beat/{index}", beat)
-    watch.find_mute()
+    monitor.find_mute()
     with pytest.raises(WorkerError) as raised:
-        watch.settle(143, "it was ended", Path("ranks"))
+        monitor.settle(143, "it was ended", Path("ranks"))
     assert str(raised.value) == line
     assert raised.value.code == code
 
 
 def test_without_deaths_all_hosts_are_named() -> None:
-    watch = Watch("ab", (1, 1), ["127.0.0.1"] * 2)
-    watch.find_mute()
-    watch.settle(0, "", None)
+    monitor = AgentMonitor("ab", (1, 1), ["127.0.0.1"] * 2)
+    monitor.find_mute()
+    monitor.settle(0, "", None)
     with pytest.raises(WorkerError, match=r"^the run on a, b ended: srun ended with code 1$") as raised:
-        watch.settle(1, "srun ended with code 1", None)
+        monitor.settle(1, "srun ended with code 1", None)
     assert raised.value.code == 1

@@ -207,5 +207,5 @@ def test_whoever_outlives_its_launcher_tells_nobody(monkeypatch: pytest.MonkeyPa
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setenv(local.REPORT, str(writer))
-    local.tell("the store does not answer", True)
+    local.report("the store does not answer", True)
     os.close(writer)

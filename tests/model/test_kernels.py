@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
-from puzzle.engine.generate.model_runner import Drawn, ModelRunner
+from puzzle.engine.generate.model_runner import ModelRunner, Sampled
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention
@@ -24,7 +24,7 @@ from puzzle.model.kernels import inference as fused
 from puzzle.model.kernels import sample as gumbel_max
 from puzzle.model.kernels import skinny_gemm as skinny
 from puzzle.model.kernels import training as fused_training
-from puzzle.model.noise import place_keys, row_stems
+from puzzle.model.noise import position_keys, row_seeds
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.rope import rotation
@@ -207,11 +207,11 @@ def test_draws(greedy, temperature):
     logits = 3 * random((rows, vocabulary), torch.float32, 9)
     logits[:, [5, 4100]] = 40.0
     names = torch.arange(rows)
-    stems, counts = row_stems(3, 2, names, names % 2), names.clone()
-    keys = None if greedy else place_keys(stems, counts)
+    seeds, counts = row_seeds(3, 2, names, names % 2), names.clone()
+    keys = None if greedy else position_keys(seeds, counts)
     shard = VocabShard(TensorGroup(), 0, vocabulary)
     tokens, logprobs = choose(logits.clone(), keys, counts < 3, params, shard)
-    offers = gumbel_max.offers(logits, None if greedy else stems, counts, 0, temperature, stops, 3)
+    offers = gumbel_max.offers(logits, None if greedy else seeds, counts, 0, temperature, stops, 3)
     packed = gumbel_max.settle(offers)
     assert packed[0].tolist() == tokens.tolist()
     assert set(tokens[:3].tolist()).isdisjoint(stops)
@@ -223,11 +223,11 @@ def test_noise_is_that_of_the_plain_path():
     """Flat logits: the noise alone decides among all entries, for many rows and a shard that begins later."""
     rows, width, offset = 64, 700, 10_000
     names = torch.arange(rows)
-    stems, counts = row_stems(11, 4, names, names * 0), names % 5
+    seeds, counts = row_seeds(11, 4, names, names * 0), names % 5
     shard = VocabShard(TensorGroup(), offset, width)
     flat = torch.zeros(rows, width)
-    tokens, _ = choose(flat.clone(), place_keys(stems, counts), None, SamplingParams(), shard)
-    packed = gumbel_max.settle(gumbel_max.offers(flat, stems, counts, offset, 1.0, (), 0))
+    tokens, _ = choose(flat.clone(), position_keys(seeds, counts), None, SamplingParams(), shard)
+    packed = gumbel_max.settle(gumbel_max.offers(flat, seeds, counts, offset, 1.0, (), 0))
     assert packed[0].tolist() == tokens.tolist()
 
 
@@ -262,15 +262,15 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     params = SamplingParams(max_new_tokens=4, seed=5)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (3, 11, 7)]
-    stems = row_stems(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
+    seeds = row_seeds(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
     found = []
     for with_kernels in (False, True):
         monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
         passes = ModelRunner(decoder)
         passes.start((4,), 20, params)
-        outs = [passes.prefill([2, 0, 1], prompts, stems), *(passes.decode(0, 3) for _ in range(3))]
-        found.append([out.fetch().lists() for out in outs if isinstance(out, Drawn)])
+        outs = [passes.prefill([2, 0, 1], prompts, seeds), *(passes.decode(0, 3) for _ in range(3))]
+        found.append([out.fetch().lists() for out in outs if isinstance(out, Sampled)])
     for plain, ours in zip(*found, strict=True):
         assert ours[0] == plain[0]
         torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(plain[1]), rtol=0, atol=2e-5)

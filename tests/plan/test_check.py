@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.actions import Action, Op, PipelineSpec, Schedule
-from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.decode_ring import Ring
 from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.plan.simulate.check import check
 from tests.plan.interpreter import play
 from tests.plan.single import forward_only, one_f_one_b
 

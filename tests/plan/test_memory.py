@@ -311,7 +311,7 @@ def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, micro
     models = [PipelineModel(name, minibatch // microbatch) for name in sizes]
     found = []
     for rank in range(4):
-        terms = memory.rank_memory(rank, [actor, critic], actor, work, shared=True).stages["training"]
+        terms = memory.rank_memory(rank, [actor, critic], actor, work, fused=True).stages["training"]
         found.append(sum(size for name, size in terms.items() if name.endswith("activations")))
     for order in ("sequential", "alternating"):
         peaks = peak_in_flight(schedules.one_f_one_b(models, 4, order), sizes)
@@ -322,7 +322,7 @@ def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, micro
 
 def test_every_published_experiment_has_a_table() -> None:
     table = experiments.read_table()
-    runs = experiments.expand(table, experiments.Request("paper"))
+    runs = experiments.expand(table, experiments.Selection("paper"))
     assert len(runs) > 20
     for run in runs:
         ranks = footprint.estimate(resolve(run.config), fused=True)

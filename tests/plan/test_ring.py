@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from puzzle.errors import UserError
 from puzzle.plan.pipeline.actions import Op
-from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.decode_ring import Ring, ring_channels
+from puzzle.plan.simulate.check import check
 from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform
 from tests.plan.interpreter import play

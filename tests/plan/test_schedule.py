@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.actions import Action, Channel, Op, Payload, Schedule
-from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.plan.simulate.check import check
 from tests.plan.measures import channels, peak_in_flight
 from tests.plan.single import forward_only, one_f_one_b
 

@@ -11,7 +11,6 @@ from puzzle.errors import UserError
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.actions import Op, PipelineSpec, Schedule
-from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.schedules import (
     PipelineModel,
     microbatch_order,
@@ -19,6 +18,7 @@ from puzzle.plan.pipeline.schedules import (
     stretched,
     why_not_fused,
 )
+from puzzle.plan.simulate.check import check
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.simulate import simulate
 from tests.plan.costs import uniform

@@ -3,8 +3,8 @@
 from itertools import permutations
 
 from puzzle.plan.pipeline import schedules
-from puzzle.plan.pipeline.check import check
 from puzzle.plan.pipeline.schedules import Order, PipelineModel
+from puzzle.plan.simulate.check import check
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.search import (
     choose_fusion,

@@ -163,7 +163,7 @@ class Checkpoints:
                 self._copied.synchronize()
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / manifest.rank_file(self.world.rank)
-            file = write_boxes(path, list(self._boxes()), self.world.pulse.tick)
+            file = write_boxes(path, list(self._boxes()), self.world.progress.tick)
             durable.write_text(note, json.dumps(asdict(file)))
             if self.world.rank == 0:
                 self._complete(partial, number, state, steps, began)
@@ -174,7 +174,7 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001 - `wait` raises it in the thread that asked for the save
             self._error = error
         if self._error is not None and self.world.rank > 0:
-            _tell(note, str(self._error))
+            _report(note, str(self._error))
 
     def _boxes(self) -> Iterator[tuple[str, Tensor]]:
         """(key, values in host memory) of every box that this rank owns."""
@@ -201,7 +201,7 @@ class Checkpoints:
         durable.write_text(partial / MANIFEST, text)
         final = partial.with_suffix("")
         # One that stands there is unusable, from before a resume.
-        durable.put(partial, final, self.world.pulse.writing)
+        durable.put(partial, final, self.world.progress.writing)
         size = sum(file.bytes for file in files.values())
         self._saved.append(Saved(number, final, time.perf_counter() - began, size))
         for old in self._numbers()[: -self.keep]:
@@ -262,7 +262,7 @@ class Checkpoints:
             if index % self.world.size != self.world.rank:
                 continue
             try:
-                size, crc = checksum(folder / name, self.world.pulse.tick)
+                size, crc = checksum(folder / name, self.world.progress.tick)
             except OSError as error:
                 return describe(error)
             if size != file.bytes:
@@ -285,7 +285,7 @@ class Checkpoints:
                             values = reader.read(name, piece.tensor, kind, piece.box)
                             rows = target[piece.start - slot.low : piece.stop - slot.low]
                             rows.copy_(values.t() if slot.local.transposed else values)
-                            self.world.pulse.tick()
+                            self.world.progress.tick()
 
 
 def _optimizer(model: ModelRuntime) -> ZeroAdamW:
@@ -301,7 +301,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
         return None, f"{MANIFEST}: {error}"
 
 
-def _tell(note: Path, error: str) -> None:
+def _report(note: Path, error: str) -> None:
     """Let rank 0 know; where not even that can be written, this rank's own failure ends the run."""
     try:
         durable.write_text(note, json.dumps({"error": error}))

@@ -1,10 +1,11 @@
 """Responses token by token: the decode ring of `plan.ring`, executed by every stage of a replica.
 
 Prompts are cached pass by pass, then decode micro-batches chase one another through the stages. All ranks of
-a replica keep the same books (who holds which cache row, what was drawn, who has ended) and come to the same
-decisions, because all read the same tokens at the same place of the schedule: the last stage sends what it
-drew to the first, and from there it travels on in front of the hidden states of the next step. Nobody waits
-for a word from all. A decode micro-batch in which everybody has ended goes round as a message of one row.
+a replica keep identical request state (who holds which cache row, what was sampled, who has ended), so every
+stage makes the same scheduling decisions without a broadcast: all read the same tokens at the same point of
+the schedule: the last stage sends what it drew to the first, and from there it travels on in front of the
+hidden states of the next step. Nobody waits for a word from all. A decode micro-batch in which everybody has
+ended goes round as a message of one row.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzle.engine.generate.model_runner import Drawn, Fetched, ModelRunner
+from puzzle.engine.generate.model_runner import Fetched, ModelRunner, Sampled
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.executor import Execution, Executor
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
-from puzzle.model.noise import row_stems
+from puzzle.model.noise import row_seeds
 from puzzle.plan.pipeline.actions import Action, Op, Payload
-from puzzle.plan.pipeline.check import checked
 from puzzle.plan.pipeline.decode_ring import Ring, ring_channels
+from puzzle.plan.simulate.check import checked
 
 PREFILL_TOKENS = 8192
 """Most prompt tokens of one prefill pass (one prompt at least)."""
 
 HEADER = 8
-"""Bytes of a drawn token and its log-probability in a message."""
+"""Bytes of a sampled token and its log-probability in a message."""
 
 StopRule = Callable[[Sequence[int]], Callable[[int], bool]]
 """Makes a watcher for one response from the ids of its prompt: given each of its tokens in turn, it says
@@ -50,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """Drawn tokens (a stop token included), their log-probabilities, and whether a stop ended them."""
+    """Sampled tokens (a stop token included), their log-probabilities, and whether a stop ended them."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -104,17 +105,17 @@ def generate(
     if lookahead is None:
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, [len(request.prompt) for request in requests], prefill, decode)
-    books = RequestStates(requests, params, stop, watch)
+    states = RequestStates(requests, params, stop, watch)
     used = passes or ModelRunner(decoder, graphs)
-    session = DecodeRingStage(used, ring, books, lookahead, early_stop)
+    session = DecodeRingStage(used, ring, states, lookahead, early_stop)
     rounds = session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
     execution.finish(ring.unrolled(rounds) if executor.world.clock is not None else None)
     if tally is not None:
         tally.rows += session.rows
-        tally.tokens += sum(map(len, books.tokens))
-    return books.responses()
+        tally.tokens += sum(map(len, states.tokens))
+    return states.responses()
 
 
 def check_room(requests: Sequence[Request], new_tokens: int, max_positions: int) -> None:
@@ -140,7 +141,7 @@ def ring_of(stages: int, lengths: Sequence[int], prefill: int | None, decode: in
 
 
 class RequestStates:
-    """What every request has drawn, and whether it has ended; the same on all ranks of a replica."""
+    """What every request has sampled, and whether it has ended; the same on all ranks of a replica."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class RequestStates:
         self._finished = [False] * len(requests)
 
     def write(self, order: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """The next token of each request in `order`; what was drawn after an end is dropped."""
+        """The next token of each request in `order`; what was sampled after an end is dropped."""
         for i, token, logprob in zip(order, tokens, logprobs, strict=True):
             if self.ended[i]:
                 continue
@@ -182,8 +183,10 @@ class RequestStates:
         return token in self._stop_ids or (said and len(self.tokens[i]) >= self.params.min_new_tokens)
 
     def responses(self) -> list[Response]:
-        """What was drawn, by request."""
-        return [Response(*drawn) for drawn in zip(self.tokens, self.logprobs, self._finished, strict=True)]
+        """What was sampled, by request."""
+        return [
+            Response(*sampled) for sampled in zip(self.tokens, self.logprobs, self._finished, strict=True)
+        ]
 
 
 @dataclass
@@ -200,18 +203,18 @@ class _Share:
     width: int
     unread: deque[tuple[tuple[int, ...], Fetched]] = field(default_factory=deque)
 
-    def note(self, drawn: Drawn) -> None:
+    def note(self, sampled: Sampled) -> None:
         """The rows of the latest pass drew these tokens."""
-        self.unread.append((tuple(self.order), drawn.fetch()))
+        self.unread.append((tuple(self.order), sampled.fetch()))
 
 
 class DecodeRingStage:
     """A stage's part in a ring (a `StageProgram`); row r of the cache is request r's until rows come free."""
 
     def __init__(
-        self, passes: ModelRunner, ring: Ring, books: RequestStates, lookahead: int, early_stop: bool = True
+        self, passes: ModelRunner, ring: Ring, states: RequestStates, lookahead: int, early_stop: bool = True
     ) -> None:
-        self.passes, self.ring, self.books, self.lookahead = passes, ring, books, lookahead
+        self.passes, self.ring, self.states, self.lookahead = passes, ring, states, lookahead
         self.early_stop = early_stop
         self.decoder = passes.decoder
         self.spec = ring.spec(0)
@@ -220,18 +223,18 @@ class DecodeRingStage:
             for j, (start, stop) in enumerate(self.spec.decode)
         ]
         self.rows = 0
-        prompts = [request.prompt for request in books.requests]
-        capacity = max(map(len, prompts)) + books.params.max_new_tokens
-        passes.start([share.width for share in self.shares], capacity, books.params)
+        prompts = [request.prompt for request in states.requests]
+        capacity = max(map(len, prompts)) + states.params.max_new_tokens
+        passes.start([share.width for share in self.shares], capacity, states.params)
         if ring.num_stages > 1:
-            passes.record(leaving=early_stop and books.may_end)
-        self._prompts, self._stems = prompts, self._named()
+            passes.record(leaving=early_stop and states.may_end)
+        self._prompts, self._row_seeds = prompts, self._named()
         self._first = torch.zeros((2, ring.batch), dtype=torch.int32, device=self.decoder.device)
 
     def _named(self) -> list[int]:
-        requests = self.books.requests
+        requests = self.states.requests
         names = torch.tensor([(request.prompt_id, request.sample) for request in requests]).unbind(1)
-        return row_stems(self.books.params.seed, requests[0].iteration, *names).tolist()
+        return row_seeds(self.states.params.seed, requests[0].iteration, *names).tolist()
 
     def run(self, execution: Execution) -> int:
         """Everything from prompts to ends; how many rounds it took."""
@@ -276,28 +279,28 @@ class DecodeRingStage:
     def _prefill(self, index: int, received: Tensor | None) -> list[Tensor]:
         start, stop = self.spec.prefill[index]
         out = self.passes.prefill(
-            range(start, stop), self._prompts[start:stop], self._stems[start:stop], received
+            range(start, stop), self._prompts[start:stop], self._row_seeds[start:stop], received
         )
         self.rows += stop - start
-        if not isinstance(out, Drawn):
+        if not isinstance(out, Sampled):
             return [out]
         self._first[:, start:stop] = out.packed
         whole = [share for share in self.shares if start < share.start + share.width <= stop]
         messages = []
         for share in whole:
-            first = Drawn(self._first[:, share.start : share.start + share.width])
+            first = Sampled(self._first[:, share.start : share.start + share.width])
             share.note(first)
             messages.append(first.packed)
         return messages
 
     def _decode(self, share: _Share, step: int, received: Tensor | None) -> Tensor:
         first, last, width = self.decoder.first, self.decoder.last, share.width
-        drawn, hidden = (None, None) if received is None else self._opened(received, max(1, width))
-        if drawn is not None and width:
+        sampled, hidden = (None, None) if received is None else self._opened(received, max(1, width))
+        if sampled is not None and width:
             if not last:
-                share.note(drawn)
+                share.note(sampled)
             if first:
-                self.passes.put(drawn.tokens, range(share.start, share.start + width))
+                self.passes.put(sampled.tokens, range(share.start, share.start + width))
         self._read(share, self.lookahead)
         self._leave(share, step)
         active = share.width = len(share.order)
@@ -306,44 +309,44 @@ class DecodeRingStage:
         if active:
             x = None if hidden is None else hidden[:active]
             out = self.passes.decode(share.number, active, x)
-        if isinstance(out, Drawn):
+        if isinstance(out, Sampled):
             share.note(out)
             return out.packed
         if last:
             return self._first.new_zeros((2, 1))
-        assert drawn is not None
-        return self._sealed(drawn, out, max(1, width))
+        assert sampled is not None
+        return self._sealed(sampled, out, max(1, width))
 
-    def _opened(self, message: Tensor, rows: int) -> tuple[Drawn, Tensor | None]:
+    def _opened(self, message: Tensor, rows: int) -> tuple[Sampled, Tensor | None]:
         """What `rows` rows drew a step ago and, from the stage before, their hidden states (rows, D)."""
         if self.decoder.first:
-            return Drawn(message), None
+            return Sampled(message), None
         header = rows * HEADER
-        drawn = Drawn(message[:header].view(torch.int32).view(2, rows))
-        return drawn, message[header:].view(self.decoder.dtype).view(rows, -1)
+        sampled = Sampled(message[:header].view(torch.int32).view(2, rows))
+        return sampled, message[header:].view(self.decoder.dtype).view(rows, -1)
 
-    def _sealed(self, drawn: Drawn, hidden: Tensor | None, rows: int) -> Tensor:
+    def _sealed(self, sampled: Sampled, hidden: Tensor | None, rows: int) -> Tensor:
         """The message to the next stage: hidden states of fewer rows than drew leave room at its end."""
         header, wide = rows * HEADER, self.decoder.spec.hidden_size * self.decoder.dtype.itemsize
         message = torch.empty(header + rows * wide, dtype=torch.uint8, device=self.decoder.device)
-        message[:header].view(torch.int32).view(2, rows).copy_(drawn.packed)
+        message[:header].view(torch.int32).view(2, rows).copy_(sampled.packed)
         if hidden is not None:
             end = header + len(hidden) * wide
             message[header:end].view(self.decoder.dtype).view(len(hidden), -1).copy_(hidden)
         return message
 
     def _read(self, share: _Share, most: int) -> None:
-        """Write down what was drawn, until at most `most` steps are unread."""
+        """Write down what was sampled, until at most `most` steps are unread."""
         while len(share.unread) > most:
             order, fetched = share.unread.popleft()
-            self.books.write(order, *fetched.lists())
+            self.states.write(order, *fetched.lists())
 
     def _leave(self, share: _Share, step: int) -> None:
         """Take out who has ended; the last row in use moves into each row that comes free."""
-        before, books, order = len(share.order), self.books, share.order
-        full = step >= books.params.max_new_tokens
+        before, states, order = len(share.order), self.states, share.order
+        full = step >= states.params.max_new_tokens
         for row in reversed(range(before)):
-            if not (full or (self.early_stop and books.ended[order[row]])):
+            if not (full or (self.early_stop and states.ended[order[row]])):
                 continue
             moved = order.pop()
             if row < len(order):

@@ -1,11 +1,11 @@
 """Passes of one pipeline stage over the rows of a key/value cache, drawing included, without waiting.
 
-What a row's next pass needs stays on the device: its last token, the place of that token, how many tokens
-it has drawn and what keys its noise. So a decode pass is the same work whatever the sequences are: on CUDA
-it is recorded as a graph and replayed, and the host may run ahead of the device. It reads what was drawn
-when it wants to (`Drawn.fetch`): a step late, or at the end.
+What a row's next pass needs stays on the device: its last token, the position of that token, how many tokens
+it has sampled and what keys its noise. So a decode pass is the same work whatever the sequences are: on CUDA
+it is recorded as a graph and replayed, and the host may run ahead of the device. It reads what was sampled
+when it wants to (`Sampled.fetch`): a step late, or at the end.
 
-A graph holds addresses and shapes, not lengths. Rows are rounded up to buckets, one graph each, by parked
+A graph holds addresses and shapes, not lengths. Rows are rounded up to buckets, one graph each, by inactive
 rows: these have no sequence, and what passes compute and write for them is never read.
 """
 
@@ -27,15 +27,15 @@ from puzzle.model.decoder import Decoder
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import gather_tokens
 
-PARKED = -1
-"""The place of a row without a sequence."""
+INACTIVE = -1
+"""The position of a row without a sequence."""
 
 KEPT_FREE = 0.02
 """Share of the device's memory that the cache leaves for activations of passes."""
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sampled:
     """What a pass drew for its rows, on the device: int32 (2, B), ids and the bits of log-probabilities."""
 
     packed: Tensor
@@ -56,7 +56,7 @@ class Drawn:
 
 
 class Fetched:
-    """Drawn tokens on their way to the host."""
+    """Sampled tokens on their way to the host."""
 
     def __init__(self, packed: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -78,7 +78,7 @@ class ModelRunner:
     """The passes of `decoder`. Every rank of a tensor group makes the same calls in the same order.
 
     The cache rows are cut into groups, the decode micro-batches; in each, the sequences in use come first and
-    the rows behind them are parked. The cache and the graphs are kept until `release`; graphs are dropped
+    the rows behind them are inactive. The cache and the graphs are kept until `release`; graphs are dropped
     when `start` finds the weights at other addresses or other groups or ways to draw. `captures` counts
     recordings, `capture_seconds` is their time.
     """
@@ -97,7 +97,7 @@ class ModelRunner:
     def start(self, groups: Sequence[int], capacity: int, params: SamplingParams) -> None:
         """Make ready for sequences of up to `capacity` tokens in decode micro-batches of `groups` rows each.
 
-        All rows are parked. UserError if the cache does not fit the device (it says what does).
+        All rows are inactive. UserError if the cache does not fit the device (it says what does).
         """
         decoder, rows = self.decoder, sum(groups)
         kept = self.cache
@@ -105,7 +105,7 @@ class ModelRunner:
             self.release()
             check_fit(decoder, rows, capacity)
             self.cache = decoder.new_cache(rows, capacity)
-            # token, place, tokens drawn, stem of the noise's keys
+            # token, position, tokens sampled, row seed of the noise
             self.state = torch.zeros((4, rows), dtype=torch.int64, device=decoder.device)
         addresses = tuple(weight.data_ptr() for weight in decoder.parameters())
         least = params.min_new_tokens if params.stop_ids else 0
@@ -115,7 +115,7 @@ class ModelRunner:
             self._forget()
             self._key = key
         self.params, self.groups = params, tuple(groups)
-        self.state.zero_()[1] = PARKED
+        self.state.zero_()[1] = INACTIVE
         if decoder.last:
             width = decoder.head_weight.shape[0]
             self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
@@ -125,36 +125,36 @@ class ModelRunner:
         self,
         rows: Sequence[int],
         prompts: Sequence[Sequence[int]],
-        stems: Sequence[int],
+        row_seeds: Sequence[int],
         x: Tensor | None = None,
-    ) -> Drawn | Tensor:
+    ) -> Sampled | Tensor:
         """Cache `prompts` in the cache rows `rows` and draw each one's first token.
 
-        The last stage gives `Drawn`, others hidden states (T/tp, D) to hand on. `x` are the hidden states
-        received, on all stages but the first; `stems` the rows' `noise.row_stems`.
+        The last stage gives `Sampled`, others hidden states (T/tp, D) to hand on. `x` are the hidden states
+        received, on all stages but the first; `row_seeds` the rows' `noise.row_seeds`.
         """
         assert self.cache is not None
         decoder = self.decoder
         batch = pack(prompts, decoder.layout.tp, decoder.device)
         hidden = decoder(batch.tokens_T if x is None else x, batch, self.cache.pick(rows))
         lengths = [len(prompt) for prompt in prompts]
-        fresh = torch.tensor([[0] * len(rows), lengths, [0] * len(rows), list(stems)])
+        fresh = torch.tensor([[0] * len(rows), lengths, [0] * len(rows), list(row_seeds)])
         fresh = fresh.to(decoder.device, non_blocking=True)
-        out: Drawn | Tensor = hidden
+        out: Sampled | Tensor = hidden
         if decoder.last:
             chosen = gather_tokens(hidden, decoder.group)[batch.last_rows]
             packed = draw(decoder.logits(chosen), fresh[3], fresh[2], self.params, self.shard)
             fresh[0] = packed[0]
-            out = Drawn(packed)
+            out = Sampled(packed)
         fresh[2] += 1
         self.state[:, torch.tensor(rows).to(decoder.device, non_blocking=True)] = fresh
         return out
 
     @torch.inference_mode()
-    def decode(self, group: int, active: int, x: Tensor | None = None) -> Drawn | Tensor:
-        """One more token for the first `active` rows of a group, none of them parked.
+    def decode(self, group: int, active: int, x: Tensor | None = None) -> Sampled | Tensor:
+        """One more token for the first `active` rows of a group, none of them inactive.
 
-        The last stage gives `Drawn`, others hidden states (active, D), good until the group's next pass.
+        The last stage gives `Sampled`, others hidden states (active, D), good until the group's next pass.
         """
         rows = min(bucket(active), self.groups[group]) if self.graphs else active
         return self._recording(group, rows).run(active, x)
@@ -192,12 +192,12 @@ class ModelRunner:
         assert self.cache is not None
         self.cache.move(source, target, length)
         self.state[:, target] = self.state[:, source]
-        self.state[1, source] = PARKED
+        self.state[1, source] = INACTIVE
 
     @torch.inference_mode()
     def park(self, rows: Sequence[int]) -> None:
         """These rows have no sequence any more."""
-        self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = PARKED
+        self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = INACTIVE
 
     def __enter__(self) -> ModelRunner:
         """Keep cache and graphs as long as the block."""
@@ -235,7 +235,7 @@ class CudaGraphDecode:
         self.out: Tensor | None = None
         self.moved = 0  # bytes through collectives of a replay
 
-    def run(self, active: int, x: Tensor | None) -> Drawn | Tensor:
+    def run(self, active: int, x: Tensor | None) -> Sampled | Tensor:
         if self.inbox is not None:
             assert x is not None
             self.inbox[:active] = x
@@ -250,27 +250,27 @@ class CudaGraphDecode:
         assert self.out is not None
         if not self.decoder.last:
             return self.out[:active]
-        return Drawn(self.out[:, :active].clone())
+        return Sampled(self.out[:, :active].clone())
 
     def _pass(self) -> Tensor:
-        """Drawn tokens (2, B) or hidden states (B, D); the rows' state goes a step on."""
-        token_B, place_B, count_B, stem_B = self.state
-        at_B = place_B.clamp(min=0)  # a parked row writes over its own first place
+        """Sampled tokens (2, B) or hidden states (B, D); the rows' state goes a step on."""
+        token_B, position_B, count_B, row_seed_B = self.state
+        at_B = position_B.clamp(min=0)  # a inactive row writes over its own first position
         # Kernels read lengths on the device; without them the host may wait.
         reach = self.cache.k.shape[3] if at_B.is_cuda else int(at_B.max()) + 1
         batch = DecodeBatch(token_B, at_B, reach)
         out = self.decoder(token_B if self.inbox is None else self.inbox, batch, self.cache)
         if self.decoder.last:
-            out = draw(self.decoder.logits(out), stem_B, count_B, self.passes.params, self.passes.shard)
+            out = draw(self.decoder.logits(out), row_seed_B, count_B, self.passes.params, self.passes.shard)
             token_B.copy_(out[0])
-        place_B.add_(place_B >= 0)
+        position_B.add_(position_B >= 0)
         count_B.add_(1)
         return out
 
     def record(self) -> None:
         """Make the graph. The state of its rows stays as it is."""
         began = time.perf_counter()
-        # Warm up. A pass may be repeated from the same state: it writes the same things to the same places.
+        # Warm up. A pass may be repeated from the same state: it writes the same to the same positions.
         held = self.state.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -293,7 +293,7 @@ class CudaGraphDecode:
 def bucket(rows: int) -> int:
     """Rows of the smallest graph for `rows`: a power of two, beyond 256 a step of an eighth of one.
 
-    To record a graph takes as long as several passes; a parked row takes little: nothing is cached for it,
+    To record a graph takes as long as several passes; a inactive row takes little: nothing is cached for it,
     and up to 256 rows or so products take the time of reading the weights.
     """
     power = 1 << (rows - 1).bit_length()

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.errors import UserError
-from puzzle.model.noise import gumbel, place_keys
+from puzzle.model.noise import gumbel, position_keys
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.pointwise import has_kernels
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`top_k` 0 and `top_p` 1 filter nothing; a drawn stop token ends a sequence and is its last token."""
+    """`top_k` 0 and `top_p` 1 filter nothing; a sampled stop token ends a sequence and is its last token."""
 
     greedy: bool = False
     temperature: float = 1.0
@@ -60,32 +60,32 @@ class VocabShard:
 
 
 def draw(
-    logits_BV: Tensor, stem_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
+    logits_BV: Tensor, row_seed_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
 ) -> Tensor:
     """The next token of every row, as int32 (2, B): ids, and the bits of their log-probabilities.
 
-    `stem_B` are the rows' `noise.row_stems`, `count_B` the tokens drawn so far, both int64; nothing waits
-    for the device. Otherwise as `choose`.
+    `row_seed_B` are the rows' `noise.row_seeds`, `count_B` the tokens sampled so far, both int64; nothing
+    waits for the device. Otherwise as `choose`.
     """
     if has_kernels(logits_BV.device) and not params.filtered:
-        return draw_by_kernel(logits_BV, stem_B, count_B, params, shard)
-    keys_B2 = None if params.greedy else place_keys(stem_B, count_B)
+        return draw_by_kernel(logits_BV, row_seed_B, count_B, params, shard)
+    keys_B2 = None if params.greedy else position_keys(row_seed_B, count_B)
     young_B = count_B < params.min_new_tokens if params.stop_ids and params.min_new_tokens else None
     tokens_B, logprobs_B = choose(logits_BV, keys_B2, young_B, params, shard)
     return torch.stack((tokens_B.int(), logprobs_B.view(torch.int32)))
 
 
 def draw_by_kernel(
-    logits_BV: Tensor, stem_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
+    logits_BV: Tensor, row_seed_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
 ) -> Tensor:
     """`draw` without filters, in two passes over memory."""
-    from puzzle.model.kernels import sample as gumbel_max
+    from puzzle.model.kernels import sample as sample_kernel
 
-    noise = None if params.greedy else stem_B
-    offers = gumbel_max.offers(
+    noise = None if params.greedy else row_seed_B
+    offers = sample_kernel.offers(
         logits_BV, noise, count_B, shard.offset, params.temperature, params.stop_ids, params.min_new_tokens
     )
-    return gumbel_max.settle(shard.group.all_gather(offers))
+    return sample_kernel.settle(shard.group.all_gather(offers))
 
 
 def choose(

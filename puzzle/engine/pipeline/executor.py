@@ -64,18 +64,18 @@ class Execution:
 
     def run(self, part: Schedule, models: Mapping[str, StageProgram]) -> None:
         """This stage's actions of the part, in order."""
-        clock, pulse = self.world.clock, self.world.pulse
+        clock, progress = self.world.clock, self.world.progress
         self.models = models
-        before = pulse.doing
+        before = progress.doing
         for action in part.actions[self.stage]:
-            pulse.mark(f"{before}: {self._name(action)}", action.op in WAITS)
+            progress.mark(f"{before}: {self._name(action)}", action.op in WAITS)
             if clock is None or action.op in (Op.SEND, Op.RECV):
                 self._do(action)
                 continue
             start = clock.now()
             self._do(action)
             clock.mark(action, start)
-        pulse.mark(before)
+        progress.mark(before)
 
     def finish(self, schedule: Schedule | None = None) -> None:
         """All parts together were `schedule`, for the log; None if nothing ran."""

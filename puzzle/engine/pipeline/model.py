@@ -39,7 +39,7 @@ class ModelRuntime:
         self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"), tensor_ranks)
         device = world.device if allocate else torch.device("meta")
         self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
-        self.stage.register_forward_hook(lambda *_: world.pulse.tick())
+        self.stage.register_forward_hook(lambda *_: world.progress.tick())
         self.executor = Executor(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
         self.split_backward = False

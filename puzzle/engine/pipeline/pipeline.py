@@ -12,7 +12,6 @@ from puzzle.engine.pipeline.stage import Gradients, OutputFn, StageRun
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch
 from puzzle.plan.pipeline.actions import Schedule
-from puzzle.plan.pipeline.check import checked
 from puzzle.plan.pipeline.schedules import (
     Order,
     PipelineModel,
@@ -21,6 +20,7 @@ from puzzle.plan.pipeline.schedules import (
     pipeline_channels,
     why_not_fused,
 )
+from puzzle.plan.simulate.check import checked
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Transport(ABC):
         """NCCL: have the device wait. gloo: wait, not longer than the time-out."""
         assert work is not None
         try:
-            with self.world.pulse.waiting(label):
+            with self.world.progress.waiting(label):
                 if self.cuda:
                     work.wait()
                 else:

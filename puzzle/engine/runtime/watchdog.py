@@ -9,7 +9,7 @@ ranks met; every rank reads all of them and judges by the same rules, under any 
 - a rank that computes may take its time: it is named when others wait and it has not moved for 10 N seconds.
 
 Then all ranks write the stacks of their threads, and end. From the verdict on nothing of the run is written:
-what shall outlast it is written under `Pulse.writing`, which a verdict takes for good; a stopped rank is
+what shall outlast it is written under `Progress.writing`, which a verdict takes for good; a stopped rank is
 killed as it is, and the stack that it published with its last sign of life is written for it.
 """
 
@@ -34,7 +34,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from puzzle.engine.runtime.frames import operation, stack
-from puzzle.engine.runtime.pulse import Pulse
+from puzzle.engine.runtime.progress import Progress
 
 PATIENCE = 10
 """So many times longer than a rank that waits may a rank compute without a mark of progress."""
@@ -48,22 +48,22 @@ VERDICT = "verdict"
 
 @dataclass(frozen=True)
 class Watch:
-    """N in seconds; `tell(line, first)` hands the verdict to whoever shows it, on every rank, `first` on one.
+    """N in seconds; `report(line, first)` shows the verdict, on every rank, `first` on one.
 
     `folder` receives the stacks, as rank-NNN.txt.
     """
 
     seconds: float
-    tell: Callable[[str, bool], None]
+    report: Callable[[str, bool], None]
     folder: Path
     longest: float = 0.0
-    """Seconds that one rank may compute alone, by its own account (`Pulse.busy`); infinity: without end."""
+    """Seconds that one rank may compute alone, by its own account (`Progress.busy`); infinity: no end."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """What a rank publishes: `beat` counts signs, `moves` counts changes of what it does; `limit` is
-    `Pulse.busy`'s."""
+    `Progress.busy`'s."""
 
     rank: int
     host: str
@@ -175,9 +175,11 @@ def process_state(sign: Heartbeat) -> str:
 class Watchdog:
     """The thread that watches; made after the ranks have met, ended by `stop`."""
 
-    def __init__(self, watch: Watch, rank: int, size: int, pulse: Pulse, moved: Mapping[str, int]) -> None:
+    def __init__(
+        self, watch: Watch, rank: int, size: int, progress: Progress, moved: Mapping[str, int]
+    ) -> None:
         """`moved` counts bytes, by kind: where they change, the rank moves."""
-        self.watch, self.size, self.pulse, self.moved = watch, size, pulse, moved
+        self.watch, self.size, self.progress, self.moved = watch, size, progress, moved
         self.interval = min(2.0, watch.seconds / 20)
         self.sign = Heartbeat(rank, socket.gethostname(), os.getpid())
         self._main = threading.main_thread().ident
@@ -241,12 +243,12 @@ class Watchdog:
                 self._end_alone(f" for {self.watch.seconds:g} s")
 
     def _publish(self, over: bool = False, dumped: bool = False) -> None:
-        doing, waits = self.pulse.doing, self.pulse.waits
+        doing, waits = self.progress.doing, self.progress.waits
         frame = sys._current_frames().get(self._main or 0)
         found = operation(frame)
         if found is not None:
             doing, waits = f"{doing}: {found}", True
-        key = (self.pulse.count, doing, waits, sum(list(self.moved.values())))
+        key = (self.progress.count, doing, waits, sum(list(self.moved.values())))
         moves = self.sign.moves + (key != self._key)
         self._key = key
         self.sign = replace(
@@ -255,7 +257,7 @@ class Watchdog:
             moves=moves,
             doing=doing,
             waits=waits,
-            limit=self.pulse.limit,
+            limit=self.progress.limit,
             over=over,
             dumped=dumped,
         )
@@ -287,7 +289,7 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> None:
         """Stacks of all ranks, the line, the end of this process."""
-        self.pulse.writing.acquire(timeout=DUMP_SECONDS)  # or its holder waits for a disk for ever
+        self.progress.writing.acquire(timeout=DUMP_SECONDS)  # or its holder waits for a disk for ever
         own = json.dumps({"by": self.sign.rank, **asdict(verdict)})
         said = json.loads(self._store.compare_set(VERDICT, "", own))
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
@@ -306,7 +308,7 @@ class Watchdog:
             if all(s.dumped or s.over or s.rank in said["silent"] for s in signs):
                 break
             time.sleep(self.interval)
-        self.watch.tell(said["line"], said["by"] == self.sign.rank)
+        self.watch.report(said["line"], said["by"] == self.sign.rank)
         for sign in mine:
             _kill(sign.pid, signal.SIGKILL)
         os._exit(1)
@@ -325,7 +327,7 @@ class Watchdog:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         line = f"the run's store at {place} does not answer {self.sign.name}{how}; is its process stopped?"
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-        self.watch.tell(line, True)
+        self.watch.report(line, True)
         for seen in self._seen.values():
             if seen.sign.host == self.sign.host and process_state(seen.sign) == STOPPED:
                 _kill(seen.sign.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from puzzle.engine.runtime.identity import Identity, launched
 from puzzle.engine.runtime.tracing import Clock
-from puzzle.engine.runtime.watchdog import LAST_RESORT, Pulse, Watch, Watchdog
+from puzzle.engine.runtime.watchdog import LAST_RESORT, Progress, Watch, Watchdog
 from puzzle.errors import UserError
 from puzzle.plan.pipeline.actions import Channel
 
@@ -26,7 +26,7 @@ class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
     `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
-    processes on each host. While `clock` is set, what runs is timed. `pulse` says what this rank does. No
+    processes on each host. While `clock` is set, what runs is timed. `progress` says what this rank does. No
     group waits for a member longer than `timeout` seconds (torch's own limit where that is None).
     """
 
@@ -45,7 +45,7 @@ class World:
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.moved: Counter[str] = Counter()
         self.clock: Clock | None = None
-        self.pulse = Pulse()
+        self.progress = Progress()
         self.watchdog: Watchdog | None = None
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
@@ -91,7 +91,7 @@ class World:
             )
         world = cls(rank, size, where, per_node=place.per_node, timeout=timeout)
         if watch is not None and size > 1:
-            world.watchdog = Watchdog(watch, rank, size, world.pulse, world.moved)
+            world.watchdog = Watchdog(watch, rank, size, world.progress, world.moved)
         return world
 
     def __enter__(self) -> World:
@@ -180,5 +180,5 @@ class World:
     def synchronize(self) -> None:
         """Wait until this rank's device is idle."""
         if self.device.type == "cuda":
-            with self.pulse.waiting("synchronize the device"):
+            with self.progress.waiting("synchronize the device"):
                 torch.cuda.synchronize(self.device)

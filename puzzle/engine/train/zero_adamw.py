@@ -322,7 +322,7 @@ class ZeroAdamW:
     def _await(self, work: dist.Work, what: str, group: dist.ProcessGroup | None) -> None:
         assert group is not None
         ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
-        with self.world.pulse.waiting(f"{what} of {self.name} over ranks {ranks}"):
+        with self.world.progress.waiting(f"{what} of {self.name} over ranks {ranks}"):
             work.wait()
 
     def _arrive(self, needed: Sequence[Bucket]) -> None:

@@ -3,8 +3,9 @@
 cache, and one query per head against what its row has cached, and no more.
 
 Lengths are read on the device: the launch is the same whatever they are, as a CUDA graph asks. Where rows
-and kv heads are too few to fill the device, a row's places are cut into parts that a second kernel joins
-(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, S places, h head_dim.
+and kv heads are too few to fill the device, a row's positions are cut into parts that a second kernel joins
+(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, S
+positions, h head_dim.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def attend(
 ) -> Tensor:
     """(B, H h) for the columns of `qkv` (B, (H + 2 K) h), interleaved by kv group as in `pointwise.heads`.
 
-    Line b is row b of the cache. Its new key and value go to place `slots.places[b]`; the query sees the
-    `window` last places up to there (all if None).
+    Line b is row b of the cache. Its new key and value go to `slots.positions[b]`; the query sees the
+    `window` last positions up to there (all if None).
     """
-    k_BKSh, v_BKSh, _, place_B = slots
+    k_BKSh, v_BKSh, _, position_B = slots
     rows, groups, capacity, dim = k_BKSh.shape
     queries = qkv.shape[1] // (groups * dim) - 2
     out = qkv.new_empty((rows, groups * queries * dim))
@@ -49,7 +50,7 @@ def attend(
     block = max(16, min(128, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
     _attend[(rows * groups, parts)](
-        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, place_B, scratch),
+        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, position_B, scratch),
         *(rows, k_BKSh.stride(0), k_BKSh.stride(1), eps, 1.4426950408889634 / dim**0.5),
         *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block),
         *(window or 0, parts, q_norm is not None),
@@ -64,7 +65,7 @@ def attend(
 def _parts(programs: int, capacity: int, device: torch.device) -> int:
     """Parts that every row is cut into: so many that the device has four programs per multiprocessor.
 
-    A power of two, with 128 places to a part at least.
+    A power of two, with 128 positions to a part at least.
     """
     wanted = -(-4 * _multiprocessors(device) // programs)
     room = 1 << max(1, capacity // 128).bit_length() - 1
@@ -85,7 +86,7 @@ def _attend(
     k_norm_ptr,
     k_ptr,
     v_ptr,
-    place_ptr,
+    position_ptr,
     to_ptr,
     rows,
     row_stride,
@@ -102,7 +103,7 @@ def _attend(
     PARTS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """One kv head of a row, one part of its places. Softmax in base 2, in float32.
+    """One kv head of a row, one part of its positions. Softmax in base 2, in float32.
 
     Its queries go through the matrix units together, filled up with zeros to the size that these ask for. A
     single one does, too: the copies into shared memory that feed the units keep the memory busiest.
@@ -111,8 +112,8 @@ def _attend(
     group = tl.program_id(0) % GROUPS
     part = tl.program_id(1)
     d = tl.arange(0, WIDTH)
-    place = tl.load(place_ptr + row).to(tl.int32)
-    start, stop = _part(place, part, PARTS, WINDOW, BLOCK)
+    position = tl.load(position_ptr + row).to(tl.int32)
+    start, stop = _part(position, part, PARTS, WINDOW, BLOCK)
     owner = part == 0  # has the new token
     heads_ptr = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM)
     cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
@@ -123,8 +124,8 @@ def _attend(
     k_ptr += row * row_stride + group * group_stride
     v_ptr += row * row_stride + group * group_stride
     if owner:
-        tl.store(k_ptr + place * DIM + d, tl.sum(key, 0), mask=d < DIM)
-        tl.store(v_ptr + place * DIM + d, value, mask=d < DIM)
+        tl.store(k_ptr + position * DIM + d, tl.sum(key, 0), mask=d < DIM)
+        tl.store(v_ptr + position * DIM + d, value, mask=d < DIM)
     q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
     tops = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
     totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
@@ -135,14 +136,14 @@ def _attend(
 
 
 @triton.jit
-def _part(place, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The cached places of a part, the first and the one behind the last."""
+def _part(position, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The cached positions of a part, the first and the one behind the last."""
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(place + 1 - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(place - first, PARTS), BLOCK) * BLOCK
+        first = tl.maximum(position + 1 - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(position - first, PARTS), BLOCK) * BLOCK
     start = first + part * share
-    return start, tl.minimum(start + share, place)
+    return start, tl.minimum(start + share, position)
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def _over(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Queries' maxima, weights and weighted sums of values, those of places [start, stop) added."""
+    """Queries' maxima, weights and weighted sums of values, those of positions [start, stop) added."""
     d = tl.arange(0, WIDTH)
     for at in tl.range(start, stop, BLOCK, num_stages=2):
         n = at + tl.arange(0, BLOCK)

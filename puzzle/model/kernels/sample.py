@@ -23,7 +23,7 @@ _UNIT = tl.constexpr(UNIT)
 
 def offers(
     logits_BV: Tensor,
-    stem_B: Tensor | None,
+    row_seed_B: Tensor | None,
     count_B: Tensor,
     offset: int,
     temperature: float,
@@ -33,17 +33,17 @@ def offers(
     """float32 (C, 4, B): of every block its largest logits / T + noise, the token there, that token's
     logits / T, and the logsumexp of logits / T.
 
-    `logits_BV` begin at vocabulary entry `offset`; the noise is that of the stems, None adds none. Rows with
-    `count_B` below `young` may draw none of `stops`.
+    `logits_BV` begin at vocabulary entry `offset`; the noise is that of the row seeds, None adds none. Rows
+    with `count_B` below `young` may draw none of `stops`.
     """
     rows, width = logits_BV.shape
     blocks = max(1, triton.cdiv(width, BLOCK))
     out = logits_BV.new_empty((blocks, 4, rows))
     if rows:
         _offer[(blocks, rows)](
-            *(logits_BV, count_B if stem_B is None else stem_B, count_B, out, rows, width),
+            *(logits_BV, count_B if row_seed_B is None else row_seed_B, count_B, out, rows, width),
             *(logits_BV.stride(0), offset, 1.0 / temperature, young),
-            *(stem_B is None, stops if young else (), BLOCK),
+            *(row_seed_B is None, stops if young else (), BLOCK),
             num_warps=8,
         )
     return out
@@ -61,7 +61,7 @@ def settle(offers_C4B: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["rows", "width", "offset", "young"])
 def _offer(
     logits_ptr,
-    stem_ptr,
+    row_seed_ptr,
     count_ptr,
     out_ptr,
     rows,
@@ -85,7 +85,7 @@ def _offer(
         noisy = tl.where(forbidden, float("-inf"), noisy)
     if not GREEDY:
         key = _mixed_64(
-            tl.load(stem_ptr + row).to(tl.uint64, bitcast=True)
+            tl.load(row_seed_ptr + row).to(tl.uint64, bitcast=True)
             + tl.load(count_ptr + row).to(tl.uint64)
             + _GOLDEN
         )

@@ -17,7 +17,7 @@ from puzzle.plan.shards import LocalParam, local_params, zero_rows
 from puzzle.spec.model import ModelSpec
 
 
-class Span(NamedTuple):
+class Interval(NamedTuple):
     """Rows [start, stop) of the whole storage, found at row `at` of a shard."""
 
     start: int
@@ -46,7 +46,7 @@ class Kind:
     name: str
     shape: tuple[int, ...]
     row_bytes: int
-    spans: tuple[tuple[Span, ...], ...]
+    spans: tuple[tuple[Interval, ...], ...]
     fragments: tuple[tuple[Fragment, ...], ...]
     whole: tuple[Fragment, ...]
     offsets: tuple[dict[int, int], ...]
@@ -154,7 +154,7 @@ class Rows:
                 param.row_size * self.itemsize,
                 need,
                 tuple(_fragments(have, spans) for spans in need),
-                _fragments(have, (Span(0, param.rows, 0),)),
+                _fragments(have, (Interval(0, param.rows, 0),)),
                 offsets,
             )
         return kinds
@@ -182,9 +182,9 @@ def _offsets(fragments: tuple[Fragment, ...], room: int) -> dict[int, int]:
     return found
 
 
-def _spans(whole: LocalParam, shard: LocalParam) -> tuple[Span, ...]:
+def _spans(whole: LocalParam, shard: LocalParam) -> tuple[Interval, ...]:
     """Where the rows of a shard lie in the whole storage, neighbouring rows joined."""
-    spans: list[Span] = []
+    spans: list[Interval] = []
     for piece in shard.pieces:
         low, high = piece.box.intervals[piece.dim]
         for candidate in whole.pieces:
@@ -197,11 +197,11 @@ def _spans(whole: LocalParam, shard: LocalParam) -> tuple[Span, ...]:
         if spans and spans[-1].stop == start and spans[-1].at + start - spans[-1].start == piece.start:
             spans[-1] = spans[-1]._replace(stop=start + piece.rows)
         else:
-            spans.append(Span(start, start + piece.rows, piece.start))
+            spans.append(Interval(start, start + piece.rows, piece.start))
     return tuple(spans)
 
 
-def _fragments(have: list[tuple[Span, ...]], need: tuple[Span, ...]) -> tuple[Fragment, ...]:
+def _fragments(have: list[tuple[Interval, ...]], need: tuple[Interval, ...]) -> tuple[Fragment, ...]:
     """Cut `need` so that every source rank holds all of a fragment or nothing of it."""
     borders = sorted({border for spans in have for span in spans for border in span[:2]})
     found: list[Fragment] = []

@@ -28,7 +28,7 @@ RESOLUTION = 2.0**-20
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
-    """Estimate KL(policy || reference) per token from tokens drawn by the policy (Schulman 2020).
+    """Estimate KL(policy || reference) per token from tokens sampled by the policy (Schulman 2020).
 
     With r = exp(ref_logprobs - logprobs): k1 = -log r (unbiased, may be negative), k2 = (log r)^2 / 2
     (biased, low variance; as a loss it has the gradient of the true KL), k3 = (r - 1) - log r (unbiased,

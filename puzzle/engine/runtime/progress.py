@@ -5,7 +5,7 @@ import threading
 from collections.abc import Generator
 
 
-class Pulse:
+class Progress:
     """What the main thread does, as it says itself. Any thread may `tick`."""
 
     def __init__(self) -> None:
