@@ -313,8 +313,8 @@ def rank_memory(
     uses: Sequence[Use],
     generation: Use,
     work: Work,
-    switched: Switched = Switched(),
-    fused: bool = False,
+    switched: Switched,
+    fused: bool,
 ) -> RankMemory:
     """What `rank` needs. `generation` is the actor where it generates; `fused`: the trained models share a
     pipeline."""

@@ -53,10 +53,10 @@ class SwitchRequest:
     source: Placement
     destination: Placement
     cluster: Cluster
-    strategy: Strategy = "planned"
-    itemsize: int = 2
-    staging_bytes: int = 256 << 20
-    zero: bool = False
+    strategy: Strategy
+    itemsize: int
+    staging_bytes: int
+    zero: bool
 
     @cached_property
     def plan(self) -> SwitchPlan:

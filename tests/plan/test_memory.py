@@ -279,7 +279,7 @@ def test_split_backwards_hold_what_their_schedule_keeps(minibatch: int) -> None:
     one = [memory.Activations(use, p, 32, 16) for p in range(4)]
     weight, deferred = {"actor": [x.saved() for x in one]}, {"actor": [x.deferred() for x in one]}
     kept = peak_in_flight(one_f_one_b(4, minibatch, split=True), weight, deferred)
-    ranks = [memory.rank_memory(rank, [use], use, work) for rank in range(4)]
+    ranks = [memory.rank_memory(rank, [use], use, work, memory.Switched(), False) for rank in range(4)]
     found = [rank.stages["training"]["actor activations"] for rank in ranks]
     assert all(a >= b for a, b in zip(found, kept, strict=True))
     if minibatch == 8:
@@ -290,7 +290,7 @@ def test_stages_hold_as_many_microbatches_as_1f1b_keeps() -> None:
     spec, layout = spec_of(), Layout.even(1, 4, 1, 4)
     use = memory.Use("actor", spec, Placement.default(layout), 2, trained=True)
     work = memory.Work(batch=8, minibatch=8, prompt=16, response=16, microbatch=1)
-    ranks = [memory.rank_memory(rank, [use], use, work) for rank in range(4)]
+    ranks = [memory.rank_memory(rank, [use], use, work, memory.Switched(), False) for rank in range(4)]
     found = [rank.stages["training"]["actor activations"] for rank in ranks]
     one = [memory.Activations(use, p, 32, 16).saved() for p in range(4)]
     assert found == [4 * one[0], 3 * one[1], 2 * one[2], one[3]]
@@ -311,7 +311,9 @@ def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, micro
     models = [PipelineModel(name, minibatch // microbatch) for name in sizes]
     found = []
     for rank in range(4):
-        terms = memory.rank_memory(rank, [actor, critic], actor, work, fused=True).stages["training"]
+        terms = memory.rank_memory(rank, [actor, critic], actor, work, memory.Switched(), True).stages[
+            "training"
+        ]
         found.append(sum(size for name, size in terms.items() if name.endswith("activations")))
     for order in ("sequential", "alternating"):
         peaks = peak_in_flight(schedules.one_f_one_b(models, 4, order), sizes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from puzzle.errors import UserError
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipeline import schedules
-from puzzle.plan.pipeline.actions import Op, PipelineSpec, Schedule
+from puzzle.plan.pipeline.actions import Action, Op, PipelineSpec, Schedule
 from puzzle.plan.pipeline.schedules import (
     PipelineModel,
     microbatch_order,
@@ -171,6 +171,38 @@ def test_the_first_optimizer_runs_beside_the_second_model() -> None:
     gathers = {(s.row, s.model): s.end for s in timeline.spans if s.category == "gather"}
     ends = {s.row: s.end for s in timeline.spans if s.name == "backward critic 7"}
     assert all(gathers[s, "actor"] < ends[s] for s in range(4))
+
+
+@pytest.mark.parametrize(
+    ("tied", "split", "places"),
+    [
+        # The actor's backwards are units 0 to 2, the critic's 3 to 10. By stage: after which unit's backward
+        # the actor reduces, sums norms and steps.
+        ("", False, [(2, 3, 4), (2, 3, 5), (2, 3, 6)]),
+        ("critic", False, [(2, 3, 4), (2, 3, 5), (2, 3, 6)]),
+        # The last stage gets its sum only once the first one has reduced, two units later.
+        ("actor", False, [(2, 3, 6), (2, 3, 6), (2, 5, 6)]),
+        # Stage s has the weights' gradients s units later; norms are summed where all have them.
+        ("", True, [(2, 5, 6), (3, 5, 7), (4, 5, 8)]),
+        ("actor", True, [(2, 5, 8), (3, 5, 8), (4, 7, 8)]),
+    ],
+)
+def test_an_optimizer_acts_where_what_it_needs_has_just_come(
+    tied: str, split: bool, places: list[tuple[int, int, int]]
+) -> None:
+    models = [PipelineModel("actor", 3, tied == "actor"), PipelineModel("critic", 8, tied == "critic")]
+    schedule = schedules.one_f_one_b(models, 3, split=split)
+    backward = Op.BACKWARD_INPUT if split else Op.BACKWARD
+    gradients = Op.BACKWARD_WEIGHT if split else Op.BACKWARD
+
+    def unit(passes: list[Action], op: Op, model: str) -> int:
+        return sum(a.op is backward for a in passes[: passes.index(Action(op, model))]) - 1
+
+    for actions, place in zip(schedule.actions, places, strict=True):
+        passes = [a for a in actions if a.peer is None]
+        assert tuple(unit(passes, op, "actor") for op in (Op.REDUCE, Op.NORM, Op.STEP)) == place
+        assert passes[passes.index(Action(Op.REDUCE, "actor")) - 1] == Action(gradients, "actor", 2)
+        assert [unit(passes, op, "critic") for op in (Op.REDUCE, Op.NORM, Op.STEP)] == [10] * 3
 
 
 def test_orders() -> None:

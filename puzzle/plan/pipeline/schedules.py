@@ -203,9 +203,9 @@ def optimizer_slots(
     units: Sequence[Unit],
     stage: int,
     num_stages: int,
-    defer: int = 1,
-    tied: Collection[str] = (),
-    split: bool = False,
+    defer: int,
+    tied: Collection[str],
+    split: bool,
 ) -> dict[int, list[Action]]:
     """Where the optimizers of the models act on a stage: after which unit's backward. Of two models a and c,
     with a reduction r, a norm n, a step S, a gather g, and `-` where each is awaited (at the latest):
