@@ -205,6 +205,19 @@ def test_an_optimizer_acts_where_what_it_needs_has_just_come(
         assert [unit(passes, op, "critic") for op in (Op.REDUCE, Op.NORM, Op.STEP)] == [10] * 3
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_reduction_waits_for_no_other_model(split: bool) -> None:
+    """It starts right after its last gradient, before the stage may be held up by another's sums."""
+    models = [PipelineModel("actor", 3), PipelineModel("critic", 1)]
+    gradients = Op.BACKWARD_WEIGHT if split else Op.BACKWARD
+    for actions in schedules.one_f_one_b(models, 3, split=split).actions:
+        acts = [a for a in actions if a.peer is None]
+        assert acts[acts.index(Action(Op.REDUCE, "critic")) - 1] in (
+            Action(gradients, "critic", 0),
+            Action(Op.REDUCE, "actor"),  # of a split backward both may end here
+        )
+
+
 def test_orders() -> None:
     models = [PipelineModel("a", 4), PipelineModel("b", 2)]
 

@@ -203,7 +203,8 @@ def _spans(whole: LocalParam, shard: LocalParam) -> tuple[Interval, ...]:
 
 def _fragments(have: list[tuple[Interval, ...]], need: tuple[Interval, ...]) -> tuple[Fragment, ...]:
     """Cut `need` so that every source rank holds all of a fragment or nothing of it."""
-    borders = sorted({border for spans in have for span in spans for border in span[:2]})
+    # Together they hold all rows: a span ends where another one starts, or where rows end.
+    borders = sorted({span.start for spans in have for span in spans})
     found: list[Fragment] = []
     for start, stop, at in need:
         cuts = [start, *(border for border in borders if start < border < stop), stop]
