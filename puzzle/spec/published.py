@@ -16,7 +16,6 @@ def _llama(layers: int, hidden: int, ffn: int, heads: int) -> ModelSpec:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        norm_eps=1e-5,
     )
 
 

@@ -215,14 +215,5 @@ def _fragments(have: list[tuple[Interval, ...]], need: tuple[Interval, ...]) -> 
                 for span in spans
                 if span.start <= low and high <= span.stop
             }
-            here, rows = at + low - start, high - low
-            last = found[-1] if found else None
-            if last and last.start + last.rows == here and _follows(last, holders):
-                found[-1] = last._replace(rows=last.rows + rows)
-            else:
-                found.append(Fragment(here, rows, holders))
+            found.append(Fragment(at + low - start, high - low, holders))
     return tuple(found)
-
-
-def _follows(last: Fragment, holders: dict[int, int]) -> bool:
-    return {t: start + last.rows for t, start in last.holders.items()} == holders
