@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -31,10 +32,10 @@ def model(role: str, pp: int, trained: bool = True) -> ModelPlan:
     ],
 )
 def test_models_share_a_pipeline_where_that_is_asked_for_and_possible(
-    fuse: bool, stages: tuple[int, ...], text: str, may_share: bool
+    fuse: bool | Literal["auto"], stages: tuple[int, ...], text: str, may_share: bool
 ) -> None:
     models = tuple(model(role, pp) for role, pp in zip(("actor", "critic"), stages, strict=False))
-    shared = SharedPipeline(models, fuse)  # ty: ignore[invalid-argument-type]
+    shared = SharedPipeline(models, fuse)
     assert (str(shared), shared.may_share) == (text, may_share)
     obstacle = "actor has pp=2 and critic has pp=4" if stages == (2, 4) else None
     assert shared.describe() == {"roles": list(shared.roles), "fuse": fuse, "obstacle": obstacle}
