@@ -22,7 +22,7 @@ from plotting.page import (
     split,
 )
 from plotting.rows import Row, ordered
-from plotting.style import COLUMN, FAINT, GREY, INK, LINE, SMALL, TEXT, TINY, Look, width_of
+from plotting.style import COLUMN, FAINT, GREY, INK, LINE, SMALL, TINY, Look, width_of
 
 AXES = COLUMN - LEFT - RIGHT
 GROUP = 0.82
@@ -62,7 +62,7 @@ def ratio_bars(
         one.set_axisbelow(True)
         one.yaxis.grid(color=FAINT, linewidth=0.4)
         one.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        one.set_ylabel("Speed-up", size=TEXT, labelpad=2)
+        one.set_ylabel("Speed-up", labelpad=2)
         one.tick_params(axis="x", length=0)
         names = ["\n".join(lines) for lines in _labels(part, tick)]
         one.set_xticks(range(len(names)), names, linespacing=1.25)

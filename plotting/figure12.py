@@ -13,7 +13,7 @@ from plotting.irregularities import CORRECTED
 from plotting.rows import Row, ordered
 from plotting.selection import Pool
 from plotting.stats import Mean, Values, mean, minus, of
-from plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TEXT, TINY, width_of
+from plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TINY, width_of
 from puzzle.runlog.run import Run
 
 NAME = "figure12"
@@ -119,7 +119,7 @@ def draw(rows: Sequence[Row], notes: Sequence[str]) -> Figure:
         _panel(one, _bars(part.rows), letters)
         one.xaxis.grid(color=FAINT, linewidth=0.4)
         one.set_axisbelow(True)
-    axes[-1].set_xlabel("Execution time (s)", size=TEXT, labelpad=2)
+    axes[-1].set_xlabel("Execution time (s)", labelpad=2)
     return figure
 
 

@@ -15,7 +15,6 @@ from plotting.style import (
     INK,
     LINE,
     SMALL,
-    TEXT,
     TINY,
     TITLE_SIZE,
     Look,
@@ -146,7 +145,7 @@ def legend(figure: Figure, looks: Mapping[str, Look], columns: int) -> None:
         for name, look in looks.items()
     ]
     figure.legend(
-        handles=handles, loc="upper center", ncols=columns, frameon=False, fontsize=TEXT, borderpad=0.1,
+        handles=handles, loc="upper center", ncols=columns, frameon=False, borderpad=0.1,
         handlelength=1.4, handleheight=0.8, columnspacing=1.4, handletextpad=0.5, bbox_to_anchor=(0.5, 1.0),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting.style import BASELINE, COLUMN, INK, OURS, SMALL, TEXT, TINY, applied
+from plotting.style import BASELINE, COLUMN, INK, OURS, SMALL, TINY, applied
 
 GB = 1e9
 LEFT, RIGHT, TOP, BETWEEN, BOTTOM = 0.42, 0.12, 0.34, 0.5, 0.34
@@ -37,7 +37,7 @@ def switch_figure(numbers: Mapping[str, Any]) -> Figure:
             f"{_layout(numbers['from'])} to {_layout(numbers['to'])} ({numbers['strategy']}):"
             f" {numbers['local_share']:.0%} stays, {numbers['bytes_received'] / GB:.2f} GB move"
         )
-        figure.text(0.5, 1 - 0.12 / tall, title, ha="center", va="center", fontsize=TEXT)
+        figure.text(0.5, 1 - 0.12 / tall, title, ha="center", va="center")
     return figure
 
 

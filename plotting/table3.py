@@ -92,7 +92,7 @@ def _table(axes: Axes, part: page.Part, letters: Mapping[str, str]) -> None:
         axes.plot([left + 0.08, left + column * len(SYSTEMS) - 0.08], [0.2, 0.2], color=INK, lw=0.4)
         for place, system in enumerate(SYSTEMS.values()):
             middle = left + (place + 0.5) * column
-            axes.text(middle, 0.28, system, size=TEXT, ha="center", va="center")
+            axes.text(middle, 0.28, system, ha="center", va="center")
             for row in part.rows:
                 if (row.cluster, row.series) == (cluster, system):
                     _cell(axes, middle, HEAD + LINE_HEIGHT * configs.index(row.config), row, letters)
@@ -111,7 +111,7 @@ def _cell(axes: Axes, middle: float, top: float, row: Row, letters: Mapping[str,
         axes.text(middle, top + 0.14, row.gap, size=SMALL, color=GREY, ha="center", va="center")
         return
     text = page.marked(row, page.seconds(row.value), letters)
-    axes.text(middle, top + 0.11, text, size=TEXT, ha="center", va="center")
+    axes.text(middle, top + 0.11, text, ha="center", va="center")
     spread = "" if row.spread is None else f"\u00b1{max(row.spread, LEAST):.3f}, "
     if row.spread is not None and row.spread < LEAST:
         spread = spread.replace("\u00b1", "\u00b1<")

@@ -151,6 +151,7 @@ BAD_OPTIONS = {
     "a figure without logs": (["--only", "figure9"], ["no numbers for figure9"]),
     "an unknown reading": (["--reading", "wishful"], ["wishful", "published, corrected"]),
     "an unknown option": (["--figure", "8"], ["--figure"]),
+    "an abbreviated option": (["--onl", "figure8"], ["--onl"]),
     "an option without its value": (["--out"], ["--out"]),
     "an empty name of a folder": (["--out", ""], ["--out", "empty"]),
     "a second missing folder": (["--logs", "/nowhere/at all"], ["/nowhere/at all", "no such folder"]),

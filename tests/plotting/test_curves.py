@@ -81,7 +81,10 @@ def test_short_runs_have_a_point_for_each_iteration(tmp_path, count, ats):
     (name,) = grouped
     found = [p for metric in curves.METRICS for p in curves.points(name, grouped[name], metric, block)]
     figure = curves.draw(grouped, found, block)
-    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    ((low, high),) = {axes.get_xlim() for axes in figure.axes}
+    last = max(ats[-1], count)  # the held-out reward comes behind the last iteration
+    assert -0.1 * last < low < 0
+    assert last < high < 1.1 * last
     assert ("means over 5" in figure.axes[-1].get_xlabel()) is (count >= 20)
     assert {str(axes.lines[0].get_marker()) for axes in figure.axes} <= (
         {"o"} if count < 20 else {"o", "None"}
@@ -101,6 +104,31 @@ def test_one_run_has_the_interval_of_its_log_and_gaps_stay_gaps(tmp_path):
     assert [(row["iteration"], row["value"]) for row in out] == [("0.0", "0.1"), ("2.0", "0.5")]
     assert float(out[0]["low"]) == pytest.approx(0.05)
     assert out[1]["low"] == ""
+
+
+def test_what_is_no_number_to_draw_is_no_point(tmp_path):
+    """Not a number, infinite, or beyond what an axis can hold; of every kind of metric, and of intervals."""
+    odd = [math.nan, math.inf, -math.inf, 1e100, -1e100, 1e300]
+    held_out = [(i, {"reward": value, "reward_ci95": 0.5}) for i, value in enumerate([*odd, 9e99])]
+    held_out += [(7 + i, {"reward": 1.0, "reward_ci95": value}) for i, value in enumerate([*odd, 9e99])]
+    write_run(tmp_path, [*odd, 9e99], evaluations=held_out)
+    (run,) = load_runs(tmp_path).runs
+    points = curves.points("one", [run], curves.HELD_OUT, 1)
+    assert [(p.iteration, p.value) for p in points] == [(6, 9e99), *((at, 1.0) for at in range(7, 14))]
+    assert [p.low is None for p in points] == [False, *[True] * 6, False]
+    assert points[-1].high == 9e99 + 1.0
+    assert [(p.iteration, p.value) for p in curves.points("one", [run], "reward", 1)] == [(6, 9e99)]
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, 2.0]])
+def test_runs_of_one_iteration_or_two_have_an_axis(tmp_path, rewards):
+    write_run(tmp_path, rewards)
+    grouped = curves.lines(load_runs(tmp_path).runs)
+    (name,) = grouped
+    found = curves.points(name, grouped[name], "reward", 1)
+    low, high = curves.draw(grouped, found, 1).axes[0].get_xlim()
+    assert -0.1 < low < 0
+    assert 1 < high < 1.1
 
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):

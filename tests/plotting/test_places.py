@@ -170,6 +170,18 @@ def test_a_switch_is_drawn_to_the_edges_and_readable(count):
         assert box is not None
         assert 0 <= box.x0 <= 0.06 * width
         assert 0.94 * width <= box.x1 <= width
+    # A square matrix over the bars, the title over both, all on the page.
+    inches = [axes.bbox.transformed(figure.dpi_scale_trans.inverted()) for axes in (matrix, bars)]
+    assert inches[0].width == pytest.approx(inches[0].height)
+    assert inches[0].width == pytest.approx(inches[1].width)
+    (title,) = figure.texts
+    assert title.get_text() == f"1,{count},1 to 1,{count},1 (similar): 25% stays, 5.00 GB move"
+    stack = [title.get_window_extent(renderer), *(axes.get_tightbbox(renderer) for axes in (matrix, bars))]
+    edges = [figure.bbox.height, *(edge for box in stack for edge in ((box.y1, box.y0) if box else ())), 0.0]
+    assert edges == sorted(edges, reverse=True)
+    heights = [(patch.get_y(), patch.get_height()) for one in bars.containers for patch in one]
+    assert heights == [(0.0, 1.0)] * count + [(1.0, rank + 1.0) for rank in range(count)]
+    assert bars.get_ylim()[1] > count + 1.0
     (image,) = matrix.images
     array = image.get_array()
     assert array is not None

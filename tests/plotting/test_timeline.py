@@ -1,6 +1,7 @@
 """Gantt charts hold every span of the compute lanes where it belongs."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,58 @@ def test_bars_are_the_spans() -> None:
     assert [t.get_text() for t in legend.get_texts()] == ["actor", "critic"]
     faces = [str(face) for bar in bars for face in np.asarray(bar.get_facecolor())]
     assert faces[0] == faces[1] != faces[2]
+
+
+def test_a_stage_that_did_nothing_is_an_empty_row() -> None:
+    """It neither hides the others nor lengthens the axis, wherever it stands."""
+    for idle in (0, 1):
+        busy = (1 - idle, "forward", "actor", 5.0, 5.5)
+        one = trace((idle, "forward", "actor", 5.0, 5.25), busy)
+        spans = [event for event in one["traceEvents"] if event["ph"] == "X"]
+        gone = [event for event in spans if event["pid"] == idle or event["tid"] == 9]
+        one["traceEvents"] = [event for event in one["traceEvents"] if event not in gone]
+        (axes,) = gantt({"one": one}).axes
+        assert axes.get_xlim() == (0, 0.5)
+        assert [t.get_text() for t in axes.get_yticklabels()] == ["stage 0", "stage 1"]
+        boxes = [path.get_extents() for c in axes.collections for path in c.get_paths()]
+        assert [(b.x0, b.x1, round((b.y0 + b.y1) / 2)) for b in boxes] == [(0, 0.5, 1 - idle)]
+
+
+def test_what_is_no_pass_is_hatched_and_bears_no_number() -> None:
+    """Passes are told by their tint, backward by the full colour; optimizer steps by a hatch over theirs."""
+    one = trace((0, "forward", "actor", 0, 4), (0, "backward", "actor", 4, 8), (0, "step", "actor", 8, 12))
+    one["traceEvents"][-2]["args"]["microbatch"] = -1
+    (axes,) = gantt({"one": one}).axes
+    (hatched,) = axes.patches
+    assert hatched.get_hatch()
+    assert not hatched.get_fill()
+    extents = hatched.get_extents()
+    corners = axes.transData.inverted().transform(extents.get_points())
+    assert corners[:, 0] == pytest.approx([8, 12])
+    (bars,) = (c for c in axes.collections if isinstance(c, PatchCollection))
+    (span,) = [path.get_extents() for path in bars.get_paths()][2:]
+    assert corners[:, 1][::-1] == pytest.approx([span.y0, span.y1])
+    forward, backward, step = np.asarray(bars.get_facecolor())
+    assert list(backward) == list(step) != list(forward)
+    assert forward[:3].sum() > backward[:3].sum()
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((2, 0), "3"), ((6, 0), "3")]
+
+
+def test_traces_stand_below_each_other_and_share_their_axis() -> None:
+    """Rows have one height whichever panel they are in; nothing lies outside of the page."""
+    rows = [(row, "forward", "actor", 0.0, 4.0) for row in range(3)]
+    figure = gantt({"three": trace(*rows), "one": trace(rows[0]), "two": trace(*rows[:2])})
+    tall = figure.get_figheight()
+    boxes = [axes.get_position() for axes in figure.axes]
+    heights = [tall * box.height for box in boxes]
+    assert [height / heights[1] for height in heights] == pytest.approx([3, 1, 2])
+    assert [round(box.x0, 9) for box in boxes] == [round(boxes[0].x0, 9)] * 3
+    assert boxes[0].x1 == boxes[1].x1 == boxes[2].x1 < 1
+    assert all(one.y0 > other.y1 for one, other in pairwise(boxes))
+    assert 0 < boxes[2].y0 < boxes[0].y1 < 1
+    for axes, count in zip(figure.axes, (3, 1, 2), strict=True):
+        assert axes.get_ylim() == (count - 0.5, -0.5)
+        assert axes.get_xlabel() == ("seconds" if axes is figure.axes[-1] else "")
 
 
 def test_nothing_to_draw() -> None:

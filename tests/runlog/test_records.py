@@ -5,11 +5,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle.files.limits import MOST_NAME
 from puzzle.runlog import Run, RunWriter
 from puzzle.runlog.reader import read_jsonl
 from puzzle.runlog.record import BadLine, Line, Record, decode, encode, seal, shape
@@ -168,6 +170,73 @@ def test_lines_are_ascii_whatever_they_say(said):
     assert (read.cluster, read.config) == (f"x{said}", {said: said})
 
 
+VALUES = (
+    None, True, False, 0, 3, -1, 2**63 - 1, 2**63, 10**400, 1.5, -0.5, 2e9, "", "a", "x" * MOST_NAME,
+    "x" * (MOST_NAME + 1), "measured", [], ["a"], ["a", 1], [1], [1.5, -2], [None], [True], {}, {"a": 1},
+    {"a": 1, "b": -1}, {"a": 1.5}, {"a": None}, {"a": True}, {"a": "b"}, STAGES, {**STAGES, "other": -1.0},
+)  # fmt: skip
+
+
+def number(value):
+    return type(value) in (int, float) and abs(value) < 1e308
+
+
+def count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def each(value, kind, fits):
+    return type(value) is kind and all(fits(one) for one in (value.values() if kind is dict else value))
+
+
+RIGHT = {
+    "be an object": lambda v: type(v) is dict,
+    "be a non-empty text": lambda v: type(v) is str and v != "",
+    "be a text or null": lambda v: type(v) is str,
+    f"be a text of 1 to {MOST_NAME} characters": lambda v: type(v) is str and 1 <= len(v) <= MOST_NAME,
+    "be a list of texts": lambda v: each(v, list, lambda one: type(one) is str),
+    "be a whole number >= 0": count,
+    "map names to whole numbers >= 0": lambda v: each(v, dict, count),
+    "be a finite number": number,
+    "be a list of finite numbers": lambda v: each(v, list, number),
+    "be seconds >= 0": lambda v: number(v) and 0 <= v <= 1e9,
+    "map names to finite numbers or null": lambda v: each(v, dict, lambda one: one is None or number(one)),
+    "map exactly the keys generation, inference, training, switch, other to seconds >= 0": (
+        lambda v: type(v) is dict and v.keys() == STAGES.keys()
+    ),
+    "be 1, the version known here": lambda v: v == 1,
+    "be one of measured, published, simulated, rehearsal": lambda v: v == "measured",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, record in Record.kinds.items() for name in shape(record)]
+)
+def test_every_field_takes_what_it_must_be_and_nothing_else(kind, name):
+    """Whatever JSON holds there; what is taken is written again as it was."""
+    record = Record.kinds[kind]
+    must = shape(record)[name].form.must
+    null = type(None) in get_args(get_type_hints(record)[name])
+    whole = {"generation": 0, "inference": 0, "training": 0, "switch": 0, "other": 0}
+    base = as_dict(encode(Line(1, texts.header()))) if kind == "run" else {"record": kind, "seq": 1}
+    filler = {"be a whole": 1, "be seconds": 0, "map exactly": whole, "map ": {}, "be a list": []}
+    for other, field in shape(record).items():
+        if not field.optional and other not in base:
+            base[other] = next((v for words, v in filler.items() if field.form.must.startswith(words)), "x")
+    for value in VALUES:
+        line = {**base, name: value}
+        if kind == "iteration" and name in ("stage_seconds", "e2e_seconds"):  # they must add up
+            whole_of: Any = value
+            line["e2e_seconds"] = sum(whole_of.values()) if value in VALUES[-2:] else value
+            line["stage_seconds"] = {**whole, "training": value} if name == "e2e_seconds" else value
+        if (value is None and null) or (value is not None and RIGHT[must](value)):
+            again = as_dict(encode(decode(json.dumps(line).encode())))
+            assert again.get(name, {} if value == {} else None) == value
+        else:
+            with pytest.raises(BadLine, match="|".join(map(re.escape, (f"must {must}", "must map exactly")))):
+                decode(json.dumps(line).encode())
+
+
 def test_what_is_left_over_may_be_negative():
     stages, e2e = texts.stages(1.0, 0.5, 2.0, other=-0.2)
     read = decode(encode(Line(1, Iteration(0, stages, e2e, {}))).encode()).record
@@ -198,6 +267,8 @@ def test_nan_and_infinity_are_no_json():
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError):
             encode(Line(1, Iteration(0, texts.stages(1.0, 0.5, 2.0)[0], value, {})))
+        with pytest.raises(ValueError):
+            encode(Line(1, texts.header(config={"rate": [value]})))  # where the schema asks for no number
         with pytest.raises(BadLine):
             decode(json.dumps(iteration(metrics={"kl": value})).encode())
 

@@ -191,3 +191,97 @@ def test_the_batch_is_what_name_arguments_or_lines_say(
     (run,) = load_runs(tmp_path).runs
     assert run.config.get("global_batch_size") == batch
     assert run.config.keys() <= {"global_batch_size"}
+
+
+PROMISED = {
+    "global_batch_size": 64,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 8,
+    "data_parallel_size": 4,
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *PROMISED])
+def test_arguments_that_are_not_what_the_name_promises_are_said(tmp_path: Path, wrong: str | None) -> None:
+    """Each of the four numbers of a name, batch, pp, dp, tp; the name counts."""
+    given = {name: value + (name == wrong) for name, value in PROMISED.items()}
+    lines = [texts.argument(*one) for one in given.items()] + blocks((0, 1.0))
+    put(tmp_path, NAME.replace("350m", "350m_64_8_4_2").format("+0800"), texts.as_bytes(lines))
+    (run,) = load_runs(tmp_path).runs
+    assert [report.what for report in run.reports] == (
+        []
+        if wrong is None
+        else [f"the name says {wrong} {PROMISED[wrong]}, the log {given[wrong]}; the name counts"]
+    )
+    assert run.layouts == {"training": {"tp": 2, "pp": 8, "dp": 4}}
+    assert run.config["global_batch_size"] == 64
+
+
+@pytest.mark.parametrize("lost", ["tensor_model", "pipeline_model", "data"])
+@pytest.mark.parametrize("value", ["0", "-1", "None", "True", "many", None])
+def test_a_layout_that_is_not_told_whole_is_unknown(tmp_path: Path, lost: str, value: str | None) -> None:
+    told = {f"{name}_parallel_size": 2 for name in ("tensor_model", "pipeline_model", "data")}
+    arguments = {**told, "world_size": 8 if value is None else value, f"{lost}_parallel_size": value}
+    lines = [texts.argument(name, given) for name, given in arguments.items() if given is not None]
+    put(tmp_path, NAME.format("+0800"), texts.as_bytes(lines + blocks((0, 1.0))))
+    (run,) = load_runs(tmp_path).runs
+    assert run.layouts == {}
+    assert run.hardware == ({"devices": 8} if value is None else {})
+
+
+@pytest.mark.parametrize(
+    ("shadow", "layout"),
+    [
+        (("True", 2, 4), {"tp": 2, "pp": 4, "dp": 2}),
+        (("True", 16, 1), {"tp": 16, "pp": 1, "dp": 1}),
+        (("False", 2, 4), {"tp": 1, "pp": 8, "dp": 2}),  # the training's
+        (("True", 0, 4), None),
+        (("True", 2, "None"), None),
+        (("None", 2, 4), None),
+    ],
+)
+def test_the_layout_of_generation_has_the_ranks_of_training(
+    tmp_path: Path, shadow: tuple[str, object, object], layout: dict[str, int] | None
+) -> None:
+    names = ("use_shadow", "shadow_tensor_model_parallel_size", "shadow_pipeline_model_parallel_size")
+    training = {"tp": 1, "pp": 8, "dp": 2}
+    arguments = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 8,
+        "data_parallel_size": 2,
+        **dict(zip(names, shadow, strict=True)),
+    }
+    lines = [texts.argument(name, given) for name, given in arguments.items()]
+    put(tmp_path, NAME.format("+0800"), texts.as_bytes(lines + blocks((0, 1.0))))
+    (run,) = load_runs(tmp_path).runs
+    assert run.layouts.get("generation") == layout
+    assert run.layouts["training"] == training
+
+
+@pytest.mark.parametrize("reshards", [(0.5, 0.25), (0.5, None), (None, None), (0.0, 0.25)])
+def test_what_printed_no_re_shard_has_no_switch(
+    tmp_path: Path, reshards: tuple[float | None, float | None]
+) -> None:
+    lines = []
+    for step, seconds in enumerate(reshards):
+        lines += [] if seconds is None else [texts.reshard_line(seconds)]
+        lines += blocks((step, 1.0))
+    put(tmp_path, NAME.format("+0800"), texts.as_bytes(lines))
+    (run,) = load_runs(tmp_path).runs
+    timed = [(step, seconds) for step, seconds in enumerate(reshards) if seconds]
+    assert [(one.iteration, one.seconds) for one in run.switches] == timed
+    assert [one.stage_seconds["switch"] for one in run.iterations] == [seconds or 0.0 for seconds in reshards]
+    printed = tuple(seconds for seconds in reshards if seconds is not None)
+    assert run.printed.get("reshard", ()) == printed
+    assert run.ended
+
+
+def test_a_log_of_both_formats_is_puzzles(tmp_path: Path) -> None:
+    """Where lines of both were written, the times of PUZZLE's lines are the series."""
+    lines = [*blocks((0, 1.0), (1, 2.0)), *texts.chat_lines()[4:]]
+    lines = [line.replace("Step: 0 ", "Step: 2 ").replace("Step: 1 ", "Step: 3 ") for line in lines]
+    put(tmp_path, NAME.format("+0800"), texts.as_bytes(lines))
+    (run,) = load_runs(tmp_path).runs
+    assert run.printed["training"] == (1.0, 2.0)
+    assert run.printed["e2e"] == (12.5, 13.5)
+    assert "gather" not in run.printed

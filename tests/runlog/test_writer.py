@@ -263,6 +263,17 @@ def test_a_resumed_log_has_no_empty_lines(tmp_path):
         assert all(line.strip() for line in (tmp_path / name).read_text().splitlines())
 
 
+def test_a_closed_log_holds_no_file_open(tmp_path):
+    """Nor does one whose end was written; both may be closed again."""
+    for name in ("closed", "ended"):
+        before = os.listdir("/proc/self/fd")
+        writer = RunWriter(tmp_path / name, texts.header())
+        assert len(os.listdir("/proc/self/fd")) == len(before) + 3
+        writer.close() if name == "closed" else writer.write(End("completed"))
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+        writer.close()
+
+
 def test_resume_of_nothing_starts(tmp_path):
     with RunWriter(tmp_path, texts.header(), resume=True) as writer:
         writer.write(End("completed"))

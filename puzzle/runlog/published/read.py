@@ -10,6 +10,7 @@ from typing import Any
 
 from puzzle.runlog.published.lines import PUZZLE_STAGES
 from puzzle.runlog.published.scan import Block, Scan, scan
+from puzzle.runlog.record import is_count
 from puzzle.runlog.records import End, Iteration, Printed, Switch
 from puzzle.runlog.run import Report, Run, missing
 
@@ -116,7 +117,7 @@ def read_published(path: Path, name: LogName) -> Run | tuple[Report, ...]:
             config[key] = _value(arguments[argument])
     if name.batch is not None:
         config["global_batch_size"] = name.batch
-    world = _value(arguments.get("world_size", "None"))
+    world = _size(arguments, "world_size")
     switches = tuple(
         Switch(one.iteration, one.stage_seconds["switch"])
         for one in iterations
@@ -134,7 +135,7 @@ def read_published(path: Path, name: LogName) -> Run | tuple[Report, ...]:
         layouts=_layouts(name, arguments),
         provenance="published",
         software={},
-        hardware={"devices": world} if isinstance(world, int) else {},
+        hardware={} if world is None else {"devices": world},
         git_commit=None,
         started=None if name.started is None else name.started.isoformat(),
         source=str(path),
@@ -149,26 +150,29 @@ def _value(text: str) -> int | bool | str | None:
     return int(text) if re.fullmatch(r"\d{1,18}", text) else None if text == "None" else text
 
 
+def _size(arguments: Mapping[str, str], name: str) -> int | None:
+    """The argument where it is a whole number >= 1."""
+    value = _value(arguments.get(name, "None"))
+    return value if is_count(value) and value > 0 else None
+
+
 def _layouts(name: LogName, arguments: Mapping[str, str]) -> dict[str, dict[str, int]]:
     """Layouts of training and, for PUZZLE, of generation; DeepSpeed-Chat shards parameters over all ranks."""
-
-    def size(argument: str) -> int | None:
-        value = _value(arguments.get(argument, "None"))
-        return value if isinstance(value, int) and value > 0 else None
-
-    world = size("world_size")
+    world = _size(arguments, "world_size")
     if name.variant == "dschat":
         return {} if world is None else {"training": {"tp": 1, "pp": 1, "dp": world}}
     printed = {
-        "tp": size("tensor_model_parallel_size"),
-        "pp": size("pipeline_model_parallel_size"),
-        "dp": size("data_parallel_size"),
+        "tp": _size(arguments, "tensor_model_parallel_size"),
+        "pp": _size(arguments, "pipeline_model_parallel_size"),
+        "dp": _size(arguments, "data_parallel_size"),
     }
     training = name.layout or {axis: value for axis, value in printed.items() if value is not None}
     if len(training) < 3:
         return {}
     layouts = {"training": dict(training)}
-    shadow_tp, shadow_pp = (size(f"shadow_{kind}_model_parallel_size") for kind in ("tensor", "pipeline"))
+    shadow_tp, shadow_pp = (
+        _size(arguments, f"shadow_{kind}_model_parallel_size") for kind in ("tensor", "pipeline")
+    )
     if arguments.get("use_shadow") == "True" and shadow_tp and shadow_pp:
         ranks = math.prod(training.values())
         layouts["generation"] = {"tp": shadow_tp, "pp": shadow_pp, "dp": ranks // (shadow_tp * shadow_pp)}
