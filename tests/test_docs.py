@@ -80,7 +80,7 @@ def test_the_example_of_an_algorithm_runs() -> None:
     """The best of each group alone, at its own tokens alone."""
     import torch
 
-    from puzzle.config.sections import AlgorithmConfig
+    from puzzle.config.algorithm import AlgorithmConfig
     from puzzle.rlhf.experience import Experience
 
     names: dict[str, Any] = {}

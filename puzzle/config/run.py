@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from puzzle.config.algorithm import AlgorithmConfig
 from puzzle.config.renamed import modernised
 from puzzle.config.sections import (
-    AlgorithmConfig,
     CheckpointConfig,
     Count,
     DataConfig,

@@ -1,6 +1,6 @@
 """Algorithms of RLHF behind one seam (`base.Algorithm`)."""
 
-from puzzle.config.sections import AlgorithmConfig
+from puzzle.config.algorithm import AlgorithmConfig
 from puzzle.rlhf.algorithms.base import Algorithm
 from puzzle.rlhf.algorithms.groups import GRPO, RLOO, DrGRPO
 from puzzle.rlhf.algorithms.ppo import PPO

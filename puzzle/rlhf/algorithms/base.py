@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from puzzle.config.sections import AlgorithmConfig
+from puzzle.config.algorithm import AlgorithmConfig
 from puzzle.rlhf.experience import Experience
 
 INFERRED: Mapping[str, str] = {

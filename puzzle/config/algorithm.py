@@ -1,0 +1,80 @@
+"""The section `algorithm` of a run's configuration: what the run learns by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from puzzle.config.sections import Count, Fraction, NonNegative, Positive, Section, Sequences
+
+
+class KLConfig(Section):
+    """KL penalty against the reference; adaptive towards `target` as in Ziegler et al. 2019, section 2.2."""
+
+    coef: NonNegative = Field(0.1, description="weight of the penalty; the first one where it adapts")
+    target: Positive | None = Field(None, description="adapt coef towards this KL per response; null: fixed")
+    horizon: Count = Field(10000, description="responses over which an adaptive coef reacts")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="http://joschu.net/blog/kl-approx.html")
+    place: Literal["reward", "loss"] = Field(
+        "reward", description="loss: with k2 or k3, as the gradient of k1 is 0 on average"
+    )
+
+    @model_validator(mode="after")
+    def _can_adapt(self) -> KLConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("target: a coef of 0 is changed in proportion, so never; start above 0")
+        return self
+
+
+class AlgorithmConfig(Section):
+    """What a run learns by: `ppo` (Schulman et al. 2017) with a critic; without one, on groups of
+    `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025) and `rloo` (Ahmadian et al.
+    2024). Their defaults differ: no reward_clip; a KL of 0.04 by k3 in the loss, for rloo of 0.05 by k1 in
+    the reward; loss_average sequence for grpo, constant for the others."""
+
+    name: Literal["ppo", "grpo", "dr_grpo", "rloo"] = Field(
+        "ppo", description="all but ppo: advantages within groups of samples (docs/algorithms.md)"
+    )
+    epochs: Count = Field(1, description="passes over the batch in one iteration")
+    minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
+    microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
+    microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
+    packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
+    clip: Positive = Field(0.2, description="how far the probability ratio may leave 1")
+    value_clip: Positive | None = Field(0.2, description="how far a value may leave the old one; null: any")
+    gamma: Fraction = Field(1.0, description="discount per token")
+    gae_lambda: Fraction = Field(0.95, description="of generalised advantage estimation")
+    kl: KLConfig = KLConfig()
+    kl_stop: Positive | None = Field(None, description="end the run when KL per token exceeds this")
+    whiten: bool = Field(False, description="advantages to mean 0, variance 1 over the batch's tokens")
+    reward_clip: Positive | None = Field(5.0, description="scores are clamped to +- this; null: not")
+    reward_norm: bool = Field(False, description="divide scores by their running standard deviation")
+    entropy: NonNegative = Field(0.0, description="coefficient of the entropy bonus")
+    reference_free: bool = Field(False, description="no reference model and no KL penalty")
+    old_logprobs: Literal["generation", "recompute"] = Field(
+        "generation", description="where the policy before the step comes from; recompute: one more pass"
+    )
+    loss_average: Literal["token", "sequence", "constant", "microbatch"] = Field(
+        "token",
+        description="tokens count alike; sequence: responses do; constant: sums over max_new_tokens;"
+        " microbatch: mean of means",
+    )
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> AlgorithmConfig:
+        if self.microbatch is not None and self.microbatch_tokens is not None:
+            raise ValueError("give microbatch or microbatch_tokens, not both")
+        if self.microbatch_tokens is not None and not self.packing:
+            raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
+        return self
+
+    @model_validator(mode="after")
+    def _of_ppo_alone(self) -> AlgorithmConfig:
+        if self.name == "ppo":
+            return self
+        idle = ("value_clip", "gamma", "gae_lambda", "whiten")
+        given = [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"{given[0]}: {self.name} has no critic and no use for it; leave it out")
+        return self
