@@ -46,6 +46,8 @@ OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
 }  # fmt: skip
 PAIRS = [("min", "max"), ("any", "all"), ("sum", "mean"), ("amax", "amin"), ("argmax", "argmin")]
 PAIRS += [("ceil", "floor"), ("maximum", "minimum"), ("zeros", "ones")]
+UNSEEN = ("strict", "non_blocking", "num_warps", "num_stages")
+"""Keywords of calls that only guard against faults, or that change nothing but speed, and that on a GPU."""
 SYMMETRIC = ("min", "max", "gcd", "lcm", "maximum", "minimum", "isclose", "equal", "isinstance")
 NAMES = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 Change = tuple[str, Any, str]
@@ -144,7 +146,7 @@ def _calls(node: ast.Call) -> Iterator[Change]:
             order = [b if arg is a else a if arg is b else arg for arg in node.args]
             text = ast.unparse(ast.Call(node.func, order, node.keywords))
             yield "swapped arguments", node, text
-    for keyword in node.keywords if name != "zip" else []:  # `strict` only guards against faults
+    for keyword in (k for k in node.keywords if k.arg not in UNSEEN):
         rest = [k for k in node.keywords if k is not keyword]
         yield "keyword dropped", node, ast.unparse(ast.Call(node.func, node.args, rest))
 
@@ -157,7 +159,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "msg", "bases"):
             continue
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        if isinstance(node, ast.keyword) and node.arg in UNSEEN:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from puzzle.model.attention import packed_attention
-from puzzle.model.packing import pack
+from puzzle.model import attention
+from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.packing import DecodeBatch, pack
 
 
 @pytest.mark.parametrize("lengths", [(10, 11), (9, 10), (4, 4), (7, 1, 7), (1, 2)])
@@ -28,3 +29,100 @@ def test_no_sequence_sees_another(lengths, multiple, window):
         p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         torch.testing.assert_close(out[own], torch.einsum("hqk,khd->qhd", p, values), rtol=1e-5, atol=1e-6)
         start += n
+
+
+def textbook(q, k, v, seen):
+    """One query head per key head: softmax over the keys that are seen, (T, H, h)."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-1, -1), enable_gqa=False):
+    """What torch's documentation says of `varlen_attn`, segment by segment."""
+    assert torch.equal(cu_q, cu_k)
+    assert max_q == max_k == cu_q.diff().max()
+    if q.shape[1] != k.shape[1]:
+        assert enable_gqa
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    left, right = (-1, 0) if is_causal else window_size
+    parts = []
+    for start, stop in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+        i, j = torch.arange(stop - start)[:, None], torch.arange(stop - start)[None]
+        seen = torch.ones(stop - start, stop - start, dtype=torch.bool)
+        if left >= 0:
+            seen &= j >= i - left
+        if right >= 0:
+            seen &= j <= i + right
+        parts.append(textbook(*(x[start:stop] for x in (q, k, v)), seen))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize(
+    "keys", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}], ids=lambda keys: " ".join(keys)
+)
+def test_the_varlen_kernel_is_asked_for_the_same(monkeypatch, keys, window):
+    """Of versions of torch with and without windows, and with heads in groups."""
+    if window is not None and "window_size" not in keys:
+        pytest.skip("no windows before")
+    monkeypatch.setattr(attention, "_VARLEN_KEYS", frozenset(keys))
+    batch = pack([[1] * n for n in (5, 1, 7)], 4)
+    heads = (4, 2, 2) if "enable_gqa" in keys else (2, 2, 2)
+    q, k, v = (torch.randn(batch.total, n, 8, generator=torch.Generator().manual_seed(n)) for n in heads)
+    expected = packed_attention(q, k, v, batch, window)[:13]
+    got = attention._varlen_attention(varlen, q, k, v, batch, window)[:13]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+LENGTHS = (3, 1, 4)
+
+
+def filled(order, layers=2):
+    """A cache of four rows with the keys and values of three sequences in those of `order`, in layer 1; of
+    every sequence queries, keys and values (3, positions, 4, 8), the last one not yet written."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randn(3, n + 1, 4, 8, generator=generator) for n in LENGTHS]
+    cache = KVCache(*torch.full((2, layers, 4, 2, 6, 8), torch.nan))
+    batch = pack([[1] * n for n in LENGTHS], 5)
+    dummy = torch.full((batch.total - sum(LENGTHS), 2, 8), 9.0)
+    k, v = (torch.cat([*(s[i, :-1, :2] for s in sequences), dummy]) for i in (1, 2))
+    rows = cache.pick(order)
+    rows.slots(1, rows.rows_of(batch), batch).write(k, v)
+    return cache, sequences
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 3], [2, 0, 3], [3, 2, 1], [0, 2, 1]])
+def test_a_cache_holds_what_a_pass_wrote_in_the_rows_that_it_named_alone(order):
+    cache, sequences = filled(order)
+    for held, which in ((cache.k, 1), (cache.v, 2)):
+        expected = torch.full_like(held, torch.nan)
+        for row, s, n in zip(order, sequences, LENGTHS, strict=True):
+            expected[1, row, :, :n] = s[which, :-1, :2].transpose(0, 1)
+        assert torch.equal(held.nan_to_num(1e9), expected.nan_to_num(1e9))
+    cache.move(order[2], order[0], 2)
+    for held in (cache.k, cache.v):
+        assert torch.equal(held[1, order[0], :, :2], held[1, order[2], :, :2])
+        assert torch.equal(held[1, order[0], :, 2].isnan(), torch.zeros(2, 8, dtype=torch.bool))
+        assert held[1, order[0], :, 3:].isnan().all()
+        assert held[1, order[2], :, :4].isfinite().all()
+        assert not torch.equal(held[1, order[0], :, 2], held[1, order[2], :, 2])
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_a_new_token_sees_what_its_row_has_cached(window):
+    """Rows 1 to 3 of the cache; two query heads share a key head."""
+    cache, sequences = filled([1, 2, 3])
+    held, where = cache.rows(1, 4), torch.tensor(LENGTHS)
+    step = DecodeBatch(where, where, reach=5)
+    q, k, v = (torch.stack([s[i, -1] for s in sequences]) for i in range(3))
+    held.slots(1, held.rows_of(step), step).write(k[:, :2], v[:, :2])
+    keys, values = (x.nan_to_num(1e3) for x in held.read(1, step))  # behind a row's end lies anything
+    assert keys.shape == (3, 2, 5, 8)
+    got = decode_attention(q, keys, values, step.mask(window))
+    for row, s, n in zip(got, sequences, LENGTHS, strict=True):
+        place = torch.arange(n + 1)
+        seen = (place > n - (window or n + 1))[None]
+        k, v = (s[i, :, :2].repeat_interleave(2, 1) for i in (1, 2))
+        torch.testing.assert_close(row[None], textbook(s[0, -1:], k, v, seen), rtol=1e-5, atol=1e-6)
+    assert cache.k[0].isnan().all()
+    assert cache.k[1, 0].isnan().all()

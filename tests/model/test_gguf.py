@@ -15,6 +15,7 @@ from puzzle.cli.convert import convert, packaged_gguf, run
 from puzzle.engine.generate.decode_ring import Request, generate
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
+from puzzle.model.gguf import GgufModel
 from puzzle.model.hf import read_spec
 from puzzle.model.packing import pack
 from tests.model.tiny import save_variant, stage
@@ -33,6 +34,7 @@ LAYER_PARTS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+NO_TOKEN = 2**32 - 1  # of files that say they have none
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 
 
@@ -53,7 +55,9 @@ def alternating(weight, heads):
     return out[:, order].reshape(weight.shape)
 
 
-def write_gguf(path: Path, folder: Path, architecture: str, extra: str | None = None, tokens: bool = True):
+def write_gguf(
+    path: Path, folder: Path, architecture: str, extra: str | None = None, tokens: bool = True, **values: Any
+):
     """The model of a Hugging Face folder, matrices in Q8_0, with a byte-level tokenizer of 259 tokens."""
     spec = read_spec(folder)
     writer = gguf.GGUFWriter(path, architecture)
@@ -68,6 +72,8 @@ def write_gguf(path: Path, folder: Path, architecture: str, extra: str | None = 
     writer.add_rope_freq_base(spec.rope.theta)
     if tokens:
         add_tokenizer(writer)
+    for key, value in values.items():
+        getattr(writer, f"add_{key}")(value)
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.numpy()
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -120,6 +126,50 @@ def test_a_written_file_comes_back(variant, architecture, tmp_path):
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, 257, 257)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.gguf", "out"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({}, {}),
+        ({"bos": 1, "eos": 2, "pad": 3}, {"bos": 1, "eos": 2, "pad": 3}),
+        ({"bos": 1, "eos": 258}, {"bos": 1, "eos": 258, "pad": 258}),
+        ({"bos": 4}, {"bos": 4}),
+        ({"bos": NO_TOKEN, "eos": 0, "pad": NO_TOKEN}, {"eos": 0, "pad": 0}),
+        ({"eos": NO_TOKEN, "pad": 7}, {"pad": 7}),
+        ({"eos": 259}, "eos_token_id must be a whole number"),
+    ],
+)
+def test_what_the_file_does_not_name_is_padded_with_the_end(ids, expected, tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    named = {f"{name}_token_id": value for name, value in ids.items()}
+    path = write_gguf(tmp_path / "model.gguf", folder, "llama", tokens=False, **named)
+    model = GgufModel(path)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            model.token_ids()
+    else:
+        assert model.token_ids() == {f"{name}_token_id": value for name, value in expected.items()}
+    with pytest.raises(UserError, match="has no tokenizer"):
+        model.check_tokenizer()
+
+
+def test_sizes_that_no_model_has_are_refused(tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    for number, (values, words) in enumerate(
+        (
+            ({"rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope scaling are not supported"),
+            ({"block_count": 2}, r"tensor blk\.2\.\w+\.weight is no part of the model"),
+            ({"block_count": 5}, r"has no tensor for model\.layers\.4\.input_layernorm"),
+            ({"feed_forward_length": 64}, r"has shape \(96, 64\), the header's sizes say \(64, 64\)"),
+            ({"head_count": 0}, "num_attention_heads must be a whole number"),
+        )
+    ):
+        path = write_gguf(tmp_path / f"{number}.gguf", folder, "llama", **values)
+        with pytest.raises(UserError, match=words):
+            list(GgufModel(path).tensors())
+    none = write_gguf(tmp_path / "none.gguf", folder, "llama", rope_scaling_type=gguf.RopeScalingType.NONE)
+    assert GgufModel(none).spec == read_spec(folder)
 
 
 def test_files_that_are_no_models(tmp_path):

@@ -250,6 +250,8 @@ def test_what_says_nothing_new_is_no_obstacle():
     assert ModelSpec.from_hf(plain | more) == ModelSpec.from_hf(plain)
     assert ModelSpec.from_hf(plain | {"rms_norm_eps": 0.0}).norm_eps == 0.0
     assert ModelSpec.from_hf(plain | {"hidden_size": 26, "head_dim": 6}).head_dim == 6
+    small = {"rope_theta": 0.5, "rope_scaling": {"type": "linear", "factor": 0.5}}
+    assert ModelSpec.from_hf(plain | small).rope == Rope(0.5, "linear", 0.5)
     # The first architecture that is known says the family and the head.
     odd = plain | {"architectures": ["Other", "Qwen3ForSequenceClassification"]}
     assert (ModelSpec.from_hf(odd).family, ModelSpec.from_hf(odd).head) == ("qwen3", "value")
