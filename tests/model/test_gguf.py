@@ -56,7 +56,12 @@ def alternating(weight, heads):
 
 
 def write_gguf(
-    path: Path, folder: Path, architecture: str, extra: str | None = None, tokens: bool = True, **values: Any
+    path: Path,
+    folder: Path,
+    architecture: str,
+    extra: str | None = None,
+    tokens: bool = True,
+    **metadata: Any,
 ):
     """The model of a Hugging Face folder, matrices in Q8_0, with a byte-level tokenizer of 259 tokens."""
     spec = read_spec(folder)
@@ -72,7 +77,7 @@ def write_gguf(
     writer.add_rope_freq_base(spec.rope.theta)
     if tokens:
         add_tokenizer(writer)
-    for key, value in values.items():
+    for key, value in metadata.items():
         getattr(writer, f"add_{key}")(value)
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.numpy()
@@ -156,16 +161,15 @@ def test_what_the_file_does_not_name_is_padded_with_the_end(ids, expected, tmp_p
 
 def test_sizes_that_no_model_has_are_refused(tmp_path):
     folder = save_variant(tmp_path / "model", "llama")
-    for number, (values, words) in enumerate(
-        (
-            ({"rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope scaling are not supported"),
-            ({"block_count": 2}, r"tensor blk\.2\.\w+\.weight is no part of the model"),
-            ({"block_count": 5}, r"has no tensor for model\.layers\.4\.input_layernorm"),
-            ({"feed_forward_length": 64}, r"has shape \(96, 64\), the header's sizes say \(64, 64\)"),
-            ({"head_count": 0}, "num_attention_heads must be a whole number"),
-        )
-    ):
-        path = write_gguf(tmp_path / f"{number}.gguf", folder, "llama", **values)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope scaling are not supported"),
+        ({"block_count": 2}, r"tensor blk\.2\.\w+\.weight is no part of the model"),
+        ({"block_count": 5}, r"has no tensor for model\.layers\.4\.input_layernorm"),
+        ({"feed_forward_length": 64}, r"has shape \(96, 64\), the header's sizes say \(64, 64\)"),
+        ({"head_count": 0}, "num_attention_heads must be a whole number"),
+    )
+    for number, (metadata, words) in enumerate(cases):
+        path = write_gguf(tmp_path / f"{number}.gguf", folder, "llama", **metadata)
         with pytest.raises(UserError, match=words):
             list(GgufModel(path).tensors())
     none = write_gguf(tmp_path / "none.gguf", folder, "llama", rope_scaling_type=gguf.RopeScalingType.NONE)
