@@ -13,7 +13,5 @@ def at(template: str, now: datetime) -> str:
     if "strftime_now" not in template:
         return template
     codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters]
-    told = ((code, now.strftime(code)) for code in codes)
-    known = {code: text for code, text in told if text not in (code, "")}
-    steps = "".join(f"|replace({json.dumps(code)},{json.dumps(text)})" for code, text in known.items())
+    steps = "".join(f"|replace({json.dumps(code)},{json.dumps(now.strftime(code))})" for code in codes)
     return f"{{% macro strftime_now(form) %}}{{{{ form{steps} }}}}{{% endmacro +%}}{template}"

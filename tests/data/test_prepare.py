@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import prepare
+from puzzle.data.prompts import random_prompts
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError
 
@@ -59,3 +61,45 @@ def test_the_tokenizer_of_a_folder(files, tmp_path):
         files, actor={"model": folder}, critic={"init": config({"random_tokens": 1}).actor.init}
     )
     assert prepare(from_folder, 258).endings.stop_ids == (7,)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("random", [True, False])
+def test_seed_and_order_are_the_configuration_s(files, random, shuffle):
+    """Of prompts from a file as of random ones, whose tokens the seed makes, too."""
+    given = {"random_tokens": 6} if random else {**files, "tokenizer": "bytes"}
+    data = prepare(config({**given, "shuffle": shuffle}, seed=5), 258)
+    count = len(data.train.prompts.prompts)
+    assert count == (6 if random else 5)
+    if random:
+        made = random_prompts(count, 6, 258, 5)
+        assert data.train.prompts == made
+    order = np.random.Generator(np.random.Philox(key=[5, 0])).permutation(count) if shuffle else range(count)
+    dealt = [prompt.index for _ in range(2) for prompt in data.train.next()]
+    assert dealt == list(order)[:4]
+
+
+def test_a_reward_model_reads_ids_or_text(files, tmp_path):
+    """No reader where its tokenizer is the actor's and its template says nothing else."""
+    for name, template in (("plain", None), ("same", "{{ messages }}"), ("other", "{{ messages }}!")):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "bos").mkdir()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.save_pretrained(tmp_path / "bos")
+    for actor, reward, reads in (
+        ("plain", "plain", False),
+        ("same", "plain", False),
+        ("same", "same", False),
+        ("same", "other", True),
+        ("plain", "other", True),
+        ("plain", "bos", True),
+        ("bos", "plain", True),
+        ("bos", "bos", False),
+    ):
+        asked = config(
+            {**files, "tokenizer": str(tmp_path / actor)}, reward={"model": str(tmp_path / reward)}
+        )
+        assert (prepare(asked, 300).reader is not None) is reads, (actor, reward)

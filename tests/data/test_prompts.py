@@ -61,6 +61,12 @@ BAD_LINES = [
     (b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}\n", ":1: not valid JSON: an integer of 5000 digits"),
     (b'{"prompt": 5}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user"}]}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": [{"role": "user", "content": "x"}, {"role": "user"}]}\n', ":1: prompt must be text or"),
+    (b'{"prompt": [{"role": "user", "content": "x"}, {"content": "x"}]}\n', ":1: prompt must be text or"),
+    (b'{"prompt": [{"role": "user", "content": "x"}, "x"]}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": [{"role": "user", "content": 5}]}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": []}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": {"role": "user", "content": "x"}}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user", "content": "x"}]}\n', ":1: prompt is a chat; set data.chat_template"),
     (b'{"prompt": "fine"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text"),
     (b"\n \n", ": holds no prompts"),
@@ -215,6 +221,14 @@ def test_stream_deals_each_epoch_once_and_resumes(count, batch, seed, shuffle):
     resumed = PromptStream(prompts, batch, seed, shuffle)
     resumed.restore(json.loads(json.dumps(stream.state())))
     assert resumed.next() == stream.next()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_order_of_an_epoch_is_numpy_s_of_seed_and_epoch(seed):
+    stream = PromptStream(make_set(7), 3, seed, True)
+    for epoch in range(3):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(7)
+        assert [p.index for _ in range(2) for p in stream.next()] == order[:6].tolist()
 
 
 def test_orders_differ_between_epochs_and_seeds():

@@ -1,4 +1,10 @@
-from datetime import UTC, datetime
+import os
+import shutil
+import string
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,10 +20,12 @@ from puzzle.data.tokenizers import (
     load_tokenizer,
     render,
     response_text,
+    standard_error_kept,
     stop_rule,
     tokenizer_folder,
 )
 from puzzle.errors import UserError
+from puzzle.files import durable
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -54,10 +62,17 @@ def test_byte_tokenizer_is_saved_and_found_again(tmp_path):
 
 
 def test_a_folder_of_tokenizer_files_for_any_name(tmp_path):
-    with tokenizer_folder("bytes") as folder:
+    with tokenizer_folder("bytes", tmp_path) as folder:
         assert folder is not None
+        assert folder.parent == tmp_path
+        assert (folder / "tokenizer.json").is_file()
         assert load_tokenizer(str(folder)).eos_token_id == 256
     assert not folder.exists()
+    with tokenizer_folder("bytes", tmp_path) as folder:
+        assert folder is not None
+        shutil.copytree(folder, left := tmp_path / f"{folder.name[:-8]}-left.partial")
+    durable.settle(tmp_path)  # what a killed process left there goes
+    assert not left.exists()
     with tokenizer_folder(str(tmp_path)) as same, tokenizer_folder(None) as none:
         assert (same, none) == (tmp_path, None)
 
@@ -169,3 +184,84 @@ def test_templates_write_the_date_that_they_are_told() -> None:
     assert text == "\n " + "".join(f"{now.strftime(form)}|" for form in forms) + "yes03!"
     plain = "\n{{ messages[0].content }}"
     assert at(plain, now) == plain
+
+
+@pytest.mark.parametrize("zone", [None, UTC, timezone(timedelta(hours=-7))])
+def test_every_form_of_the_date_is_python_s(zone: tzinfo | None) -> None:
+    """With and without padding, also those that a platform does not know or that are nothing without a zone;
+    as an answer's dialogue is read, too."""
+    now = datetime(2024, 2, 3, 4, 5, 6, 78, tzinfo=zone)
+    forms = [f"<%{flag}{letter}>" for flag in ("", "-") for letter in string.ascii_letters]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "".join(f"{{{{ strftime_now('{form}') }}}}" for form in forms) + (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    told = "".join(map(now.strftime, forms))
+    turns = [{"role": "user", "content": "hi"}]
+    assert render(tokenizer, turns, now=now)[0] == f"{told}hi>"
+    assert tokenizer.decode(dialogue_ids(tokenizer, "hi", turns, "you", now=now)) == f"{told}hiyou"
+    assert tokenizer.decode(dialogue_ids(tokenizer, "hi", turns, "", now=now)) == f"{told}hi>"
+
+
+@contextmanager
+def standard_error(path: Path) -> Generator[None]:
+    """Descriptor 2 is this file, as a library in another language would write there."""
+    before = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def test_what_a_library_says_comes_once_it_has_not_failed(tmp_path: Path) -> None:
+    """Not while it runs, whole and in order afterwards, and never where it raises; then all is as before."""
+    file = tmp_path / "said"
+    opened = len(os.listdir("/proc/self/fd"))
+    with standard_error(file):
+        os.write(2, b"before ")
+        with standard_error_kept():
+            os.write(2, b"in ")
+            os.write(2, b"it ")
+            assert file.read_bytes() == b"before "
+        assert file.read_bytes() == b"before in it "
+        with suppress(KeyError), standard_error_kept():
+            os.write(2, b"panicked ")
+            raise KeyError
+        os.write(2, b"after")
+    assert file.read_bytes() == b"before in it after"
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_without_standard_error_there_is_nothing_to_keep() -> None:
+    before = os.dup(2)
+    os.close(2)
+    try:
+        with standard_error_kept():
+            entered = True
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+    assert entered
+
+
+def test_plain_stop_texts_hear_no_special_tokens() -> None:
+    """A text is what decoding leaves: across a special token, and not within one's name."""
+    tokenizer = with_bos()
+    bos, ids = tokenizer.bos_token_id, encode(tokenizer, "ab")[1:]
+    for stops, ends in (
+        (("ab",), [False, False, True]),
+        (("bo",), [False, False, False]),
+        (("ab", "x<bos>"), [False, False, True]),
+        (("b", "a<bos>"), [False, True, True]),
+    ):
+        rule = stop_rule(tokenizer, stops)
+        assert rule is not None
+        watch = rule(())
+        assert [watch(token) for token in (ids[0], bos, ids[1])] == ends, stops
+    stream = TextStream(tokenizer)
+    assert [stream.add(token)[0] for token in (ids[0], bos, ids[1])] == ["a", "", "b"]
+    stream = TextStream(tokenizer, special=True)
+    assert [stream.add(token)[0] for token in (ids[0], bos, ids[1])] == ["a", "<bos>", "b"]
