@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from puzzle.config.sections import Count, Fraction, NonNegative, Positive, Section, Sequences
+from puzzle.files.limits import LARGEST
 
 
 class KLConfig(Section):
@@ -41,7 +42,17 @@ class AlgorithmConfig(Section):
     microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
     microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
     packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
+    policy_loss: Literal["clipped", "cispo"] = Field(
+        "clipped", description="cispo: clipped ratios weigh log-probs, so that no token's gradient is lost"
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="sequence: one ratio per response, the geometric mean of its tokens' (GSPO)"
+    )
     clip: Positive = Field(0.2, description="how far the probability ratio may leave 1")
+    clip_high: Positive | None = Field(None, description="how far it may rise above 1; null: as clip")
+    dual_clip: Annotated[float, Field(gt=1, le=LARGEST)] | None = Field(
+        None, description="most that the ratio counts where the advantage is negative; null: any"
+    )
     value_clip: Positive | None = Field(0.2, description="how far a value may leave the old one; null: any")
     gamma: Fraction = Field(1.0, description="discount per token")
     gae_lambda: Fraction = Field(0.95, description="of generalised advantage estimation")
@@ -67,6 +78,12 @@ class AlgorithmConfig(Section):
             raise ValueError("give microbatch or microbatch_tokens, not both")
         if self.microbatch_tokens is not None and not self.packing:
             raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
+        return self
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> AlgorithmConfig:
+        if self.policy_loss == "cispo" and self.dual_clip is not None:
+            raise ValueError("dual_clip: policy_loss cispo bounds every weight by clip_high; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
+from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import Models
@@ -25,6 +26,7 @@ class LossInputs(NamedTuple):
     targets_N: Tensor
     weights_N: Tensor
     fields: Mapping[str, Tensor]
+    responses: Responses | None = None
 
 
 class TrainStep:
@@ -97,7 +99,8 @@ class TrainStep:
             outputs = self._outputs(model, hidden, given)
             if outputs.logprobs is not None and self._steps == 0 and model.owns_results:
                 self._note_ratio(outputs.logprobs.detach(), given.fields["old_logprobs"])
-            found = self.algorithm.loss(role, outputs, given.fields, given.weights_N, self.kl_coef)
+            about = (given.fields, given.weights_N, self.kl_coef, given.responses)
+            found = self.algorithm.loss(role, outputs, *about)
             if model.owns_results:
                 self._add(role, found)
             return found.loss
@@ -125,7 +128,10 @@ class TrainStep:
             fields[name] = e.take_N(x_BS, part)
         states_N = cut.states_N(e, index)
         weights_N = self._weights(rows, cut, part, states_N.device)
-        return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields)
+        responses = None
+        if self.algorithm.wants_responses:
+            responses = Responses.of([e.tokens([row]) for row in part], states_N.device)
+        return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields, responses)
 
     def _weights(
         self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int], device: torch.device

@@ -111,6 +111,11 @@ WRONG = [
         ["--algorithm.microbatch=2", "--algorithm.microbatch_tokens=9"],
         "give microbatch or microbatch_tokens, not both",
     ),
+    (["--algorithm.dual_clip", "1"], "command line: algorithm.dual_clip: expected more than 1"),
+    (
+        ["--algorithm.dual_clip=3", "--algorithm.policy_loss", "cispo"],
+        "algorithm: dual_clip: policy_loss cispo bounds every weight by clip_high; leave it out",
+    ),
     (["--reward.function", "null"], "reward: no model; give reward.model, reward.init or reward.function"),
     (["--actor.model", "a", "--actor.init.preset", "7b"], "actor: give model or init, not both"),
     (["--actor.init.hidden_size", "8"], "actor.init: give preset, or also vocab_size, intermediate_size"),

@@ -55,6 +55,10 @@ class ReferenceConfig:
     lam: float = 0.95
     whiten: bool = False
     clip: float = 0.2
+    clip_high: float | None = None
+    dual_clip: float = float("inf")
+    ratio: str = "token"  # or "sequence"
+    policy_loss: str = "clipped"  # or "cispo"
     value_clip: float | None = 0.2
     entropy_coef: float = 0.0
     epochs: int = 1
@@ -251,14 +255,30 @@ class ReferencePPO:
         c = self.config
         new, entropy = self.answer_logprobs(self.actor, rollout.prompts[row], rollout.responses[row])
         advantage = torch.tensor(rollout.advantages[row])
-        ratio = torch.exp(new - torch.tensor(rollout.logprobs[row]))
-        held = torch.clamp(ratio, 1 - c.clip, 1 + c.clip)
-        loss = -torch.min(advantage * ratio, advantage * held).sum() - c.entropy_coef * entropy.sum()
+        loss = self._surrogate(new, torch.tensor(rollout.logprobs[row]), advantage)
+        loss = loss - c.entropy_coef * entropy.sum()
         if c.kl_place == "loss" and rollout.ref_logprobs is not None:
             gap = torch.tensor(rollout.ref_logprobs[row]) - new
             kl = {"k1": -gap, "k2": 0.5 * gap**2, "k3": torch.exp(gap) - 1 - gap}[c.kl_estimator]
             loss = loss + c.kl_coef * kl.sum()
         return loss
+
+    def _surrogate(self, new: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+        """One row's sum of what is minimised. A ratio by sequence is GSPO's own where the row's advantages
+        are all equal, else GSPO-token's."""
+        c = self.config
+        high = c.clip if c.clip_high is None else c.clip_high
+        ratio = torch.exp(new - old)
+        if c.ratio == "sequence":
+            ratio = torch.exp((new - old).sum() / len(new)).expand(len(new))
+            if not bool((advantage == advantage[0]).all()):
+                ratio = ratio.detach() * torch.exp(new) / torch.exp(new).detach()
+        held = torch.clamp(ratio, 1 - c.clip, 1 + high)
+        if c.policy_loss == "cispo":
+            return -(held.detach() * advantage * new).sum()
+        objective = torch.min(advantage * ratio, advantage * held)
+        worst = torch.max(objective, c.dual_clip * advantage)
+        return -torch.where(advantage < 0, worst, objective).sum()
 
     def _critic_row_loss(self, rollout: Rollout, row: int) -> Tensor:
         """Sum of the value loss over one row's answer tokens."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from puzzle.engine.pipeline.model import share
 from puzzle.rlhf.algorithms import policy, ppo
+from puzzle.rlhf.algorithms.surrogate import Surrogate
 from puzzle.rlhf.experience import Experience, microbatches, minibatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO
 from tests.reference.tiny import save_lm, save_value
@@ -92,7 +93,7 @@ def gradients(reference: ReferencePPO, experience: Experience, rows: list[int], 
                 e.take_N(e.logprobs_BS, part),
                 e.take_N(e.advantages_BS, part),
                 mask_N,
-                clip=c.clip,
+                surrogate=Surrogate(c.clip),
                 entropy=torch.cat([entropy for _, entropy in both]),
                 entropy_coef=c.entropy_coef,
                 ref_logprobs=None if in_loss is None else e.take_N(in_loss, part),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from puzzle.rlhf import controllers
 from puzzle.rlhf.algorithms import groups, policy, ppo
+from puzzle.rlhf.algorithms.surrogate import Surrogate
 from tests.reference import numpy_ppo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -122,7 +123,9 @@ def test_policy_loss_and_gradient(case, clip):
     expected = numpy_ppo.policy_loss(new, old, advantages, clip)
     tokens = max(expected.tokens, 1)
     leaf_BS = case.padded(new).requires_grad_()
-    sums = policy.policy_loss(leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, clip=clip)
+    sums = policy.policy_loss(
+        leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, surrogate=Surrogate(clip)
+    )
     case.close(sums.loss, expected.value * tokens)
     case.close(sums.approx_kl, expected.approx_kl * tokens)
     assert int(sums.clipped) == round(expected.clip_fraction * tokens)
@@ -155,7 +158,7 @@ def test_kl_and_entropy_in_the_loss(case, estimator):
         case.padded(old),
         case.padded(zero),
         case.mask_BS,
-        clip=0.2,
+        surrogate=Surrogate(0.2),
         entropy=entropy_BS,
         entropy_coef=0.01,
         ref_logprobs=case.padded(reference),
@@ -179,13 +182,15 @@ def test_packed_micro_batches_add_up(case, parts):
     old = case.rows(1.0, -2.0)
     new, advantages = case.near(old, 0.3), case.rows()
     leaf_BS = case.padded(new).requires_grad_()
-    whole = policy.policy_loss(leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, clip=0.2)
+    whole = policy.policy_loss(
+        leaf_BS, case.padded(old), case.padded(advantages), case.mask_BS, surrogate=Surrogate(0.2)
+    )
     whole.loss.backward()
     leaf_T = case.packed(new).requires_grad_()
     everywhere = torch.ones_like(leaf_T, dtype=torch.bool)
     tensors = (leaf_T, case.packed(old), case.packed(advantages), everywhere)
     pieces = [
-        policy.policy_loss(*piece, clip=0.2)
+        policy.policy_loss(*piece, surrogate=Surrogate(0.2))
         for piece in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True)
     ]
     for piece in pieces:
@@ -202,7 +207,9 @@ def test_an_empty_micro_batch_is_harmless():
     empty = torch.full((7,), math.nan, requires_grad=True)
     nothing = torch.zeros(7, dtype=torch.bool)
     for sums in (
-        policy.policy_loss(empty, empty.detach(), empty.detach(), nothing, clip=0.2, entropy=empty),
+        policy.policy_loss(
+            empty, empty.detach(), empty.detach(), nothing, surrogate=Surrogate(0.2), entropy=empty
+        ),
         ppo.value_loss(empty, empty.detach(), empty.detach(), nothing, clip=0.2),
     ):
         empty.grad = None
@@ -315,7 +322,7 @@ def test_weights_count_every_token_by_itself(case, seed):
     weights_BS = torch.rand(case.mask_BS.shape, generator=torch.Generator().manual_seed(seed))
     losses = (
         lambda leaf, **w: policy.policy_loss(
-            leaf, case.padded(old), case.padded(advantages), case.mask_BS, clip=0.2, **w
+            leaf, case.padded(old), case.padded(advantages), case.mask_BS, surrogate=Surrogate(0.2), **w
         ),
         lambda leaf, **w: ppo.value_loss(
             leaf, case.padded(old), case.padded(returns), case.mask_BS, clip=0.2, **w

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from puzzle.config.algorithm import AlgorithmConfig
+from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience
 
 INFERRED: Mapping[str, str] = {
@@ -62,6 +63,11 @@ class Algorithm(ABC):
         """Whether the policy's loss needs the entropy of every token's distribution."""
         return self.config.entropy > 0
 
+    @property
+    def wants_responses(self) -> bool:
+        """Whether losses need to know which tokens of a micro-batch are one response."""
+        return False
+
     @abstractmethod
     def advantages(self, experience: Experience, scores_B: Tensor, kl_coef: float) -> Experience:
         """The experience with `scores_B` (float32, one score per row), advantages, and what else the losses
@@ -79,10 +85,12 @@ class Algorithm(ABC):
         inputs: Mapping[str, Tensor],
         weights_N: Tensor,
         kl_coef: float,
+        responses: Responses | None = None,
     ) -> Loss:
         """The loss of one micro-batch of a role: the sum over tokens of each one's own loss times its weight.
 
-        `inputs` are float32 (N,) by the names of `inputs(role)`; weights add up to 1 over all micro-batches
+        `inputs` are float32 (N,) by the names of `inputs(role)`, `responses` theirs if `wants_responses`; a
+        response is never cut over micro-batches. Weights add up to 1 over all micro-batches
         and replicas, so the sum over them is the loss of the minibatch however it was cut.
         """
 

@@ -6,8 +6,7 @@ response tokens; what lies outside them may hold anything, NaN too, and reaches 
 Losses are *weighted sums*: a token's own loss times its weight. Where the weights of a minibatch add up to 1,
 over all micro-batches and replicas, its loss does not depend on how it was cut.
 
-Sources: the clipped surrogate, Schulman et al. 2017 (arXiv:1707.06347); KL estimators, Schulman 2020
-(joschu.net/blog/kl-approx.html).
+Sources: surrogates, `surrogate.py`; KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs
+from puzzle.rlhf.algorithms.surrogate import Responses, Surrogate
 
 Estimator = Literal["k1", "k2", "k3"]
 WHITEN_EPS = 1e-8
@@ -82,7 +82,7 @@ class PolicySums(NamedTuple):
     """Of the tokens of one micro-batch, 0-d tensors; only `loss` carries a gradient."""
 
     loss: Tensor  # weighted: surrogate + kl_coef KL - entropy_coef entropy
-    clipped: Tensor  # tokens whose ratio the clip held back
+    clipped: Tensor  # tokens whose ratio a clip held back
     approx_kl: Tensor  # k3 of KL(old policy || new policy)
     tokens: Tensor
 
@@ -93,7 +93,8 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float,
+    surrogate: Surrogate,
+    responses: Responses | None = None,
     weights: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
@@ -101,27 +102,25 @@ def policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k2",
 ) -> PolicySums:
-    """Clipped surrogate max(-A rho, -A clip(rho, 1-clip, 1+clip)), rho = exp(new - old) (Schulman et al.
-    2017, equation 7).
+    """The surrogate's losses, and what is added to them: KL and an entropy bonus.
 
-    All tensors have one shape; `weights` None: every token counts 1. `entropy` (of the next-token
-    distribution) gives the bonus of equation 9; give `ref_logprobs` when the KL belongs into the loss and not
-    into the rewards (as a loss, the gradient of k1 has expectation 0: prefer k2 or k3).
+    All tensors have one shape; `weights` None: every token counts 1. `responses` are needed where the ratio
+    is a response's. `entropy` (of the next-token distribution) gives the bonus of Schulman et al. 2017,
+    equation 9; give `ref_logprobs` when the KL belongs into the loss and not into the rewards (as a loss, the
+    gradient of k1 has expectation 0: prefer k2 or k3).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
-    ratio = log_ratio.exp()
-    free = -advantages * ratio
-    bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    losses = torch.maximum(free, bound)
+    inside = torch.where(mask, logprobs, 0.0)
+    losses, held = surrogate.losses(inside, log_ratio, advantages, responses)
     if ref_logprobs is not None:
-        inside, reference = torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0)
+        reference = torch.where(mask, ref_logprobs, 0.0)
         losses = losses + kl_coef * token_kl(inside, reference, kl_estimator)
     if entropy is not None:
         losses = losses - entropy_coef * torch.where(mask, entropy, 0.0)
     return PolicySums(
         loss=weighted(losses, weights),
-        clipped=(bound > free).sum(),
+        clipped=(held & mask).sum(),
         approx_kl=(torch.expm1(log_ratio) - log_ratio).sum().detach(),
         tokens=mask.sum(),
     )
@@ -133,7 +132,7 @@ def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
 
 
 class ClippedPolicy(Algorithm):
-    """A policy that learns alone by the clipped surrogate; what remains open is its advantages."""
+    """A policy that learns alone by a surrogate of its ratios; what remains open is its advantages."""
 
     trained = ("actor",)
     sums: ClassVar = {"actor": ("clipped", "approx_kl", "tokens")}
@@ -142,6 +141,17 @@ class ClippedPolicy(Algorithm):
     def kl_in_loss(self) -> bool:
         """Whether the KL to the reference is part of the policy's loss."""
         return self.config.kl.place == "loss" and not self.config.reference_free
+
+    @property
+    def wants_responses(self) -> bool:
+        """The ratio of a response is made of all its tokens."""
+        return self.config.ratio == "sequence"
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The options' surrogate."""
+        c = self.config
+        return Surrogate(c.clip, c.clip_high, c.dual_clip, c.ratio, c.policy_loss)
 
     def inputs(self, role: str) -> Mapping[str, str]:
         """Old log-probs and advantages, and the reference's log-probs where the loss has their KL."""
@@ -155,8 +165,9 @@ class ClippedPolicy(Algorithm):
         inputs: Mapping[str, Tensor],
         weights_N: Tensor,
         kl_coef: float,
+        responses: Responses | None = None,
     ) -> Loss:
-        """The clipped surrogate with the options' KL and entropy."""
+        """The options' surrogate with the options' KL and entropy."""
         assert outputs.logprobs is not None
         c = self.config
         found = policy_loss(
@@ -164,7 +175,8 @@ class ClippedPolicy(Algorithm):
             inputs["old_logprobs"],
             inputs["advantages"],
             torch.ones_like(outputs.logprobs, dtype=torch.bool),
-            clip=c.clip,
+            surrogate=self.surrogate,
+            responses=responses,
             weights=weights_N,
             entropy=outputs.entropy,
             entropy_coef=c.entropy,

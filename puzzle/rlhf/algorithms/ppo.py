@@ -19,6 +19,7 @@ from torch import Tensor
 
 from puzzle.rlhf.algorithms.base import Loss, Outputs
 from puzzle.rlhf.algorithms.policy import ClippedPolicy, moments, token_kl, weighted, whiten
+from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience
 
 
@@ -145,10 +146,11 @@ class PPO(ClippedPolicy):
         inputs: Mapping[str, Tensor],
         weights_N: Tensor,
         kl_coef: float,
+        responses: Responses | None = None,
     ) -> Loss:
-        """The clipped surrogate of the actor, the clipped squared error of the critic."""
+        """The surrogate of the actor, the clipped squared error of the critic."""
         if role != "critic":
-            return super().loss(role, outputs, inputs, weights_N, kl_coef)
+            return super().loss(role, outputs, inputs, weights_N, kl_coef, responses)
         assert outputs.values is not None
         found = value_loss(
             outputs.values,
