@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from puzzle.config.algorithm import AlgorithmConfig
 from puzzle.config.renamed import modernised
@@ -73,6 +68,14 @@ def _plain(value: Any) -> Any:
     return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
+def _switched_on(value: Any) -> bool:
+    """Whether a value that is not validated yet, such as a word of a command line, is read as true."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
+
+
 def _laid_over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, with `defaults` where nothing was."""
     found = {name: _plain(value) for name, value in given.items()}
@@ -94,7 +97,7 @@ def _inherit(data: Any) -> Any:
     if isinstance(algorithm, Mapping):
         name = algorithm.get("name", "ppo")
         defaults = DEFAULTS.get(name, {}) if isinstance(name, str) else {}
-        if algorithm.get("reference_free") is True:
+        if _switched_on(algorithm.get("reference_free")):
             defaults = {key: value for key, value in defaults.items() if key != "kl"}
         filled["algorithm"] = _laid_over(defaults, algorithm)
         if isinstance(name, str) and "critic" not in TRAINED.get(name, ROLES):

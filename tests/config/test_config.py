@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.config.load import build, keys, load_config, merge, parse_overrides, read_yaml
-from puzzle.config.run import LayoutConfig, TrainConfig, TrainedConfig
+from puzzle.config.run import TRAINED, LayoutConfig, TrainConfig, TrainedConfig
 from puzzle.errors import UserError
 
 BYTES = ["--data.tokenizer", "bytes"]
@@ -62,6 +62,16 @@ def test_a_source_on_the_command_line_replaces_the_files(config_file):
     assert config.actor.model is None
     assert config.actor.init is not None
     assert config.actor.init.preset == "7b"
+
+
+@pytest.mark.parametrize("name", list(TRAINED))
+@pytest.mark.parametrize("free", ["true", "True", "yes", "1", "false"])
+def test_words_of_a_command_line_choose_defaults_as_a_file_does(tmp_path, config_file, name, free):
+    options = ["--algorithm.name", name, "--algorithm.reference_free", free, "--generation.samples", "4"]
+    text = BASE.replace("max_new_tokens: 20", "max_new_tokens: 20, samples: 4")
+    written = tmp_path / "written.yaml"
+    written.write_text(text.replace("algorithm:", f"algorithm: {{name: {name}, reference_free: {free}}}"))
+    assert load_config(config_file, [*options, *BYTES]) == load_config(written, BYTES)
 
 
 def test_the_resolved_run_is_the_run(config_file):

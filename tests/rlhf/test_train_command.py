@@ -121,6 +121,16 @@ def test_the_log_proves_layouts_and_schedules(folder: Path) -> None:
     assert any(s.name.startswith("reduce-scatter critic") for s in timeline.spans)
 
 
+def test_a_run_without_anything_to_infer(folder: Path) -> None:
+    free = ("--algorithm.name", "rloo", "--algorithm.reference_free", "true", "--generation.samples", "2")
+    run = subprocess.run(
+        command("--out", "free", *free), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    (log,) = load_runs(Path("free")).runs
+    assert [record.iteration for record in log.iterations] == [0, 1]
+
+
 def test_nan_ends_all_ranks_with_one_line(folder: Path) -> None:
     options = ["--out", "o", "--layout.dp", "2", "--actor.optimizer.lr", "1e30"]
     done = subprocess.run(command(*options), env=environment(), capture_output=True, text=True, timeout=400)

@@ -158,6 +158,8 @@ def _place(places: Sequence[int], index: float) -> float:
 def why_not_fused(placements: Mapping[str, Placement]) -> str | None:
     """The reason why these models cannot share a pipeline, or None: stages and pipelines must be the same
     ranks for all of them. Sizes, layer counts and the split of a stage's ranks into tp and dp may differ."""
+    if not placements:
+        return None
     (first, reference), *others = placements.items()
     for name, placement in others:
         if placement.layout.pp != reference.layout.pp:
