@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,6 @@ from puzzle.runlog import folders
 from puzzle.runlog.past import Past, past_of, read_lines
 
 FRUITLESS = 2
-
-
-@dataclass(frozen=True)
-class Start:
-    """What all processes of a run are told, as JSON values: its configuration, the part of it that was given,
-    its folder, and when it began, at first (ISO 8601)."""
-
-    resolved: dict[str, Any]
-    given: dict[str, Any] | None
-    out: str
-    moment: str
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -135,14 +123,14 @@ def start(
         except ValueError:
             raise UserError(f"{out / 'run.jsonl'}: started {said!r} is no time; write ISO 8601") from None
     moment = began.isoformat(timespec="seconds")
-    start = Start(config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
+    told = (config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
     if place is not None and place.rank > 0:
-        return _attempts(config, out, resume, launcher, start, None)
+        return _attempts(config, out, resume, launcher, told, None)
     folders.check(out)
     with lock.hold(out) as keep:
         try:
             folders.prepare(out, resume, config.checkpoint.save)
-            return _attempts(config, out, resume, launcher, start, keep)
+            return _attempts(config, out, resume, launcher, told, keep)
         except UserError:
             if made and not (out / "run.jsonl").exists():
                 shutil.rmtree(out)
@@ -150,16 +138,16 @@ def start(
 
 
 def _attempts(
-    config: TrainConfig, out: Path, resume: bool, launcher: Launcher, start: Start, keep: int | None
+    config: TrainConfig, out: Path, resume: bool, launcher: Launcher, told: tuple[Any, ...], keep: int | None
 ) -> int:
     """Run it; if it dies, resume it, `launch.max_restarts` times at most, but not again after FRUITLESS
-    restarts in a row without a new checkpoint."""
-    target, logs, note = "puzzle.cli.train:process", out / "ranks", ""
+    restarts in a row without a new checkpoint. `told` are the first arguments of `rlhf.process`."""
+    target, logs, note = "puzzle.rlhf.process:process", out / "ranks", ""
     most = config.launch.max_restarts
     apart = most > 0 or runs_users_code(config)  # a user's code can end its process without a word
     reached, fruitless = -1, 0
     for restarts in range(most + 1):
-        args = (asdict(start), resume, note)
+        args = (*told, resume, note)
         try:
             if launcher == "local":
                 local.run(target, args, config.world, logs, apart=apart, keep=keep)
@@ -178,11 +166,3 @@ def _attempts(
         else:
             break
     return 0
-
-
-def process(start: dict[str, Any], resume: bool = False, note: str = "") -> None:
-    """One process of the run; its arguments are JSON values, which any launcher can bring to any host."""
-    from puzzle.rlhf.trainer import train
-
-    one = Start(**start)
-    train(TrainConfig.model_validate(one.resolved), Path(one.out), resume, note, one.given, one.moment)

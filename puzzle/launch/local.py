@@ -6,13 +6,12 @@ for as long as they live, so there is no fixed port and no moment in which anoth
 
 import contextlib
 import errno
+import math
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -33,6 +32,7 @@ from puzzle.errors import (
     print_anything,
     terminate_as_exit,
 )
+from puzzle.launch import fork_server
 from puzzle.launch.network import LOOPBACK, choose_interfaces, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
@@ -45,9 +45,10 @@ SAFE_PATH = "PYTHONSAFEPATH"
 DONE = "done"
 """What a worker reports at the end of its work: who ends without it has failed, whatever its exit code."""
 GRACE_SECONDS = 5.0
-MOST_SOCKET_FOLDER = 64
 SETTLE_SECONDS = 0.5
 MOST_PER_CORE = 16
+UNTOLD = 255
+"""The exit code that multiprocessing makes up for processes whose fork server died."""
 
 
 class WorkerError(Exception):
@@ -149,12 +150,11 @@ def host(
 ) -> Death | None:
     """Run this host's `share` of a run; the first failure, or None when all its processes ended well."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
     threads = threads_per_worker(share.count)
     wait_passively()
     # The server is `python -c`, which would find modules in the working folder first.
     with environment({"OMP_NUM_THREADS": str(threads), SAFE_PATH: "1"}):
-        _ensure_server()
+        fork_server.ensure(("torch", target.partition(":")[0]))
     kept = None if keep is None else Connection(os.dup(keep), writable=False)
     alive, held = context.Pipe(duplex=False)  # closes when this process ends, however it ends
     workers: list[Any] = []
@@ -174,38 +174,21 @@ def host(
                 workers.append(worker)
                 reports.append(receive)
             death = _watch(workers, reports, share.first)
+            if death is not None:
+                untold = any(worker.exitcode == UNTOLD for worker in workers)
+                death = first_of([death, _server_death(share.first, SETTLE_SECONDS if untold else 0.0)])
             ending = PEER_ENDED
-        except ConnectionError:
+        except (ConnectionError, EOFError):
             ending = PEER_ENDED
-            raise
+            death = _server_death(share.first, SETTLE_SECONDS)
+            if death is None:
+                raise
         finally:
             _end(workers, ending)
             for pipe in (held, alive, kept):
                 if pipe is not None:
                     pipe.close()
     return death
-
-
-def _ensure_server() -> None:
-    """Have the fork server, with its socket out of the temporary directory, where a kill would leave it.
-
-    A descriptor still leads there. The attributes are multiprocessing's own, the same in 3.11 to 3.14.
-    """
-    server: Any = multiprocessing.forkserver._forkserver
-    process: Any = multiprocessing.current_process()
-    own = process._config
-    before = own.get("tempdir")
-    # The name of a socket holds 107 bytes.
-    short = None if len(tempfile.gettempdir()) <= MOST_SOCKET_FOLDER else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="puzzle-", dir=short) as folder:
-        own["tempdir"] = folder
-        try:
-            multiprocessing.forkserver.ensure_running()
-        finally:
-            own["tempdir"] = before
-        if Path(server._forkserver_address).parent == Path(folder):  # else it was running already
-            descriptor = os.open(server._forkserver_address, os.O_PATH | os.O_CLOEXEC)
-            server._forkserver_address = f"/proc/self/fd/{descriptor}"
 
 
 def _work(target: str, args: tuple[Any, ...], place: tuple, pipes: tuple) -> None:
@@ -332,14 +315,25 @@ def _death(rank: int, worker: Any, report: Connection) -> Death | None:
     if code is None or (code == 0 and kind == DONE):
         return None
     if code < 0:
-        name = signal.Signals(-code).name
-        hint = {"SIGKILL": " (out of memory, or by hand)", "SIGTERM": " (by hand, or a scheduler)"}.get(
-            name, ""
-        )
-        return Death(rank, "signal", f"killed by {name}{hint}", 128 - code, time.time())
+        return Death(rank, "signal", _killed(-code), 128 - code, time.time())
     when = "after" if kind == DONE else "before"
     line = f"ended with exit code {code} {when} its work was done (os._exit, as a reward may call it)"
     return Death(rank, "exit", line, code or 1, time.time())
+
+
+def _killed(number: int) -> str:
+    name = signal.Signals(number).name
+    hints = {"SIGKILL": " (out of memory, or by hand)", "SIGTERM": " (by hand, or a scheduler)"}
+    return f"killed by {name}{hints.get(name, '')}"
+
+
+def _server_death(rank: int, patience: float = 0.0) -> Death | None:
+    """The death of the fork server, told as that of the first rank: nobody hears of its ranks any more."""
+    code = fork_server.ended(patience)
+    if code is None:
+        return None
+    how = _killed(-code) if code < 0 else f"ended with exit code {code}"
+    return Death(rank, "signal", f"its fork server was {how}", 128 + abs(code), time.time())
 
 
 def first_of(deaths: Sequence[Death | None]) -> Death | None:
@@ -356,16 +350,24 @@ def first_of(deaths: Sequence[Death | None]) -> Death | None:
 
 def _end(workers: Sequence[Any], number: int) -> None:
     """End workers by a signal that lets them unwind and finish their log, the slow ones by force."""
-    for worker in workers:
-        if worker.is_alive():
+    for signal_number, seconds in ((number, GRACE_SECONDS), (signal.SIGKILL, math.inf)):
+        for worker in filter(_lives, workers):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, number)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+                os.kill(worker.pid, signal_number)
+        until = time.monotonic() + seconds
+        while any(map(_lives, workers)) and time.monotonic() < until:
+            time.sleep(0.005)
+
+
+def _lives(worker: Any) -> bool:
+    """Whether a worker is there, also one of which a dead fork server can say nothing."""
+    if worker.is_alive():
+        return True
+    if fork_server.ended() is None:
+        return False
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def raise_death(death: Death, where: str, logs: Path | None) -> NoReturn:

@@ -24,6 +24,7 @@ from typing import Any
 
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
+from puzzle.launch import fork_server
 from puzzle.launch.local import SAFE_PATH, environment
 from puzzle.rlhf.patience import Patience, end, patience, raised_at, user_line
 
@@ -116,6 +117,7 @@ def probe(name: str, allowed: Patience) -> None:
         {SAFE_PATH: "1"}
     ):  # it is `python -c`, which would find modules in the working folder first
         process.start()
+    fork_server.end_at_exit()
     send.close()
     try:
         with patience(f"reward.function {name}: its import", allowed):

@@ -1,7 +1,6 @@
 """Runs of which one rank fails."""
 
 import os
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from puzzle.cli import train
 from puzzle.engine.checkpoint import checkpoint
 from puzzle.engine.pipeline.stage import StageRun
+from puzzle.rlhf.process import process
 
 FAILURES: dict[str, tuple[object, str, Exception]] = {
     "memory": (
@@ -35,4 +34,4 @@ def meets_failure(resolved: dict[str, Any], out: str, kind: str) -> None:
     if os.environ["RANK"] == "1":
         mock.patch.object(place, name, fail).start()
     moment = datetime.now().astimezone().isoformat()
-    train.process(asdict(train.Start(resolved, None, out, moment)))
+    process(resolved, None, out, moment)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from puzzle.config.load import build
 from puzzle.engine.runtime.identity import Identity, launched
 from puzzle.errors import UserError
 from puzzle.launch import local
-from tests.launch.running import config
+from tests.launch.running import config, of_test
 
 ROOT = Path(__file__).parents[2]
 TARGETS = "tests.launch.targets"
@@ -109,12 +110,35 @@ def test_workers_do_not_outlive_the_parent(tmp_path, number):
         "import sys; from pathlib import Path; from puzzle.launch import local\n"
         f"local.run('{TARGETS}:sleep', (Path(sys.argv[1]),), 2)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+    marked = {**os.environ, "PUZZLE_TEST": str(tmp_path)}
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    parent = subprocess.Popen(words, env=marked, stderr=subprocess.DEVNULL)
     workers = pids(tmp_path, 2)
     parent.send_signal(number)
-    parent.communicate(timeout=20)
-    assert parent.returncode != 0
-    assert gone(workers)
+    assert parent.wait(timeout=60) != 0
+    if number == signal.SIGKILL:
+        assert gone(workers)
+    else:  # neither workers nor what started them outlive it by a moment
+        assert not of_test(tmp_path)
+
+
+def test_a_dead_fork_server_is_named_and_its_workers_end(tmp_path):
+    """The launcher hears of them through the server alone; they are gone before anything starts again."""
+    code = (
+        "import sys; from pathlib import Path; from puzzle.launch import local\n"
+        "from tests.launch.test_local import alive, pids\n"
+        "try: local.run(sys.argv[2], (Path(sys.argv[1]),), 2)\n"
+        "except local.WorkerError as error: print(sum(map(alive, pids(Path(sys.argv[1]), 2))), error)"
+    )
+    marked = {**os.environ, "PUZZLE_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, str(tmp_path), f"{TARGETS}:sleep"]
+    parent = subprocess.Popen(words, env=marked, stdout=subprocess.PIPE, text=True)
+    workers = pids(tmp_path, 2)
+    (server,) = {pid for pid, line in of_test(tmp_path).items() if "forkserver" in line} - set(workers)
+    os.kill(server, signal.SIGKILL)
+    (line,) = parent.communicate(timeout=60)[0].splitlines()
+    assert re.fullmatch(r"0 rank 0 on \S+: its fork server was killed by SIGKILL \(out of memory.*", line)
+    assert not of_test(tmp_path)
 
 
 def test_one_process_may_die_apart_from_this_one():
