@@ -20,7 +20,7 @@ from puzzle.errors import UserError
 from puzzle.files import lock
 from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.rlhf.requirements import check_files, check_packages
-from puzzle.rlhf.rewards import runs_users_code
+from puzzle.rlhf.rewards.functions import runs_users_code
 from puzzle.runlog import folders
 from puzzle.runlog.past import Past, past_of, read_lines
 

@@ -173,7 +173,7 @@ class TrainedConfig(ModelConfig):
 class RewardConfig(ModelConfig):
     """The reward: a model with a score head, or a Python function of texts."""
 
-    function: str | None = Field(None, description="module:name, called with (prompts, responses)")
+    function: str | None = Field(None, description="module:name or path/file.py:name")
     timeout: Positive | None = Field(
         3600.0, description="seconds that a call of function may take; null: no limit"
     )

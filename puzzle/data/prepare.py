@@ -6,7 +6,7 @@ from pathlib import Path
 
 from puzzle.config.run import TrainConfig
 from puzzle.data.endings import Endings, endings
-from puzzle.data.prompts import PromptSet, PromptStream, load_prompts, random_prompts
+from puzzle.data.prompts import Choose, PromptSet, PromptStream, load_prompts, no_columns, random_prompts
 from puzzle.data.reading import Reader
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer
 from puzzle.errors import UserError
@@ -26,9 +26,11 @@ class RunData:
     reader: Reader | None = None
 
 
-def prepare(config: TrainConfig, vocab_size: int, began: datetime | None = None) -> RunData:
-    """Load tokenizer and prompts of a run; `vocab_size` is the actor's; chat templates take `began`
-    for now. Raises UserError."""
+def prepare(
+    config: TrainConfig, vocab_size: int, began: datetime | None = None, choose: Choose = no_columns
+) -> RunData:
+    """Load tokenizer and prompts of a run, with the columns that `choose` takes of their files; `vocab_size`
+    is the actor's; chat templates take `began` for now. Raises UserError."""
     data = config.data
     folder = None if config.actor.model is None else Path(config.actor.model)
     if data.random_tokens is not None:
@@ -40,10 +42,10 @@ def prepare(config: TrainConfig, vocab_size: int, began: datetime | None = None)
     name = data.tokenizer or config.actor.model
     assert name is not None, "validated by TrainConfig"
     tokenizer = load_tokenizer(name)
-    train = load_prompts(Path(data.prompts), data, tokenizer, began)
+    train = load_prompts(Path(data.prompts), data, tokenizer, began, choose)
     held_out = None
     if data.eval_prompts is not None:
-        held_out = load_prompts(Path(data.eval_prompts), data, tokenizer, began)
+        held_out = load_prompts(Path(data.eval_prompts), data, tokenizer, began, choose)
     for prompts in filter(None, (train, held_out)):
         largest = max(max(prompt.tokens) for prompt in prompts.prompts)
         if largest >= vocab_size:

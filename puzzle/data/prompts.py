@@ -3,8 +3,8 @@
 import codecs
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,17 @@ from puzzle.files.jsonio import Fields, parse, shown
 _BROKEN = re.compile("[\ud800-\udfff]")
 
 Messages = tuple[Mapping[str, str], ...]
+Choose = Callable[[Collection[str], str], Collection[str]]
+"""Which columns of a source travel with its prompts: (all their names, the source) -> those to keep. It may
+raise UserError."""
+Narrow = Callable[[Collection[str], str], list[str]]
+Records = Iterator[tuple[str, Mapping[str, Any]]]
+"""Place and fields of each row."""
+
+
+def no_columns(_names: Collection[str], _source: str) -> Collection[str]:
+    """A Choose: prompts travel alone."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class PromptRow:
     place: str
     id: str | None
     value: Any
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """UserError for what no UTF-8 text can hold: half of a surrogate pair, or a byte that was none."""
@@ -44,7 +56,8 @@ class Prompt:
     """One prompt. `index`, its position in the file, keys its sampling noise; `id` names it.
 
     `messages` are the turns of a chat, None for plain text; `text` is what reward functions and samples show.
-    `lead` is what the chat's template puts before an answer (`answer_lead`).
+    `lead` is what the chat's template puts before an answer (`answer_lead`). `columns` are the chosen fields
+    of its row, by name, as the file has them.
     """
 
     index: int
@@ -53,6 +66,7 @@ class Prompt:
     messages: Messages | None
     tokens: tuple[int, ...]
     lead: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -69,29 +83,28 @@ class PromptSet:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_rows(path: Path, field: str, id_field: str | None) -> list[PromptRow]:
-    """The rows of a .jsonl, .parquet or .txt file or of a Hugging Face dataset folder, in order.
+def read_rows(
+    path: Path, prompt_field: str, id_field: str | None, choose: Choose = no_columns
+) -> list[PromptRow]:
+    """The rows of a .jsonl, .parquet or .txt file or of a Hugging Face dataset folder, in order, with the
+    columns that `choose` takes; others are not kept, and of parquet and datasets not read.
 
-    Raises UserError naming file and line for what cannot be read, has no `field`, or has nothing in it.
+    Raises UserError naming file and line for what cannot be read, has no `prompt_field` or lacks a chosen
+    column, or has nothing in it, and what `choose` raises.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file{fetching(path, 'dataset')}")
-    if path.is_dir():
-        records = _dataset_folder(path)
-    elif path.suffix in (".jsonl", ".json"):
-        records = _json_records(path)
-    elif path.suffix == ".parquet":
-        records = _parquet(path)
-    elif path.suffix in (".txt", ".text"):
-        records = ((f"{path}:{number}", {field: line}) for number, line in lines(_content(path)))
-    else:
-        raise UserError(f"{path}: prompts must be .jsonl, .parquet, .txt or a Hugging Face dataset folder")
+    chosen: list[str] = []
+
+    def narrow(names: Collection[str], place: str) -> list[str]:
+        """What is read of rows with `names`, the first one's at `place`."""
+        needed = [prompt_field, *([] if id_field is None else [id_field])]
+        _require(needed, names, place)
+        chosen[:] = choose(names, str(path))
+        return list(dict.fromkeys([*needed, *chosen]))
+
     rows: list[PromptRow] = []
     seen: dict[str, str] = {}
-    for place, record in records:
-        for name in filter(None, (field, id_field)):
-            if name not in record:
-                raise UserError(f"{place}: no field {name!r}; it has {', '.join(map(str, record)) or 'none'}")
+    for place, record in _records(path, prompt_field, narrow):
+        _require(filter(None, (prompt_field, id_field, *chosen)), record, place)
         if id_field is not None and record[id_field] is None:
             raise UserError(
                 f"{place}: {id_field} is null; every prompt needs an id, or leave data.id_field out"
@@ -101,12 +114,44 @@ def read_rows(path: Path, field: str, id_field: str | None) -> list[PromptRow]:
             raise UserError(f"{place}: {id_field} {own!r} is taken by {seen[own]}; ids must differ")
         if own is not None:
             seen[own] = place
-        if isinstance(record[field], str) and not record[field].strip():
+        if isinstance(record[prompt_field], str) and not record[prompt_field].strip():
             raise UserError(f"{place}: the prompt is empty")
-        rows.append(PromptRow(place, own, record[field]))
+        columns = {name: record[name] for name in chosen}
+        rows.append(PromptRow(place, own, record[prompt_field], columns))
     if not rows:
         raise UserError(f"{path}: holds no prompts")
     return rows
+
+
+def _require(needed: Iterable[str], names: Collection[str], place: str) -> None:
+    for name in needed:
+        if name not in names:
+            raise UserError(f"{place}: no field {name!r}; it has {', '.join(map(str, names)) or 'none'}")
+
+
+def _records(path: Path, prompt_field: str, narrow: Narrow) -> Records:
+    """Place and fields of each row; `narrow` is called once, before or with the first one."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file{fetching(path, 'dataset')}")
+    if path.is_dir():
+        return _dataset_folder(path, narrow)
+    if path.suffix == ".parquet":
+        return _parquet(path, narrow)
+    if path.suffix in (".jsonl", ".json"):
+        return _narrowed(_json_records(path), narrow)
+    if path.suffix in (".txt", ".text"):
+        texts = lines(_content(path))
+        return _narrowed(((f"{path}:{number}", {prompt_field: line}) for number, line in texts), narrow)
+    raise UserError(f"{path}: prompts must be .jsonl, .parquet, .txt or a Hugging Face dataset folder")
+
+
+def _narrowed(records: Records, narrow: Narrow) -> Records:
+    first = True
+    for place, record in records:
+        if first:
+            narrow(record.keys(), place)
+        first = False
+        yield place, record
 
 
 def _content(path: Path) -> str:
@@ -142,7 +187,7 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_records(path: Path) -> Records:
     """The objects of a file with one in every line; a .json file may be an array of them."""
     text = _content(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
@@ -155,40 +200,52 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield place, record
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path, narrow: Narrow) -> Records:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs the package pyarrow") from None
+    number = 0
     try:
-        records = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            names = narrow(file.schema_arrow.names, f"{path} row 0")
+            for batch in file.iter_batches(columns=names):
+                for record in batch.to_pylist():
+                    yield f"{path} row {number}", record
+                    number += 1
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
-    yield from ((f"{path} row {number}", record) for number, record in enumerate(records))
 
 
-def _dataset_folder(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _dataset_folder(path: Path, narrow: Narrow) -> Records:
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
         raise UserError(f"{path}: holds splits; name one of its folders: {splits}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{path}: no dataset_info.json in it; it is not a saved Hugging Face dataset")
     try:
-        from datasets import load_from_disk
+        from datasets import Dataset, load_from_disk
     except ImportError:
         raise UserError(f"{path}: reading a Hugging Face dataset needs the package datasets") from None
     try:
-        records: list[Any] = list(load_from_disk(str(path)))
+        found = load_from_disk(str(path))
+        assert isinstance(found, Dataset), "splits were refused"
+        for number, record in enumerate(found.select_columns(narrow(found.column_names, f"{path} row 0"))):
+            yield f"{path} row {number}", record
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable dataset: {str(error).splitlines()[0]}") from None
-    yield from ((f"{path} row {number}", record) for number, record in enumerate(records))
 
 
 def load_prompts(
-    path: Path, data: DataConfig, tokenizer: Tokenizer, now: datetime | None = None
+    path: Path,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    now: datetime | None = None,
+    choose: Choose = no_columns,
 ) -> PromptSet:
-    """Read and tokenise the prompts of `path`; raises UserError naming the place of what is wrong."""
-    return tokenise(read_rows(path, data.field, data.id_field), str(path), data, tokenizer, now)
+    """Read and tokenise the prompts of `path`, with the columns that `choose` takes; raises UserError naming
+    the place of what is wrong."""
+    return tokenise(read_rows(path, data.field, data.id_field, choose), str(path), data, tokenizer, now)
 
 
 def tokenise(
@@ -225,7 +282,8 @@ def tokenise(
                 )
             dropped += 1
             continue
-        kept.append(Prompt(index, row.id or str(index), text, messages, tuple(tokens), lead or ""))
+        own = row.id or str(index)
+        kept.append(Prompt(index, own, text, messages, tuple(tokens), lead or "", row.columns))
     if not kept:
         raise UserError(
             f"{source}: all {dropped} prompts exceed data.max_prompt_tokens {data.max_prompt_tokens}"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from puzzle.config.capabilities import missing
 from puzzle.config.run import TrainConfig
-from puzzle.data.prompts import read_rows
+from puzzle.data.prompts import no_columns, read_rows
 from puzzle.errors import UserError
-from puzzle.rlhf.rewards import probe, reward_patience
+from puzzle.rlhf.rewards.functions import probe, reward_patience
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -21,11 +21,12 @@ def check_packages(config: TrainConfig) -> None:
 
 
 def check_files(config: TrainConfig) -> None:
-    """UserError for prompt files that cannot be read and for a reward function that cannot be had; a run
-    finds the same before its log begins."""
+    """UserError for prompt files that cannot be read and for a reward function that cannot be had or
+    asks for what they lack; a run finds the same before its log begins."""
+    choose = no_columns
+    if config.reward.function is not None:
+        choose = probe(config.reward.function, reward_patience(config)).columns
     for key in ("prompts", "eval_prompts"):
         path = getattr(config.data, key)
         if path is not None:
-            read_rows(Path(path), config.data.field, config.data.id_field)
-    if config.reward.function is not None:
-        probe(config.reward.function, reward_patience(config))
+            read_rows(Path(path), config.data.field, config.data.id_field, choose)

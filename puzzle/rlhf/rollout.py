@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.rlhf.experience import Experience, microbatches
+from puzzle.rlhf.rewards.batch import RewardBatch
 
 
 def sampling_params(config: TrainConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
@@ -116,6 +118,40 @@ def texts(
         for prompt in (prompts[row // experience.samples],)
     ]
     return asked, answered
+
+
+def reward_batch(
+    experience: Experience,
+    prompts: Sequence[Prompt],
+    said: tuple[list[str], list[str]],
+    endings: Endings,
+    longest: int,
+) -> RewardBatch:
+    """The batch of an experience's rows. `said` are the texts of prompts and responses, row by row; responses
+    are cut at `longest` tokens."""
+    asked: list[Prompt] = [prompts[row // experience.samples] for row in range(len(experience))]
+    kept: dict[str, list[Any]] = {name: [p.columns[name] for p in asked] for name in asked[0].columns}
+    return RewardBatch(
+        *said,
+        [list(response) for response in experience.responses],
+        [None if p.messages is None else [dict(turn) for turn in p.messages] for p in asked],
+        [p.id for p in asked],
+        [
+            is_finished(p, response, endings, longest)
+            for p, response in zip(asked, experience.responses, strict=True)
+        ],
+        kept,
+    )
+
+
+def is_finished(prompt: Prompt, response: Sequence[int], endings: Endings, longest: int) -> bool:
+    """Whether a stop token or a stop text ended a response, and not that `longest` tokens were reached."""
+    if len(response) < longest or response[-1] in endings.stop_ids:
+        return True
+    if endings.rule is None:
+        return False
+    watch = endings.rule(prompt.tokens)
+    return [watch(token) for token in response][-1]
 
 
 def reward_sequences(

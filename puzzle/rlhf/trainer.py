@@ -17,7 +17,7 @@ from puzzle.config import memory_report as footprint
 from puzzle.config.resolve import RunPlan, resolve
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
-from puzzle.data.prompts import Prompt
+from puzzle.data.prompts import Prompt, no_columns
 from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
@@ -37,13 +37,15 @@ from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
 from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
-from puzzle.rlhf.rewards import FunctionReward, reward_function
+from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.functions import FunctionReward, reward_function
 from puzzle.rlhf.rollout import (
     Computation,
     compute_scores,
     compute_tokens,
     require_finite,
     responses_of,
+    reward_batch,
     reward_sequences,
     rollout,
     sampling_params,
@@ -78,7 +80,10 @@ def train(
             agree(plan, world)
             sizes = [model.spec.vocab_size for model in plan.models.values()]
             # Random tokens are read by every model as they are.
-            data = prepare(config, min(sizes) if config.data.random_tokens else sizes[0], began)
+            vocabulary = min(sizes) if config.data.random_tokens else sizes[0]
+            # Only the rank that calls the function keeps what it reads.
+            first = function is not None and world.rank == 0
+            data = prepare(config, vocabulary, began, function.parameters.columns if first else no_columns)
             check_memory(plan, world)
             world.progress.mark("loading models")
             trainer = Trainer(plan, data, build_models(plan, world), world, function)
@@ -309,13 +314,17 @@ class Trainer:
         if self.world.rank == 0:
             with self.world.progress.busy("the reward function", self.function.allowed.longest):
                 try:
-                    found = self.function(*self._texts(experience, prompts))
+                    found = self.function(self._reward_batch(experience, prompts))
                 except UserError as error:
                     found = error
         found = self.world.share(found)
         if isinstance(found, UserError):
             raise found
         return torch.tensor(found, dtype=torch.float32, device=self.world.device)
+
+    def _reward_batch(self, experience: Experience, prompts: Sequence[Prompt]) -> RewardBatch:
+        said, longest = self._texts(experience, prompts), self.config.generation.max_new_tokens
+        return reward_batch(experience, prompts, said, self.data.endings, longest)
 
     def _texts(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         return texts(experience, prompts, self.data.tokenizer, self.config.generation.stop)

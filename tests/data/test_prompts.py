@@ -255,3 +255,58 @@ def test_random_prompts_are_a_function_of_seed_and_index():
     counts = np.bincount(np.concatenate([p.tokens for p in many.prompts]), minlength=50)
     assert counts.shape == (50,)
     assert counts.min() > 0
+
+
+TABLE = [
+    {"prompt": "a", "answer": 1, "meta": {"of": ["x", None]}, "large": "y" * 99},
+    {"prompt": "b", "answer": None, "meta": {"of": []}, "large": "z" * 99},
+]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet", "folder"])
+def test_chosen_columns_travel_with_their_prompts(tmp_path, name):
+    """From every format, as the file has them; what nobody chose is not kept."""
+    path, asked = tmp_path / name, []
+    if name == "folder":
+        pytest.importorskip("datasets").Dataset.from_list(TABLE).save_to_disk(path)
+    elif name == "p.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(TABLE), path)
+    else:
+        path.write_text(json.dumps(TABLE) if name == "p.json" else "\n".join(map(json.dumps, TABLE)))
+
+    def choose(names, source):
+        asked.append((list(names), source))
+        return ["meta", "answer"]
+
+    prompts = load_prompts(path, data(), byte_tokenizer(), choose=choose).prompts
+    assert [dict(prompt.columns) for prompt in prompts] == [
+        {"meta": row["meta"], "answer": row["answer"]} for row in TABLE
+    ]
+    assert asked == [(["prompt", "answer", "meta", "large"], str(path))]
+    assert [dict(prompt.columns) for prompt in load_prompts(path, data(), byte_tokenizer()).prompts] == [
+        {},
+        {},
+    ]
+
+
+def test_a_parquet_file_is_read_by_its_columns(tmp_path, monkeypatch):
+    """Whatever else is in it takes no memory."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(TABLE * 3), tmp_path / "p.parquet")
+    read, real = [], parquet.ParquetFile.iter_batches
+
+    def batches(self, *args, **kwargs):
+        read.append(kwargs["columns"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", batches)
+    rows = read_rows(tmp_path / "p.parquet", "prompt", None, lambda _names, _source: ["answer"])
+    assert [row.columns for row in rows] == [{"answer": 1}, {"answer": None}] * 3
+    assert [row.place for row in rows][-1].endswith("p.parquet row 5")
+    assert read == [["prompt", "answer"]]
+    with pytest.raises(
+        UserError, match=r"p\.parquet row 0: no field 'text'; it has prompt, answer, meta, large"
+    ):
+        read_rows(tmp_path / "p.parquet", "text", None)

@@ -17,7 +17,7 @@ from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine.runtime.world import World
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import build_models
-from puzzle.rlhf.rewards import reward_function
+from puzzle.rlhf.rewards.functions import reward_function
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Evaluation, Iteration

@@ -22,7 +22,7 @@ from puzzle.plan.pipeline.actions import Op
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
-from puzzle.rlhf.rewards import reward_function
+from puzzle.rlhf.rewards.functions import reward_function
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Iteration, Simulation, Stage, Switch

@@ -15,7 +15,7 @@ from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.runtime.world import World
 from puzzle.model.weights import boxes
 from puzzle.rlhf.models import build_models
-from puzzle.rlhf.rewards import reward_function
+from puzzle.rlhf.rewards.functions import reward_function
 from puzzle.rlhf.trainer import Trainer
 from tests.rlhf.ppo_ranks import Case, Recorder, Watch
 

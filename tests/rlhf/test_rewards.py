@@ -9,7 +9,28 @@ import pytest
 from puzzle.errors import UserError
 from puzzle.launch.local import terminate_as_exit
 from puzzle.rlhf.patience import Patience
-from puzzle.rlhf.rewards import FunctionReward, probe
+from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.functions import FunctionReward, probe
+
+
+def batch_of(prompts, responses, **columns):
+    """A batch of these texts, as the trainer makes one."""
+    count = len(responses)
+    ids = [str(row) for row in range(count)]
+    return RewardBatch(
+        list(prompts),
+        list(responses),
+        [[row] for row in range(count)],
+        [None] * count,
+        ids,
+        [True] * count,
+        columns,
+    )
+
+
+def call(name, prompts, responses, **columns):
+    return FunctionReward(name)(batch_of(prompts, responses, **columns))
+
 
 MODULE = """
 import numpy
@@ -97,8 +118,8 @@ def module(tmp_path, monkeypatch):
 
 
 def test_functions_of_the_working_directory():
-    assert FunctionReward("own_scorers:lengths")(["ab", "c"], ["d", "efg"]) == [3.0, 4.0]
-    assert FunctionReward("own_scorers:array")(["ab", "c"], ["d", "efg"]) == [1.0, 1.0]
+    assert call("own_scorers:lengths", ["ab", "c"], ["d", "efg"]) == [3.0, 4.0]
+    assert call("own_scorers:array", ["ab", "c"], ["d", "efg"]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +161,7 @@ def test_bad_scores_name_the_function(name, words):
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, limits[0]), limits[1]))
     try:
         with pytest.raises(UserError, match=words) as raised:
-            score(["a", "b"], ["first", "second"])
+            score(batch_of(["a", "b"], ["first", "second"]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "\n" not in str(raised.value)
@@ -148,21 +169,21 @@ def test_bad_scores_name_the_function(name, words):
 
 def test_all_kinds_of_numbers():
     texts = [""] * 6
-    numbers = FunctionReward("own_scorers:right")(texts, texts)
+    numbers = call("own_scorers:right", texts, texts)
     assert numbers == [0.5, 1.0, 2.0, 3.0, -4.0, 3e38]
     assert {type(number) for number in numbers} == {float}
-    assert FunctionReward("own_scorers:tensor")(["", ""], ["", ""]) == [1.0, 2.0]
+    assert call("own_scorers:tensor", ["", ""], ["", ""]) == [1.0, 2.0]
     given = ["a", "b"]
-    assert FunctionReward("own_scorers:rows")(given, given) == [1.0, 2.0]
+    assert call("own_scorers:rows", given, given) == [1.0, 2.0]
     assert given == ["a", "b"]
-    assert FunctionReward("own_scorers:scorer")(["", ""], ["", ""]) == [7.0, 7.0]
+    assert call("own_scorers:scorer", ["", ""], ["", ""]) == [7.0, 7.0]
 
 
 @pytest.mark.parametrize(("name", "ends"), [("interrupted", KeyboardInterrupt), ("terminated", SystemExit)])
 def test_signals_are_not_the_functions_faults(name, ends):
     score = FunctionReward(f"own_scorers:{name}")
     with terminate_as_exit(), pytest.raises(ends):
-        score(["a", "b"], ["first", "second"])
+        score(batch_of(["a", "b"], ["first", "second"]))
 
 
 @pytest.mark.parametrize("name", ["sleeps", "computes", "ends_late"])
@@ -170,11 +191,11 @@ def test_a_function_is_waited_for_as_long_as_its_limit_says(name, capfd):
     score = FunctionReward(f"own_scorers:{name}", Patience(limit=0.3, notice=0.1))
     words = rf"own_scorers:{name} computed for more than 0.3 s \(.*own_scorers\.py:\d+\); .* reward.timeout"
     with pytest.raises(UserError, match=words):
-        score(["a", "b"], ["first", "second"])
+        score(batch_of(["a", "b"], ["first", "second"]))
     notices = capfd.readouterr().err.splitlines()
     assert [line for line in notices if "has computed for 0.1 s" in line and "reward.timeout: 0.3 s" in line]
     # Nothing is left of it that could interrupt what comes next.
-    assert FunctionReward("own_scorers:array")(["", ""], ["", ""]) == [1.0, 1.0]
+    assert call("own_scorers:array", ["", ""], ["", ""]) == [1.0, 1.0]
 
 
 def test_a_function_that_catches_its_end_ends_with_its_process():
@@ -204,8 +225,6 @@ def test_a_function_that_catches_its_end_ends_with_its_process():
         ("no_such_module:f", "No module named 'no_such_module'; it is looked for in .* and among installed"),
         ("no.such:f", "No module named 'no'; it is looked for"),
         (".relative:f", "its import raised TypeError"),
-        ("own_scorers:one", r"own_scorers:one \(.*py:\d+\) takes \(prompts\), but is called with two lists"),
-        ("own_scorers:keywords", "missing a required argument|too many positional"),
         ("own_scorers:later", "is async; make it a plain function"),
         ("own_scorers:yields", "yields its scores; return a list"),
         ("syntax:f", r"syntax:f: its import raised SyntaxError: .* \(.*syntax\.py:1\)"),
@@ -224,21 +243,20 @@ def test_a_module_that_ends_its_process_is_found_out_in_another_one():
         probe("vanishes:f", Patience())
     with pytest.raises(UserError, match=r"leaves:f: its import raised SystemExit: 0 \(.*leaves\.py:1\)"):
         probe("leaves:f", Patience())
-    probe("own_scorers:lengths", Patience())
+    assert probe("own_scorers:lengths", Patience()).required == ("prompts", "responses")
     assert "own_scorers" not in sys.modules
 
 
 def test_letters_are_counted():
     score = FunctionReward("puzzle.rlhf.rewards:letter_share")
-    assert score(["", "", ""], ["ab c", "a1é!", ""]) == [1.0, 0.25, 0.0]
+    assert score(batch_of(["", "", ""], ["ab c", "a1é!", ""])) == [1.0, 0.25, 0.0]
 
 
 def test_sentiment_reads_the_response_alone():
     pytest.importorskip("vaderSentiment")
     score = FunctionReward("puzzle.rlhf.rewards:vader_sentiment")
-    happy, sad, none = score(
-        ["awful", "wonderful", "great"], ["I love it, great!", "I hate it.", "It is a table."]
-    )
+    texts = ["I love it, great!", "I hate it.", "It is a table."]
+    happy, sad, none = score(batch_of(["awful", "wonderful", "great"], texts))
     assert happy > 0.5
     assert sad < -0.3
     assert none == 0

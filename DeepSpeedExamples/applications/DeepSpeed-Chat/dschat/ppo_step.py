@@ -29,7 +29,7 @@ from puzzle.model.packing import pack
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, describe_rank, experience_metrics
-from puzzle.rlhf.rewards import reward_function
+from puzzle.rlhf.rewards.functions import reward_function
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.records import STAGES, UNFAITHFUL, Iteration, RunHeader, Switch, Warned

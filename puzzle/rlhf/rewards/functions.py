@@ -5,10 +5,9 @@ The function and its module are a user's code: whatever they do ends in one line
 
 import dis
 import importlib
+import importlib.util
 import inspect
-import math
 import multiprocessing
-import numbers
 import os
 import signal
 import sys
@@ -16,10 +15,9 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from puzzle.config.run import TrainConfig
@@ -27,58 +25,43 @@ from puzzle.errors import UserError
 from puzzle.launch import fork_server
 from puzzle.launch.local import SAFE_PATH, environment
 from puzzle.rlhf.patience import Patience, end, patience, raised_at, user_line
+from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.scores import checked_scores
+from puzzle.rlhf.rewards.signature import Parameters, parameters
 
 OURS = "puzzle."
 """Functions of this project need no process of their own."""
-LARGEST = (2 - 2**-23) * 2.0**127
-"""Of float32, in which scores go on."""
 
 
 class FunctionReward:
-    """`module:name`, called with lists of prompts and responses; gives one finite number per response."""
+    """A Python function of responses that gives one finite number for each."""
 
-    def __init__(self, name: str, allowed: Patience = Patience()) -> None:  # noqa: B008 - frozen
-        """Import the function, also from the working directory.
+    def __init__(
+        self,
+        name: str,
+        allowed: Patience = Patience(),  # noqa: B008 - frozen
+        function: Callable[..., Any] | None = None,
+    ) -> None:
+        """Import the function `name`, `module:function` or `path/file.py:function`, also from the working
+        directory, or take the one that is given.
 
-        UserError if there is none, or if it cannot be called with two lists.
+        UserError if there is none, or if it is none that returns a list.
         """
         self.name, self.allowed = name, allowed
-        self.function = _load(name)
+        self.what = f"reward.function {name}"
+        self.function = _load(name) if function is None else function
+        place = _check(self.what, self.function)
+        self.parameters = parameters(self.what, self.function, place)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def __call__(self, batch: RewardBatch) -> list[float]:
         """Scores, one per response.
 
         UserError naming the function when it raises (with its line), gives nonsense (with the response), or
         takes longer than is allowed.
         """
-        what = f"reward.function {self.name}"
-        with patience(what, self.allowed), _users_code(what):
-            given = self.function(list(prompts), list(responses))
-            return self._numbers(given, responses)
-
-    def _numbers(self, given: Any, responses: Sequence[str]) -> list[float]:
-        scores = given
-        if not isinstance(given, (list, tuple)) and callable(getattr(given, "tolist", None)):
-            scores = given.tolist()  # an array or a tensor
-        if not isinstance(scores, (list, tuple)):
-            raise UserError(
-                f"reward.function {self.name} gave {_shown(given)}; return a list of one number per response"
-            )
-        if len(scores) != len(responses):
-            raise UserError(
-                f"reward.function {self.name} gave {len(scores)} scores for {len(responses)} responses"
-            )
-        return [self._number(scores[row], row, responses) for row in range(len(responses))]
-
-    def _number(self, score: Any, row: int, responses: Sequence[str]) -> float:
-        number = _as_float(score)
-        if abs(number) <= LARGEST:
-            return number
-        why = "" if not math.isfinite(number) else f"; float32 ends at {LARGEST:.2g}, scale or clip it"
-        raise UserError(
-            f"reward.function {self.name} gave {_shown(score)} for the response {_shown(responses[row])}"
-            f" ({row + 1} of {len(responses)}){why}"
-        )
+        with patience(self.what, self.allowed), _users_code(self.what):
+            values, named = self.parameters.arguments(batch)
+            return checked_scores(self.what, self.function(*values, **named), batch.responses)
 
 
 def reward_patience(config: TrainConfig) -> Patience:
@@ -101,14 +84,13 @@ def runs_users_code(config: TrainConfig) -> bool:
     return config.reward.function is not None and not config.reward.function.startswith(OURS)
 
 
-def probe(name: str, allowed: Patience) -> None:
-    """Raises the UserError that making a FunctionReward would.
+def probe(name: str, allowed: Patience) -> Parameters:
+    """What a function takes; raises the UserError that making a FunctionReward would.
 
     The import of a user's module happens in a process of its own, for it may end its process.
     """
     if name.startswith(OURS):
-        FunctionReward(name)
-        return
+        return FunctionReward(name).parameters
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     given = os.environ.get(SAFE_PATH)
@@ -128,8 +110,9 @@ def probe(name: str, allowed: Patience) -> None:
     finally:
         process.kill()
         process.join()
-    if found is not None:
+    if isinstance(found, str):
         raise UserError(found)
+    return found
 
 
 def _probe(name: str, send: Connection, safe_path: str | None) -> None:
@@ -137,54 +120,68 @@ def _probe(name: str, send: Connection, safe_path: str | None) -> None:
         os.environ.pop(SAFE_PATH, None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends this process
     try:
-        FunctionReward(name)
+        send.send(FunctionReward(name).parameters)
     except UserError as error:
         send.send(str(error))
-    else:
-        send.send(None)
 
 
 def _load(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":")
     if not module_name or not attribute:
-        raise UserError(f"reward.function {name!r}: expected module:name")
+        raise UserError(f"reward.function {name!r}: expected module:name or path/file.py:name")
+    if module_name.endswith(".py"):
+        module = _file(name, Path(module_name))
+    else:
+        module = _module(name, module_name)
+    with _users_code(f"reward.function {name}: its import"):
+        function = getattr(module, attribute, None)
+    if not callable(function) or inspect.isclass(function):
+        raise UserError(f"reward.function {name}: {module_name} has no function {attribute}")
+    return function
+
+
+def _module(name: str, module_name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     with _users_code(f"reward.function {name}: its import"):
         try:
-            module = importlib.import_module(module_name)
+            return importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise
             raise UserError(
                 f"reward.function {name}: {error}; it is looked for in {here} and among installed packages"
             ) from None
-        function = getattr(module, attribute, None)
-    if not callable(function) or inspect.isclass(function):
-        raise UserError(f"reward.function {name}: {module_name} has no function {attribute}")
-    _check_signature(name, function)
-    return function
 
 
-def _check_signature(name: str, function: Callable[..., Any]) -> None:
+def _file(name: str, path: Path) -> ModuleType:
+    """The module in a file, which finds its neighbours as a script does, but last."""
+    path = path.absolute()
+    if not path.is_file():
+        raise UserError(f"reward.function {name}: {path}: no such file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"reward function of {path}", path)
+    assert spec is not None, "it ends in .py"
+    assert spec.loader is not None, "it ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as dataclasses and pickle need it
+    with _users_code(f"reward.function {name}: its import"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _check(what: str, function: Callable[..., Any]) -> str:
+    """file:line of a function; UserError for one that returns no list."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     place = user_line([(code, code.co_firstlineno)]) if code is not None else ""
-    where = f"reward.function {name}{f' ({place})' if place else ''}"
+    where = f"{what}{place and f' ({place})'}"
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise UserError(f"{where} is async; make it a plain function that returns a list")
     if inspect.isgeneratorfunction(function):
         raise UserError(f"{where} yields its scores; return a list of them")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # some functions written in C have none
-    try:
-        signature.bind([], [])
-    except TypeError as error:
-        raise UserError(
-            f"{where} takes {signature}, but is called with two lists, (prompts, responses): {error}"
-        ) from None
+    return place
 
 
 @contextmanager
@@ -222,27 +219,6 @@ def _by_signal(error: BaseException, frames: Sequence[tuple[CodeType, int]]) -> 
     return trace is None or dis.opname[frames[-1][0].co_code[trace.tb_lasti]] != "RAISE_VARARGS"
 
 
-def _as_float(score: Any) -> float:
-    """NaN for what is no real number; texts are none, whatever they spell."""
-    if isinstance(score, (str, bytes, bytearray)):
-        return math.nan
-    if isinstance(score, numbers.Complex) and not isinstance(score, numbers.Real):
-        return math.nan
-    try:
-        return float(score)
-    except Exception:  # noqa: BLE001 - a user's object: the caller shows it
-        return math.nan
-
-
-def _shown(value: Any, most: int = 40) -> str:
-    """What a user's value looks like, in few characters."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - integers of thousands of digits, objects of users
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 def _said(error: BaseException, most: int = 300) -> str:
     try:
         text = " ".join(str(error).split())
@@ -250,23 +226,3 @@ def _said(error: BaseException, most: int = 300) -> str:
         text = ""
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return said if len(said) <= most else said[: most - 3] + "..."
-
-
-def letter_share(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Share of a response that is ASCII letters or spaces; what a model of bytes learns."""
-    counts = [sum(c == " " or (c.isascii() and c.isalpha()) for c in response) for response in responses]
-    return [count / max(1, len(response)) for count, response in zip(counts, responses, strict=True)]
-
-
-def vader_sentiment(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Sentiment of each response alone, from -1 to 1: VADER's compound score (Hutto & Gilbert 2014)."""
-    return [_analyzer().polarity_scores(response)["compound"] for response in responses]
-
-
-@cache
-def _analyzer() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        raise UserError("vader_sentiment needs the package vaderSentiment") from None
-    return SentimentIntensityAnalyzer()
