@@ -18,7 +18,8 @@ from puzzle.model.decoder import Decoder
 from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.weights import initialise
-from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.pipeline.actions import Op
 from puzzle.spec.model import ModelSpec
 
 SIZES = {
@@ -202,6 +203,26 @@ def test_every_weight_counts_once_in_the_norm(shape: tuple[int, int, int], tied:
                 rows += piece.stop - piece.start
             assert rows == last - first, "rows of padding"
     assert all((count == 1).all() for count in counted.values())
+
+
+def test_a_rank_that_counts_nothing_adds_nothing_to_the_norm() -> None:
+    """Of norms, which both tensor ranks hold, the first one counts all."""
+    spec, found = ModelSpec.from_hf(SIZES), []
+    placement = Placement.default(Layout.even(2, 1, 1, 2))
+    for t in range(2):
+        group = TensorGroup()
+        group.rank, group.size = t, 2
+        decoder = Decoder(spec, placement.layout, Coord(t, 0, 0), group)
+        params = [(s, decoder.get_parameter(s.name)) for s in decoder.storages if "norm" in s.name]
+        world, settings = cast(Any, OneRank()), AdamWSettings(lambda step: 1e-3)
+        optimizer = ZeroAdamW("actor", spec, placement, Coord(t, 0, 0), params, world, settings)
+        optimizer.begin(1)
+        for _, param in params:
+            (2 * param).sum().backward()
+        optimizer.do(Op.NORM)
+        optimizer.do(Op.WAIT_NORM)
+        found += optimizer.pop_grad_norms()
+    assert found == [pytest.approx(2 * (5 * 16) ** 0.5), 0.0]
 
 
 def test_every_replica_gets_the_others_rows() -> None:

@@ -181,13 +181,53 @@ def test_shards_decide_as_one_rank(world, vocabulary, case):
     [
         ({"temperature": 0.0}, "temperature is 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1"),
     ],
 )
 def test_impossible_parameters(case, words):
     with pytest.raises(UserError, match=words):
         SamplingParams(**case)
+
+
+def test_parameters_at_their_limits():
+    least = SamplingParams(temperature=1e-6, top_k=0, top_p=1.0, min_new_tokens=1, max_new_tokens=1)
+    assert not least.filtered
+    assert SamplingParams(top_k=1).filtered
+    assert SamplingParams(top_p=1e-9).filtered
+    assert not SamplingParams(greedy=True, top_k=1, top_p=0.5).filtered
+
+
+def kept(values, top_k, top_p):
+    return torch.isfinite(keep_likely(torch.tensor([values]), top_k, top_p))[0].tolist()
+
+
+def test_filters_at_their_edges():
+    """Four tokens of which each has half of the mass of the one before, and ties."""
+    halves = [0.0, -0.6931471805599453, -1.3862943611198906, -1.3862943611198906]  # 1/2 1/4 1/8 1/8
+    for top_p, count in (
+        (0.3, 1),
+        (0.4999, 1),
+        (0.5001, 2),
+        (0.7499, 2),
+        (0.7501, 3),
+        (0.8749, 3),
+        (0.8751, 4),
+    ):
+        assert sum(kept(halves, 0, top_p)) == count
+        assert kept(halves, 0, top_p)[:count] == [True] * count
+    for top_k in (1, 2):
+        assert kept(halves, top_k, 1.0) == [True] * top_k + [False] * (4 - top_k)
+    # What is as likely as the last one that is kept is kept, too; as many as there are is all of them.
+    assert kept(halves, 3, 1.0) == kept(halves, 4, 1.0) == kept(halves, 9, 1.0) == [True] * 4
+    # The share that top_p speaks of is of what top_k left: 2/3 and 1/3.
+    assert kept(halves, 2, 0.66) == [True, False, False, False]
+    assert kept(halves, 2, 0.67) == [True, True, False, False]
+    assert kept([0.0, 0.0, 0.0, 0.0], 0, 0.5) == [True, True, False, False]
+    assert kept([-1.0, -torch.inf, 0.0, -torch.inf], 3, 0.999) == [True, False, True, False]

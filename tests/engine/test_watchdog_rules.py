@@ -19,12 +19,14 @@ from torch.distributed import HashStore, PrefixStore
 from puzzle.engine.runtime.watchdog import (
     AWAY,
     BUSY,
+    DUMP,
     PATIENCE,
     STOPPED,
     Heartbeat,
     PeerState,
     Progress,
     judge,
+    process_state,
     vouch,
 )
 
@@ -123,6 +125,91 @@ def test_a_host_vouches_for_its_ranks() -> None:
     assert not states.check(["6"])
 
 
+def test_what_the_system_knows_of_a_process() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    here = socket.gethostname()
+    while "State:\tZ" not in Path(f"/proc/{child.pid}/status").read_text():
+        time.sleep(0.01)
+    assert process_state(Heartbeat(0, here, child.pid)) == "is gone"  # nobody has fetched its exit code yet
+    child.wait()
+    assert process_state(Heartbeat(0, here, child.pid)) == "is gone"
+    assert process_state(Heartbeat(0, here, os.getpid())) == BUSY
+    assert process_state(Heartbeat(0, f"not-{here}", os.getpid())) == AWAY
+
+
+def test_signs_count_beats_and_changes_apart() -> None:
+    state = PeerState(Heartbeat(0, "host", 1, beat=1, moves=1), 0.0, 0.0)
+    for now, sign, times in (
+        (1.0, {"beat": 2, "moves": 1}, (1.0, 0.0)),
+        (2.0, {"beat": 2, "moves": 1}, (1.0, 0.0)),
+        (3.0, {"beat": 3, "moves": 2}, (3.0, 3.0)),
+        (4.0, {"beat": 4, "moves": 2, "waits": True}, (4.0, 4.0)),
+        (5.0, {"beat": 4, "moves": 3, "waits": True}, (4.0, 5.0)),
+    ):
+        newer = Heartbeat(0, "host", 1, **sign)  # ty: ignore[invalid-argument-type]
+        state.update(newer, now)
+        assert (state.beat_at, state.moved_at, state.sign) == (*times, newer)
+
+
+STUCK = """
+import os, sys, threading, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from puzzle.engine.runtime.progress import Progress
+from puzzle.engine.runtime.watchdog import Watch, Watchdog
+
+def another_thread():
+    threading.Event().wait()
+
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+watch = Watch(60.0, lambda line, first: None, Path(sys.argv[1]))
+well = Watchdog(watch, 3, 4, Progress(), {})
+assert Path(sys.argv[1], "rank-003.txt").exists()
+well.stop(over=True)
+assert not list(Path(sys.argv[1]).iterdir()), "nothing was written"
+progress, moved = Progress(), {"all_reduce": 5}
+dog = Watchdog(watch, 0, 4, progress, moved)
+threading.Thread(target=another_thread, daemon=True).start()
+signs = []
+changes = [None, lambda: progress.mark("a pass"), None, lambda: moved.update(all_reduce=6), progress.tick]
+for change in changes:
+    if change is not None:
+        change()
+    dog._publish()
+    signs.append(dog._signs())
+assert [len(ranks) for ranks in signs] == [2] * 5, signs  # this one, and the one that has ended
+assert [mine.rank for mine, _ in signs] == [0] * 5
+assert all(other.over and other.rank == 3 for _, other in signs)
+first, passed, same, sent, ticked = (mine for mine, _ in signs)
+assert not first.over and not first.waits and first.doing == "starting" and passed.doing == "a pass"
+assert first.moves < passed.moves == same.moves < sent.moves < ticked.moves
+assert first.beat < passed.beat < same.beat < sent.beat < ticked.beat
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_who_is_told_to_writes_the_stacks_of_all_threads_and_ends(tmp_path: Path) -> None:
+    """And what a rank publishes of itself before."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    child = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(tmp_path / "stacks")], stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.send_signal(DUMP)
+        child.communicate()
+    finally:
+        child.kill()
+    assert child.returncode == -DUMP
+    text = (tmp_path / "stacks" / "rank-000.txt").read_text()
+    assert "in another_thread" in text
+    assert "in <module>" in text
+
+
 def test_a_line_names_three_others_at_most() -> None:
     verdict = judge([seen(rank, 20 + rank) for rank in range(8)], NOW, N, lambda sign: STOPPED)
     assert verdict is not None
@@ -138,3 +225,9 @@ def test_a_pulse_says_what_it_waits_for_and_goes_back() -> None:
         assert (progress.doing, progress.waits) == ("iteration 3: all-gather", True)
     assert (progress.doing, progress.waits) == ("iteration 3", False)
     assert progress.count > before
+    with progress.busy("score", 30.0):
+        assert (progress.doing, progress.waits, progress.limit) == ("iteration 3: score", False, 30.0)
+    assert (progress.doing, progress.limit) == ("iteration 3", 0.0)
+    count = progress.count
+    progress.tick()
+    assert progress.count == count + 1

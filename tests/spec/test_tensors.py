@@ -39,6 +39,7 @@ def test_vocabulary_is_cut_into_chunks_whose_last_ones_may_be_short_or_empty(siz
         assert list(range(low, high)) == [row for row, rank in enumerate(ranks) if rank == t]
         assert 0 <= low <= high <= size
         assert list(VocabSplit().holders(tp, t)) == [t]
+    assert VocabSplit().dim == 0  # rows of (V, D)
 
 
 def test_every_tensor_has_its_place_and_the_heads_its_name() -> None:
