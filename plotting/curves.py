@@ -48,6 +48,8 @@ METRICS: Mapping[str, str] = {
     "entropy": "entropy",
     "response_tokens": "response tokens",
     "repetition": "repeated token pairs",
+    "logprob_gap_rms": "generation to training, rms nats",
+    "first_clip_frac": "clipped before any step",
 }
 COLOURS = (style.OURS, style.OTHER, style.MIDDLE, style.GREY)
 HEIGHT, GAP = 0.95, 0.32

@@ -28,6 +28,37 @@ class KLConfig(Section):
         return self
 
 
+class CorrectionConfig(Section):
+    """Weights for tokens whose log-prob training finds other than generation did: rho = exp(recomputed -
+    generation's) multiplies the policy's loss (docs/generation.md)."""
+
+    kind: Literal["none", "truncate", "mask"] = Field(
+        "none", description="truncate: min(rho, cap); mask: rho within low and high, 0 beyond"
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: the product over a response's tokens weighs all of them"
+    )
+    cap: Positive = Field(2.0, description="of truncate, 1 or more")
+    low: Positive = Field(0.5, description="of mask, below 1")
+    high: Positive = Field(5.0, description="of mask, above 1")
+
+    @model_validator(mode="after")
+    def _sense(self) -> CorrectionConfig:
+        used = {"none": (), "truncate": ("level", "cap"), "mask": ("level", "low", "high")}[self.kind]
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for name in ("level", "cap", "low", "high"):
+            if name not in used and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: kind {self.kind} has no use for it; leave it out")
+        if self.cap < 1:
+            raise ValueError(f"cap {self.cap:g} would hold back tokens whose log-probs agree; give 1 or more")
+        if not self.low < 1 < self.high:
+            raise ValueError(
+                f"low {self.low:g} and high {self.high:g} would mask tokens whose log-probs agree; give low"
+                " below 1 and high above 1"
+            )
+        return self
+
+
 class AlgorithmConfig(Section):
     """What a run learns by: `ppo` (Schulman et al. 2017) with a critic; without one, on groups of
     `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025) and `rloo` (Ahmadian et al.
@@ -66,6 +97,7 @@ class AlgorithmConfig(Section):
     old_logprobs: Literal["generation", "recompute"] = Field(
         "generation", description="where the policy before the step comes from; recompute: one more pass"
     )
+    correction: CorrectionConfig = CorrectionConfig()
     loss_average: Literal["token", "sequence", "constant", "microbatch"] = Field(
         "token",
         description="tokens count alike; sequence: responses do; constant: sums over max_new_tokens;"
@@ -84,6 +116,15 @@ class AlgorithmConfig(Section):
     def _one_bound(self) -> AlgorithmConfig:
         if self.policy_loss == "cispo" and self.dual_clip is not None:
             raise ValueError("dual_clip: policy_loss cispo bounds every weight by clip_high; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _two_log_probs(self) -> AlgorithmConfig:
+        if self.correction.kind != "none" and self.old_logprobs == "generation":
+            raise ValueError(
+                "correction needs old_logprobs recompute: with generation's log-probs as the old ones, the"
+                " ratio of the loss holds what would be corrected already"
+            )
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ _COLUMNS = (
     ("reward", "reward", "8.3f"),
     ("KL", "kl", "8.4f"),
     ("tokens", "response_tokens", "8.0f"),
+    ("gap nats", "logprob_gap_rms", "10.4f"),
     ("actor loss", "actor_loss", "11.4f"),
     ("critic loss", "critic_loss", "12.4f"),
     ("gen s", "generation", "7.2f"),

@@ -26,7 +26,8 @@ class Experience:
     Tensors are float32 and right-padded; what lies outside `mask_BS` means nothing. Column k belongs to
     response token k: its log-prob, and the value of the state before it. `dataclasses.replace` adds what an
     iteration finds out. `logprobs_BS` are those that PPO starts from, `sampled_logprobs_BS` what generation
-    gave; `sampled_tokens` is how many tokens it drew, surplus ones included. Raises ValueError if rows and
+    gave, `correction_BS` weights made of both; `sampled_tokens` is how many tokens it drew, surplus ones
+    included. Raises ValueError if rows and
     prompts do not fit together or a row is empty.
     """
 
@@ -37,6 +38,7 @@ class Experience:
     scores_B: Tensor | None = None
     logprobs_BS: Tensor | None = None
     sampled_logprobs_BS: Tensor | None = None
+    correction_BS: Tensor | None = None
     sampled_tokens: int | None = None
     ref_logprobs_BS: Tensor | None = None
     values_BS: Tensor | None = None

@@ -54,12 +54,6 @@ def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Esti
     }
     if experience.sampled_tokens is not None:
         metrics["useful_token_share"] = tokens / experience.sampled_tokens
-    if (
-        experience.sampled_logprobs_BS is not None
-        and experience.sampled_logprobs_BS is not experience.logprobs_BS
-    ):
-        gap = torch.where(mask, experience.sampled_logprobs_BS - experience.logprobs_BS, 0.0).abs()
-        metrics |= {"logprob_gap": float(gap.double().sum()) / tokens, "logprob_gap_max": float(gap.max())}
     if experience.ref_logprobs_BS is not None:
         kl = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, estimator)
         total = float(torch.where(mask, kl, 0.0).double().sum())

@@ -14,19 +14,24 @@ from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
 from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.first_step import FirstStep
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import Models
 from puzzle.rlhf.rollout import MicroBatches
 
 
 class LossInputs(NamedTuple):
-    """What the loss of a micro-batch reads, ready on the device before the pipeline starts."""
+    """What the loss of a micro-batch reads, ready on the device before the pipeline starts.
+
+    `sampled_N` are generation's log-probs, for the policy's first step where they are known.
+    """
 
     states_N: Tensor
     targets_N: Tensor
     weights_N: Tensor
     fields: Mapping[str, Tensor]
     responses: Responses | None = None
+    sampled_N: Tensor | None = None
 
 
 class TrainStep:
@@ -45,8 +50,7 @@ class TrainStep:
         self.experience, self.kl_coef, self.pipeline = experience, kl_coef, pipeline
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
-        # Of the first step: ratios' sum, how many they are, and the furthest from 1.
-        self._first = torch.zeros(3, dtype=torch.float64, device=models.actor.world.device)
+        self._first = FirstStep(models.actor.world)
 
     def run(self, iteration: int, before_last: Callable[[], None] = lambda: None) -> None:
         """All epochs and minibatches; `before_last` is called before the last optimizer step."""
@@ -77,14 +81,7 @@ class TrainStep:
             assert model.optimizer is not None
             norms = model.optimizer.pop_grad_norms()
             out[f"{role}_grad_norm"] = sum(norms) / len(norms)
-        return out | self._first_ratio()
-
-    def _first_ratio(self) -> dict[str, float]:
-        """Of the policy before any step to the one that learning starts from: 1, but for rounding."""
-        world = self.models.actor.world
-        furthest = float(world.max(self._first[2:].clone()))
-        ratios, count = world.sum(self._first[:2].clone()).tolist()
-        return {"first_ratio": ratios / count, "first_ratio_gap": furthest}
+        return out | self._first.metrics(clips="clipped" in self.algorithm.sums[self.algorithm.trained[0]])
 
     def _input(self, role: str, model: ModelRuntime, rows: Sequence[int]) -> PipelineInput:
         """The part of one model in the optimizer step on the minibatch `rows` (of all replicas)."""
@@ -97,12 +94,13 @@ class TrainStep:
         def loss_fn(index: int, hidden: Tensor) -> Tensor:
             given = inputs[index]
             outputs = self._outputs(model, hidden, given)
-            if outputs.logprobs is not None and self._steps == 0 and model.owns_results:
-                self._note_ratio(outputs.logprobs.detach(), given.fields["old_logprobs"])
             about = (given.fields, given.weights_N, self.kl_coef, given.responses)
             found = self.algorithm.loss(role, outputs, *about)
             if model.owns_results:
                 self._add(role, found)
+                if outputs.logprobs is not None and self._steps == 0:
+                    old_N, clipped = given.fields["old_logprobs"], found.sums.get("clipped")
+                    self._first.note(outputs.logprobs.detach(), old_N, given.sampled_N, clipped)
             return found.loss
 
         return PipelineInput(model, cut.batches, loss_fn, max(cut.passes))
@@ -128,10 +126,13 @@ class TrainStep:
             fields[name] = e.take_N(x_BS, part)
         states_N = cut.states_N(e, index)
         weights_N = self._weights(rows, cut, part, states_N.device)
-        responses = None
+        responses = sampled_N = None
         if self.algorithm.wants_responses:
             responses = Responses.of([e.tokens([row]) for row in part], states_N.device)
-        return LossInputs(states_N, e.targets_N(part).to(states_N.device), weights_N, fields, responses)
+        if self._steps == 0 and "old_logprobs" in fields and e.sampled_logprobs_BS is not None:
+            sampled_N = e.take_N(e.sampled_logprobs_BS, part)
+        targets_N = e.targets_N(part).to(states_N.device)
+        return LossInputs(states_N, targets_N, weights_N, fields, responses, sampled_N)
 
     def _weights(
         self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int], device: torch.device
@@ -149,12 +150,6 @@ class TrainStep:
         }
         # Made on the device: a copy from the host would wait for it, once per micro-batch.
         return torch.full((e.tokens(part),), 1.0 / divisors[average], device=device)
-
-    def _note_ratio(self, logprobs_N: Tensor, old_N: Tensor) -> None:
-        ratio = (logprobs_N - old_N).exp()
-        self._first[0] += ratio.sum()
-        self._first[1] += len(ratio)
-        self._first[2] = torch.maximum(self._first[2], (ratio - 1).abs().max())
 
     def _add(self, role: str, found: Loss) -> None:
         for name, value in {"loss": found.loss, **found.sums}.items():

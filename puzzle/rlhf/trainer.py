@@ -29,6 +29,7 @@ from puzzle.files.jsonio import Fields
 from puzzle.launch import local
 from puzzle.rlhf.algorithms import make_algorithm
 from puzzle.rlhf.algorithms.base import INFERRED
+from puzzle.rlhf.algorithms.correction import corrected
 from puzzle.rlhf.algorithms.policy import moments
 from puzzle.rlhf.controllers import RunningMoments, adapted_kl_coef
 from puzzle.rlhf.experience import Experience
@@ -234,6 +235,8 @@ class Trainer:
         self.models.offload.for_inference()
         doing(f"iteration {iteration}, inference")
         experience, scores = self._inference(experience, prompts)
+        weights_BS, correction = corrected(experience, self.config.algorithm.correction)
+        experience = dataclasses.replace(experience, correction_BS=weights_BS)
         clock.end("inference")
         self.models.offload.for_training()
         doing(f"iteration {iteration}, training")
@@ -245,7 +248,7 @@ class Trainer:
             model.optimizer.release()  # awaits the weights of the last step, which belong to training
         clock.end("training")
         metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
-        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
+        metrics |= {**step.metrics(), **correction, "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}

@@ -12,7 +12,14 @@ from puzzle.runlog import RunWriter, load_runs
 from puzzle.runlog.records import End, Evaluation, Iteration
 
 SECONDS = {"generation": 1.0, "inference": 0.5, "training": 2.0, "switch": 0.0, "other": 0.25}
-METRICS = {"reward": 0.25, "kl": 0.01, "actor_loss": -0.5, "critic_loss": 0.125, "response_tokens": 640.0}
+METRICS = {
+    "reward": 0.25,
+    "kl": 0.01,
+    "actor_loss": -0.5,
+    "critic_loss": 0.125,
+    "response_tokens": 640.0,
+    "logprob_gap_rms": 0.089,
+}
 
 
 def show(tmp_path, terminal: bool, **options) -> str:
@@ -34,6 +41,8 @@ def test_lines_without_a_terminal(tmp_path):
         "reward",
         "KL",
         "tokens",
+        "gap",
+        "nats",
         "actor",
         "loss",
         "critic",
@@ -48,11 +57,12 @@ def test_lines_without_a_terminal(tmp_path):
         "s",
         "left",
     ]
-    assert lines[1].split()[:9] == [
+    assert lines[1].split()[:10] == [
         "1/3",
         "0.250",
         "0.0100",
         "640",
+        "0.0890",
         "-0.5000",
         "0.1250",
         "1.00",
@@ -67,7 +77,7 @@ def test_missing_and_tiny_numbers(tmp_path):
     text = io.StringIO()
     with Reporter(tmp_path, 1, False, console=Console(file=text, width=40)) as reporter:
         reporter.iteration(0, SECONDS, 3.75, {"reward": -0.0004, "actor_loss": -0.00005})
-    assert text.getvalue().splitlines()[1].split()[:6] == ["1/1", "0.000", "-", "-", "-0.0001", "-"]
+    assert text.getvalue().splitlines()[1].split()[:7] == ["1/1", "0.000", "-", "-", "-", "-0.0001", "-"]
 
 
 def test_bar_on_a_terminal_and_after_a_resume(tmp_path):

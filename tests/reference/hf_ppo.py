@@ -88,6 +88,8 @@ class Rollout:
     rewards: Ragged | None
     advantages: Ragged
     returns: Ragged | None
+    correction: Ragged | None = None
+    """Weights of the tokens' clipped objectives, not of their KL and entropy; None: all 1."""
 
 
 @dataclass
@@ -255,8 +257,10 @@ class ReferencePPO:
         c = self.config
         new, entropy = self.answer_logprobs(self.actor, rollout.prompts[row], rollout.responses[row])
         advantage = torch.tensor(rollout.advantages[row])
-        loss = self._surrogate(new, torch.tensor(rollout.logprobs[row]), advantage)
-        loss = loss - c.entropy_coef * entropy.sum()
+        losses = self._surrogate(new, torch.tensor(rollout.logprobs[row]), advantage)
+        if rollout.correction is not None:
+            losses = losses * torch.tensor(rollout.correction[row])
+        loss = losses.sum() - c.entropy_coef * entropy.sum()
         if c.kl_place == "loss" and rollout.ref_logprobs is not None:
             gap = torch.tensor(rollout.ref_logprobs[row]) - new
             kl = {"k1": -gap, "k2": 0.5 * gap**2, "k3": torch.exp(gap) - 1 - gap}[c.kl_estimator]
@@ -264,7 +268,7 @@ class ReferencePPO:
         return loss
 
     def _surrogate(self, new: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
-        """One row's sum of what is minimised. A ratio by sequence is GSPO's own where the row's advantages
+        """(R,) what is minimised of one row. A ratio by sequence is GSPO's own where the row's advantages
         are all equal, else GSPO-token's."""
         c = self.config
         high = c.clip if c.clip_high is None else c.clip_high
@@ -275,10 +279,10 @@ class ReferencePPO:
                 ratio = ratio.detach() * torch.exp(new) / torch.exp(new).detach()
         held = torch.clamp(ratio, 1 - c.clip, 1 + high)
         if c.policy_loss == "cispo":
-            return -(held.detach() * advantage * new).sum()
+            return -held.detach() * advantage * new
         objective = torch.min(advantage * ratio, advantage * held)
         worst = torch.max(objective, c.dual_clip * advantage)
-        return -torch.where(advantage < 0, worst, objective).sum()
+        return -torch.where(advantage < 0, worst, objective)
 
     def _critic_row_loss(self, rollout: Rollout, row: int) -> Tensor:
         """Sum of the value loss over one row's answer tokens."""

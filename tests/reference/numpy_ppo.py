@@ -104,25 +104,53 @@ class Loss:
     tokens: int
 
 
-def policy_loss(logprobs: Ragged, old_logprobs: Ragged, advantages: Ragged, clip: float) -> Loss:
-    """Mean of max(-A rho, -A clip(rho)); approx_kl is the k3 estimate of KL(old || new); tokens drawn from
-    old.
+def policy_loss(
+    logprobs: Ragged, old_logprobs: Ragged, advantages: Ragged, clip: float, weights: Ragged | None = None
+) -> Loss:
+    """Mean of max(-A rho, -A clip(rho)), each times its weight: a token of weight 0 counts in the mean.
+    approx_kl is the k3 estimate of KL(old || new); tokens drawn from old.
     """
+    if weights is None:
+        weights = [[1.0] * len(row) for row in logprobs]
     tokens = sum(len(row) for row in logprobs)
     total, clipped, kl = 0.0, 0, 0.0
     gradient: Ragged = []
-    for new_row, old_row, advantage_row in zip(logprobs, old_logprobs, advantages, strict=True):
+    for rows in zip(logprobs, old_logprobs, advantages, weights, strict=True):
         gradient.append([])
-        for new, old, advantage in zip(new_row, old_row, advantage_row, strict=True):
+        for new, old, advantage, weight in zip(*rows, strict=True):
             rho = math.exp(new - old)
             free = -advantage * rho
             bound = -advantage * min(max(rho, 1 - clip), 1 + clip)
-            total += max(free, bound)
+            total += weight * max(free, bound)
             clipped += bound > free
             kl += (rho - 1) - (new - old)
-            gradient[-1].append(free / max(tokens, 1) if free >= bound else 0.0)
+            gradient[-1].append(weight * free / max(tokens, 1) if free >= bound else 0.0)
     n = max(tokens, 1)
     return Loss(total / n, gradient, clipped / n, kl / n, tokens)
+
+
+def correction(
+    logprobs: Ragged, drawn: Ragged, kind: str, level: str, cap: float, low: float, high: float
+) -> tuple[Ragged, int]:
+    """Weights of tokens that were drawn by other log-probs than the policy's, and how many are truncated or
+    masked. A token's ratio is pi(policy) / pi(drawn by), a sequence's the product of its tokens'.
+    """
+    weights: Ragged = []
+    count = 0
+    for row, drawn_row in zip(logprobs, drawn, strict=True):
+        ratios = [math.exp(x) / math.exp(y) for x, y in zip(row, drawn_row, strict=True)]
+        if level == "sequence":
+            ratios = [math.prod(ratios)] * len(row)
+        weights.append([])
+        for ratio in ratios:
+            if kind == "truncate":
+                count += ratio > cap
+                weights[-1].append(min(ratio, cap))
+            else:
+                kept = low <= ratio <= high
+                count += not kept
+                weights[-1].append(ratio if kept else 0.0)
+    return weights, count
 
 
 def value_loss(values: Ragged, old_values: Ragged, returns: Ragged, clip: float | None) -> Loss:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train import zero_adamw as optimizer_module
 from puzzle.model.weights import boxes
 from puzzle.plan.pipeline.actions import Op
+from puzzle.rlhf import trainer as trainer_module
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
@@ -33,12 +35,14 @@ Boxes = list[tuple[str, tuple[tuple[int, int], ...], Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration as plain values, prompts, and what ends a response. `break_` leaves a sum out."""
+    """A configuration as plain values, prompts, and what ends a response. `break_` leaves a sum out; `apart`
+    is by how many nats (a deviation) generation's log-probs are made to differ from training's."""
 
     config: dict[str, Any]
     prompts: tuple[tuple[int, ...], ...]
     stop_ids: tuple[int, ...] = ()
     break_: str = ""
+    apart: float = 0.0
 
 
 @dataclass
@@ -105,6 +109,10 @@ def run_case(world: World, case: Case) -> Watch:
         return watch.rewards[-1]
 
     ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
+    plain_rollout = trainer_module.rollout
+    if case.apart:
+        apart = partial(draw_apart, plain_rollout, case.apart)
+        trainer_module.rollout = apart  # ty: ignore[invalid-assignment]
     try:
         data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
         trainer = Trainer(plan, data, models, world, reward_function(plan.config))
@@ -116,7 +124,7 @@ def run_case(world: World, case: Case) -> Watch:
                 assert model.optimizer is not None
                 assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"
     finally:
-        ppo.token_rewards = plain_rewards
+        ppo.token_rewards, trainer_module.rollout = plain_rewards, plain_rollout
         optimizer_module.reduce_scatter_flat = original
     for model in models.trained.values():
         decoder = model.decoder
@@ -128,6 +136,14 @@ def run_case(world: World, case: Case) -> Watch:
     if world.rank:
         watch.experiences = watch.rewards = watch.metrics = []
     return watch
+
+
+def draw_apart(rollout: Any, deviation: float, *args: Any) -> Experience:
+    """A rollout whose generation rounds much worse than it does, alike on every rank."""
+    experience = rollout(*args)
+    sampled_BS = experience.sampled_logprobs_BS
+    noise_BS = torch.randn(sampled_BS.shape, generator=torch.Generator().manual_seed(args[4]))
+    return replace(experience, sampled_logprobs_BS=sampled_BS + deviation * noise_BS)
 
 
 def _watch_gradients(model: ModelRuntime, watch: Watch) -> None:

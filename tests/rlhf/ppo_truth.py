@@ -13,6 +13,7 @@ from torch import Tensor
 from puzzle.config.run import TrainConfig
 from puzzle.model.noise import gumbel, row_keys
 from puzzle.rlhf.experience import Experience, minibatches
+from tests.reference import numpy_ppo
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO, Rollout, Step, weights
 from tests.reference.same_tokens import TokenAgreement, same_tokens
 from tests.rlhf.ppo_ranks import Boxes, Case, Watch
@@ -76,9 +77,24 @@ def truth(case: Case, experiences: Sequence[Experience], reward: Any) -> Truth:
         drawn = [list(response) for response in experience.responses]
         found.agreement += _tokens(reference, config, experience, iteration, prompts, drawn)
         found.rollouts.append(reference.rollout(prompts, drawn))
+        _correct(found.rollouts[-1], experience, config)
         found.steps.append(reference.update(found.rollouts[-1], iteration))
     found.weights = {role: weights(model) for role, (model, _) in reference.trained.items()}
     return found
+
+
+def _correct(rollout: Rollout, experience: Experience, config: TrainConfig) -> None:
+    """The weights of the reference's own log-probs over those that the ranks drew by."""
+    c = config.algorithm.correction
+    if c.kind == "none":
+        return
+    assert experience.sampled_logprobs_BS is not None
+    drawn = [
+        experience.take_N(experience.sampled_logprobs_BS, [row]).tolist() for row in range(len(experience))
+    ]
+    options = (c.kind, c.level, c.cap, c.low, c.high)
+    rollout.correction, held = numpy_ppo.correction(rollout.logprobs, drawn, *options)
+    assert 0 < held < sum(map(len, drawn)), "a case that corrects some tokens and not all"
 
 
 def _tokens(

@@ -87,6 +87,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "entropy": 0.01,
         },
     },
+    "truncated": {
+        "batch": 8,
+        "algorithm": {
+            "minibatch": 4,
+            "epochs": 2,
+            "microbatch": 2,
+            "entropy": 0.01,
+            "old_logprobs": "recompute",
+            "correction": {"kind": "truncate", "cap": 1.3},
+        },
+    },
+    "masked": {
+        "batch": 4,
+        "generation": {"samples": 2},
+        "algorithm": {
+            "name": "grpo",
+            "microbatch": 3,
+            "old_logprobs": "recompute",
+            "correction": {"kind": "mask", "level": "sequence", "low": 0.4, "high": 2.5},
+        },
+        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
+    },
     "mean of means": {"batch": 8, "algorithm": {"microbatch": 1, "loss_average": "microbatch"}},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -115,6 +137,7 @@ SHORT: dict[int, list[tuple[str, str, Shape]]] = {
         ("kl in loss", "tied", (1, 2, 1, (3, 1))),
         ("plain", "qwen2", (2, 1, 1)),
         ("mean of means", "llama", (1, 1, 2)),
+        ("truncated", "llama", (1, 1, 2)),
         ("groups", "qwen3", (1, 2, 1)),
     ],
     4: [
@@ -128,6 +151,7 @@ SHORT: dict[int, list[tuple[str, str, Shape]]] = {
         ("groups", "llama", (2, 1, 2)),
         ("leave one out", "qwen2", (2, 2, 1)),
         ("plain differences", "llama", (1, 2, 2)),
+        ("masked", "llama", (1, 2, 2)),
         ("groups alone", "tied", {"actor": (1, 4, 1), "generation": (2, 2, 1), "reward": (1, 2, 2)}),
     ],
 }
@@ -201,7 +225,8 @@ class Bench:
                 config[role]["layout"] = layout
         generator = torch.Generator().manual_seed(5)
         prompts = tuple(tuple(torch.randint(0, 259, (n,), generator=generator).tolist()) for n in LENGTHS)
-        return Case(config, prompts, (STOP,) if option in ("plain", "whitened") else ())
+        stops = (STOP,) if option in ("plain", "whitened") else ()
+        return Case(config, prompts, stops, apart=0.5 if "correction" in config["algorithm"] else 0.0)
 
     def check(self, case: Case, watches: list[Watch]) -> None:
         assert not drifted(watches)

@@ -101,18 +101,22 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k2",
+    correction: Tensor | None = None,
 ) -> PolicySums:
     """The surrogate's losses, and what is added to them: KL and an entropy bonus.
 
     All tensors have one shape; `weights` None: every token counts 1. `responses` are needed where the ratio
     is a response's. `entropy` (of the next-token distribution) gives the bonus of Schulman et al. 2017,
     equation 9; give `ref_logprobs` when the KL belongs into the loss and not into the rewards (as a loss, the
-    gradient of k1 has expectation 0: prefer k2 or k3).
+    gradient of k1 has expectation 0: prefer k2 or k3). `correction` (see `correction.correction_weights`)
+    multiplies each token's surrogate, not its KL or entropy.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
     inside = torch.where(mask, logprobs, 0.0)
     losses, held = surrogate.losses(inside, log_ratio, advantages, responses)
+    if correction is not None:
+        losses = losses * torch.where(mask, correction, 0.0)
     if ref_logprobs is not None:
         reference = torch.where(mask, ref_logprobs, 0.0)
         losses = losses + kl_coef * token_kl(inside, reference, kl_estimator)
@@ -154,8 +158,11 @@ class ClippedPolicy(Algorithm):
         return Surrogate(c.clip, c.clip_high, c.dual_clip, c.ratio, c.policy_loss)
 
     def inputs(self, role: str) -> Mapping[str, str]:
-        """Old log-probs and advantages, and the reference's log-probs where the loss has their KL."""
+        """Old log-probs and advantages, the reference's log-probs where the loss has their KL, weights where
+        what generation drew is corrected."""
         fields = {"old_logprobs": "logprobs_BS", "advantages": "advantages_BS"}
+        if self.config.correction.kind != "none":
+            fields["correction"] = "correction_BS"
         return {**fields, "ref_logprobs": "ref_logprobs_BS"} if self.kl_in_loss else fields
 
     def loss(
@@ -183,6 +190,7 @@ class ClippedPolicy(Algorithm):
             ref_logprobs=inputs.get("ref_logprobs"),
             kl_coef=kl_coef,
             kl_estimator=c.kl.estimator,
+            correction=inputs.get("correction"),
         )
         return Loss(found.loss, {name: getattr(found, name) for name in self.sums[role]})
 

@@ -141,6 +141,8 @@ def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
             raise UserError(
                 f"{name}: {rows} rows do not divide by {config.world} processes; replicas must keep step"
             )
+    if config.algorithm.correction.kind != "none":
+        raise UserError("algorithm.correction: generate gives no log-probs to correct; leave it out")
     if config.eval.every or config.checkpoint.every:
         raise UserError("eval.every, checkpoint.every: the baseline is run for its log; set both to 0")
     if config.recompute:
