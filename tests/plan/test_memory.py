@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -294,6 +295,69 @@ def test_stages_hold_as_many_microbatches_as_1f1b_keeps() -> None:
     found = [rank.stages["training"]["actor activations"] for rank in ranks]
     one = [memory.Activations(use, p, 32, 16).saved() for p in range(4)]
     assert found == [4 * one[0], 3 * one[1], 2 * one[2], one[3]]
+
+
+def test_a_rank_holds_what_its_models_need_and_a_stage_what_comes_beside() -> None:
+    """Term by term: a trained actor, a reference, generation in another layout; then all that may be away."""
+    layout = Layout.even(1, 2, 1, 4)
+    plain = [
+        memory.Use("actor", spec_of(), Placement.default(layout), 2, trained=True),
+        memory.Use("reference", spec_of(), Placement.default(layout), 2),
+    ]
+    generation = memory.Use("generation", spec_of(), Placement.default(Layout.even(2, 1, 1, 4)), 2)
+    work = memory.Work(batch=8, minibatch=4, prompt=16, response=16, microbatch=1)
+    switched = memory.Switched(weights=3, filling=5, deferred_gather=7)
+    for rank in range(2):
+        coord = layout.coord(rank)
+        weights = memory.weight_bytes(spec_of(), layout, coord, 2)
+        states = {f"actor {name}": n for name, n in memory.state_bytes(plain[0], coord).items()}
+        gradients = {"actor gradients": memory.gradient_bytes(plain[0], coord)}
+        held = memory.rank_memory(rank, plain, generation, work, switched, False)
+        assert held.resident == {"actor weights": weights, "reference weights": weights, **states}
+        assert held.host == 0
+        assert held.stages["switch"] == {"generation weights and staging": 5}
+        made = held.stages["generation"]
+        assert (made["generation weights"], made["actor deferred all-gather"]) == (3, 7)
+        assert made["generation kv cache"] == 2 * 2 * 4 * 8 * 1 * 32 * 8
+        assert held.stages["training"].items() >= gradients.items()
+        assert list(held.stages["inference"]) in ([f"{u.name} {what}"] for u in plain for what in WHAT)
+        for stage, terms in held.stages.items():
+            assert held.total(stage) == sum(held.resident.values()) + sum(terms.values())
+        assert held.peak == max(map(held.total, held.stages))
+        assert held.total(held.worst) == held.peak
+        away = [replace(use, offload=True) for use in plain]
+        less = memory.rank_memory(rank, away, generation, work, switched, False)
+        assert less.resident == {"actor weights": weights}
+        assert less.host == weights + sum(states.values())
+        assert less.stages["switch"] == {"generation weights and staging": 5, **states}
+        assert less.stages["generation"] == made
+        assert less.stages["inference"] == {"reference weights": weights, **held.stages["inference"]}
+        assert less.stages["training"] == {**states, **held.stages["training"]}
+
+
+WHAT = ("one layer", "logits")
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(None, None), (1, 3), (100, 100)])
+def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
+    prefill: int | None, decode: int | None
+) -> None:
+    """Of 10 sequences on two replicas of two stages: five each, in passes of three where nothing is said."""
+    spec, layout = spec_of(), Layout.even(1, 2, 2, 4)
+    work = memory.Work(
+        batch=10, minibatch=2, prompt=24, response=8, microbatch=1, prefill=prefill, decode=decode
+    )
+    rows, share = min(5, prefill or 3), min(5, decode or 3)
+    for fused in (False, True):
+        use = memory.Use("generation", spec, Placement.default(layout), 2, trained=True, fused=fused)
+        for rank in range(4):
+            held = memory.rank_memory(rank, [use], use, work, memory.Switched(), False).stages["generation"]
+            p = layout.coord(rank).p
+            layer = memory.Activations(use, p, 24 * rows, 0).forward()
+            logits = (1 if fused else 4) * 4 * share * 259 if p == 1 else 0
+            assert held["generation kv cache"] == 2 * 2 * 2 * 5 * 2 * 32 * 8
+            terms = {name: n for name, n in held.items() if name.endswith(WHAT)}
+            assert list(terms.values()) == [max(layer, logits)]
 
 
 @pytest.mark.parametrize(("minibatch", "microbatch"), [(8, 1), (2, 1), (6, 2), (3, 1)])

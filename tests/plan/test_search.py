@@ -99,6 +99,35 @@ def test_the_search_keeps_to_its_trials() -> None:
     assert len(asked) == 10
 
 
+def test_the_search_goes_on_from_the_first_order_that_is_better() -> None:
+    """Every order that is asked for is the best one so far with a run moved elsewhere; it ends where no run
+    that may be moved helps."""
+    costs = {}
+
+    def seconds(order: Order) -> float:
+        """How far the b's are from the front."""
+        text = "".join(order)
+        costs[text] = sum(i for i, name in enumerate(text) if name == "b")
+        return costs[text]
+
+    found = "".join(search_order("aaaaabb", seconds, trials=1000))
+    asked = list(costs)
+    assert asked[0] == "aaaaabb"
+    best = asked[0]
+    for text in asked[1:]:
+        runs = [(i, j) for i in range(7) for j in range(i + 1, 8)]
+        moved = {
+            rest[:k] + best[i:j] + rest[k:]
+            for i, j in runs
+            for rest in [best[:i] + best[j:]]
+            for k in range(len(rest) + 1)
+        }
+        assert text in moved
+        if costs[text] < costs[best]:
+            best = text
+    assert found == best == "bbaaaaa"
+
+
 def test_the_search_begins_with_the_best_plain_order() -> None:
     """With a single trial there is nothing else: the best of the plain orders, not the first of a list."""
     for sizes in ({"actor": 1.0, "critic": 0.2}, {"actor": 0.2, "critic": 1.0}):
