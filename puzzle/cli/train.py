@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
-    plan = resolve(config)
+    plan = resolve(config, given=given)
     # A single process reads its files at once, and so do those of another launcher.
     if options.dry_run or (config.world > 1 and "RANK" not in os.environ):
         check_files(config)

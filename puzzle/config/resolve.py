@@ -24,7 +24,8 @@ ITEMSIZE = {"fp32": 4, "bf16": 2}
 class RunPlan:
     """A run, resolved: made once, by `resolve`, before any process starts.
 
-    `config` holds the options as they resolve. `models` are those in use, by role, in the order actor,
+    `config` holds the options as they resolve, `given` what of them was given, as JSON values (None: not
+    known), from which a resume starts. `models` are those in use, by role, in the order actor,
     critic, reference, reward; `generation` is how the actor generates (its own placement where nothing is
     switched); `switch` is what the switch is planned from, None without one.
     """
@@ -37,6 +38,7 @@ class RunPlan:
     training: SharedPipeline
     inference: SharedPipeline
     batch: BatchPlan
+    given: Mapping[str, Any] | None = None
 
     @property
     def actor(self) -> ModelPlan:
@@ -93,8 +95,10 @@ class RunPlan:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def resolve(config: TrainConfig, devices_per_node: int | None = None) -> RunPlan:
-    """The plan of the run that `config` describes.
+def resolve(
+    config: TrainConfig, devices_per_node: int | None = None, given: Mapping[str, Any] | None = None
+) -> RunPlan:
+    """The plan of the run that `config` describes, of which `given` was given.
 
     `devices_per_node` is what the launcher knows of its hosts; `switch.gpus_per_node` wins, and without
     either a host has up to eight. UserError for shapes, layouts or lengths that do not go together.
@@ -113,6 +117,7 @@ def resolve(config: TrainConfig, devices_per_node: int | None = None) -> RunPlan
         SharedPipeline(tuple(m for m in models.values() if m.trained), config.intra.fuse_training),
         SharedPipeline(_inferred(config, models), config.intra.fuse_inference),
         _batch(config),
+        given,
     )
     for key, pipeline in (("fuse_training", plan.training), ("fuse_inference", plan.inference)):
         if pipeline.fuse is True and pipeline.obstacle:

@@ -39,6 +39,7 @@ def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
         hardware={"host": platform.node(), "cores": len(os.sched_getaffinity(0)), **hardware},
         git_commit=_commit(),
         plan={"hash": plan.hash, **plan.describe()},
+        given=plan.given,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         repeat=log.repeat,
     )

@@ -77,7 +77,7 @@ def train(
     watch = Watch(config.launch.watchdog, local.report, out / "ranks", longest)
     with World.start(config.device, watch=watch) as world:
         try:
-            plan = resolve(config, max(world.gather(world.per_node)))
+            plan = resolve(config, max(world.gather(world.per_node)), given)
             agree(plan, world)
             sizes = [model.spec.vocab_size for model in plan.models.values()]
             # Random tokens are read by every model as they are.
@@ -93,8 +93,7 @@ def train(
             if resumed is not None and note:
                 resumed = dataclasses.replace(resumed, notes=(note, *resumed.notes))
             header = run_header(plan, {"device": _device_name(world), "processes": world.size})
-            started = began.isoformat(timespec="seconds")
-            header = dataclasses.replace(header, given=given, started=started)
+            header = dataclasses.replace(header, started=began.isoformat(timespec="seconds"))
             with Recorder(out, config, world, header, resumed) as recorder:
                 trainer.run(recorder, checkpoints)
         except torch.OutOfMemoryError as error:
