@@ -16,6 +16,7 @@ from puzzle.data.endings import Endings
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train import zero_adamw as optimizer_module
 from puzzle.model.weights import boxes
@@ -54,6 +55,8 @@ class Watch:
     metrics: list[dict[str, float]] = field(default_factory=list)
     switches: list[dict[str, Any]] = field(default_factory=list)
     owed: list[bool] = field(default_factory=list)  # whether the actor's last step is not gathered yet
+    checked: list[int] = field(default_factory=list)  # in which iterations switched weights were verified
+    held: list[int] = field(default_factory=list)  # bytes of a generation layout outside of generation
     stages: list[Mapping[str, Any]] = field(default_factory=list)
     simulations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     grads: dict[str, list[Boxes]] = field(default_factory=lambda: {"actor": [], "critic": []})
@@ -101,6 +104,8 @@ def run_case(world: World, case: Case) -> Watch:
     watch = Watch()
     for model in models.trained.values():
         _watch_gradients(model, watch)
+    if models.generator.switcher is not None:
+        _watch_switches(models.generator.switcher, models.generator.runtime, watch)
     original = _break(models, case.break_)
     plain_rewards = ppo.token_rewards
 
@@ -117,6 +122,7 @@ def run_case(world: World, case: Case) -> Watch:
         data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
         trainer = Trainer(plan, data, models, world, reward_function(plan.config))
         for iteration in range(config.iterations):
+            watch.held.append(_bytes(models.generator.runtime))
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]
             assert models.actor.optimizer is not None
             watch.owed.append(models.actor.optimizer.gather_pending)
@@ -144,6 +150,22 @@ def draw_apart(rollout: Any, deviation: float, *args: Any) -> Experience:
     sampled_BS = experience.sampled_logprobs_BS
     noise_BS = torch.randn(sampled_BS.shape, generator=torch.Generator().manual_seed(args[4]))
     return replace(experience, sampled_logprobs_BS=sampled_BS + deviation * noise_BS)
+
+
+def _bytes(model: ModelRuntime) -> int:
+    """What its weights take; those on the meta device take nothing."""
+    return sum(p.nbytes for p in model.decoder.parameters() if not p.is_meta)
+
+
+def _watch_switches(switcher: Resharder, runtime: ModelRuntime, watch: Watch) -> None:
+    plain = switcher.verify
+
+    def verify() -> None:
+        assert _bytes(runtime) > 0
+        watch.checked.append(len(watch.owed))
+        plain()
+
+    switcher.verify = verify
 
 
 def _watch_gradients(model: ModelRuntime, watch: Watch) -> None:

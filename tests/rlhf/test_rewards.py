@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -245,6 +246,21 @@ def test_a_module_that_ends_its_process_is_found_out_in_another_one():
         probe("leaves:f", Patience())
     assert probe("own_scorers:lengths", Patience()).required == ("prompts", "responses")
     assert "own_scorers" not in sys.modules
+
+
+def test_a_module_whose_import_does_not_end_is_ended(tmp_path):
+    """And what imported it, so that nothing waits for it."""
+    (tmp_path / "endless.py").write_text("import time\nwhile True: time.sleep(0.1)\n")
+    before = set(multiprocessing.active_children())
+    with pytest.raises(UserError, match="endless:f: its import computed for more than 3 s"):
+        probe("endless:f", Patience(limit=3.0))
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_fault_in_a_library_is_placed_there():
+    """Where no line of the user's is to be named."""
+    with pytest.raises(UserError, match=r"textwrap:indent raised AttributeError: .* \(.*textwrap\.py:\d+\)$"):
+        FunctionReward("textwrap:indent")(batch_of(["a"], ["b"]))
 
 
 def test_letters_are_counted():
