@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from puzzle.bench import kernels
-from puzzle.bench.models import MODELS, save_random, sentences
+from puzzle.bench import device, kernels
+from puzzle.bench.harness import Bench, Row, Sizes, option
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
-from puzzle.cli import Parser, whole
+from puzzle.cli import whole
 from puzzle.engine.generate.decode_ring import Request, generate
 from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.sampling import SamplingParams
@@ -29,7 +29,6 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.files.limits import MOST_PROCESSES
-from puzzle.launch import local
 from puzzle.model import hf
 from puzzle.model.weights import boxes
 from puzzle.plan.layout import Layout, Placement
@@ -39,67 +38,94 @@ NEW_TOKENS = 12
 COMPILED = ("llama", "qwen3")
 MARGIN = 1e-4
 """Two right implementations may choose different tokens whose logits are closer than this."""
+ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-4}
+HALF, FULL = torch.bfloat16, torch.float32
+TINY: dict[str, Any] = {"vocab_size": 259, "hidden_size": 128, "intermediate_size": 192}
+TINY |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+TINY |= {"max_position_embeddings": 256, "tie_word_embeddings": False}
+MID = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2816, "num_key_value_heads": 8}
+MID |= {"tie_word_embeddings": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **TINY},
+    "mistral": {"model_type": "mistral", **TINY, "sliding_window": 9},
+    "qwen2": {"model_type": "qwen2", **TINY, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **TINY, "head_dim": 32},
+    "mid": {"model_type": "llama", **TINY, **MID, "max_position_embeddings": 1024},
+}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One comparison: `value` must not exceed `limit`."""
+@dataclass(frozen=True, kw_only=True)
+class CheckBench(Bench):
+    """Compare the engine with transformers on this device."""
 
-    name: str
-    where: str
-    value: float
-    limit: float
-    seconds: float = 0.0
+    world: Annotated[int, option(type=whole(1, MOST_PROCESSES), help="processes, one per device")] = 1
+    models: Annotated[str, option(help="of: %(default)s")] = ",".join(MODELS)
 
-    @property
-    def ok(self) -> bool:
-        """Whether it held; NaN never does."""
-        return self.value <= self.limit
+    def check(self) -> None:
+        if unknown := set(self.models.split(",")) - set(MODELS):
+            raise UserError(f"--models {unknown.pop()}: there are {', '.join(MODELS)}")
 
+    def layouts(self) -> Sequence[Sizes]:
+        return ((1, 1, self.world),)
 
-def run(arguments: Sequence[str]) -> int:
-    """Parse the command line and start the processes."""
-    parser = Parser("puzzle bench check", description="Compare the engine with transformers on this device.")
-    parser.add_argument(
-        "--world", type=whole(1, MOST_PROCESSES), default=1, metavar="N", help="processes, one per device"
-    )
-    parser.add_argument("--models", default=",".join(MODELS), help="of: %(default)s")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    given = parser.parse_args(arguments)
-    unknown = set(given.models.split(",")) - set(MODELS)
-    if unknown:
-        raise UserError(f"--models {unknown.pop()}: there are {', '.join(MODELS)}")
-    local.run("puzzle.bench.check:work", (tuple(given.models.split(",")), given.device), given.world)
-    return 0
-
-
-def work(models: tuple[str, ...], device: str) -> None:
-    """What every process does; UserError if a comparison failed."""
-    failed: list[str] = []
-    with World.start(device) as world:
+    def measure(self, world: World) -> Iterator[Row | str]:
+        """UserError in the end if a comparison failed."""
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        failed = []
+        for row in self._rows(world):
+            if isinstance(row, dict) and not row["ok"]:
+                failed.append(f"{row['what']} {row['place']}")
+            yield row
+        if failed:
+            raise UserError(f"bench check: {len(failed)} comparisons failed, the first: {failed[0]}")
 
-        def report(row: Comparison) -> None:
-            if not row.ok:
-                failed.append(f"{row.name} {row.where}")
-            if world.rank == 0:
-                mark = "ok  " if row.ok else "FAIL"
-                line = f"{mark} {row.name:<34} {row.where:<22} {row.value:10.3g} (at most {row.limit:.3g})"
-                print(f"{line} {row.seconds:6.1f} s", flush=True)
-
-        for name, value, limit in kernels.compare(world):
-            report(Comparison(name, str(world.device.type), value, limit))
+    def _rows(self, world: World) -> Iterator[Row | str]:
+        yield kernels.signature()
+        for what, value, limit in kernels.compare(world.device):
+            yield compared(what, world.device.type, value, limit)
         with tempfile.TemporaryDirectory() as own:
             base = Path(world.share(own))
-            for model in models:
+            for model in self.models.split(","):
                 if world.rank == 0:
                     save_random(base / model, model)
                 world.share(None)
-                _check_model(base / model, model, world, report)
+                yield from _check_model(base / model, model, world)
             world.share(None)
-    if failed:
-        raise UserError(f"bench check: {len(failed)} comparisons failed, the first: {failed[0]}")
+
+    def line(self, row: Row) -> str:
+        line = f"{'ok  ' if row['ok'] else 'FAIL'} {row['what']:<34} {row['place']:<22}"
+        return f"{line} {row['value']:10.3g} (at most {row['limit']:.3g}) {row['seconds']:6.1f} s"
+
+
+def compared(what: str, place: str, value: float, limit: float, seconds: float = 0.0) -> Row:
+    """One comparison: `value` must not exceed `limit`; NaN always does."""
+    row = {"what": what, "place": place, "value": value, "limit": limit}
+    return row | {"ok": value <= limit, "seconds": seconds}
+
+
+@torch.no_grad()
+def save_random(folder: Path, model: str) -> None:
+    """A Hugging Face folder of random weights, large enough, with norms and biases uneven, so that every
+    parameter matters."""
+    config = AutoConfig.for_model(**MODELS[model], dtype="float32")
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    made = AutoModelForCausalLM.from_config(config, dtype=FULL)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in made.named_parameters():
+        draw = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.copy_(draw / config.hidden_size**0.5)
+        else:
+            parameter.copy_((0.0 if name.endswith(".bias") else 1.0) + 0.1 * draw)
+    made.save_pretrained(folder)
+
+
+def sentences(vocab: int) -> list[list[int]]:
+    """Ragged random texts."""
+    generator = torch.Generator().manual_seed(6)
+    lengths = (17, 40, 5, 23, 64, 9, 31)
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
 
 
 def layouts(world: int, layers: int) -> list[Layout]:
@@ -112,21 +138,21 @@ def layouts(world: int, layers: int) -> list[Layout]:
     ]
 
 
-def _check_model(folder: Path, model: str, world: World, report: Callable[[Comparison], None]) -> None:
+def _check_model(folder: Path, model: str, world: World) -> Iterator[Row]:
     spec = hf.read_spec(folder)
-    texts = sentences(spec.vocab_size)
-    truth = Truth(folder, texts, world)
+    truth = Truth(folder, sentences(spec.vocab_size), world)
     for layout in layouts(world.size, spec.num_layers):
         try:
             layout.check(spec)
         except UserError:
             continue  # more tensor ranks than this model's heads allow
-        where = f"{model} {layout.tp},{layout.pp},{layout.dp}"
+        place = f"{model} {layout.tp},{layout.pp},{layout.dp}"
         for check in (_logprobs, _training, _generation):
             start = time.perf_counter()
-            for name, value, limit in check(folder, Placement.default(layout), world, truth):
-                largest = world.max(torch.tensor(value, dtype=torch.float64, device=world.device))
-                report(Comparison(name, where, float(largest), limit, time.perf_counter() - start))
+            # All of a kind before any is reported: reports talk to the other ranks.
+            for what, value, limit in list(check(folder, Placement.default(layout), world, truth)):
+                largest = device.most(world, value)
+                yield compared(what, place, largest, limit, time.perf_counter() - start)
 
 
 class Truth:
@@ -135,13 +161,13 @@ class Truth:
     def __init__(self, folder: Path, texts: list[list[int]], world: World) -> None:
         self.folder, self.texts, self.device = folder, texts, world.device
         self.total = sum(len(text) - 1 for text in texts)
-        self.model = self._load(torch.float32)
+        self.model = self._load(FULL)
         self.logprobs = self._logprobs(self.model)
-        half = self._load(torch.bfloat16)
+        half = self._load(HALF)
         self.half_error = _mean_gap(self._logprobs(half), self.logprobs)
         del half
         self.answers = [self._greedy(text) for text in texts]
-        self.losses, self.norms, self.weights = self._train(self._load(torch.float32))
+        self.losses, self.norms, self.weights = self._train(self._load(FULL))
 
     def _load(self, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).to(self.device).eval()
@@ -173,9 +199,7 @@ class Truth:
         return 0.0
 
     def _train(self, model: Any) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-        adam = torch.optim.AdamW(
-            model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0, fused=True
-        )
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True, **ADAM)
         losses, norms = [], []
         for _ in range(STEPS):
             loss = -torch.stack([self._of(model, text).sum() for text in self.texts]).sum() / self.total
@@ -187,7 +211,7 @@ class Truth:
         return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-Found = list[tuple[str, float, float]]
+Found = Iterator[tuple[str, float, float]]
 """(what was compared, the largest difference found, the largest allowed)."""
 
 
@@ -198,13 +222,12 @@ def _runtime(folder: Path, placement: Placement, world: World, dtype: torch.dtyp
 
 
 def _logprobs(folder: Path, placement: Placement, world: World, truth: Truth) -> Found:
-    found: Found = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (FULL, HALF):
         runtime = _runtime(folder, placement, world, dtype)
         batches = microbatches(runtime, truth.texts, 2)
         for mode in ("eager", "compiled"):
             if mode == "compiled":
-                if world.device.type == "cpu" or dtype == torch.float32 or folder.name not in COMPILED:
+                if world.device.type == "cpu" or dtype == FULL or folder.name not in COMPILED:
                     continue  # compiling takes its time; a CPU does it in the tests
                 runtime.decoder.compile_layers()
             asked = PipelineInput(runtime, batches, token_logprobs(runtime, batches))
@@ -215,12 +238,11 @@ def _logprobs(folder: Path, placement: Placement, world: World, truth: Truth) ->
                 ours = torch.cat(found_logprobs.results)
                 largest = float((ours - torch.cat(mine)).abs().max())
                 mean = _mean_gap([ours], [torch.cat(mine)])
-            if dtype == torch.float32:
-                found.append((f"log-probs fp32 {mode}", largest, 1e-4))
+            if dtype == FULL:
+                yield f"log-probs fp32 {mode}", largest, 1e-4
             else:
                 # A shard's texts are few: its mean may lie above that of all, hence the factor.
-                found.append((f"log-probs bf16 {mode}, mean gap", mean, 2 * truth.half_error + 1e-4))
-    return found
+                yield f"log-probs bf16 {mode}, mean gap", mean, 2 * truth.half_error + 1e-4
 
 
 def _mean_gap(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
@@ -228,11 +250,9 @@ def _mean_gap(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
 
 
 def _training(folder: Path, placement: Placement, world: World, truth: Truth) -> Found:
-    found: Found = []
-    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+    for dtype, limit in ((FULL, 1e-4), (HALF, 2e-2)):
         runtime = _runtime(folder, placement, world, dtype)
-        settings = AdamWSettings(lr_at=lambda step: 1e-3, betas=(0.9, 0.95), eps=1e-4, grad_clip=0.5)
-        runtime.attach_optimizer(settings)
+        runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-3, grad_clip=0.5, **ADAM))
         optimizer = runtime.optimizer
         assert optimizer is not None
         batches = microbatches(runtime, truth.texts, 2)
@@ -246,24 +266,22 @@ def _training(folder: Path, placement: Placement, world: World, truth: Truth) ->
                 own = own + torch.stack(result.results).sum()
             loss_gap = max(loss_gap, abs(float(world.sum(own)) / truth.losses[step] - 1))
             norm_gap = max(norm_gap, abs(optimizer.pop_grad_norms()[-1] / truth.norms[step] - 1))
-        name = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
-        found.append((f"{STEPS} steps {name}, losses", loss_gap, limit))
-        found.append((f"{STEPS} steps {name}, gradient norms", norm_gap, 5 * limit))
-        if dtype == torch.float32:
+        name = "fp32" if dtype == FULL else "bf16"
+        yield f"{STEPS} steps {name}, losses", loss_gap, limit
+        yield f"{STEPS} steps {name}, gradient norms", norm_gap, 5 * limit
+        if dtype == FULL:
             gap = 0.0
             for tensor, box, values in boxes(runtime.decoder, runtime.decoder.get_parameter):
                 gap = max(gap, float((values - truth.weights[tensor][box.slices]).abs().max()))
-            found.append((f"{STEPS} steps {name}, weights", gap, 1e-4))
-    return found
+            yield f"{STEPS} steps {name}, weights", gap, 1e-4
 
 
 def _generation(folder: Path, placement: Placement, world: World, truth: Truth) -> Found:
-    runtime = _runtime(folder, placement, world, torch.float32)
+    runtime = _runtime(folder, placement, world, FULL)
     rows = runtime.rows(len(truth.texts))
     requests = [Request(truth.texts[row], row) for row in rows]
     # One token of every other answer: rows leave their micro-batch at different steps.
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
-    found: Found = []
     for mode in ("eager", "graphs"):
         with ModelRunner(runtime.decoder, graphs=mode == "graphs") as passes:
             for ends, stop_ids in (("", ()), (", early ends", stops)):
@@ -273,8 +291,7 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
                     truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
                     for row, answer in zip(rows, answers, strict=True)
                 ]
-                found.append((f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN))
-    return found
+                yield f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN
 
 
 def _until(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,7 @@ from puzzle.engine.runtime.world import World
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets (SXM parts)."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device; None where no data sheet is known, as for a CPU."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((PEAKS[word] for word in words if word in PEAKS), None)
+T = TypeVar("T")
 
 
 def facts(world: World) -> dict[str, Any]:
@@ -36,7 +29,20 @@ def facts(world: World) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, nccl.version())),
         }
-    return out
+    return out | {"threads": torch.get_num_threads()}
+
+
+def meet(world: World) -> None:
+    """Wait for every rank with an idle device."""
+    world.synchronize()
+    if world.size > 1:
+        dist.barrier()
+        world.synchronize()
+
+
+def most(world: World, number: float) -> float:
+    """The largest of the ranks' numbers."""
+    return float(world.max(torch.tensor(number, dtype=torch.float64, device=world.device)))
 
 
 def measure(world: World, work: Callable[[], object], repeats: int) -> list[float]:
@@ -47,17 +53,17 @@ def measure(world: World, work: Callable[[], object], repeats: int) -> list[floa
         start = time.perf_counter()
         work()
         world.synchronize()
-        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=world.device)
-        found.append(float(world.max(seconds)))
+        found.append(most(world, time.perf_counter() - start))
     return found
 
 
-def meet(world: World) -> None:
-    """Wait for every rank with an idle device."""
-    world.synchronize()
-    if world.size > 1:
-        dist.barrier()
-        world.synchronize()
+def alternated(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """What each of several ways gives in each of its runs, all taking turns."""
+    found: dict[str, list[T]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            found[name].append(way())
+    return found
 
 
 def copy_bandwidth(world: World, size: int = 1 << 30) -> float:
@@ -69,8 +75,18 @@ def copy_bandwidth(world: World, size: int = 1 << 30) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     copies = 8 if world.device.type == "cuda" else 1
-    seconds = statistics.median(measure(world, lambda: [target.copy_(source) for _ in range(copies)], 9))
+    seconds = median(measure(world, lambda: [target.copy_(source) for _ in range(copies)], 9))
     return 2 * size * copies / seconds
+
+
+def mfu(world: World, flops: float, seconds: float) -> float | None:
+    """Of all ranks' dense bf16 rate, the share that `flops` in `seconds` take; None where no data sheet is
+    known, as for a CPU."""
+    if world.device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(world.device).replace("-", " ").split()
+    peak = next((PEAKS[word] for word in words if word in PEAKS), None)
+    return None if peak is None else flops / seconds / world.size / peak
 
 
 def reset_peak(device: torch.device) -> None:
@@ -84,5 +100,9 @@ def peak_bytes(world: World) -> int | None:
     """Largest peak of device memory over the ranks since `reset_peak`; None on a CPU."""
     if world.device.type != "cuda":
         return None
-    peak = torch.tensor(torch.cuda.max_memory_allocated(world.device), device=world.device)
-    return int(world.max(peak))
+    return int(most(world, torch.cuda.max_memory_allocated(world.device)))
+
+
+def gib(peak: int | None) -> str:
+    """A peak of memory at the end of a line; nothing where none was counted."""
+    return "" if peak is None else f"  peak {peak / 2**30:.1f} GiB"

@@ -7,33 +7,26 @@ costs of both parts of a split backward come from runs one after the other that 
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean, median, stdev
+from typing import Annotated, Literal
 
 import torch
 from scipy.stats import t as student
-from torch import Tensor
 
-from puzzle.bench import device
-from puzzle.bench.arguments import DTYPES, Bench, cut, parser
-from puzzle.bench.texts import mean_loss, mean_square_value, random_batches, token_logprobs
-from puzzle.cli import named, whole
+from puzzle.bench import device, harness
+from puzzle.bench.harness import Row, option
+from puzzle.bench.texts import last_values, mean_loss, mean_square_value, random_batches, token_logprobs
+from puzzle.cli import named
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput, PipelineOutput
-from puzzle.engine.pipeline.stage import OutputFn
 from puzzle.engine.runtime.tracing import Clock, gathered
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
-from puzzle.files.limits import MOST_MICROBATCHES
-from puzzle.launch import local
-from puzzle.model.weights import initialise
-from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipeline.actions import Op, Schedule
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.measured import measured_costs
@@ -48,82 +41,78 @@ STAGES: dict[Stage, tuple[str, ...]] = {
     "inference": ("reference", "critic", "reward"),
 }
 Way = Callable[[Sequence[PipelineInput]], list[PipelineOutput]]
+HEAD = (
+    "inference: apart has a collective of all ranks after each model, (apart) has none between\n"
+    "stage        M  way            apart ms     way ms  simulated apart, way ms    way/sim  apart/sim"
+    "  saved ms (95 %)           of simulated  MFU apart, way"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuseBench(Bench):
-    """What is measured; `layers` 0 keeps the models' own numbers."""
+class FuseBench(harness.Bench):
+    """Time several models in one pipeline; repeats are pairs of runs."""
 
-    actor: str
-    critic: str
-    layers: int
-    layout: tuple[int, int, int]
-    stages: Sequence[Stage]
-    microbatches: Sequence[int]
-    rows: int
-    length: int
-    order: Literal["sequential", "alternating"]
-    repeats: int
-    compile: bool
-    split: bool
-    traces: Path | None
-    traced: int
+    actor: Annotated[str, option(help="published size or Hugging Face folder; also reference")] = "7b"
+    critic: Annotated[str, option(help="the same for critic and reward model")] = "7b"
+    layers: harness.Layers = 0
+    layout: harness.Placed = (1, 4, 1)
+    stages: Annotated[Sequence[Stage], harness.several(*STAGES)] = tuple(STAGES)
+    microbatches: Annotated[Sequence[int], harness.microbatches(nargs="+")] = (4, 8, 16, 32)
+    rows: harness.Rows = 2
+    length: harness.Length = 512
+    dtype: harness.Dtype = "bf16"
+    repeats: harness.Repeats = 5
+    compile: Annotated[bool, option(help="fuse what lies between matrix products")] = False
+    split: Annotated[bool, option(help="train with split backwards, too, both ways")] = False
+    traces: Annotated[Path | None, option(type=named, metavar="DIR", help="leave Perfetto traces there")] = (
+        None
+    )
+    traced: Annotated[int, harness.microbatches(help="micro-batches of traces")] = 8
 
     def spec(self, role: str) -> ModelSpec:
         """The model of a role: the reference is the actor's size, the reward model the critic's."""
         language = role in ("actor", "reference")
-        spec = cut(self.actor if language else self.critic, self.layers, (self.layout,))
+        spec = harness.cut(self.actor if language else self.critic, self.layers, (self.layout,))
         return replace(spec, head="lm" if language else "value")
 
+    def check(self) -> None:
+        if self.repeats < 2:
+            raise UserError("--repeats must be at least 2: the spread is reported")
+        if self.split and self.layout[1] == 1:
+            raise UserError("--split: one stage has nothing to fill; give --layout a pp of at least 2")
+        for role in ("actor", "critic"):
+            self.spec(role)
 
-def run(arguments: Sequence[str]) -> int:
-    """Parse the command line and start the processes of the layout."""
-    made = parser(
-        "fuse",
-        "Time several models in one pipeline; repeats are pairs of runs.",
-        "layers layout rows length repeats",
-        layout=(1, 4, 1),
-        rows=2,
-    )
-    made.add_argument("--actor", default="7b", help="published size or Hugging Face folder; also reference")
-    made.add_argument("--critic", default="7b", help="the same for critic and reward model")
-    made.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    made.add_argument(
-        "--microbatches",
-        nargs="+",
-        type=whole(1, MOST_MICROBATCHES),
-        default=[4, 8, 16, 32],
-        metavar="M",
-    )
-    made.add_argument("--order", default="sequential", choices=("sequential", "alternating"))
-    made.add_argument("--compile", action="store_true", help="fuse what lies between matrix products")
-    made.add_argument("--split", action="store_true", help="train with split backwards, too, both ways")
-    made.add_argument("--traces", type=named, metavar="DIR", help="leave Perfetto traces there")
-    made.add_argument(
-        "--traced", type=whole(1, MOST_MICROBATCHES), default=8, metavar="M", help="micro-batches of traces"
-    )
-    bench = FuseBench(**vars(made.parse_args(arguments)))
-    if bench.repeats < 2:
-        raise UserError("--repeats must be at least 2: the spread is reported")
-    if bench.split and bench.layout[1] == 1:
-        raise UserError("--split: one stage has nothing to fill; give --layout a pp of at least 2")
-    for role in ("actor", "critic"):
-        bench.spec(role)
-    local.run("puzzle.bench.fuse:work", (bench,), math.prod(bench.layout))
-    return 0
+    def layouts(self) -> Sequence[harness.Sizes]:
+        return (self.layout,)
 
+    def measure(self, world: World) -> Iterator[Row | str]:
+        team = Team(self, world)
+        tp, pp, dp = self.layout
+        where = f"{world.size} x {device.facts(world)['device']}, torch {torch.__version__}"
+        models = f"{self.actor} + {self.critic}" + (f" cut to {self.layers} layers" if self.layers else "")
+        work = f"micro-batches of {self.rows} x {self.length} tokens, {self.dtype}"
+        yield f"{models}, tp{tp} pp{pp} dp{dp} on {where}\n{work}, {self.repeats} pairs of runs\n{HEAD}"
+        for stage in self.stages:
+            for count in self.microbatches:
+                yield team.measured(stage, count)
 
-def work(bench: FuseBench) -> None:
-    """What every process does; rank 0 prints a line per measurement as soon as it is made."""
-    with World.start(bench.device) as world:
-        team = Team(bench, world)
-        if world.rank == 0:
-            print(_title(bench, world), flush=True)
-        for stage in bench.stages:
-            for count in bench.microbatches:
-                row = team.measured(stage, count)
-                if world.rank == 0:
-                    _report(bench, row)
+    def line(self, row: Row) -> str:
+        base, expected = row["base"], row["simulated"]
+        found = {name: 1e3 * seconds for name, seconds in row["median_s"].items()}
+        lines = []
+        for name, compared in row["compared"].items():
+            over = " ".join(f"{found[way] / 1e3 / expected[way]:9.3f}" for way in (name, base))
+            low, high = (1e3 * x for x in compared["saved_ci95_s"])
+            reached = "-" if compared["saving_reached"] is None else f"{compared['saving_reached']:.0%}"
+            mfu = "-" if row["mfu"] is None else f"{row['mfu'][base]:.3f} {row['mfu'][name]:.3f}"
+            lines.append(
+                f"{row['stage']:<9}{row['microbatches']:5d}  {name:<12}{found[base]:11.1f}{found[name]:11.1f}"
+                f"   {1e3 * expected[base]:10.1f} {1e3 * expected[name]:10.1f}    {over}"
+                f"   {1e3 * compared['saved_s']:7.1f} ({low:.1f} to {high:.1f})   {reached:>7}   {mfu}"
+                + (f"  (apart) {found['apart']:.1f} ms" if base != "apart" else "")
+            )
+        return "\n".join(lines)
 
 
 class Team:
@@ -139,107 +128,91 @@ class Team:
             role: random_batches(model, most, bench.rows, bench.length)[1]
             for role, model in self.models.items()
         }
-        self.placement = next(iter(self.models.values())).placement
 
     def _model(self, role: str) -> ModelRuntime:
-        spec, trained = self.bench.spec(role), role in STAGES["training"]
-        placement = Placement.default(Layout.even(*self.bench.layout, spec.num_layers))
-        runtime = ModelRuntime(role, spec, placement, self.world, DTYPES[self.bench.dtype])
-        initialise(runtime.decoder, 0)
-        if trained and "training" in self.bench.stages:
+        bench = self.bench
+        runtime = harness.random_model(role, bench.spec(role), bench.layout, self.world, bench.dtype)
+        if role in STAGES["training"] and "training" in bench.stages:
             runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-6))
         else:
             runtime.freeze()
-        if self.bench.compile:
+        if bench.compile:
             runtime.decoder.compile_layers()
         return runtime
 
     def _input(self, stage: Stage, role: str, count: int) -> PipelineInput:
         model, batches = self.models[role], self.batches[role][:count]
-        sequences = count * self.bench.rows * model.placement.layout.dp
-        output_fn: OutputFn
-        if stage == "training":
-            loss = mean_loss if model.spec.head == "lm" else mean_square_value
-            output_fn = loss(model, batches, sequences * (self.bench.length - 1))
-        elif model.spec.head == "lm":
-            output_fn = token_logprobs(model, batches)
-        else:
-
-            def output_fn(index: int, hidden: Tensor) -> Tensor:
-                return model.decoder.values(hidden)[batches[index].last_rows]
-
-        return PipelineInput(model, batches, output_fn)
+        language = model.spec.head == "lm"
+        if stage == "inference":
+            outputs = token_logprobs if language else last_values
+            return PipelineInput(model, batches, outputs(model, batches))
+        loss = mean_loss if language else mean_square_value
+        total = count * self.bench.rows * self.bench.layout[2] * (self.bench.length - 1)
+        return PipelineInput(model, batches, loss(model, batches, total))
 
     def ways(self, stage: Stage) -> dict[str, Way]:
         """How to run the passes of a stage; the first is what sharing is compared with."""
         shared = Pipeline([self.models[role] for role in STAGES[stage]])
         if stage == "training":
-            ways: dict[str, Way] = {"apart": _trained, "fused": partial(shared.train, order=self.bench.order)}
+            ways: dict[str, Way] = {"apart": _trained, "fused": shared.train}
             more = {f"{name} split": partial(_split, way) for name, way in ways.items()}
             return ways | more if self.bench.split else ways
         # Without a collective between them, models apart follow each other without a flush on devices.
-        flushed = partial(_inferred, flush=self._flush)
-        return {
-            "flushed": flushed,
-            "apart": _inferred,
-            "fused": partial(shared.infer, order=self.bench.order),
-        }
+        flushed = partial(_inferred, flush=lambda: self.world.sum(torch.zeros(1, device=self.world.device)))
+        return {"flushed": flushed, "apart": _inferred, "fused": shared.infer}
 
-    def _flush(self) -> None:
-        self.world.sum(torch.zeros(1, device=self.world.device))
-
-    def measured(self, stage: Stage, count: int) -> dict[str, Any]:
+    def measured(self, stage: Stage, count: int) -> Row:
         """All ways of a stage with `count` micro-batches per model and replica, in alternation."""
         inputs = [self._input(stage, role, count) for role in STAGES[stage]]
-        ways = self.ways(stage)
+        ways = {name: partial(way, inputs) for name, way in self.ways(stage).items()}
         peaks = {}
         for name, way in ways.items():  # compiles, connects, allocates
             device.reset_peak(self.world.device)
-            device.measure(self.world, partial(way, inputs), 1)
+            device.measure(self.world, way, 1)
             peaks[name] = device.peak_bytes(self.world)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        spans: dict[str, list[list[Span]]] = {name: [] for name in ways}
-        results: dict[str, list[PipelineOutput]] = {}
-        for _ in range(self.bench.repeats):
-            for name, way in ways.items():
-                taken, marked, results[name] = self._timed(partial(way, inputs))
-                seconds[name].append(taken)
-                spans[name].append(marked)
+        timed = {name: partial(self._timed, way) for name, way in ways.items()}
+        runs = device.alternated(timed, self.bench.repeats)
+        seconds = {name: [run[0] for run in found] for name, found in runs.items()}
+        spans = {name: [run[1] for run in found] for name, found in runs.items()}
+        schedules = {name: found[-1][2] for name, found in runs.items()}
         base = next(iter(ways))
         cost = self._costs(spans[base], spans.get("apart split"))
-        shown = [name for name in ways if name == base or name.startswith("fused") or stage == "training"]
+        shown = [name for name in ways if name == base or name != "apart"]
         expected = {
-            name: Timeline.after_one_another([simulate(s, cost) for s in _schedules(results[name])])
-            for name in shown
+            name: Timeline.after_one_another([simulate(s, cost) for s in schedules[name]]) for name in shown
         }
         if self.bench.traces is not None and count == self.bench.traced:
             seen = {name: gathered(self.world, spans[name][-1]) for name in shown}
-            self._leave(self.bench.traces, stage, seen, expected)
+            if self.world.rank == 0:
+                _leave(self.bench.traces, stage, seen, expected)
         simulated = {name: timeline.makespan for name, timeline in expected.items()}
+        medians = {name: median(x) for name, x in seconds.items()}
+        flops = train_flops if stage == "training" else forward_flops
+        lengths = [self.bench.length] * (count * self.bench.rows * self.bench.layout[2])
+        total = sum(flops(self.models[role].spec, lengths) for role in STAGES[stage])
+        rates = {name: device.mfu(self.world, total, x) for name, x in medians.items()}
         return {
             "stage": stage,
-            "models": [f"{role} {model.spec.num_layers} layers" for role, model in self._of(stage).items()],
             "microbatches": count,
             "seconds": seconds,
             "simulated": simulated,
             "base": base,
-            "median_s": {name: statistics.median(x) for name, x in seconds.items()},
-            "over_simulated": {name: statistics.median(seconds[name]) / x for name, x in simulated.items()},
+            "median_s": medians,
             "compared": {n: _compared(seconds, simulated, base, n) for n in shown if n != base},
-            "mfu": self._mfu(stage, count, seconds),
+            "mfu": None if rates[base] is None else rates,
             "costs": cost.seconds,
-            "flushes": {n: sum(s.flushes for s in _schedules(r)) for n, r in results.items()},
-            "hashes": {n: [s.hash for s in _schedules(r)] for n, r in results.items()},
+            "flushes": {name: sum(s.flushes for s in ran) for name, ran in schedules.items()},
+            "hashes": {name: [s.hash for s in ran] for name, ran in schedules.items()},
             "grad_norms": {n: m.optimizer.pop_grad_norms() for n, m in self.models.items() if m.optimizer},
             "peak_bytes": peaks,
-            "where": device.facts(self.world),
         }
 
     def _costs(self, spans: Sequence[list[Span]], split: Sequence[list[Span]] | None = None) -> CostTable:
         """Of runs one after the other, from this rank's spans of each; those of the parts of a backward from
         runs that `split` it."""
         timelines = [gathered(self.world, part) for part in spans]
-        stage_of = {rank: self.placement.coord_of(rank).p for rank in self.placement.ranks}
+        placement = next(iter(self.models.values())).placement
+        stage_of = {rank: placement.coord_of(rank).p for rank in placement.ranks}
         cost = measured_costs(Timeline.after_one_another(timelines), stage_of)
         if split is None:
             return cost
@@ -248,44 +221,18 @@ class Team:
             {model: {**own, **{op: parts[model][op] for op in both}} for model, own in cost.seconds.items()}
         )
 
-    def _of(self, stage: Stage) -> dict[str, ModelRuntime]:
-        return {role: self.models[role] for role in STAGES[stage]}
-
-    def _timed(
-        self, work: Callable[[], list[PipelineOutput]]
-    ) -> tuple[float, list[Span], list[PipelineOutput]]:
-        """Seconds from when all start until the last device is done, this rank's spans, and results."""
-        results: list[PipelineOutput] = []
+    def _timed(self, work: Callable[[], list[PipelineOutput]]) -> tuple[float, list[Span], list[Schedule]]:
+        """Seconds from when all start until the last device is done, this rank's spans, and what ran."""
+        ran: dict[Schedule, None] = {}  # models of one pipeline have one schedule
 
         def clocked() -> None:
             self.world.clock = Clock(self.world.device)
-            results.extend(work())
+            ran.update(dict.fromkeys(output.schedule for output in work()))
 
         (seconds,) = device.measure(self.world, clocked, 1)
         clock, self.world.clock = self.world.clock, None
         assert clock is not None
-        return seconds, clock.passes(self.world.rank), results
-
-    def _mfu(self, stage: Stage, count: int, seconds: dict[str, list[float]]) -> dict[str, float] | None:
-        peak = device.peak_flops(self.world.device)
-        if peak is None:
-            return None
-        flops = train_flops if stage == "training" else forward_flops
-        lengths = [self.bench.length] * (count * self.bench.rows * self.placement.layout.dp)
-        total = sum(flops(model.spec, lengths) for model in self._of(stage).values())
-        return {n: total / statistics.median(x) / self.world.size / peak for n, x in seconds.items()}
-
-    def _leave(
-        self, folder: Path, stage: Stage, seen: dict[str, Timeline], expected: dict[str, Timeline]
-    ) -> None:
-        """Traces of every way that is shown, measured and simulated."""
-        if self.world.rank > 0:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for timelines in (seen, expected):
-            for name, timeline in timelines.items():
-                file = folder / f"{stage}-{name.replace(' ', '-')}-{timeline.source}.json"
-                file.write_text(json.dumps(timeline.to_perfetto(), separators=(",", ":")))
+        return seconds, clock.passes(self.world.rank), list(ran)
 
 
 def _trained(inputs: Sequence[PipelineInput]) -> list[PipelineOutput]:
@@ -304,7 +251,7 @@ def _split(way: Way, inputs: Sequence[PipelineInput]) -> list[PipelineOutput]:
 
 
 def _inferred(
-    inputs: Sequence[PipelineInput], flush: Callable[[], None] = lambda: None
+    inputs: Sequence[PipelineInput], flush: Callable[[], object] = lambda: None
 ) -> list[PipelineOutput]:
     results = []
     for i in inputs:
@@ -313,54 +260,19 @@ def _inferred(
     return results
 
 
-def _schedules(results: Sequence[PipelineOutput]) -> list[Schedule]:
-    """What ran; models of one pipeline have one schedule."""
-    return list(dict.fromkeys(r.schedule for r in results))
-
-
-def _compared(
-    seconds: dict[str, list[float]], simulated: dict[str, float], base: str, name: str
-) -> dict[str, Any]:
+def _compared(seconds: dict[str, list[float]], simulated: dict[str, float], base: str, name: str) -> Row:
     """What a way saves: the mean over pairs of runs with its 95 % interval."""
     pairs = [a - b for a, b in zip(seconds[base], seconds[name], strict=True)]
-    saved = statistics.mean(pairs)
-    half = student.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    possible = simulated[base] - simulated[name]
-    return {
-        "saved_s": saved,
-        "saved_ci95_s": (saved - half, saved + half),
-        "saving_reached": saved / possible if possible > 0 else None,
-    }
+    saved, possible = mean(pairs), simulated[base] - simulated[name]
+    half = student.ppf(0.975, len(pairs) - 1) * stdev(pairs) / len(pairs) ** 0.5
+    reached = saved / possible if possible > 0 else None
+    return {"saved_s": saved, "saved_ci95_s": (saved - half, saved + half), "saving_reached": reached}
 
 
-HEAD = (
-    "stage        M  way            apart ms     way ms  simulated apart, way ms    way/sim  apart/sim"
-    "  saved ms (95 %)           of simulated  MFU apart, way"
-)
-
-
-def _title(bench: FuseBench, world: World) -> str:
-    tp, pp, dp = bench.layout
-    where = f"{world.size} x {device.facts(world)['device']}, torch {torch.__version__}"
-    models = f"{bench.actor} + {bench.critic}" + (f" cut to {bench.layers} layers" if bench.layers else "")
-    work = f"micro-batches of {bench.rows} x {bench.length} tokens, {bench.dtype}, {bench.order}"
-    note = "inference: apart has a collective of all ranks after each model, (apart) has none between"
-    return f"{models}, tp{tp} pp{pp} dp{dp} on {where}\n{work}, {bench.repeats} pairs of runs\n{note}\n{HEAD}"
-
-
-def _report(bench: FuseBench, row: dict[str, Any]) -> None:
-    base, expected, over = row["base"], row["simulated"], row["over_simulated"]
-    median = {name: seconds * 1e3 for name, seconds in row["median_s"].items()}
-    other = f"  (apart) {median['apart']:.1f} ms" if base != "apart" else ""
-    for name, compared in row["compared"].items():
-        sizes = f"{expected[base] * 1e3:10.1f} {expected[name] * 1e3:10.1f}"
-        low, high = (x * 1e3 for x in compared["saved_ci95_s"])
-        reached = "      -" if compared["saving_reached"] is None else f"{compared['saving_reached']:7.0%}"
-        mfu = "-" if row["mfu"] is None else f"{row['mfu'][base]:.3f} {row['mfu'][name]:.3f}"
-        print(
-            f"{row['stage']:<9}{row['microbatches']:5d}  {name:<12}{median[base]:11.1f}{median[name]:11.1f}"
-            f"   {sizes}    {over[name]:9.3f} {over[base]:9.3f}"
-            f"   {compared['saved_s'] * 1e3:7.1f} ({low:.1f} to {high:.1f})   {reached}   {mfu}{other}",
-            flush=True,
-        )
-    bench.leave("fuse", row)
+def _leave(folder: Path, stage: Stage, *seen: dict[str, Timeline]) -> None:
+    """Traces of every way that is shown, measured and simulated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for timelines in seen:
+        for name, timeline in timelines.items():
+            file = folder / f"{stage}-{name.replace(' ', '-')}-{timeline.source}.json"
+            file.write_text(json.dumps(timeline.to_perfetto(), separators=(",", ":")))

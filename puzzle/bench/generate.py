@@ -1,6 +1,7 @@
-"""`puzzle bench generate`: prefill and decoding of random prompts, beside the least time memory allows.
+"""`puzzle bench generate` and `transformers`: prefill and decoding of random prompts.
 
-With responses of exponential lengths, decoding with early stop beside decoding to the end.
+Beside the least time that memory allows; with responses of exponential lengths, early stop beside decoding
+to the end; and a model folder beside transformers' own generation.
 """
 
 from __future__ import annotations
@@ -8,39 +9,50 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
-from puzzle.bench import device
-from puzzle.bench.arguments import LayoutBench, parser
-from puzzle.cli import whole
+from puzzle.bench import device, harness
+from puzzle.bench.harness import Row, option
+from puzzle.cli import named
 from puzzle.engine.generate.decode_ring import Request, StopRule, Tally, generate
 from puzzle.engine.generate.model_runner import ModelRunner, cache_bytes, fitting_rows
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
-from puzzle.files.limits import MOST_SEQUENCES, MOST_TOKENS
-from puzzle.launch import local
+from puzzle.model import hf
+from puzzle.model.decoder import Decoder
+from puzzle.model.parallel import TensorGroup
+from puzzle.plan.layout import Coord, Layout
 
 ARMS = {"early stop": True, "to the end": False}
+Answer = Callable[[], list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateBench(LayoutBench):
-    """What is measured."""
+class GenerateBench(harness.LayoutBench):
+    """Time prefill and decoding of random prompts, drawn at temperature 1."""
 
-    batches: Sequence[int]
-    prompt: int
-    ragged: bool
-    new: int
-    greedy: bool
-    modes: Sequence[str]
-    lengths: Sequence[str]
-    repeats: int
+    batches: Annotated[Sequence[int], harness.count(nargs="+", help="of all replicas")] = (32, 64, 128, 256)
+    prompt: Annotated[int, harness.tokens(help="tokens of a prompt")] = 256
+    ragged: Annotated[bool, option(help="prompts of an eighth of that to all of it")] = False
+    new: Annotated[int, harness.tokens(help="most new tokens of a sequence")] = 256
+    modes: Annotated[Sequence[str], harness.several("eager", "graphs")] = ("eager", "graphs")
+    lengths: Annotated[Sequence[str], harness.several("fixed", "exponential")] = ("fixed",)
+    repeats: harness.Repeats = 5
+
+    def measure(self, world: World) -> Iterator[Row]:
+        subject = Subject(self, world)
+        for batch, mode, lengths in itertools.product(self.batches, self.modes, self.lengths):
+            found = subject.fixed(mode, batch) if lengths == "fixed" else subject.exponential(mode, batch)
+            yield found | {"mode": mode, "lengths": lengths}
 
     def prompts(self, batch: int) -> list[int]:
         """Tokens of each prompt."""
@@ -53,41 +65,22 @@ class GenerateBench(LayoutBench):
         drawn = torch.empty(batch).exponential_(4 / self.new, generator=torch.Generator().manual_seed(batch))
         return drawn.ceil().clamp(1, self.new).int().tolist()
 
-
-def run(arguments: Sequence[str]) -> int:
-    """Parse the command line and start the processes of the layout."""
-    made = parser("generate", "Time prefill and decoding of random prompts.", "model layers layout repeats")
-    made.add_argument(
-        "--batches",
-        nargs="+",
-        type=whole(1, MOST_SEQUENCES),
-        default=[32, 64, 128, 256],
-        help="of all replicas",
-    )
-    made.add_argument("--prompt", type=whole(1, MOST_TOKENS), default=256, help="tokens of a prompt")
-    made.add_argument("--ragged", action="store_true", help="prompts of an eighth of that to all of it")
-    made.add_argument("--new", type=whole(1, MOST_TOKENS), default=256, help="most new tokens of a sequence")
-    made.add_argument("--greedy", action="store_true", help="argmax instead of drawing at temperature 1")
-    modes, lengths = ("eager", "graphs"), ("fixed", "exponential")
-    made.add_argument("--modes", nargs="+", choices=modes, default=modes, help="graphs: of decode passes")
-    made.add_argument(
-        "--lengths", nargs="+", choices=lengths, default=lengths[:1], help="of responses; fixed: timed once"
-    )
-    bench = GenerateBench(**vars(made.parse_args(arguments)))
-    local.run("puzzle.bench.generate:work", (bench,), math.prod(bench.layout))
-    return 0
-
-
-def work(bench: GenerateBench) -> None:
-    """What every process does; rank 0 reports."""
-    with World.start(bench.device) as world:
-        subject = Subject(bench, world)
-        for batch, mode, lengths in itertools.product(bench.batches, bench.modes, bench.lengths):
-            row = subject.fixed(mode, batch) if lengths == "fixed" else subject.exponential(mode, batch)
-            if world.rank == 0:
-                print(f"generate {bench.title}  {mode:<6}  {_line(bench, row)}", flush=True)
-                row |= {"mode": mode, "lengths": lengths}
-                bench.leave("generate", row | {"where": device.facts(world)})
+    def line(self, row: Row) -> str:
+        batch = f"batch {row['batch']:>4} in {row['waves']}  {'ragged ' * self.ragged}{self.prompt}+"
+        what = f"generate {self.title}  {row['mode']:<6}  {batch}"
+        if row["lengths"] == "exponential":
+            arms = "  ".join(
+                f"{name} {arm['median_s']:.3f} s {arm['tokens_per_s']:.0f} tokens/s (useful"
+                f" {arm['useful_share']:.2f}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s)"
+                for name, arm in row["arms"].items()
+            )
+            return f"{what}exponential, at most {self.new}  {arms}  {row['ratio']:.2f} x"
+        share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else math.nan
+        return (
+            f"{what}{self.new}  {row['tokens_per_s']:8.0f} tokens/s  prefill {row['prefill_s']:.3f} s"
+            f"  decode {row['decode_s']:.3f} s  floor {row['decode_floor_s']:.3f} s ({share:.0%})"
+            f"{device.gib(row['peak_bytes'])}"
+        )
 
 
 class Subject:
@@ -95,17 +88,17 @@ class Subject:
 
     def __init__(self, bench: GenerateBench, world: World) -> None:
         self.bench, self.world = bench, world
-        self.runtime = bench.runtime(world)
+        self.runtime = harness.random_model("model", bench.spec, bench.layout, world, bench.dtype)
         self.runtime.freeze()
         self.bandwidth = device.copy_bandwidth(world)
         with ModelRunner(self.runtime.decoder) as warm:
             self._seconds(warm, min(bench.batches), 2)
 
-    def fixed(self, mode: str, batch: int) -> dict[str, Any]:
+    def fixed(self, mode: str, batch: int) -> Row:
         """Responses of one length."""
         new, sizes = self.bench.new, self._waves(batch)
         device.reset_peak(self.world.device)
-        captured: dict[str, Any] = {}
+        captured: Row = {}
         with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
             if passes.graphs:
                 first = self._seconds(passes, sizes[0], new)
@@ -125,49 +118,36 @@ class Subject:
             "peak_bytes": device.peak_bytes(self.world),
         }
 
-    def exponential(self, mode: str, batch: int) -> dict[str, Any]:
+    def exponential(self, mode: str, batch: int) -> Row:
         """Responses of exponential lengths, both ways in alternation.
 
         As in PPO, every run makes its cache and records its graphs; `capture_s` is the seconds of the latter.
         A first run of each warms up.
         """
-        waves = [(size, self.bench.responses(size)) for size in self._waves(batch)]
-        tokens = sum(sum(lengths) for _, lengths in waves)
-        arms: dict[str, dict[str, Any]] = {name: {"seconds": [], "capture_s": []} for name in ARMS}
-        for _ in range(1 + self.bench.repeats):
-            for name, arm in arms.items():
-                tally = Tally()
-                with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
-                    seconds = [
-                        self._seconds(passes, size, self.bench.new, lengths, ARMS[name], tally)
-                        for size, lengths in waves
-                    ]
-                    arm["seconds"].append(sum(seconds))
-                    arm["capture_s"].append(passes.capture_seconds)
-                    arm["captures"] = passes.captures
-                arm["useful_share"] = self._share(tally)
-        for arm in arms.values():
-            del arm["seconds"][0], arm["capture_s"][0]
-            arm["median_s"] = median(arm["seconds"])
-            arm["tokens_per_s"] = tokens / arm["median_s"]
+        waves = [self.bench.responses(size) for size in self._waves(batch)]
+
+        def once(early_stop: bool) -> Row:
+            tally = Tally()
+            with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
+                how = {"early_stop": early_stop, "tally": tally}
+                seconds = sum(self._seconds(passes, len(w), self.bench.new, w, **how) for w in waves)
+                found = {"seconds": seconds, "capture_s": passes.capture_seconds, "captures": passes.captures}
+            return found | {"useful_share": self._share(tally)}
+
+        arms: dict[str, Row] = {}
+        runs = device.alternated(
+            {n: partial(once, early) for n, early in ARMS.items()}, 1 + self.bench.repeats
+        )
+        for name, (_, *timed) in runs.items():
+            arms[name] = timed[-1] | {key: [run[key] for run in timed] for key in ("seconds", "capture_s")}
+            arms[name]["median_s"] = median(arms[name]["seconds"])
+            arms[name]["tokens_per_s"] = sum(map(sum, waves)) / arms[name]["median_s"]
         early, late = (arm["median_s"] for arm in arms.values())
-        return {
-            "batch": batch,
-            "waves": len(waves),
-            "tokens": tokens,
-            "arms": arms,
-            "saved_s": late - early,
-            "ratio": late / early,
-        }
+        found = {"batch": batch, "waves": len(waves), "tokens": sum(map(sum, waves)), "arms": arms}
+        return found | {"saved_s": late - early, "ratio": late / early}
 
     def _seconds(
-        self,
-        passes: ModelRunner,
-        batch: int,
-        new: int,
-        lengths: Sequence[int] | None = None,
-        early_stop: bool = True,
-        tally: Tally | None = None,
+        self, passes: ModelRunner, batch: int, new: int, lengths: Sequence[int] | None = None, **how: Any
     ) -> float:
         """Seconds to answer `batch` prompts with `new` tokens each, or with `lengths`, at most `new`."""
         bench, runtime = self.bench, self.runtime
@@ -177,24 +157,20 @@ class Subject:
         sizes, rows = bench.prompts(batch), runtime.rows(batch)
         requests = [Request(prompts[row][: sizes[row]], row) for row in rows]
         wanted = [new if lengths is None else lengths[row] for row in rows]
-        params = SamplingParams(greedy=bench.greedy, max_new_tokens=new)
-        device.meet(self.world)
-        start = time.perf_counter()
-        answers = generate(
-            runtime.decoder,
-            requests,
-            params,
-            runtime.executor,
-            passes=passes,
-            stop=None if lengths is None else _ends(wanted),
-            tally=tally,
-            early_stop=early_stop,
-        )
-        self.world.synchronize()
-        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=self.world.device)
-        if [len(answer.tokens) for answer in answers] != wanted:
+        params = SamplingParams(max_new_tokens=new)
+        stop = None if lengths is None else _ends(wanted)
+        found: list[int] = []
+
+        def answer() -> None:
+            made = generate(
+                runtime.decoder, requests, params, runtime.executor, passes=passes, stop=stop, **how
+            )
+            found.extend(len(response.tokens) for response in made)
+
+        (seconds,) = device.measure(self.world, answer, 1)
+        if found != wanted:
             raise RuntimeError("responses do not have the lengths that they were given")
-        return float(self.world.max(seconds))
+        return seconds
 
     def _share(self, tally: Tally) -> float:
         """Drawn tokens that responses keep, as a share of those drawn by all replicas."""
@@ -204,15 +180,13 @@ class Subject:
 
     def _waves(self, batch: int) -> list[int]:
         """How many prompts run at once, one after the other: as many as every rank's cache has room for."""
-        fits = fitting_rows(self.runtime.decoder, self.bench.prompt + self.bench.new)
+        tokens, replicas = self.bench.prompt + self.bench.new, self.bench.layout[2]
+        fits = fitting_rows(self.runtime.decoder, tokens)
         if fits is None:
             return [batch]
-        replicas = self.bench.layout[2]
-        largest = -int(self.world.max(torch.tensor(-fits * replicas, device=self.world.device)))
+        largest = -int(device.most(self.world, -fits * replicas))
         if largest < replicas:
-            raise UserError(
-                f"no sequence of {self.bench.prompt + self.bench.new} tokens fits beside the weights"
-            )
+            raise UserError(f"no sequence of {tokens} tokens fits beside the weights")
         waves = -(-batch // largest)
         return [batch // waves + (i < batch % waves) for i in range(waves)]
 
@@ -245,18 +219,78 @@ def _ends(lengths: Iterable[int]) -> StopRule:
     return rule
 
 
-def _line(bench: GenerateBench, row: dict[str, Any]) -> str:
-    what = f"batch {row['batch']:>4} in {row['waves']}  {'ragged ' * bench.ragged}{bench.prompt}+"
-    if "arms" in row:
+@dataclass(frozen=True, kw_only=True)
+class TransformersBench(harness.Bench):
+    """Time generation beside transformers' own: greedy, a fixed number of new tokens."""
+
+    model: Annotated[Path, option(positional=True, type=named, help="Hugging Face model folder")]
+    batch: Annotated[int, harness.count(help="prompts")] = 8
+    prompt: Annotated[int, harness.tokens(help="tokens of a prompt")] = 32
+    new: Annotated[int, harness.tokens(help="new tokens of every sequence")] = 64
+    dtype: harness.Dtype = "fp32"
+    repeats: harness.Repeats = 5
+
+    def measure(self, world: World) -> Iterator[Row]:
+        spec = hf.read_spec(self.model, "lm")
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, spec.vocab_size, (self.batch, self.prompt), generator=generator)
+        arms = {"puzzle": self._ours(prompts, world), "transformers": self._theirs(prompts, world)}
+        first = {name: answer() for name, answer in arms.items()}  # warm-up
+
+        def timed(answer: Answer) -> tuple[float, float]:
+            used = time.process_time()
+            (seconds,) = device.measure(world, answer, 1)
+            return seconds, time.process_time() - used
+
+        found = device.alternated({n: partial(timed, answer) for n, answer in arms.items()}, self.repeats)
+        seconds = {name: [wall for wall, _ in times] for name, times in found.items()}
+        cpu = {name: [used for _, used in times] for name, times in found.items()}
+        rates = {name: self.batch * self.new / median(times) for name, times in seconds.items()}
+        yield {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "tokens_per_s": rates,
+            "faster": rates["puzzle"] / rates["transformers"],
+            "cpu_ratio": median(cpu["transformers"]) / median(cpu["puzzle"]),
+            "equal_responses": sum(a == b for a, b in zip(*first.values(), strict=True)),
+        }
+
+    def _ours(self, prompts: Tensor, world: World) -> Answer:
+        spec = hf.read_spec(self.model, "lm")
+        layout = Layout.even(1, 1, 1, spec.num_layers)
+        dtype, alone = harness.DTYPES[self.dtype], (Coord(0, 0, 0), TensorGroup())
+        decoder = Decoder(spec, layout, *alone, dtype, world.device)
+        hf.load(decoder, self.model)
+        decoder.requires_grad_(False)
+        passes = ModelRunner(decoder)
+        requests = [Request(prompt, row) for row, prompt in enumerate(prompts.tolist())]
+        params = SamplingParams(greedy=True, min_new_tokens=self.new, max_new_tokens=self.new)
+        return lambda: [answer.tokens for answer in generate(decoder, requests, params, passes=passes)]
+
+    def _theirs(self, prompts: Tensor, world: World) -> Answer:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=harness.DTYPES[self.dtype])
+        model, ids = model.to(world.device).eval(), prompts.to(world.device)
+        lengths = {"min_new_tokens": self.new, "max_new_tokens": self.new}
+        # Its own settings stop at end-of-text tokens: with min_new_tokens it masks them, we have none.
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **lengths}
+
+        @torch.no_grad()
+        def answer() -> list[list[int]]:
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            return made[:, self.prompt :].tolist()
+
+        return answer
+
+    def line(self, row: Row) -> str:
         arms = "  ".join(
-            f"{name} {arm['median_s']:.3f} s {arm['tokens_per_s']:.0f} tokens/s (useful"
-            f" {arm['useful_share']:.2f}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s)"
-            for name, arm in row["arms"].items()
+            f"{name} {rate:.1f} tokens/s ({median(row['seconds'][name]):.2f} s, CPU"
+            f" {median(row['cpu_seconds'][name]):.2f} s)"
+            for name, rate in row["tokens_per_s"].items()
         )
-        return f"{what}exponential, at most {bench.new}  {arms}  {row['ratio']:.2f} x"
-    memory = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 2**30:.1f} GiB"
-    share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else math.nan
-    return (
-        f"{what}{bench.new}  {row['tokens_per_s']:8.0f} tokens/s  prefill {row['prefill_s']:.3f} s"
-        f"  decode {row['decode_s']:.3f} s  floor {row['decode_floor_s']:.3f} s ({share:.0%}){memory}"
-    )
+        return (
+            f"{self.model.name}  batch {self.batch}  {self.prompt}+{self.new}  {self.dtype}  {arms}"
+            f"  {row['faster']:.2f} x (CPU {row['cpu_ratio']:.2f} x)"
+            f"  equal responses {row['equal_responses']} of {self.batch}"
+        )

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw
-from puzzle.engine.runtime.world import World
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.linear import accumulate, product, sums_in_place
@@ -21,22 +20,19 @@ from puzzle.model.pointwise import Pointwise, has_kernels
 from puzzle.model.rope import rotation
 
 BF16, EPS = torch.bfloat16, 1e-5
+Found = Iterator[tuple[str, float, float]]
 LENGTHS = (70, 3, 128, 41)
 
 
-def compare(world: World) -> Iterator[tuple[str, float, float]]:
+def compare(device: torch.device) -> Found:
     """(what, the largest difference found, the largest allowed)."""
-    if world.rank == 0:
-        print(signature(), flush=True)
-    yield from _packed(world.device)
-    yield from _decode(world.device)
-    if has_kernels(world.device):
-        yield from _fused(world.device)
-        yield from _trained(world.device)
-        yield from _few_rows(world.device)
-        yield from _draws(world.device)
-    yield from _sums(world.device)
-    yield from _noise(world.device)
+    yield from _packed(device)
+    yield from _decode(device)
+    if has_kernels(device):
+        for kernels in (_fused, _trained, _few_rows, _draws):
+            yield from kernels(device)
+    yield from _sums(device)
+    yield from _noise(device)
 
 
 def signature() -> str:
@@ -48,18 +44,16 @@ def signature() -> str:
     return f"varlen_attn{inspect.signature(varlen_attn)} in torch {torch.__version__}"
 
 
-def _packed(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _packed(device: torch.device) -> Found:
     """bf16, against masked attention in float64 on the same numbers; forward and gradients."""
     for heads, kv_heads, window in ((8, 8, None), (8, 2, None), (8, 2, 20)):
         batch = pack([list(range(n)) for n in LENGTHS], 1, device)
         generator = torch.Generator().manual_seed(7)
         draw = [
-            torch.randn(sum(LENGTHS), n, 64, generator=generator).to(device, torch.bfloat16)
+            torch.randn(sum(LENGTHS), n, 64, generator=generator).to(device, BF16)
             for n in (heads, kv_heads, kv_heads, heads)
         ]
-        ours, plain = (
-            [x.to(t, copy=True).requires_grad_() for x in draw[:3]] for t in (torch.bfloat16, torch.float64)
-        )
+        ours, plain = ([x.to(t, copy=True).requires_grad_() for x in draw[:3]] for t in (BF16, torch.float64))
         got = packed_attention(*ours, batch, window)
         expected = _masked(*plain, window)
         gradients = torch.autograd.grad(got, ours, draw[3])
@@ -81,10 +75,10 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-def _decode(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _decode(device: torch.device) -> Found:
     generator = torch.Generator().manual_seed(8)
     q, k, v = (
-        torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        torch.randn(shape, generator=generator).to(device, BF16)
         for shape in ((5, 8, 64), (5, 2, 77, 64), (5, 2, 77, 64))
     )
     reach = torch.tensor([77, 1, 30, 64, 65])
@@ -95,7 +89,7 @@ def _decode(device: torch.device) -> Iterator[tuple[str, float, float]]:
     yield "decode attention 8/2", _relative(got, expected), 1e-2
 
 
-def _fused(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _fused(device: torch.device) -> Found:
     """The kernels of passes without gradients, bf16, against the plain functions in float64."""
     ours, plain = pointwise.kernels(), Pointwise.eager()
     x, y, weight = (torch.randn(shape, device=device, dtype=BF16) for shape in ((37, 512), (37, 512), (512,)))
@@ -131,7 +125,7 @@ def _fused(device: torch.device) -> Iterator[tuple[str, float, float]]:
             yield "kernel: heads", _relative(ours.heads(qkv, groups, *turn, *weights, EPS)[0], q), 1e-2
 
 
-def _trained(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _trained(device: torch.device) -> Found:
     """The gradients that kernels give, bf16, against those of the plain functions in float64."""
     plain = Pointwise.eager()
     ours = pointwise.training_kernels(plain)
@@ -166,7 +160,7 @@ def _trained(device: torch.device) -> Iterator[tuple[str, float, float]]:
             yield f"kernel: gradient {place} of {name}", _relative(got, expected), 1e-2
 
 
-def _few_rows(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _few_rows(device: torch.device) -> Found:
     """bf16 products of a few rows, in one part and in two, stored either way."""
     for width in (1024, 16384):
         for transposed in (False, True):
@@ -178,7 +172,7 @@ def _few_rows(device: torch.device) -> Iterator[tuple[str, float, float]]:
             yield f"kernel: 20 rows x {width}, {how}", _relative(got, expected), 1e-2
 
 
-def _draws(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _draws(device: torch.device) -> Found:
     """Tokens and log-probabilities of the kernel against those of the plain draw."""
     count_B = torch.arange(64, device=device)
     row_seed_B = row_seeds(3, 1, count_B, count_B % 4)
@@ -191,20 +185,20 @@ def _draws(device: torch.device) -> Iterator[tuple[str, float, float]]:
     yield "kernel: their log-probs", float((packed[1].view(torch.float32) - logprobs_B).abs().max()), 1e-4
 
 
-def _sums(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _sums(device: torch.device) -> Found:
     """Gradients of bf16 weights, added up in float32 over three micro-batches."""
     generator = torch.Generator().manual_seed(9)
     total = torch.full((48, 40), torch.nan, device=device)
     expected = torch.zeros((48, 40), dtype=torch.float64, device=device)
     for number in range(3):
-        grad, x = (torch.randn(200, n, generator=generator).to(device, torch.bfloat16) for n in (64, 40))
+        grad, x = (torch.randn(200, n, generator=generator).to(device, BF16) for n in (64, 40))
         accumulate(total, grad.t()[8:56], x, number == 0)
         expected += grad.double().t()[8:56] @ x.double()
     how = "in place" if sums_in_place(device) else "by a copy"
     yield f"weight gradients summed {how}", _relative(total, expected), 1e-2
 
 
-def _noise(device: torch.device) -> Iterator[tuple[str, float, float]]:
+def _noise(device: torch.device) -> Found:
     names = torch.arange(64)
     keys = [row_keys(3, 9, names.to(d), (names % 4).to(d), (names * 7).to(d)) for d in ("cpu", device)]
     yield "noise keys, bits that differ", float((keys[0] != keys[1].cpu()).sum()), 0.0

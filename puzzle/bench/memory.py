@@ -11,7 +11,7 @@ from typing import Any
 from puzzle.cli import Parser, named, whole
 from puzzle.cli.plan_switch import triple
 from puzzle.config import memory_report as footprint
-from puzzle.config.load import Key, build, merge, parse_overrides
+from puzzle.config.load import build, merge, parse_overrides
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
@@ -65,30 +65,29 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--layouts", nargs="+", type=triple, default=[(1, 1, 1)], metavar="TP,PP,DP")
     parser.add_argument("--models", nargs=2, default=["7b", "350m"], metavar=("ACTOR", "CRITIC"))
-    parser.add_argument(
-        "--layers", type=whole(1, MOST_LAYERS), metavar="N", help="keep N decoder layers of each model only"
-    )
+    parser.add_argument("--layers", type=whole(1, MOST_LAYERS), help="keep that many of each model only")
     parser.add_argument("--out", type=named, required=True, metavar="DIR", help="for logs and memory.jsonl")
-    options, overrides = parser.parse_known_args(arguments)
-    configs = {
-        ",".join(map(str, layout)): configured(layout, options.models, options.layers, overrides)
-        for layout in options.layouts
-    }
+    given, overrides = parser.parse_known_args(arguments)
+    layouts = dict.fromkeys(given.layouts)
+    configs = {layout: configured(layout, given.models, given.layers, overrides) for layout in layouts}
     for config in configs.values():
         check_packages(config)
-    plans = {text: resolve(config) for text, config in configs.items()}
+    plans = {layout: resolve(config) for layout, config in configs.items()}
     good = True
-    for text, config in configs.items():
-        folder = options.out / "-".join([*options.models, text.replace(",", "-")])
+    for layout, config in configs.items():
+        folder = given.out / "-".join([*given.models, *map(str, layout)])
         if folder.exists():
-            raise UserError(f"--out {options.out}: already holds {folder.name}; choose another folder")
+            raise UserError(f"--out {given.out}: already holds {folder.name}; choose another folder")
         folder.mkdir(parents=True)
         local.run("puzzle.rlhf.trainer:train", (config, folder), config.world, folder / "ranks")
         (measured,) = load_runs(folder).runs
-        found = peaks(footprint.estimate(plans[text], fused=config.device != "cpu"), measured)
-        _report(text, config, measured, found)
-        with (options.out / "memory.jsonl").open("a") as file:
-            for row in rows(found, measured, text):
+        found = peaks(footprint.estimate(plans[layout], fused=config.device != "cpu"), measured)
+        where = {"actor": measured.actor, "critic": measured.critic, "layout": ",".join(map(str, layout))}
+        _report(where["layout"], config, measured, found)
+        with (given.out / "memory.jsonl").open("a") as file:
+            for peak in found:
+                sizes = {"formula_bytes": peak.formula, "measured_bytes": peak.measured}
+                row = {"bench": "memory", **where, "rank": peak.rank, "stage": peak.stage, **sizes}
                 file.write(json.dumps(row) + "\n")
         good &= all(peak.ok for peak in found if peak.measured is not None)
     return 0 if good else 1
@@ -98,14 +97,10 @@ def configured(
     layout: tuple[int, int, int], models: Sequence[str], layers: int | None, overrides: Sequence[str]
 ) -> TrainConfig:
     """The run of one layout; `overrides` are options of the command line and win."""
-    tp, pp, dp = layout
     actor, critic = ({"init": {"preset": name}, "layers": layers} for name in models)
-    named = {"actor": actor, "critic": critic, "reward": critic, "layout": {"tp": tp, "pp": pp, "dp": dp}}
-
-    def place(key: Key) -> str:
-        return "the command line"
-
-    return build(merge(DEFAULTS, named, parse_overrides(overrides)), place)
+    sizes = dict(zip(("tp", "pp", "dp"), layout, strict=True))
+    roles = {"actor": actor, "critic": critic, "reward": critic, "layout": sizes}
+    return build(merge(DEFAULTS, roles, parse_overrides(overrides)), lambda key: "the command line")
 
 
 def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:
@@ -127,21 +122,6 @@ def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:
     return found
 
 
-def rows(found: Sequence[Peak], run: Run, layout: str) -> list[dict[str, Any]]:
-    """One JSON value per rank and stage."""
-    where = {"bench": "memory", "actor": run.actor, "critic": run.critic, "layout": layout}
-    return [
-        {
-            **where,
-            "rank": peak.rank,
-            "stage": peak.stage,
-            "formula_bytes": peak.formula,
-            "measured_bytes": peak.measured,
-        }
-        for peak in found
-    ]
-
-
 def _report(layout: str, config: TrainConfig, run: Run, found: Sequence[Peak]) -> None:
     last = run.iterations[-1]
     times = ", ".join(f"{name} {seconds:.3f}" for name, seconds in last.stage_seconds.items() if seconds)
@@ -149,11 +129,12 @@ def _report(layout: str, config: TrainConfig, run: Run, found: Sequence[Peak]) -
     print(f"  iteration {last.iteration}: {last.e2e_seconds:.3f} s ({times})")
     print(f"  {'rank':>4} {'stage':<11}{'formula GiB':>12}{'measured':>10}{'ratio':>8}")
     for peak in found:
-        measured, verdict = "-", ""
-        if peak.measured is not None:
-            measured = f"{peak.measured / footprint.GIB:.2f}"
-            verdict = f"{peak.ratio:8.3f}" + ("" if peak.ok else "  FAIL")
-        print(f"  {peak.rank:>4} {peak.stage:<11}{peak.formula / footprint.GIB:12.2f}{measured:>10}{verdict}")
+        line = f"  {peak.rank:>4} {peak.stage:<11}{peak.formula / footprint.GIB:12.2f}"
+        if peak.measured is None:
+            print(f"{line}{'-':>10}")
+        else:
+            verdict = "" if peak.ok else "  FAIL"
+            print(f"{line}{peak.measured / footprint.GIB:10.2f}{peak.ratio:8.3f}{verdict}")
     for record in run.ranks:
         for name, size in record.get("device_bytes", {}).items():
             print(f"  rank {record['rank']}: {size / footprint.GIB:.2f} GiB {name}", flush=True)

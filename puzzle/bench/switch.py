@@ -1,80 +1,45 @@
-"""`puzzle bench switch`: seconds of the three strategies beside the least that the links allow."""
+"""`puzzle bench switch` and `overlap`: the way from one layout of a model to another.
+
+The first times the three strategies beside the least that the links allow; the second what filling
+generation from ZeRO shards, and beside the first prefill, saves.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
-import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from statistics import median
+from typing import Annotated, Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.bench import device
-from puzzle.bench.arguments import DTYPES, ModelBench, cut, parser
+from puzzle.bench import device, harness
+from puzzle.bench.harness import Row, option
 from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
+from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
-from puzzle.engine.reshard.resharder import Resharder, lends_pages
-from puzzle.engine.reshard.transports import LANES, Unreachable, open_peers
+from puzzle.engine.reshard.resharder import Resharder
+from puzzle.engine.reshard.transports import Unreachable, open_peers
 from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.files.limits import MOST_BYTES
-from puzzle.launch import local
-from puzzle.model.weights import initialise
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard.plan import MIB, SwitchPlan, Transport, plan_switch
 from puzzle.plan.reshard.routing import STRATEGIES, Strategy
 
-Pair = tuple[tuple[int, int, int], tuple[int, int, int]]
-SECONDS = 60.0  # no rank waits longer for another
-
-
-WAYS: tuple[tuple[Strategy, Transport], ...] = (
-    *((strategy, "messages") for strategy in STRATEGIES),
-    ("planned", "peer"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwitchBench(ModelBench):
-    """What is measured; `pairs` are (tp, pp, dp) before and after."""
-
-    pairs: Sequence[Pair]
-    repeats: int
-    staging_bytes: int
-    rate_bytes: int
-    gpus_per_node: int | None
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Parse the command line and start as many processes as the layouts have."""
-    made = parser("switch", "Time switches of a model's layout.", "model layers repeats", repeats=7)
-    made.add_argument("--pairs", nargs="+", type=pair_of, required=True, metavar="TP,PP,DP:TP,PP,DP")
-    made.add_argument("--staging-bytes", type=whole(1, MOST_BYTES), default=512 * MIB, metavar="BYTES")
-    made.add_argument(
-        "--rate-bytes", type=whole(1, MOST_BYTES), default=1024 * MIB, help="message that measures links"
-    )
-    made.add_argument("--gpus-per-node", type=whole(1), default=None, metavar="N")
-    bench = SwitchBench(**vars(made.parse_args(arguments)))
-    processes = one_size(bench.pairs)
-    cut(bench.model, bench.layers, [layout for pair in bench.pairs for layout in pair])
-    local.run("puzzle.bench.switch:work", (bench,), processes)
-    return 0
-
-
-def one_size(pairs: Sequence[Pair]) -> int:
-    """Processes of every layout. UserError if they differ."""
-    worlds = {tp * pp * dp for pair in pairs for tp, pp, dp in pair}
-    if len(worlds) > 1:
-        raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
-    return worlds.pop()
+Pair = tuple[harness.Sizes, harness.Sizes]
+WAYS: list[tuple[Strategy, Transport]] = [*((way, "messages") for way in STRATEGIES), ("planned", "peer")]
 
 
 def pair_of(text: str) -> Pair:
@@ -85,33 +50,103 @@ def pair_of(text: str) -> Pair:
     return triple(before), triple(after)
 
 
-def work(bench: SwitchBench) -> None:
-    """What every process does; rank 0 prints a line per switch as soon as it is measured."""
-    with World.start(bench.device, timeout=SECONDS) as world:
-        rates = {"link_bytes_per_second": link_rate(world, bench.rate_bytes)}
+@dataclass(frozen=True, kw_only=True)
+class PairsBench(harness.ModelBench):
+    """A measurement of a model between two layouts, that of training and that of generation."""
+
+    pairs: Annotated[Sequence[Pair], option(nargs="+", type=pair_of, metavar="TP,PP,DP:TP,PP,DP")]
+    repeats: harness.Repeats = 5
+    timeout: ClassVar[float] = 60.0
+
+    def layouts(self) -> Sequence[harness.Sizes]:
+        return [sizes for pair in self.pairs for sizes in pair]
+
+    def check(self) -> None:
+        worlds = {math.prod(sizes) for sizes in self.layouts()}
+        if len(worlds) > 1:
+            raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
+        super().check()
+
+
+def _ends(row: Row) -> str:
+    return f"{'->'.join(','.join(map(str, row[side])) for side in ('from', 'to')):>15}"
+
+
+class LayoutChange:
+    """A model under the first layout of a pair that is filled into the second one."""
+
+    def __init__(self, bench: PairsBench, pair: Pair, world: World) -> None:
+        self.bench, self.pair, self.world, self.spec = bench, pair, world, bench.spec
+        self.sides = [Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair]
+        self.source = harness.random_model("source", self.spec, pair[0], world, bench.dtype)
+
+    def plan(self, destination: Placement | None = None, **how: Any) -> SwitchPlan:
+        """How this switch goes; `destination` by default in rank order."""
+        cluster, itemsize = Cluster(self.world.per_node), harness.DTYPES[self.bench.dtype].itemsize
+        ends = (self.sides[0], destination or self.sides[1])
+        return plan_switch(self.spec, *ends, cluster, itemsize=itemsize, **how)
+
+    def made(self, plan: SwitchPlan, **how: Any) -> tuple[Resharder, ModelRuntime]:
+        """What makes the destination's parameters by that plan, and the model that they are made for."""
+        dtype = harness.DTYPES[self.bench.dtype]
+        made = ModelRuntime("made", self.spec, plan.destination, self.world, dtype, allocate=False)
+        return Resharder(plan, self.world, self.source.decoder, made.decoder, **how), made
+
+    def tried(self, row: Row, measured: Callable[[], Row]) -> Row:
+        """The measurement, or why there is none: peers that cannot be read are no end of the rest."""
+        row |= {"from": self.pair[0], "to": self.pair[1]}
         try:
-            rates["copy_bytes_per_second"] = copy_rate(world, bench.rate_bytes)
+            row |= measured()
+        except UserError as error:
+            row["error"] = str(error)
+        tidy(self.world)
+        return row
+
+
+def tidy(world: World) -> None:
+    """Once no rank reads it any more, memory that peers had opened can go."""
+    gc.collect()
+    device.meet(world)
+    if world.device.type == "cuda":
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchBench(PairsBench):
+    """Time switches of a model's layout."""
+
+    repeats: harness.Repeats = 7
+    rate_bytes: Annotated[int, option(type=whole(1, MOST_BYTES), help="to measure links with")] = 1 << 30
+
+    def measure(self, world: World) -> Iterator[Row | str]:
+        rates = {"link_bytes_per_second": link_rate(world, self.rate_bytes)}
+        try:
+            rates["copy_bytes_per_second"] = copy_rate(world, self.rate_bytes)
             said = f"copies from a peer {rates['copy_bytes_per_second'] / GB:.1f} GB/s"
         except Unreachable as error:
             said = f"no copies from peers: {error}"
         tidy(world)
-        if world.rank == 0:
-            disabled = os.environ.get("NCCL_P2P_DISABLE", "0")
-            print(f"{bench.model} {bench.dtype}, {world.size} ranks on {device.facts(world)['device']},")
-            print(f"links {rates['link_bytes_per_second'] / GB:.1f} GB/s per rank and direction, {said},")
-            print(f"NCCL_P2P_DISABLE={disabled}")
-            print(
-                f"{'switch':>15} {'way':>13}  kept ms  drop ms fresh ms  drop ms floor ms  ratio     GB local"
-                "  extra GB equal"
-            )
-        for pair in bench.pairs:
-            subject = _Subject(bench, pair, world)
-            for way in WAYS:
-                row = subject.row(*way, rates)
-                if world.rank == 0:
-                    _report(bench, row)
-            del subject
+        yield (
+            f"{self.model} {self.dtype}, {world.size} ranks on {device.facts(world)['device']},\n"
+            f"links {rates['link_bytes_per_second'] / GB:.1f} GB/s per rank and direction, {said},\n"
+            f"NCCL_P2P_DISABLE={os.environ.get('NCCL_P2P_DISABLE', '0')}\n"
+            f"{'switch':>15} {'way':>13}  kept ms  drop ms fresh ms  drop ms floor ms  ratio     GB local"
+            "  extra GB equal"
+        )
+        for pair in self.pairs:
+            yield from _Switched(self, pair, world).rows(rates)
             tidy(world)
+
+    def line(self, row: Row) -> str:
+        line, floor = f"{_ends(row)} {row['way']:>13}", row["least_floor_seconds"]
+        if "error" in row:
+            return f"{line} {row['error']}"
+        ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
+        sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
+        seconds = [row[f"{kind}_seconds"] for kind in ("kept", "kept_drop", "fresh", "fresh_drop")]
+        times = " ".join(f"{1e3 * value:8.2f}" for value in (*seconds, floor))
+        return f"{line} {times} {ratio} {sizes} {'yes' if row['equal'] else 'NO':>5}"
 
 
 def link_rate(world: World, size: int) -> float:
@@ -128,7 +163,7 @@ def link_rate(world: World, size: int) -> float:
             request.wait()
 
     device.measure(world, ring, 3)
-    return size / statistics.median(device.measure(world, ring, 9))
+    return size / median(device.measure(world, ring, 9))
 
 
 def copy_rate(world: World, size: int) -> float:
@@ -138,115 +173,54 @@ def copy_rate(world: World, size: int) -> float:
     have, target = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
     value = open_peers(ring, world, {"": have})[left][""]
     device.measure(world, lambda: target.copy_(value), 3)
-    return size / statistics.median(device.measure(world, lambda: target.copy_(value), 9))
+    return size / median(device.measure(world, lambda: target.copy_(value), 9))
 
 
-def tidy(world: World) -> None:
-    """Once no rank reads it any more, memory that peers had opened can go."""
-    gc.collect()
-    device.meet(world)
-    if world.device.type == "cuda":
-        torch.cuda.ipc_collect()
-        torch.cuda.empty_cache()
+class _Switched(LayoutChange):
+    """Three strategies and two transports, their results compared with gather-all's."""
 
+    def rows(self, rates: Row) -> Iterator[Row]:
+        """One per way."""
+        self.source.freeze()
+        self.truth: tuple[Placement, list[Tensor]] | None = None
+        least, rate = _most_traffic(self.plan(staging_bytes=512 * MIB)), rates["link_bytes_per_second"]
+        for strategy, transport in WAYS:
+            plan = self.plan(strategy=strategy, staging_bytes=512 * MIB)
+            row: Row = {"way": strategy if transport == "messages" else f"{strategy}, {transport}"}
+            row |= {"strategy": plan.strategy, "transport": transport, "hash": plan.hash}
+            row |= {"bytes": plan.bytes_received, "lower_bound_bytes": plan.lower_bound_bytes}
+            row |= {"local_share": plan.local_share, "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE")}
+            row |= {"floor_seconds": _most_traffic(plan) / rate, "least_floor_seconds": least / rate}
+            yield self.tried(row | rates, partial(self._measured, plan, transport))
 
-class _Subject:
-    """A model under the first layout of a pair, switched to the second one in several ways."""
-
-    def __init__(self, bench: SwitchBench, pair: Pair, world: World) -> None:
-        self.bench, self.pair, self.world = bench, pair, world
-        self.spec = bench.spec
-        self.sides = [Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair]
-        self.runtime = ModelRuntime("source", self.spec, self.sides[0], world, DTYPES[bench.dtype])
-        self.runtime.freeze()
-        initialise(self.runtime.decoder, 0)
-        best = self.plan("planned")
-        self.least = max(max(best.traffic(rank)) for rank in best.ranks)
-        self._truth: tuple[Placement, list[Tensor]] | None = None
-
-    def plan(self, strategy: Strategy, destination: Placement | None = None) -> SwitchPlan:
-        """How this switch goes; `destination` by default in rank order."""
-        return plan_switch(
-            self.spec,
-            self.sides[0],
-            destination or self.sides[1],
-            Cluster(self.bench.gpus_per_node or self.world.per_node),
-            strategy=strategy,
-            itemsize=DTYPES[self.bench.dtype].itemsize,
-            staging_bytes=self.bench.staging_bytes,
-        )
-
-    def switcher(self, plan: SwitchPlan, transport: Transport) -> Resharder:
-        """Makes the destination's parameters by that plan."""
-        made = ModelRuntime(
-            "destination", plan.spec, plan.destination, self.world, DTYPES[self.bench.dtype], allocate=False
-        )
-        return Resharder(plan, self.world, self.runtime.decoder, made.decoder, transport=transport)
-
-    def row(self, strategy: Strategy, transport: Transport, rates: dict[str, float]) -> dict[str, Any]:
-        """The measurement, or why there is none: peers that cannot be read are no end of the rest."""
-        start = time.perf_counter()
-        plan = self.plan(strategy)
-        planning = time.perf_counter() - start
-        rate = rates["link_bytes_per_second"]
-        row = {
-            "way": strategy if transport == "messages" else f"{strategy}, {transport}",
-            "from": self.pair[0],
-            "to": self.pair[1],
-            "strategy": plan.strategy,
-            "transport": transport,
-            "lanes": LANES,
-            "lends_pages": lends_pages(),
-            "bytes": plan.bytes_received,
-            "lower_bound_bytes": plan.lower_bound_bytes,
-            "local_share": plan.local_share,
-            "buckets": plan.num_buckets,
-            **rates,
-            "floor_seconds": max(max(plan.traffic(rank)) for rank in plan.ranks) / rate,
-            "least_floor_seconds": self.least / rate,
-            "planning_seconds": planning,
-            "nccl_p2p_disable": os.environ.get("NCCL_P2P_DISABLE"),
-            "hash": plan.hash,
-        }
-        try:
-            row |= self._measured(plan, transport)
-        except UserError as error:
-            row["error"] = str(error)
-        tidy(self.world)
-        return row | {"where": device.facts(self.world)}
-
-    def _measured(self, plan: SwitchPlan, transport: Transport) -> dict[str, Any]:
+    def _measured(self, plan: SwitchPlan, transport: Transport) -> Row:
         """Seconds as PPO needs them, then with memory that is given back to the device after each switch;
         how much memory that is."""
-        world = self.world
+        world, cuda = self.world, self.world.device.type == "cuda"
         truth = self._reference(plan.destination)
-        switcher = self.switcher(plan, transport)
+        switcher, _ = self.made(plan, transport=transport)
         switcher.fill()
         wrong = sum(not torch.equal(a, b) for a, b in zip(truth, _weights(switcher), strict=True))
-        numbers: dict[str, Any] = {"equal": not self._most(wrong)}
-        numbers["peak_extra_bytes"] = self._most(switcher.part.peak_extra)
+        numbers: Row = {"equal": not device.most(world, wrong)}
+        numbers["peak_extra_bytes"] = int(device.most(world, switcher.part.peak_extra))
         switcher.drop()
         for kind in ("kept", "fresh"):
             device.reset_peak(world.device)
-            free, used = _free(world), _allocated(world)
-            fills, drops = self._times(switcher, fresh=kind == "fresh")
-            numbers |= {f"{kind}_seconds": statistics.median(fills), f"{kind}_all_seconds": fills}
-            numbers[f"{kind}_drop_seconds"] = statistics.median(drops)
-        if world.device.type == "cuda":
-            numbers["measured_extra_bytes"] = self._most(torch.cuda.max_memory_allocated(world.device) - used)
-            numbers["not_given_back_bytes"] = self._most(free - _free(world))
+            free = torch.cuda.mem_get_info(world.device)[0] if cuda else 0
+            fills, drops = self._times(switcher, fresh=kind == "fresh" and cuda)
+            numbers |= {f"{kind}_seconds": median(fills), f"{kind}_all_seconds": fills}
+            numbers[f"{kind}_drop_seconds"] = median(drops)
+            if cuda:
+                missing = free - torch.cuda.mem_get_info(world.device)[0]
+                numbers["not_given_back_bytes"] = int(device.most(world, missing))
         return numbers
 
-    def _most(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        return int(self.world.max(torch.tensor(number, device=self.world.device)))
-
-    def _times(self, switcher: Resharder, *, fresh: bool = False) -> tuple[list[float], list[float]]:
+    def _times(self, switcher: Resharder, *, fresh: bool) -> tuple[list[float], list[float]]:
         """Of each fill and of each drop; the first ones do not count."""
 
         def drop() -> None:
             switcher.drop()
-            if fresh and self.world.device.type == "cuda":
+            if fresh:
                 torch.cuda.empty_cache()
 
         fills, drops = [], []
@@ -257,14 +231,19 @@ class _Subject:
 
     def _reference(self, destination: Placement) -> list[Tensor]:
         """This rank's weights under `destination` by gather-all, whose checksums are those of the source."""
-        if self._truth is None or self._truth[0] != destination:
-            self._truth = None
-            plan = self.plan("gather-all", destination)
-            switcher = self.switcher(plan, "messages")
+        if self.truth is None or self.truth[0] != destination:
+            self.truth = None
+            plan = self.plan(destination, strategy="gather-all", staging_bytes=512 * MIB)
+            switcher, _ = self.made(plan)
             switcher.fill()
             switcher.verify()
-            self._truth = (destination, list(_weights(switcher)))
-        return self._truth[1]
+            self.truth = (destination, list(_weights(switcher)))
+        return self.truth[1]
+
+
+def _most_traffic(plan: SwitchPlan) -> int:
+    """Bytes of the busier direction of the busiest rank."""
+    return max(max(plan.traffic(rank)) for rank in plan.ranks)
 
 
 def _weights(switcher: Resharder) -> Iterator[Tensor]:
@@ -272,25 +251,115 @@ def _weights(switcher: Resharder) -> Iterator[Tensor]:
     return (p.detach() for p in switcher.destination.parameters())
 
 
-def _free(world: World) -> int:
-    """Free bytes by the device's own account; 0 on a CPU."""
-    return torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else 0
+@dataclass(frozen=True, kw_only=True)
+class OverlapBench(PairsBench):
+    """Time the way to generation, in turn and beside."""
+
+    rows: harness.Rows = 32
+    length: harness.Length = 256
+
+    def measure(self, world: World) -> Iterator[Row | str]:
+        yield (
+            f"{self.model} {self.dtype}, {world.size} ranks on {device.facts(world)['device']}; ms\n"
+            f"{'switch':>15} {'filled from':>11} {'by':>8}     GB   gather     fill     pass"
+            "  in turn   beside  saved by fill  saved beside"
+        )
+        for pair in self.pairs:
+            yield from _Overlapped(self, pair, world).ways()
+            tidy(world)
+
+    def line(self, row: Row) -> str:
+        line = f"{_ends(row)} {row['filled_from']:>11} {row['transport']:>8}"
+        if "error" in row:
+            return f"{line} {row['error']}"
+        names = ("gather", "fill", "pass", "in_turn", "beside")
+        times = " ".join(f"{1e3 * row[f'{name}_seconds']:8.2f}" for name in names)
+        saved = [1e3 * row[f"saved_{what}_seconds"] for what in ("by_fill", "beside")]
+        return f"{line} {row['bytes'] / GB:6.2f} {times} {saved[0]:14.2f} {saved[1]:13.2f}"
 
 
-def _allocated(world: World) -> int:
-    return torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
+class _Overlapped(LayoutChange):
+    """Weights after an optimizer step, and generation's first pass with them."""
 
+    bench: OverlapBench
 
-def _report(bench: SwitchBench, row: dict[str, Any]) -> None:
-    layouts = "->".join(",".join(map(str, row[side])) for side in ("from", "to"))
-    line, floor = f"{layouts:>15} {row['way']:>13}", row["least_floor_seconds"]
-    if "error" in row:
-        print(f"{line} {row['error']}", flush=True)
-    else:
-        ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
-        sizes = f"{row['bytes'] / GB:6.2f} {row['local_share']:5.0%} {row['peak_extra_bytes'] / GB:9.2f}"
-        equal = "yes" if row["equal"] else "NO"
-        seconds = [row[f"{kind}_seconds"] for kind in ("kept", "kept_drop", "fresh", "fresh_drop")]
-        times = " ".join(f"{1e3 * value:8.2f}" for value in (*seconds, floor))
-        print(f"{line} {times} {ratio} {sizes} {equal:>5}", flush=True)
-    bench.leave("switch", row)
+    def ways(self) -> Iterator[Row]:
+        """One row per way to fill; what gathered weights take is compared with."""
+        self.source.attach_optimizer(AdamWSettings(lambda _: 0.0))
+        assert self.source.optimizer is not None
+        self.optimizer = self.source.optimizer
+        shape = (self.bench.rows, self.bench.length)
+        tokens = torch.arange(math.prod(shape)).remainder(self.spec.vocab_size).view(shape)
+        self.requests = [Request(prompt, number) for number, prompt in enumerate(tokens.tolist())]
+        for transport in get_args(Transport):
+            before: Row = {}
+            for zero in (False, True) if self.sides[0].layout.dp > 1 else (False,):
+                row = {"transport": transport, "filled_from": "shards" if zero else "gathered"}
+                row = self.tried(row, partial(self._measured, transport, zero))
+                if "error" not in row:
+                    before = before or row
+                    way = [r["gather_seconds"] + r["in_turn_seconds"] for r in (before, row)]
+                    row["saved_by_fill_seconds"] = way[0] - way[1]
+                    row["saved_beside_seconds"] = row["in_turn_seconds"] - row["beside_seconds"]
+                yield row
+
+    def _measured(self, transport: Transport, zero: bool) -> Row:
+        """Seconds until generation's weights are there, of a prefill pass, of both in turn and beside."""
+        gathers = self.optimizer.group is not None and not zero
+        row: Row = {"gather_seconds": self._median(self.gather) if gathers else 0.0}
+        for beside in (False, True):
+            plan = self.plan(zero=zero)
+            switcher, made = self.made(plan, transport=transport, beside=beside)
+            if zero:
+                self.forget()
+            turn = partial(self._turn, switcher, made, zero)
+            turn()
+            switcher.verify()
+            if not beside:
+                row |= {
+                    "bytes": plan.bytes_received,
+                    "pass_seconds": self._median(partial(self.prefill, made)),
+                }
+            switcher.drop()
+            if not beside:
+                row["fill_seconds"] = self._median(switcher.fill, switcher.drop)
+            row["beside_seconds" if beside else "in_turn_seconds"] = self._median(turn, switcher.drop)
+            if beside and switcher.side is not None:
+                fills, waits = switcher.take_times()
+                row["beside_fill_seconds"] = fills
+                row["beside_awaited_seconds"] = waits / (self.bench.repeats + 2)
+        return row
+
+    def _turn(self, switcher: Resharder, made: ModelRuntime, zero: bool) -> None:
+        """From the end of training to that of a prefill pass; out of shards, the gather goes on beside it,
+        and what it brought is put in place behind it."""
+        switcher.fill()
+        self.optimizer.gather_pending = zero
+        self.optimizer.start_gather()
+        self.prefill(made)
+        self.optimizer.wait_gather()
+
+    def _median(self, work: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
+        """Of all repeats but the first; `after` each comes what is not timed."""
+        found = []
+        for _ in range(self.bench.repeats + 1):
+            found += device.measure(self.world, work, 1)
+            after()
+        return median(found[1:])
+
+    def gather(self) -> None:
+        """The all-gather after an optimizer step."""
+        self.optimizer.gather_pending = True
+        self.optimizer.wait_gather()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Spoil the rows that other replicas step."""
+        for slot in self.optimizer.slots:
+            slot.param[: slot.low] = 0
+            slot.param[slot.high :] = 0
+
+    def prefill(self, made: ModelRuntime) -> None:
+        """A pass over the prompts, and a token of each."""
+        once = SamplingParams(max_new_tokens=1)
+        generate(made.decoder, self.requests, once, made.executor, graphs=False)

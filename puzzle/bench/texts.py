@@ -53,3 +53,8 @@ def mean_square_value(runtime: ModelRuntime, batches: Sequence[PackedBatch], tot
     """A micro-batch's share of the mean squared value of `total` states that are followed by a token."""
     rows = [next_tokens(batch)[0] for batch in batches]
     return lambda index, hidden: runtime.decoder.values(hidden)[rows[index]].square().sum() / total
+
+
+def last_values(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> OutputFn:
+    """The value of every sequence's last state."""
+    return lambda index, hidden: runtime.decoder.values(hidden)[batches[index].last_rows]

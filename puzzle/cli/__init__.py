@@ -5,8 +5,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NoReturn
 
 from puzzle import __version__
@@ -106,11 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["--version"]:
         print(f"puzzle {__version__}")
         return 0
-    return exit_code(lambda: dispatch("puzzle", COMMANDS, "puzzle.cli.", given))
+    return exit_code(lambda: dispatch("puzzle", COMMANDS, "puzzle.cli.{}:run".format, given))
 
 
-def dispatch(program: str, commands: Mapping[str, str], module: str, given: list[str]) -> int | None:
-    """Run the command that comes first, of the module `module` and its name; without one, list them."""
+def dispatch(
+    program: str, commands: Mapping[str, str], home: Callable[[str], str], given: list[str]
+) -> int | None:
+    """Run the command that comes first, by the function that `home` names (`module:function`); without one,
+    list them."""
     if not given or given[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {text}" for name, text in commands.items()]
         head, foot = f"usage: {program} COMMAND ...", f"{program} COMMAND --help says more."
@@ -118,4 +121,4 @@ def dispatch(program: str, commands: Mapping[str, str], module: str, given: list
         return 0 if given else 2
     if given[0] not in commands:
         raise UserError(f"{program} {given[0]}: unknown command; there are {', '.join(commands)}")
-    return import_module(f"{module}{given[0]}").run(given[1:])
+    return resolve_name(home(given[0]))(given[1:])

@@ -8,22 +8,24 @@ from puzzle.cli import dispatch
 from puzzle.launch import local
 
 BENCHES = {
-    "memory": "measure the peak memory of PPO stages beside the formula",
-    "check": "compare with transformers on this device, in the layouts that fit",
-    "switch": "time changes of layout, three strategies beside the links' floor",
-    "overlap": "time the way to generation: from ZeRO shards, beside the first prefill",
-    "train": "time training and forward passes",
-    "fuse": "time several models in one pipeline beside one after the other",
-    "generate": "time prefill and decoding",
-    "transformers": "time generation beside transformers, on the same prompts",
-    "checkpoint": "time training steps while a checkpoint is written",
+    "memory": ("memory:run", "measure the peak memory of PPO stages beside the formula"),
+    "check": ("check:CheckBench.run", "compare with transformers on this device, in the layouts that fit"),
+    "switch": ("switch:SwitchBench.run", "time changes of layout, three strategies beside the links' floor"),
+    "overlap": ("switch:OverlapBench.run", "time the way to generation, also beside the first prefill"),
+    "train": ("train:TrainBench.run", "time training and forward passes"),
+    "fuse": ("fuse:FuseBench.run", "time several models in one pipeline beside one after the other"),
+    "generate": ("generate:GenerateBench.run", "time prefill and decoding"),
+    "transformers": ("generate:TransformersBench.run", "time generation beside transformers' own"),
+    "checkpoint": ("train:CheckpointBench.run", "time training steps while a checkpoint is written"),
 }
+"""What runs a bench, in puzzle.bench; and what that does."""
 
 
 def run(arguments: list[str]) -> int | None:
     """Run the measurement asked for."""
+    texts = {name: text for name, (_, text) in BENCHES.items()}
     try:
-        return dispatch("puzzle bench", BENCHES, "puzzle.bench.", arguments)
+        return dispatch("puzzle bench", texts, lambda name: f"puzzle.bench.{BENCHES[name][0]}", arguments)
     except local.WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

@@ -10,4 +10,4 @@ PLANS = {
 
 def run(arguments: list[str]) -> int | None:
     """Run the plan asked for."""
-    return dispatch("puzzle plan", PLANS, "puzzle.cli.plan_", arguments)
+    return dispatch("puzzle plan", PLANS, "puzzle.cli.plan_{}:run".format, arguments)

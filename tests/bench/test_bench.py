@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 
-from puzzle.bench import device, kernels
-from puzzle.bench.check import Comparison, layouts
+from puzzle.bench import check, device, kernels
+from puzzle.bench.check import compared, layouts
 from puzzle.bench.texts import next_tokens
 from puzzle.cli import main
+from puzzle.cli.bench import BENCHES
 from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
 from puzzle.model.pointwise import Pointwise
@@ -85,16 +87,36 @@ def test_check_holds_on_a_cpu(capfd: pytest.CaptureFixture) -> None:
 
 
 def test_a_comparison_can_fail() -> None:
-    assert Comparison("a", "b", 1.0, 1.0).ok
-    assert not Comparison("a", "b", 1.1, 1.0).ok
-    assert not Comparison("a", "b", float("nan"), 1.0).ok
+    assert compared("a", "b", 1.0, 1.0)["ok"]
+    assert not compared("a", "b", 1.1, 1.0)["ok"]
+    assert not compared("a", "b", float("nan"), 1.0)["ok"]
+
+
+def test_a_failed_comparison_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found = [("right", 0.5, 1.0), ("wrong", 1.5, 1.0)]
+    monkeypatch.setattr(kernels, "compare", lambda device: iter(found))
+    monkeypatch.setattr(check, "save_random", lambda folder, model: None)
+    monkeypatch.setattr(check, "_check_model", lambda folder, model, world: iter(()))
+    out = tmp_path / "rows.jsonl"
+    assert main(["bench", "check", "--device", "cpu", "--models", "llama", "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert [line[:12] for line in said.out.splitlines()[1:]] == ["ok   right  ", "FAIL wrong  "]
+    assert "1 comparisons failed, the first: wrong cpu" in said.err
+    assert [json.loads(line)["ok"] for line in out.read_text().splitlines()] == [True, False]
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_has_the_name_of_its_command(name: str) -> None:
+    bench = getattr(resolve_name(f"puzzle.bench.{BENCHES[name][0]}"), "__self__", None)
+    assert name == "memory" if bench is None else name == bench.command()
 
 
 def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(0, 1, torch.device("cpu"))
     right = kernels.packed_attention
     monkeypatch.setattr(kernels, "packed_attention", lambda q, k, v, b, w: right(q, k, v.flip(0), b, w))
-    worst = {name: value > limit for name, value, limit in kernels.compare(world)}
+    worst = {name: value > limit for name, value, limit in kernels.compare(torch.device("cpu"))}
     assert any(wrong for name, wrong in worst.items() if name.startswith("packed"))
     assert not any(wrong for name, wrong in worst.items() if not name.startswith("packed"))
 
@@ -112,7 +134,7 @@ def test_next_tokens_leave_out_ends_and_dummies() -> None:
 
 
 def test_a_cpu_has_no_peak() -> None:
-    assert device.peak_flops(torch.device("cpu")) is None
+    assert device.mfu(World(0, 1, torch.device("cpu")), 1e12, 1.0) is None
 
 
 @pytest.mark.parametrize("words", [["bench", "nothing"], ["bench", "train", "--layout", "2"]])
