@@ -15,11 +15,13 @@ from puzzle.cli import main
 from puzzle.config import memory_report as footprint
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
+from puzzle.engine.generate import decode_ring
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
 from puzzle.engine.pipeline.stage import StageRun
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings
+from puzzle.model import logprobs
 from puzzle.model.decoder import Decoder
 from puzzle.model.linear import Weight
 from puzzle.model.packing import pack
@@ -336,6 +338,12 @@ def test_a_rank_holds_what_its_models_need_and_a_stage_what_comes_beside() -> No
 
 
 WHAT = ("one layer", "logits")
+
+
+def test_limits_are_those_of_who_keeps_them() -> None:
+    """Rooms of torch, from which plans import nothing."""
+    assert memory.LOGITS_BLOCK == logprobs.BLOCK
+    assert memory.PREFILL_TOKENS == decode_ring.PREFILL_TOKENS
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(None, None), (1, 3), (100, 100)])

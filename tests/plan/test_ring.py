@@ -69,5 +69,9 @@ def test_first_tokens_wait_for_the_prefills_they_need() -> None:
 
 
 def test_impossible_numbers() -> None:
-    with pytest.raises(UserError, match="decode_mb of at least 1, not 0"):
-        Ring(2, 4, 1, 0)
+    for place, name in enumerate(("num_stages", "batch", "prefill_mb", "decode_mb")):
+        numbers = [1, 1, 1, 1]
+        Ring(*numbers)
+        numbers[place] = 0
+        with pytest.raises(UserError, match=f"{name} of at least 1, not 0"):
+            Ring(*numbers)

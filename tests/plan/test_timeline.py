@@ -1,9 +1,11 @@
 """Timelines: idle shares and Perfetto traces."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from puzzle.errors import UserError
 from puzzle.plan.simulate.simulate import simulate
 from puzzle.plan.simulate.timeline import Span, Timeline
 from tests.plan.costs import uniform
@@ -40,3 +42,73 @@ def test_perfetto_traces() -> None:
     ]
     assert back.makespan == pytest.approx(timeline.makespan)
     assert back.bubble_share() == pytest.approx(timeline.bubble_share())
+
+
+SPANS = (
+    Span(1, "compute", "a", 0.5, 1.0, "forward", "actor", 3),
+    Span(0, "wire", "b", 0.0, 0.25),
+    Span(0, "compute", "c", 0.25, 2.0, "norm", "critic"),
+)
+
+
+def test_a_measured_trace_comes_back_to_a_nanosecond() -> None:
+    """Ranks are processes and lanes their threads, computation first; categories that are none are phases."""
+    trace = json.loads(json.dumps(Timeline(SPANS, "measured").to_perfetto()))
+    named = [
+        (e["name"], e["pid"], e["tid"], e["args"]["name"]) for e in trace["traceEvents"] if e["ph"] == "M"
+    ]
+    assert named == [
+        ("process_name", 0, 0, "rank 0"),
+        ("process_name", 1, 0, "rank 1"),
+        ("thread_name", 0, 1, "compute"),
+        ("thread_name", 0, 2, "wire"),
+        ("thread_name", 1, 3, "compute"),
+    ]
+    back = Timeline.from_perfetto(trace)
+    phases = tuple(replace(s, category=s.category or "phase") for s in SPANS)
+    assert back == Timeline(tuple(sorted(phases, key=lambda s: s.start)), "measured")
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({"ts": 1e16}, None),
+        ({"ts": 1.1e16}, "ts must be"),
+        ({"ts": -1e16}, None),
+        ({"ts": -1.1e16}, "ts must be"),
+        ({"dur": 0}, None),
+        ({"dur": -1}, "dur must be"),
+        ({"dur": 1.1e16}, "dur must be"),
+        ({"tid": 7}, "tid must be that of a thread with a name"),
+        ({"args": {}}, None),
+        ({"args": {"microbatch": -1}}, None),
+        ({"args": {"microbatch": -2}}, "microbatch must be"),
+        ({"pid": -1}, "pid must be"),
+    ],
+)
+def test_no_other_numbers_are_read(event: dict, words: str | None) -> None:
+    trace = Timeline(SPANS[:1]).to_perfetto()
+    trace["traceEvents"][-1] |= event
+    if words is None:
+        assert len(Timeline.from_perfetto(trace).spans) == 1
+    else:
+        with pytest.raises(UserError, match=words):
+            Timeline.from_perfetto(trace)
+    trace["otherData"]["source"] = "drawn"
+    with pytest.raises(UserError, match=r"source must be simulated or measured|must be"):
+        Timeline.from_perfetto(trace)
+
+
+def test_timelines_after_one_another_begin_where_the_one_before_ended() -> None:
+    first, second = Timeline(SPANS[1:]), Timeline((Span(0, "compute", "d", 0.0, 1.5),))
+    both = Timeline.after_one_another([first, second, second])
+    assert [(s.name, s.start, s.end) for s in both.spans] == [
+        ("b", 0.0, 0.25),
+        ("c", 0.25, 2.0),
+        ("d", 2.0, 3.5),
+        ("d", 3.5, 5.0),
+    ]
+    assert both.source == "simulated"
+    assert Timeline.after_one_another([Timeline(SPANS, "measured")]).source == "measured"
+    with pytest.raises(ValueError, match="unpack"):
+        Timeline.after_one_another([])
