@@ -137,6 +137,27 @@ def test_what_the_system_knows_of_a_process() -> None:
     assert process_state(Heartbeat(0, f"not-{here}", os.getpid())) == AWAY
 
 
+TRACED = """
+import ctypes, os, signal
+assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0  # PTRACE_TRACEME: stops are the parent's to see
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_process_under_a_debugger_counts_as_stopped() -> None:
+    child = subprocess.Popen([sys.executable, "-c", TRACED], stderr=subprocess.DEVNULL)
+    try:
+        status = Path(f"/proc/{child.pid}/status")
+        while "(tracing stop)" not in (text := status.read_text()) and "(zombie)" not in text:
+            time.sleep(0.01)
+        if "(zombie)" in text:
+            pytest.skip("this host lets nobody trace")
+        assert process_state(Heartbeat(0, socket.gethostname(), child.pid)) == STOPPED
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_signs_count_beats_and_changes_apart() -> None:
     state = PeerState(Heartbeat(0, "host", 1, beat=1, moves=1), 0.0, 0.0)
     for now, sign, times in (

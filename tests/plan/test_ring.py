@@ -1,5 +1,7 @@
 """The decode ring: every token once, in step with its keys and values, for any shape; parts that add up."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,9 +71,8 @@ def test_first_tokens_wait_for_the_prefills_they_need() -> None:
 
 
 def test_impossible_numbers() -> None:
-    for place, name in enumerate(("num_stages", "batch", "prefill_mb", "decode_mb")):
-        numbers = [1, 1, 1, 1]
-        Ring(*numbers)
-        numbers[place] = 0
+    least: dict[str, Any] = {"num_stages": 1, "batch": 1, "prefill_mb": 1, "decode_mb": 1}
+    assert Ring(**least).decode_microbatches == 1
+    for name in least:
         with pytest.raises(UserError, match=f"{name} of at least 1, not 0"):
-            Ring(*numbers)
+            Ring(**{**least, name: 0})
