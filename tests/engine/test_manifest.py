@@ -63,7 +63,9 @@ def test_a_cut_or_changed_manifest_is_none() -> None:
     for end in range(0, len(text), 7):
         with pytest.raises(UserError):
             Manifest.loads(text[:end])
+    crc = json.loads(text)["crc"]
     for wrong, words in (
+        *((text.replace(str(crc), str(crc + by), 1), "its checksum is wrong") for by in (-1, 1)),
         (text + "\n", "cut or no manifest"),
         (text.replace('{"crc": ', '{"crc":  ', 1), None),
         (text.replace('{"crc": ', '{"CRC": ', 1), "cut or no manifest"),

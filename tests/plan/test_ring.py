@@ -75,4 +75,4 @@ def test_impossible_numbers() -> None:
     assert Ring(**least).decode_microbatches == 1
     for name in least:
         with pytest.raises(UserError, match=f"{name} of at least 1, not 0"):
-            Ring(**{**least, name: 0})
+            Ring(**(least | {name: 0}))
