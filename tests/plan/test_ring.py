@@ -1,5 +1,6 @@
 """The decode ring: every token once, in step with its keys and values, for any shape; parts that add up."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,4 +76,4 @@ def test_impossible_numbers() -> None:
     assert Ring(**least).decode_microbatches == 1
     for name in least:
         with pytest.raises(UserError, match=f"{name} of at least 1, not 0"):
-            Ring(**(least | {name: 0}))
+            replace(Ring(**least), **{name: 0})
