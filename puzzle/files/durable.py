@@ -76,15 +76,15 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Let `writer` make a file under another name beside `path` (the same suffix), then put it there."""
+def write(path: Path, writer: Callable[[Path], object], gate: AbstractContextManager[object] = _OPEN) -> None:
+    """Let `writer` make a file under another name beside `path` (the same suffix), then `put` it there."""
     if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
         writer(path)
         return
     part = path.with_name(f".partial-{path.name}")
     try:
         writer(part)
-        put(part, path)
+        put(part, path, gate)
     finally:
         part.unlink(missing_ok=True)
 

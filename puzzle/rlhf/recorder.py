@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -190,23 +190,19 @@ class Recorder:
         for record in records:
             if record is not None:
                 self.writer.write(record)
-            if isinstance(record, Iteration):
-                told = (record.stage_seconds, record.e2e_seconds, record.metrics)
-                self.reporter.iteration(record.iteration, *told)
-            elif isinstance(record, Evaluation):
-                self.reporter.evaluation(record.iteration, record.metrics)
+            with self.world.progress.writing:  # TensorBoard's files
+                if isinstance(record, Iteration):
+                    told = (record.stage_seconds, record.e2e_seconds, record.metrics)
+                    self.reporter.iteration(record.iteration, *told)
+                elif isinstance(record, Evaluation):
+                    self.reporter.evaluation(record.iteration, record.metrics)
 
     def trace(self, iteration: int, timeline: Timeline) -> None:
         """Write an iteration's timeline for Perfetto into traces/."""
         if self.writer is None:
             return
-        file = self.out / "traces" / f"iteration-{iteration}.json"
-        try:
-            file.parent.mkdir(exist_ok=True)
-            durable.write_text(file, json.dumps(timeline.to_perfetto()))
-        except OSError as error:
-            raise UserError(f"{file}: {describe(error)}") from None
-        self.write(Trace(str(file.relative_to(self.out)), iteration))
+        name = f"traces/iteration-{iteration}.json"
+        self._put(name, iteration, lambda part: part.write_text(json.dumps(timeline.to_perfetto())))
 
     @contextmanager
     def profiled(self, iteration: int) -> Generator[None]:
@@ -219,13 +215,19 @@ class Recorder:
             kinds.append(ProfilerActivity.CUDA)
         with profile(activities=kinds) as profiler:
             yield
-        file = self.out / "profiles" / f"iteration-{iteration}-rank-{self.world.rank:03d}.json.gz"
+        name = f"profiles/iteration-{iteration}-rank-{self.world.rank:03d}.json.gz"
+        self._put(name, iteration, lambda part: profiler.export_chrome_trace(str(part)))
+
+    def _put(self, name: str, iteration: int, writer: Callable[[Path], object]) -> None:
+        """Write a trace of an iteration and log it; neither begun nor ended once the run is declared dead."""
+        file, gate = self.out / name, self.world.progress.writing
         try:
-            file.parent.mkdir(exist_ok=True)
-            durable.write(file, lambda part: profiler.export_chrome_trace(str(part)))
+            with gate:
+                file.parent.mkdir(exist_ok=True)
+            durable.write(file, writer, gate)
         except OSError as error:
             raise UserError(f"{file}: {describe(error)}") from None
-        self.write(Trace(str(file.relative_to(self.out)), iteration))
+        self.write(Trace(name, iteration))
 
     def samples(
         self,
