@@ -10,29 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.cli import Parser, named, real, whole
-from puzzle.errors import UserError
 from puzzle.files.limits import MOST_BYTES, MOST_PROCESSES
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard.describe import fill_table, switch_json, switch_table
-from puzzle.plan.reshard.plan import MIB, SwitchPlan, plan_switch
+from puzzle.plan.reshard.plan import MIB, SwitchPlan, check_shares, plan_switch
 from puzzle.plan.reshard.routing import STRATEGIES
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.published import PUBLISHED, published
-
-MOST_SHARES = 8192
-"""Source replicas x destination ranks of a plan out of ZeRO shards: some ten seconds."""
 
 
 def run(arguments: list[str]) -> int:
     """Print the plan's table, or its numbers as JSON; with --out also draw who sends what to whom."""
     given = _parser().parse_args(arguments)
-    shares = given.source[2] * prod(given.destination)
-    if given.zero and given.source[2] > 1 and shares > MOST_SHARES:
-        raise UserError(
-            f"--zero: {given.source[2]} replicas to {prod(given.destination)} processes; replicas x processes"
-            f" are at most {MOST_SHARES}, since all get rows of each"
-        )
+    if given.zero:
+        check_shares("--zero", given.source[2], prod(given.destination))
     plan = _plan(given, given.zero)
     numbers = switch_json(plan)
     print(json.dumps(numbers, indent=2) if given.json else switch_table(plan, numbers))

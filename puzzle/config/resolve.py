@@ -15,6 +15,7 @@ from puzzle.config.sources import layout_of, spec_of
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.reshard.plan import check_shares
 from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -151,6 +152,8 @@ def _switch(
     if generation == actor.placement:
         return None
     options = config.switch
+    if options.source == "zero_shards":
+        check_shares("switch.source: zero_shards", actor.layout.dp, generation.layout.world)
     return SwitchRequest(
         actor.spec,
         actor.placement,

@@ -77,3 +77,25 @@ def test_errors_in_one_line(changed: dict[str, str], said: str, capsys: pytest.C
 def test_too_little_staging_says_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PAPER, "--strategy", "gather-all", "--staging-bytes", "1000000"]) == 2
     assert "needs 327680000 bytes of staging for the whole of embed" in capsys.readouterr().err
+
+
+def test_shares_are_bounded_here_and_where_a_run_is_resolved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same words, but for the option; one process fewer is planned for."""
+    shape = "vocab_size: 64, hidden_size: 64, intermediate_size: 64, num_hidden_layers: 1"
+    init = f"{{init: {{{shape}, num_attention_heads: 32, max_position_embeddings: 64}}}}"
+    (tmp_path / "run.yaml").write_text(
+        f"actor: {init}\nreward: {init}\nbatch: 1024\nalgorithm: {{minibatch: 1024}}\n"
+        "data: {random_tokens: 4}\ngeneration: {max_new_tokens: 4}\nswitch: {source: zero_shards}\n"
+    )
+    run = ["train", "--config", str(tmp_path / "run.yaml"), "--dry-run"]
+    layouts = ["--layout.dp", "256", "--generation.layout.tp", "32", "--generation.layout.dp", "8"]
+    assert main([*run, *layouts]) == 2
+    ours = capsys.readouterr().err
+    assert main(["plan", "switch", "--model", "7b", "--zero", "--from", "1,1,256", "--to", "32,1,8"]) == 2
+    theirs = capsys.readouterr().err
+    limit = "256 replicas to 256 processes; replicas x processes are at most 8192, since all get rows of each"
+    assert (ours, theirs) == (f"error: switch.source: zero_shards: {limit}\n", f"error: --zero: {limit}\n")
+    layouts = ["--layout.dp", "64", "--generation.layout.tp", "32", "--generation.layout.dp", "2"]
+    assert main([*run, *layouts]) == 0

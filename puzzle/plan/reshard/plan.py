@@ -23,6 +23,8 @@ from puzzle.plan.shards import local_params, zero_rows
 from puzzle.spec.model import ModelSpec
 
 MIB = 1 << 20
+MOST_SHARES = 8192
+"""Source replicas x destination ranks of a plan out of ZeRO shards: some ten seconds."""
 
 Transport = Literal["messages", "peer"]
 
@@ -185,6 +187,15 @@ class SwitchPlan:
     def for_rank(self, rank: int) -> RankPlan:
         """The part of one rank; an empty one if it takes no part."""
         return RankPart(self, rank).plan()
+
+
+def check_shares(option: str, replicas: int, processes: int) -> None:
+    """UserError naming the `option` that asks for a plan out of ZeRO shards with more than MOST_SHARES."""
+    if replicas > 1 and replicas * processes > MOST_SHARES:
+        raise UserError(
+            f"{option}: {replicas} replicas to {processes} processes; replicas x processes"
+            f" are at most {MOST_SHARES}, since all get rows of each"
+        )
 
 
 def plan_switch(
