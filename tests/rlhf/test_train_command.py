@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,26 @@ def test_another_number_of_processes(folder, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert main(["train", "--config", "run.yaml", "--out", "o", "--layout.dp", "2"]) == 2
     assert "3 processes were started (WORLD_SIZE) but tp x pp x dp is 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "two..dots"])
+def test_an_address_that_is_none(folder, capsys, monkeypatch, rank: str, address: str) -> None:
+    """One line within seconds, where torch would look for it for minutes."""
+    for name, value in {
+        "RANK": rank,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": "29500",
+    }.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    assert main(["train", "--config", "run.yaml", "--out", "o", "--layout.dp", "2"]) == 2
+    assert time.monotonic() - began < 60
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: MASTER_ADDR={address}: ")
+    assert said.count("\n") == 1
+    assert not (folder / "o").exists()
 
 
 def test_stop_texts_end_responses_and_are_no_part_of_their_text(folder: Path) -> None:

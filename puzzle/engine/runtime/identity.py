@@ -1,11 +1,15 @@
 """Which process of a run this is, as torchrun's variables say; whoever started it, they are checked here."""
 
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from puzzle.errors import UserError
 
+RESOLVE_SECONDS = 5.0
+"""How long a rank asks again for an address: its name may appear when the first rank's host does."""
 _REMEDY = "unset them, or start by torchrun"
 
 
@@ -43,6 +47,23 @@ def launched(environment: Mapping[str, str] = os.environ) -> Identity | None:
             f"LOCAL_RANK={local}, LOCAL_WORLD_SIZE={per_node} and WORLD_SIZE={world} do not fit: {_REMEDY}"
         )
     return Identity(rank, world, local, per_node) if world > 1 else Identity()
+
+
+def check_address(rank: int, environment: Mapping[str, str] = os.environ) -> None:
+    """UserError unless MASTER_ADDR is an address or the name of one; torch would ask for minutes."""
+    address, until = environment["MASTER_ADDR"].strip(), time.monotonic() + RESOLVE_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+        except (OSError, UnicodeError) as error:
+            if rank == 0 or isinstance(error, UnicodeError) or time.monotonic() > until:
+                why = "is no name of a host" if isinstance(error, UnicodeError) else f"{error.strerror}"
+                raise UserError(
+                    f"MASTER_ADDR={address}: {why}; give the first rank's host, or {_REMEDY}"
+                ) from None
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _check_meeting(environment: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from puzzle.engine.runtime.identity import Identity, launched
+from puzzle.engine.runtime.identity import Identity, check_address, launched
 from puzzle.engine.runtime.tracing import Clock
 from puzzle.engine.runtime.watchdog import LAST_RESORT, Progress, Watch, Watchdog
 from puzzle.errors import UserError
@@ -79,6 +79,7 @@ class World:
         if watch is not None:
             timeout = min(LAST_RESORT * watch.seconds + watch.longest, YEARS)
         if size > 1:
+            check_address(rank)
             backend = "nccl" if kind == "cuda" else "gloo"
             # Every channel has a communicator of its own, which is what this warning of torch's asks for.
             os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
