@@ -216,6 +216,46 @@ def test_a_function_that_catches_its_end_ends_with_its_process():
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("os.close(1)", "standard output"),
+        ("os.close(2)", "standard error"),
+        ("os.closerange(1, 3)", "standard output and standard error"),
+        ("sys.stdout.close()", "standard output"),
+        ("sys.stderr.close()", "standard error"),
+        ("os.close(2); raise ValueError", "standard error"),
+    ],
+)
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, words, imported):
+    """The next file would get the number, and all that is printed; that arrives where it should."""
+    call = (
+        "def f(prompts, responses): return [0.0]"
+        if imported
+        else f"def f(prompts, responses): {line}; return [0.0]"
+    )
+    (tmp_path / "closes.py").write_text(f"import os, sys\n{line if imported else ''}\n{call}\n")
+    code = (
+        "import sys\n"
+        "from puzzle.errors import UserError\n"
+        "from puzzle.rlhf.rewards.functions import FunctionReward\n"
+        "from puzzle.rlhf.rewards.batch import RewardBatch\n"
+        "try: FunctionReward('closes:f')(RewardBatch([''], [''], [[1]], [None], ['0'], [True]))\n"
+        "except UserError as error: found = error\n"
+        "file = open('next', 'w')\n"
+        "print('out')\n"
+        "print('err', found, file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    what = f"reward.function closes:f{': its import' if imported else ''} closed {words} of its process"
+    assert (done.stdout, done.stderr) == ("out\n", f"err {what}; leave it open\n")
+    assert (tmp_path / "next").read_text() == ""
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("own_scorers", "expected module:name"),

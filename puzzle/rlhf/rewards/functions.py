@@ -187,9 +187,10 @@ def _check(what: str, function: Callable[..., Any]) -> str:
 @contextmanager
 def _users_code(what: str) -> Generator[None]:
     """Whatever the block raises becomes a UserError that begins with `what` and names the raising line; not
-    what a handler of this process's signals raised in it."""
+    what a handler of this process's signals raised in it. It leaves open what is printed to."""
     try:
-        yield
+        with _streams_kept(what):
+            yield
     except UserError:
         raise
     except BaseException as error:
@@ -203,6 +204,38 @@ def _users_code(what: str) -> Generator[None]:
         said = _said(error)
         traceback.clear_frames(error.__traceback__)  # what they hold, such as too many open files, goes now
         raise UserError(f"{what} raised {said} ({place})") from error
+
+
+@contextmanager
+def _streams_kept(what: str) -> Generator[None]:
+    """UserError naming `what` if the block closes standard output or error, which are there again for what is
+    still to be said: the next file that is opened would get their number, and all that is printed."""
+    kept = {number: os.dup(number) for number in (1, 2) if _is_open(number)}
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    try:
+        yield
+    finally:
+        closed = [number for number in kept if not _is_open(number)]
+        for number in closed:
+            os.dup2(kept[number], number)
+        for name, stream in streams.items():
+            if getattr(stream, "closed", False):
+                number = 1 if name == "stdout" else 2
+                setattr(sys, name, open(number, "w", errors="backslashreplace", closefd=False))  # noqa: SIM115
+                closed.append(number)
+        for copy in kept.values():
+            os.close(copy)
+        if closed:
+            names = " and ".join({1: "standard output", 2: "standard error"}[n] for n in sorted(set(closed)))
+            raise UserError(f"{what} closed {names} of its process; leave it open")
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _by_signal(error: BaseException, frames: Sequence[tuple[CodeType, int]]) -> bool:
