@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -293,4 +294,32 @@ def require_finite(experience: Experience, found: Mapping[str, Tensor | None]) -
             raise UserError(
                 f"{what} of response {int(row[0]) + 1} of {len(experience)} is not finite; look at its"
                 " weights, lower the learning rate, or resume from an earlier checkpoint"
+            )
+
+
+def require_summable(experience: Experience, scores_B: Tensor) -> None:
+    """UserError naming the response of the first value, return or advantage that is too large to learn from.
+
+    Losses, errors and their gradients are float32, and the largest are squares of differences of two: they
+    are summed over the tokens of the experience, so of N tokens none may exceed sqrt(float32's largest / 4N).
+    """
+    tokens = int(experience.mask_BS.sum())
+    limit = math.sqrt(torch.finfo(torch.float32).max / (4 * tokens))
+    read = {
+        "critic: a value": experience.values_BS,
+        "a return": experience.returns_BS,
+        "an advantage": experience.advantages_BS,
+    }
+    for what, x_BS in read.items():
+        if x_BS is None:
+            continue
+        large_BS = experience.mask_BS.to(x_BS.device) & ~(x_BS.abs() <= limit)  # NaN is none
+        rows = large_BS.any(1).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            value, score = float(x_BS[row][large_BS[row]][0]), float(scores_B[row])
+            raise UserError(
+                f"{what} of response {row + 1} of {len(experience)} is {value:.3g}, its score {score:.3g};"
+                f" squares of more than {limit:.2g} have no float32 sum over {tokens} tokens: scale rewards,"
+                " or set algorithm.reward_clip"
             )

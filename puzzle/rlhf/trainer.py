@@ -45,6 +45,7 @@ from puzzle.rlhf.rollout import (
     compute_scores,
     compute_tokens,
     require_finite,
+    require_summable,
     responses_of,
     reward_batch,
     reward_sequences,
@@ -287,7 +288,9 @@ class Trainer:
             "reward: the score": raw[:, None],
         }
         require_finite(experience, found)
-        return self.algorithm.advantages(experience, scores, self.kl_coef), raw
+        experience = self.algorithm.advantages(experience, scores, self.kl_coef)
+        require_summable(experience, raw)
+        return experience, raw
 
     def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Computation:
         """What a role's model computes of the responses: scores, log-probs or values."""
