@@ -269,7 +269,7 @@ def tokenise(
                 rendered, tokens = render(tokenizer, messages, now=now)
                 _check_rendered(messages, rendered)
                 text = row.value if isinstance(row.value, str) else rendered
-                lead = answer_lead(tokenizer, messages) if lead is None else lead
+                lead = answer_lead(tokenizer, messages, now) if lead is None else lead
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
         if not tokens:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,6 +22,8 @@ else:
     Tokenizer = object
 
 BYTES = "bytes"
+TEMPLATE_SECONDS = 10.0
+"""So long may a chat template, which others wrote, compute for one prompt."""
 TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
 
 StopRule = Callable[[Sequence[int]], Callable[[int], bool]]
@@ -150,11 +154,12 @@ def render(
     """The chat as the tokenizer's template renders it, and its ids; `answer` opens the assistant's turn.
 
     `now` is the time that a template may write, the clock's by default. The template writes the special
-    tokens, BOS among them; none are added. Raises UserError without one.
+    tokens, BOS among them; none are added. UserError without a template, and for one that computes for more
+    than TEMPLATE_SECONDS.
     """
     if not tokenizer.chat_template:
         raise UserError("data.chat_template is set, but the tokenizer has no chat template; unset it")
-    with foreign("the chat template refuses a prompt"):
+    with foreign("the chat template refuses a prompt"), _computing_for(TEMPLATE_SECONDS):
         turns = [dict(turn) for turn in messages]
         template = None if now is None else at(str(tokenizer.get_chat_template()), now)
         text = str(
@@ -163,6 +168,35 @@ def render(
             )
         )
     return text, bare(tokenizer, text)
+
+
+class _TooLong(BaseException):
+    """Raised in a template whose time is over; no Exception, which the library would take for its own."""
+
+
+@contextmanager
+def _computing_for(seconds: float) -> Generator[None]:
+    """UserError if the block, the rendering of a template, computes for more than `seconds` of this process's
+    time, however busy its host is. Signals interrupt the main thread alone: elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    except _TooLong:
+        raise UserError(
+            f"the chat template has computed for {seconds:g} s for one prompt, perhaps in an endless loop;"
+            " mend chat_template"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -250,14 +284,17 @@ def _completed(decoder: _Decoder, ids: Sequence[int], stops: Sequence[str]) -> i
     return min((start for start in found if start >= 0), default=None)
 
 
-def answer_lead(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+def answer_lead(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], now: datetime | None = None
+) -> str:
     """The space that chat template and tokenizer write before an answer to `messages`, or nothing.
 
-    What follows a prompt begins with it where an answer does not.
+    What follows a prompt begins with it where an answer does not. `now` is as for `render`.
     """
     try:
-        opened = render(tokenizer, messages)[1]
-        closed = render(tokenizer, [*messages, {"role": "assistant", "content": "a"}], answer=False)[1]
+        opened = render(tokenizer, messages, now=now)[1]
+        turns = [*messages, {"role": "assistant", "content": "a"}]
+        closed = render(tokenizer, turns, answer=False, now=now)[1]
     except UserError:
         return ""  # a template that writes no answers
     if closed[: len(opened)] != opened:

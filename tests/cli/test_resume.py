@@ -8,14 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils import chat_template_utils
 
-from puzzle.cli import main
+from puzzle.cli import main, train
+from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError
+from puzzle.rlhf import trainer
 from puzzle.runlog import folders, load_runs
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +219,37 @@ def test_a_finished_run_leaves_a_state_and_nothing_untrained_replaces_a_model(tm
     shutil.rmtree(out / "checkpoints")
     assert main([*resume, "--iterations", "4"]) == 2
     assert "is complete and left no checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_on_another_day_writes_its_first_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Into the prompts of a template with a clock, which are not those of the checkpoint otherwise."""
+    tokenizer = byte_tokenizer()
+    written = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = f"{{{{ strftime_now('%d %b %Y %H:%M:%S') }}}}{written}"
+    tokenizer.save_pretrained(tmp_path / "dated")
+    options = ["--data.tokenizer", str(tmp_path / "dated"), "--data.chat_template", "true"]
+    words = [*RUN, str(tmp_path / "out"), *options, "--data.max_prompt_tokens", "60"]
+    assert main([*words, "--iterations", "1"]) == 0
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(time.time() + 86400, tz)
+
+    for module in (chat_template_utils, train, trainer):
+        monkeypatch.setattr(module, "datetime", Tomorrow)
+    assert main([*words, "--iterations", "2", "--resume"]) == 0, capsys.readouterr().err
+    log = tmp_path / "out/run.jsonl"
+    header, *rest = (json.loads(line) for line in log.read_text().splitlines())
+    assert [record["iteration"] for record in rest if record["record"] == "iteration"] == [0, 1]
+    # A run of another day has other prompts, so that the dates above are compared at all.
+    header["started"] = Tomorrow.now(UTC).isoformat()
+    header.pop("crc")
+    log.write_text("\n".join([json.dumps(header), *log.read_text().splitlines()[1:], ""]))
+    assert main([*words, "--iterations", "3", "--resume"]) == 2
+    assert "the prompts or their tokens are not those of the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "ranks", "plots", "run.log", "traces"])

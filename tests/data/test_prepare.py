@@ -1,12 +1,14 @@
 import json
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from transformers.utils import chat_template_utils
 
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import prepare
 from puzzle.data.prompts import random_prompts
-from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.data.tokenizers import byte_tokenizer, encode
 from puzzle.errors import UserError
 
 
@@ -103,3 +105,40 @@ def test_a_reward_model_reads_ids_or_text(files, tmp_path):
             {**files, "tokenizer": str(tmp_path / actor)}, reward={"model": str(tmp_path / reward)}
         )
         assert (prepare(asked, 300).reader is not None) is reads, (actor, reward)
+
+
+DATED = (
+    "{{ strftime_now('%d %B %Y %H:%M:%S') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+class Clock:
+    """A clock that goes a day further whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self.day = datetime(2031, 1, 1, tzinfo=UTC)
+
+    def now(self) -> datetime:
+        self.day += timedelta(days=1)
+        return self.day
+
+
+def test_prompts_and_scoring_write_the_date_of_the_run_s_start(files, tmp_path, monkeypatch):
+    """However late it is when a template is rendered: the actor's, the reward model's, after a resume."""
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock())
+    for name, template in (("actor", DATED), ("reward", DATED.replace("[", "("))):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    data = {**files, "tokenizer": str(tmp_path / "actor"), "chat_template": True}
+    asked = config(data, reward={"model": str(tmp_path / "reward")})
+    spoken, began = byte_tokenizer(), datetime(2024, 2, 3, 4, 5, 6, tzinfo=UTC)
+    for _ in range(2):  # the second is what a resumed run does
+        made = prepare(asked, 300, began)
+        prompt = made.train.prompts.prompts[1]
+        assert made.reader is not None
+        assert spoken.decode(list(prompt.tokens)) == "03 February 2024 04:05:06[user] train 1[assistant]"
+        assert prompt.lead == " "
+        read = made.reader(prompt, encode(spoken, " yes"), "yes")
+        assert spoken.decode(list(read)) == "03 February 2024 04:05:06(user] train 1(assistant] yes"

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import string
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from puzzle.data import tokenizers
 from puzzle.data.clock import at
 from puzzle.data.tokenizers import (
     TextStream,
@@ -170,6 +172,25 @@ def test_a_passed_over_stop_text_stays():
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b END"), ("END",)) == "a END b "
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b"), ("END",)) == "a END b"
     assert stop_rule(byte_tokenizer(), ()) is None
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+
+
+@pytest.mark.parametrize("inside", ["", "{{ a }}", "{{ messages[0].content|upper }}"])
+def test_a_template_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    """Centuries of loops; afterwards nothing of the limit is left that could interrupt something else."""
+    monkeypatch.setattr(tokenizers, "TEMPLATE_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGVTALRM)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = LOOPS + inside + "{% endfor %}" * 3
+    turns = [{"role": "user", "content": "hi"}]
+    with pytest.raises(UserError, match=r"^the chat template has computed for 0.3 s for one prompt, perhaps"):
+        render(tokenizer, turns)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert render(tokenizer, turns)[0] == "hi"
 
 
 def test_templates_write_the_date_that_they_are_told() -> None:
