@@ -1,5 +1,7 @@
 """What a reward model with a tokenizer of its own reads."""
 
+from datetime import UTC, datetime
+
 import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from puzzle.data.prompts import Prompt
 from puzzle.data.reading import Reader, same_tokenizer
-from puzzle.data.tokenizers import encode, load_tokenizer
+from puzzle.data.tokenizers import encode, load_tokenizer, render
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -98,3 +100,20 @@ def test_chats_are_read_through_another_template():
     theirs.chat_template = CHAT.replace("<{{ m.role }}>", "{{ m.role[0] }}").replace("<assistant>", "a")
     assert theirs.decode(read(ours, theirs, "bad", messages=turns)[1]) == "uabc</s>abad</s>"
     assert theirs.decode(read(ours, theirs, "bad", False, turns)[1]) == "uabc</s>abad"
+
+
+def test_both_templates_are_read_at_the_time_of_the_run():
+    """Templates that write the date: ids stay where they say the same of that moment, whatever day it is."""
+    now = datetime(2001, 2, 3, tzinfo=UTC)
+    ours, theirs = letters(), letters(["cadge"])
+    ours.chat_template = "{{ strftime_now('%A') }}" + CHAT
+    turns = ({"role": "user", "content": "abc"},)
+    tokens = render(ours, turns, now=now)[1]
+    response = [*encode(ours, "bad"), ours.eos_token_id]
+    prompt = Prompt(0, "0", "abc", turns, tuple(tokens))
+    for template, same in ((ours.chat_template, True), ("{{ strftime_now('%B') }}" + CHAT, False)):
+        theirs.chat_template = template
+        found = Reader(ours, theirs, {ours.eos_token_id}, now)(prompt, response, "bad")
+        assert (list(found) == [*tokens, *response]) is same
+    asked = render(theirs, [*turns, {"role": "assistant", "content": "bad"}], answer=False, now=now)[1]
+    assert list(found) == asked

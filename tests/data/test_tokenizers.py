@@ -19,6 +19,7 @@ from puzzle.data.tokenizers import (
     byte_tokenizer,
     dialogue_ids,
     encode,
+    foreign,
     load_tokenizer,
     render,
     response_text,
@@ -105,6 +106,7 @@ def test_a_chat_s_last_turn_stays_open_where_the_answer_was_cut_off():
     turns = [{"role": "user", "content": "hi"}]
     assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi\n<assistant> you"
     assert chat.decode(dialogue_ids(chat, "hi", turns, "")) == "<bos><user>hi\n<assistant>"
+    assert chat.decode(dialogue_ids(chat, "hi", turns, "", 256)) == "<bos><user>hi\n<assistant>\n<eos>"
     # The template closes turns by a line, or by EOS itself, which then is there once.
     assert (
         chat.decode(dialogue_ids(chat, "hi", turns, " you", 256)) == "<bos><user>hi\n<assistant> you\n<eos>"
@@ -114,6 +116,7 @@ def test_a_chat_s_last_turn_stays_open_where_the_answer_was_cut_off():
         chat.decode(dialogue_ids(chat, "hi", turns, " you", 256)) == "<bos><user>hi<eos><assistant> you<eos>"
     )
     assert chat.decode(dialogue_ids(chat, "hi", turns, " you")) == "<bos><user>hi<eos><assistant> you"
+    assert chat.decode(dialogue_ids(chat, "hi", turns, "", 256)) == "<bos><user>hi<eos><assistant><eos>"
 
 
 def test_what_has_no_tokenizer_or_template_is_refused(tmp_path):
@@ -266,6 +269,50 @@ def test_without_standard_error_there_is_nothing_to_keep() -> None:
         os.dup2(before, 2)
         os.close(before)
     assert entered
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("one", "one"),
+        ("\n one \n two", "one"),
+        ("why:\n two\n three", "why: two"),
+        ("why:", "why:"),
+        ("", "KeyError"),
+    ],
+)
+def test_what_a_library_raises_is_one_line(message: str, said: str) -> None:
+    error = type("KeyError", (Exception,), {})(message)
+    with pytest.raises(UserError) as raised, foreign("the file"):
+        raise error
+    assert str(raised.value) == f"the file: {said}"
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"]
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(tmp_path: Path, file: str) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text('{"a": 1')
+    with pytest.raises(UserError, match=rf"/{file}:?.*: not valid JSON"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stops", "left"),
+    [
+        (("b", "a<bos>b"), ""),
+        (("ab", "<bos>b"), ""),
+        (("b", "<bos>b"), "a"),
+        (("<bos>b", "a<bos>b"), ""),
+        (("<bos>",), "ab"),
+        (("x", "<bos>x"), "ab"),
+    ],
+)
+def test_of_stop_texts_that_end_together_the_longest_is_cut(stops: tuple[str, ...], left: str) -> None:
+    tokenizer = with_bos()
+    a, b = encode(tokenizer, "ab")[1:]
+    assert response_text(tokenizer, [a, tokenizer.bos_token_id, b], stops) == left
 
 
 def test_plain_stop_texts_hear_no_special_tokens() -> None:
