@@ -57,7 +57,7 @@ def _matrix(axes: Axes, sent: np.ndarray, ranks: list[int]) -> None:
     if len(ranks) <= LABELLED:
         for row, column in zip(*np.nonzero(sent), strict=True):
             value = sent[row, column]
-            ink = "white" if value > 0.6 * most else INK
+            ink = "white" if value > 0.67 * most else INK
             axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=TINY)
 
 

@@ -138,8 +138,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     with foreign("the tokenizer refuses a text"):
         whole = list(tokenizer(text)["input_ids"])
     own = bare(tokenizer, text)
-    most = len(whole) - len(own)
-    before = next((n for n in range(most + 1) if whole[n : n + len(own)] == own), 0)
+    before = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
     tokens = whole[: before + len(own)]
     bos = tokenizer.bos_token_id
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens

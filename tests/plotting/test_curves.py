@@ -1,11 +1,16 @@
 import csv
 import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from plotting import curves
 from plotting.selection import pair
+from puzzle.errors import UserError
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.records import End, Evaluation, Iteration
 
@@ -136,6 +141,36 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
     write_run(tmp_path / "a", [math.nan])
     assert curves.main(["--logs", str(tmp_path), "--out", str(tmp_path / "out")]) in (0, 2)
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_both_folders_must_be_named(tmp_path, capsys):
+    for given, lacks in ((["--logs", "a"], "--out"), (["--out", "a"], "--logs"), ([], "--logs, --out")):
+        assert curves.main(given) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: the following arguments are required: {lacks};")
+
+
+def test_the_command_says_what_it_wrote(tmp_path):
+    write_run(tmp_path / "logs", [1.0, 2.0])
+    line = [sys.executable, "-m", "plotting.curves", "--logs", str(tmp_path / "logs"), "--out"]
+    root = Path(curves.__file__).parents[1]
+    done = subprocess.run(
+        [*line, str(tmp_path / "out")], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"curves.pdf .png .csv in {tmp_path / 'out'}\n")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".pdf", ".png", ".csv"}
+
+
+def test_iterations_without_metrics_leave_the_others_drawn(tmp_path):
+    write_run(tmp_path / "none", [math.nan, 2.0, 3.0])
+    (run,) = load_runs(tmp_path / "none").runs
+    first, *rest = run.iterations
+    partly = replace(run, records=(replace(first, metrics={}), *rest))
+    curves.write([partly], tmp_path)
+    assert [row["iteration"] for row in read(tmp_path) if row["metric"] == "reward"] == ["1.0", "2.0"]
+    assert curves.block_of([]) == 1
+    with pytest.raises(UserError, match="no metrics to draw"):
+        curves.write([replace(run, records=(replace(first, metrics={}),))], tmp_path)
 
 
 def test_lines_of_other_configurations_are_told_apart(tmp_path):

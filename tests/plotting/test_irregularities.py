@@ -78,8 +78,14 @@ def published(variant: str, e2e: float, figure: str = "figure8", **changes: Any)
     """A run whose mean behind the warm-up is `e2e`; its warm-up says the contrary of what it should."""
     name = f"{figure}-{variant}-{e2e}"
     printed = {"e2e": (1000.0 / e2e, e2e - 0.5, e2e + 0.5), "generation": (1.0, e2e, e2e)}
-    fields = {"run_id": name, "source": f"{name}.log", "provenance": "published", "figures": (figure,)}
-    return run(variant, printed=printed, **{**fields, **changes})
+    fields = {
+        "printed": printed,
+        "run_id": name,
+        "source": f"{name}.log",
+        "provenance": "published",
+        "figures": (figure,),
+    }
+    return run(variant, **{**fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -139,3 +145,20 @@ def test_figure12_says_that_a_baseline_is_slow_and_draws_it():
         first = figure12.numbers(runs, reading)[0]
         assert first.value == pytest.approx(100.0)
         assert any("the fastest: table3-dschat-60.0.log" in note for note in first.notes)
+
+
+@pytest.mark.parametrize("times", [{"e2e": (9.0, 2.0, 2.0)}, {"reshard": (9.0, 2.0)}, {}])
+def test_a_run_of_the_same_job_counts_where_it_has_the_times(times):
+    """Of another figure, on the devices of the baseline; without the quantity there is nothing to put in."""
+    layouts = {"training": {"tp": 1, "pp": 4, "dp": 1}}
+    runs = [
+        published("dschat", 100.0),
+        published("opt", 50.0, layouts=layouts),
+        published("opt", 40.0, "figure11", printed=times),
+    ]
+    rows = {(row.series, row.unit): row for row in figure8.numbers(runs, CORRECTED)}
+    taken = "e2e" in times
+    assert rows["PUZZLE", "s"].value == pytest.approx(2.0 if taken else 50.0)
+    (note,) = rows["PUZZLE", "1"].notes
+    assert note.startswith("corrected: one of the same job, figure11-opt-40.0.log") is taken
+    assert "of different jobs (devices 4 and 8)" in note

@@ -264,6 +264,24 @@ def test_the_fastest_setting_of_a_baseline_is_drawn_and_the_others_are_said():
     assert "microbatch" not in note  # all have the same
 
 
+def test_the_order_of_a_setting_s_keys_makes_no_other_setting():
+    told = {"actor_zero_stage": 3, "enable_hybrid_engine": True, "hybrid_engine_engaged": True}
+    runs = [
+        replace(chat(seconds), config={"global_batch_size": 128, "deepspeed": dict(items)}, repeat=repeat)
+        for repeat, (seconds, items) in enumerate(((9.0, told.items()), (7.0, reversed(told.items()))))
+    ]
+    row = rows_of(figure8, runs)["orion", "7B/350M", "DS-Chat", "1"]
+    assert (row.notes, row.logs, row.n) == ((), ("9.0.jsonl", "7.0.jsonl"), 2)
+
+
+def test_one_wrong_repeat_makes_a_setting_wrong():
+    wrong = chat(6.0, actor_zero_stage=2)
+    wrong = replace(wrong, reports=(Report(wrong.source, 3, f"the run warned: {UNFAITHFUL}: 3 nats"),))
+    right = replace(chat(5.0, actor_zero_stage=2), repeat=1)
+    row = rows_of(figure8, [chat(9.0), wrong, right])["orion", "7B/350M", "DS-Chat", "1"]
+    assert row.logs == ("9.0.jsonl",)
+
+
 def test_a_faster_setting_whose_tokens_are_not_its_weights_is_said_not_drawn():
     wrong = chat(6.0, actor_zero_stage=2)
     wrong = replace(wrong, reports=(Report(wrong.source, 3, f"the run warned: {UNFAITHFUL}: 3 nats"),))
@@ -315,6 +333,7 @@ def test_ablation_compares_runs_that_differ_in_one_thing():
         described("w_bulk", 5.0, intra__fuse_training=True, log__samples=3),
         described("opt", 1.0, generation__decode_microbatch=64, intra__fuse_training=True),
         described("odd", 1.0, generation__temperature=0.5),
+        described("both", 1.0, intra__fuse_training=True, generation__temperature=0.5),
     ]
     found = {key[1:3]: row.value for key, row in rows_of(ablation, runs).items() if key[3] == "1"}
     assert found == {

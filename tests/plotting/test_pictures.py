@@ -138,7 +138,14 @@ def test_every_value_stands_above_its_bar():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(7.1067, "7.11"), (0.0847, "0.08"), (0.01, "0.01"), (0.00123, "0.0012"), (0.0, "0.00")],
+    [
+        (7.1067, "7.11"),
+        (0.0847, "0.08"),
+        (0.01, "0.01"),
+        (0.0149, "0.01"),
+        (0.00123, "0.0012"),
+        (0.0, "0.00"),
+    ],
 )
 def test_seconds_of_toys_are_no_zeros(value, text):
     assert page.seconds(value) == text

@@ -1,15 +1,20 @@
 """Where things stand in the pictures: labels in what they name, bars that use their panel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from plotting import curves, figure10, figure12, style, table3
+from plotting import curves, figure10, figure12, page, style, table3
 from plotting.irregularities import PUBLISHED
+from plotting.rows import Row
 from plotting.speedups import figure8, figure9, figure11
 from plotting.switch import switch_figure
 from plotting.timeline import gantt
@@ -66,6 +71,101 @@ def test_the_highest_bar_and_its_value_fill_their_panels(module):
         for text in axes.texts
     ]
     assert 0.9 < max(tops) <= 1.0
+
+
+def ratios(*values: float | None) -> list[Row]:
+    """Figure 8's rows of one pair, a bar per system; None is a gap."""
+    return [
+        Row(
+            "here",
+            "7B/7B",
+            name,
+            value,
+            "1",
+            3,
+            None if value is None else 0.25,
+            ("a",),
+            "measured",
+            gap="no log",
+        )
+        for name, value in zip(figure8.systems.values(), values, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0), (None, 2.0, 3.0), (1.0, None, 3.0), (None, None, 3.0)])
+def test_bars_stand_side_by_side_around_the_name_of_their_pair(values):
+    """Equally wide, apart, in the order of the systems, whether others are there or not; their whiskers and
+    values over them."""
+    rows = [*ratios(*values), *(replace(row, config="9B/9B") for row in ratios(1.0, 1.5, 1.25))]
+    with style.applied():
+        figure = figure8.draw(rows, [])
+        drawn(figure)
+    (axes,) = figure.axes
+    bars = [patch for one in axes.containers if isinstance(one, BarContainer) for patch in one]
+    shown = [row for row in rows if row.value is not None]
+    assert [patch.get_height() for patch in bars] == [row.value for row in shown]
+    (width,) = {round(float(patch.get_width()), 9) for patch in bars}
+    places = {}
+    for row, patch in zip(shown, bars, strict=True):
+        places[row.config, row.series] = patch.get_x() + width / 2
+    names = list(figure8.systems.values())
+    for index, config in enumerate(["7B/7B", "9B/9B"]):
+        assert places.get((config, names[1]), index) == pytest.approx(index, abs=1e-6)
+        left, right = (
+            places.get((config, name), index + side) for name, side in ((names[0], -1), (names[2], 1))
+        )
+        assert left < index - width < index + width < right
+        assert places[config, names[2]] + width / 2 < index + 0.5
+    for row in shown:
+        (text,) = [t for t in axes.texts if t.get_text() == f"{row.value:.2f}" and
+                   abs(t.get_position()[0] - places[row.config, row.series]) < 1e-6]  # fmt: skip
+        assert text.get_position()[1] > (row.value or 0.0) + 0.25
+        assert text.get_verticalalignment() == "bottom"
+    assert [t.get_text() for t in axes.texts].count("no log") == len(rows) - len(shown)
+
+
+@pytest.mark.parametrize("module", [figure8, figure12], ids=lambda module: module.NAME)
+def test_rehearsals_do_not_squeeze_measurements(module):
+    """Panels of one kind share a scale, those of the other kind have their own."""
+    names = ("e2e", "generation", "inference", "training", "experience")
+    printed = dict.fromkeys(names, (9.0, 2.0, 2.0))
+    runs = []
+    for cluster, provenance, factor in (("a", "measured", 1), ("b", "measured", 2), ("c", "rehearsal", 50)):
+        for variant, share in (("dschat", factor), ("base", 1)):
+            times = {name: tuple(share * x for x in row) for name, row in printed.items()}
+            runs.append(
+                builders.run(variant, "7B/7B", times, figures=(module.NAME,), cluster=cluster,
+                             provenance=provenance, run_id=f"{cluster}{variant}")
+            )  # fmt: skip
+    figure, _, _ = picture(module, runs, PUBLISHED)
+    limits = [axes.get_ylim() if module is figure8 else axes.get_xlim() for axes in figure.axes]
+    assert limits[0] == limits[1]
+    assert limits[2][1] > 10 * limits[0][1]
+    if module is figure12:
+        assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "Execution time (s)"]
+
+
+@given(st.text(alphabet="abWM .", max_size=30), st.floats(0.1, 3.0), st.floats(2.0, 20.0))
+def test_text_that_is_too_wide_is_made_smaller(text, inches, size):
+    found = style.fitting(text, inches, size)
+    takes = style.width_of(text, size)  # glyphs of other sizes are nearly in proportion
+    assert found == (size if takes <= inches else pytest.approx(size * inches / takes))
+
+
+def test_a_footnote_bears_its_letter_once_and_stands_behind_it():
+    notes = [f"{number} " + "words that need a second line " * 4 for number in range(30)]
+    rows = [replace(ratios(1.0, 1.0, 1.0)[0], notes=tuple(notes))]
+    lines = page._footnotes(rows, ["of all"])
+    assert lines[0] == ("", 0.0, "of all")
+    letters = [letter for letter, _, _ in lines if letter]
+    assert letters == [*"abcdefghijklmnopqrstuvwxyz", "aa", "ab", "ac", "ad"]
+    assert len(lines) >= 1 + 2 * 30
+    for number in range(30):
+        first = [letter for letter, _, _ in lines].index(letters[number])
+        assert lines[first][2].startswith(f"{number} ")
+        later = [text for letter, _, text in lines[first + 1 :][:1] if not letter]
+        assert later
+    assert all(indent > style.width_of("ad", style.TINY) for _, indent, _ in lines[1:])
 
 
 def test_names_of_table3_stay_in_their_column():
@@ -137,7 +237,11 @@ def test_a_stage_that_was_not_timed_hides_no_other():
     patches = [patch for bar in axes.containers if isinstance(bar, BarContainer) for patch in bar]
     drawn_at = [(patch.get_x(), patch.get_width()) for patch in patches if patch.get_width() > 0]
     assert drawn_at == [(0.0, 3.0), (3.0, 2.0)]
-    assert "5.00 (infer. not timed)" in [text.get_text() for text in axes.texts]
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours["5.00 (infer. not timed)"] == style.GREY
+    whole = builders.run("base", "7B/7B", figures=("figure12",), printed={**times, "inference": (9.0, 1.0)})
+    (axes,) = picture(figure12, [whole], PUBLISHED)[0].axes
+    assert {text.get_text(): text.get_color() for text in axes.texts}["6.00"] == style.INK
 
 
 def test_the_order_of_keys_makes_no_other_line():
@@ -154,7 +258,7 @@ def luminance(colour) -> float:
     return float(np.dot((0.2126, 0.7152, 0.0722), parts))
 
 
-@pytest.mark.parametrize("count", [4, 20])
+@pytest.mark.parametrize("count", [4, 16, 17, 20])
 def test_a_switch_is_drawn_to_the_edges_and_readable(count):
     """Rank r sends r + 1 GB to its neighbour: every shade from the faintest to the fullest."""
     ranks = [{"rank": r, "local_bytes": 1e9, "received_bytes": (r + 1) * 1e9} for r in range(count)]
@@ -175,6 +279,12 @@ def test_a_switch_is_drawn_to_the_edges_and_readable(count):
     assert inches[0].width == pytest.approx(inches[0].height)
     assert inches[0].width == pytest.approx(inches[1].width)
     (title,) = figure.texts
+    assert title.get_window_extent(renderer).x0 + title.get_window_extent(renderer).x1 == pytest.approx(
+        width, abs=2
+    )
+    every = 1 if count <= 16 else 2
+    for labels in (matrix.get_xticklabels(), matrix.get_yticklabels(), bars.get_xticklabels()):
+        assert [label.get_text() for label in labels] == [str(rank) for rank in range(0, count, every)]
     assert title.get_text() == f"1,{count},1 to 1,{count},1 (similar): 25% stays, 5.00 GB move"
     stack = [title.get_window_extent(renderer), *(axes.get_tightbbox(renderer) for axes in (matrix, bars))]
     edges = [figure.bbox.height, *(edge for box in stack for edge in ((box.y1, box.y0) if box else ())), 0.0]
@@ -192,4 +302,4 @@ def test_a_switch_is_drawn_to_the_edges_and_readable(count):
         assert text.get_text() == f"{row + 1:.2g}"
         ground = luminance(image.cmap(image.norm(shades[row, column]))[:3])
         ink = luminance(text.get_color())
-        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 4.0
+        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 3.8

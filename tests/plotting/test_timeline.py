@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection
 
-from plotting.timeline import gantt, run
+from plotting.style import TINY, width_of
+from plotting.timeline import LEFT, RIGHT, WIDTH, gantt, run
 from puzzle.errors import UserError
 
 
@@ -98,7 +99,19 @@ def test_traces_stand_below_each_other_and_share_their_axis() -> None:
     assert 0 < boxes[2].y0 < boxes[0].y1 < 1
     for axes, count in zip(figure.axes, (3, 1, 2), strict=True):
         assert axes.get_ylim() == (count - 0.5, -0.5)
-        assert axes.get_xlabel() == ("seconds" if axes is figure.axes[-1] else "")
+        last = axes is figure.axes[-1]
+        assert axes.get_xlabel() == ("seconds" if last else "")
+        assert axes.xaxis.get_tick_params()["labelbottom"] is last
+
+
+@pytest.mark.parametrize(("room", "written"), [(0.8, False), (1.05, False), (1.2, True), (3.0, True)])
+def test_a_number_is_written_where_it_has_room(room: float, written: bool) -> None:
+    """`room` times the number's width is the span's; a tenth is left free."""
+    inches = room * width_of("3", TINY)
+    one = trace((0, "forward", "actor", 0, inches), (0, "step", "actor", inches, WIDTH - LEFT - RIGHT))
+    one["traceEvents"][-2]["args"]["microbatch"] = -1
+    (axes,) = gantt({"one": one}).axes
+    assert [text.get_text() for text in axes.texts] == ["3"] * written
 
 
 def test_nothing_to_draw() -> None:
