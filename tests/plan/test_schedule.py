@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.plan.pipeline import schedules
-from puzzle.plan.pipeline.actions import Action, Channel, Op, Payload, Schedule
+from puzzle.plan.pipeline.actions import COLLECTIVES, Action, Channel, Op, Payload, Schedule
 from puzzle.plan.pipeline.schedules import PipelineModel
 from puzzle.plan.simulate.check import check
 from tests.plan.measures import channels, peak_in_flight
 from tests.plan.single import forward_only, one_f_one_b
+
+WAITS = (Op.WAIT_REDUCE, Op.WAIT_NORM, Op.WAIT_GATHER)
 
 
 def test_1f1b_passes_of_three_stages() -> None:
@@ -22,6 +24,13 @@ def test_1f1b_passes_of_three_stages() -> None:
     ops = {Op.FORWARD: "F", Op.BACKWARD: "B"}
     for stage, passes in zip(one_f_one_b(3, 4).actions, want, strict=True):
         assert " ".join(f"{ops[a.op]}{a.microbatch}" for a in stage if a.op in ops) == passes
+
+
+def test_actions_of_no_micro_batch_have_number_minus_one() -> None:
+    acts = [a for stage in one_f_one_b(2, 3, optimizer=True).actions for a in stage]
+    assert {a.microbatch for a in acts if a.op in COLLECTIVES or a.op in (Op.STEP, *WAITS)} == {-1}
+    assert {a.microbatch for a in acts if a.op in (Op.FORWARD, Op.BACKWARD)} == {0, 1, 2}
+    assert Action(Op.STEP, "actor").label == "step actor"
 
 
 def test_receives_are_started_one_pass_early() -> None:

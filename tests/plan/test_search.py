@@ -2,6 +2,8 @@
 
 from itertools import permutations
 
+import pytest
+
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.schedules import Order, PipelineModel
 from puzzle.plan.simulate.check import check
@@ -91,6 +93,18 @@ def test_long_schedules_are_simulated_less_often() -> None:
     models = [PipelineModel("actor", 64), PipelineModel("critic", 64)]
     assert search_trials(models, 8) == 32
     assert [search_trials(models, stages) for stages in (1, 1024)] == [200, 1]
+
+
+def test_what_costs_nothing_idles_nothing() -> None:
+    """And of two pipelines one after the other, idle time is a share of both."""
+    models = [PipelineModel("actor", 3), PipelineModel("critic", 6)]
+    for estimate in choose_fusion(inference_candidates(models, 2), uniform(["actor", "critic"], 0.0)):
+        assert (estimate.seconds, estimate.bubble_share) == (0.0, 0.0)
+    every = choose_fusion(inference_candidates(models, 2), uniform(["actor", "critic"]))
+    # Of two stages each idles for one pass while a pipeline fills or drains: 4 + 7 passes, or 10.
+    shares = {e.candidate.name: (e.seconds, e.bubble_share) for e in every}
+    assert shares["actor | critic"] == (11.0, pytest.approx(2 / 11))
+    assert shares["actor critic"] == (10.0, pytest.approx(1 / 10))
 
 
 def test_the_search_keeps_to_its_trials() -> None:

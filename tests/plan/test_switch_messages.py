@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard import routing as switch_route
+from puzzle.plan.reshard.overlap import Fragment
 from puzzle.plan.reshard.plan import plan_switch
 from puzzle.spec.published import published
 from tests.plan.test_switch import STRATEGIES, _absent_bytes, published_plan, switches
@@ -125,3 +126,15 @@ def test_rows_of_a_message_of_their_own_are_those_from_the_border_on(monkeypatch
     assert packed.max() < border
     assert alone.min() >= border
     assert border in alone
+
+
+@given(st.lists(st.tuples(st.integers(1, 2000), st.integers(0, 2)), max_size=40))
+def test_the_smallest_hundredth_of_what_a_rank_needs_is_small(wanted):
+    """Byte by byte: what, with all that is no larger, makes up at most a hundredth of the rank's bytes."""
+    wanted.sort(reverse=True)
+    needs = [switch_route._Need(nbytes, 0, rank, Fragment(0, 1, {})) for nbytes, rank in wanted]
+    small = switch_route._small(needs)
+    for number, (_, rank) in enumerate(wanted):
+        behind = sum(nbytes for nbytes, other in wanted[number:] if other == rank)
+        whole = sum(nbytes for nbytes, other in wanted if other == rank)
+        assert (number in small) == (100 * behind <= whole)
