@@ -141,6 +141,23 @@ def test_a_dead_fork_server_is_named_and_its_workers_end(tmp_path):
     assert not of_test(tmp_path)
 
 
+def test_what_ranks_are_forked_from_asks_for_no_device():
+    """CUDA that was asked for anything works in no process that is forked afterwards."""
+    code = (
+        "import sys, torch\n"
+        "asked = []\n"
+        "for name, thing in list(vars(torch.cuda).items()):\n"
+        "    if type(thing) is type(lambda: 0) and name != '_is_compiled':\n"
+        "        setattr(torch.cuda, name, lambda *_, name=name, **__: asked.append(name))\n"
+        "import puzzle.rlhf.process\n"
+        "print(asked, 'puzzle.rlhf.trainer' in sys.modules)\n"
+        "torch.cuda.is_available()\n"
+        "print(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[] True\n['is_available']\n", done.stdout + done.stderr
+
+
 def test_one_process_may_die_apart_from_this_one():
     with pytest.raises(local.WorkerError, match=r"rank 0 on .*: killed by SIGABRT") as raised:
         local.run("os:abort", (), 1, apart=True)
