@@ -71,7 +71,12 @@ class AlgorithmConfig(Section):
     epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
     microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
-    microbatch_tokens: Count | None = Field(None, description="tokens per pass instead of sequences")
+    microbatch_tokens: Count | None = Field(
+        None, description="tokens per pass instead of sequences; default: docs/memory.md"
+    )
+    balance: bool = Field(
+        True, description="rows go to replicas by length, evenly in tokens; false for loss_average microbatch"
+    )
     packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
     policy_loss: Literal["clipped", "cispo"] = Field(
         "clipped", description="cispo: clipped ratios weigh log-probs, so that no token's gradient is lost"
@@ -110,6 +115,15 @@ class AlgorithmConfig(Section):
             raise ValueError("give microbatch or microbatch_tokens, not both")
         if self.microbatch_tokens is not None and not self.packing:
             raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
+        return self
+
+    @model_validator(mode="after")
+    def _means(self) -> AlgorithmConfig:
+        if self.balance and self.loss_average == "microbatch":
+            raise ValueError(
+                "balance would change the loss of loss_average microbatch, a mean over micro-batches as they"
+                " are cut; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,9 +20,11 @@ REMEDIES = {
     "masters": "raise {model}.layout.dp, tp or pp",
     "moments": "raise {model}.layout.dp, tp or pp",
     "gradients": "raise {model}.layout.tp or pp",
-    "activations": "lower algorithm.microbatch or set recompute",
-    "logits": "lower algorithm.microbatch, or generation.decode_microbatch where it generates",
-    "one layer": "lower algorithm.microbatch, or generation.prefill_microbatch where it generates",
+    "activations": "lower algorithm.microbatch (or microbatch_tokens) or set recompute",
+    "logits": "lower algorithm.microbatch (or microbatch_tokens),"
+    " or generation.decode_microbatch where it generates",
+    "one layer": "lower algorithm.microbatch (or microbatch_tokens),"
+    " or generation.prefill_microbatch where it generates",
     "deferred all-gather": "raise {model}.layout.tp or pp instead of dp",
     "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
@@ -69,17 +71,16 @@ def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
     uses, config = _uses(plan, fused), plan.config
     switched, placement = _switched(plan, uses[0])
     generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
-    batch, microbatch, tokens = plan.batch, config.algorithm.microbatch, config.algorithm.microbatch_tokens
-    if tokens is not None:
-        microbatch = max(1, tokens // (batch.prompt + batch.response))
+    batch = plan.batch
     work = Work(
         batch.sequences,
         batch.minibatch,
         batch.prompt,
         batch.response,
-        microbatch,
+        config.algorithm.microbatch,
         config.generation.prefill_microbatch,
         config.generation.decode_microbatch,
+        config.algorithm.microbatch_tokens,
     )
     fused = plan.training.may_share
     return [rank_memory(rank, uses, generation, work, switched[rank], fused) for rank in range(plan.world)]

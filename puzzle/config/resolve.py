@@ -19,6 +19,10 @@ from puzzle.plan.reshard.plan import check_shares
 from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
+PASS_TOKENS = 16384
+"""Most tokens of a pass where the configuration sets no limit: with more, a GPU is no faster."""
+PASSES_PER_STAGE = 4
+"""Passes of full-length sequences per pipeline stage where nothing is said: bubbles take 1/5 at most."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,14 @@ class RunPlan:
         batch = self.batch
         cut = f"{batch.sequences} sequences of at most {batch.prompt} + {batch.response} tokens an iteration"
         lines.append(f"  {'batch':<11}{cut}, {batch.steps} optimizer steps on {batch.minibatch} each")
+        limit = self.config.algorithm.microbatch_tokens
+        pieces = f"at most {limit} tokens" if limit else f"{self.config.algorithm.microbatch} sequences"
+        if self.config.algorithm.microbatch or limit:
+            lines.append(f"  {'passes':<11}{pieces}, rows {self._given_out()}")
         return "\n".join(lines)
+
+    def _given_out(self) -> str:
+        return "by length" if self.config.algorithm.balance else "in their order"
 
     @cached_property
     def hash(self) -> str:
@@ -109,6 +120,7 @@ def resolve(
     _check_tokens(config, models)
     cluster = Cluster(config.switch.gpus_per_node or devices_per_node or min(8, config.world))
     generation = _generation(config, models["actor"])
+    config = _limited(config, models)
     plan = RunPlan(
         config,
         cluster,
@@ -171,6 +183,27 @@ def _inferred(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> tuple[Mo
     if config.algorithm.old_logprobs == "recompute":
         order.insert(0, "actor")
     return tuple(models[role] for role in order if role in models)
+
+
+def _limited(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> TrainConfig:
+    """With a limit for passes where none was given: tokens or, of padded passes, sequences.
+
+    It is the same on every device, so that a plan does not depend on where it is made. The baseline's
+    replicas need equally many passes, which a limit of tokens does not give.
+    """
+    options, batch = config.algorithm, _batch(config)
+    given = options.microbatch is not None or options.microbatch_tokens is not None
+    if given or config.log.variant == BASELINE:
+        return config
+    longest = batch.prompt + batch.response
+    limits = [PASS_TOKENS]
+    for model in models.values():
+        if model.trained and model.layout.pp > 1:
+            rows = -(-batch.minibatch // model.layout.dp)
+            limits.append(rows * longest // (PASSES_PER_STAGE * model.layout.pp))
+    tokens = max(longest, min(limits))
+    changed = {"microbatch_tokens": tokens} if options.packing else {"microbatch": tokens // longest}
+    return config.model_copy(update={"algorithm": options.model_copy(update=changed)})
 
 
 def _batch(config: TrainConfig) -> BatchPlan:

@@ -99,6 +99,8 @@ def _inherit(data: Any) -> Any:
         defaults = DEFAULTS.get(name, {}) if isinstance(name, str) else {}
         if _switched_on(algorithm.get("reference_free")):
             defaults = {key: value for key, value in defaults.items() if key != "kl"}
+        if algorithm.get("loss_average") == "microbatch":
+            defaults = {**defaults, "balance": False}
         filled["algorithm"] = _laid_over(defaults, algorithm)
         if isinstance(name, str) and "critic" not in TRAINED.get(name, ROLES):
             filled.setdefault("critic", None)

@@ -45,7 +45,8 @@ class Use:
 class Work:
     """What one iteration runs, for full-length sequences. Counts are of sequences over all replicas, but for
     `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit, or for the latter
-    two an even share per stage)."""
+    two an even share per stage). `microbatch_tokens` limits passes by tokens instead: many short sequences
+    may fill one."""
 
     batch: int
     minibatch: int
@@ -54,6 +55,7 @@ class Work:
     microbatch: int | None = None
     prefill: int | None = None
     decode: int | None = None
+    microbatch_tokens: int | None = None
 
     @property
     def length(self) -> int:
@@ -241,11 +243,24 @@ def _limited(rows: int, limit: int | None) -> int:
     return max(1, min(rows, limit or rows))
 
 
+def largest_pass(use: Use, work: Work, p: int, sequences: int) -> tuple[Activations, int]:
+    """The largest pass over a replica's share of `sequences`, and how many such it takes at most.
+
+    A replica has ceil(sequences / dp) of them however they are given out. Where tokens are the limit, short
+    prompts leave nearly all of a pass to responses.
+    """
+    rows = -(-sequences // use.placement.layout.dp)
+    if work.microbatch_tokens is None:
+        size = _limited(rows, work.microbatch)
+        return Activations(use, p, size * work.length, size * work.response), -(-rows // size)
+    most = rows * work.length
+    tokens = min(max(work.microbatch_tokens, work.length), most)
+    return Activations(use, p, tokens, min(tokens, rows * work.response)), -(-most // tokens)
+
+
 def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
     """One of those of an optimizer step, and how many there are."""
-    rows = -(-work.minibatch // use.placement.layout.dp)
-    size = _limited(rows, work.microbatch)
-    return Activations(use, p, size * work.length, size * work.response), -(-rows // size)
+    return largest_pass(use, work, p, work.minibatch)
 
 
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
@@ -274,8 +289,7 @@ def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
 
 def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
     """A pass without gradients."""
-    rows = _limited(-(-work.batch // use.placement.layout.dp), work.microbatch)
-    one = Activations(use, p, rows * work.length, rows * work.response)
+    one, _ = largest_pass(use, work, p, work.batch)
     return _worst([{"one layer": one.forward()}, {"logits": one.logits()}])
 
 

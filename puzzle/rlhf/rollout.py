@@ -17,10 +17,11 @@ from puzzle.data.reading import Reader
 from puzzle.data.tokenizers import Tokenizer, response_text
 from puzzle.engine.generate.decode_ring import Request, Tally, generate
 from puzzle.engine.generate.sampling import SamplingParams
-from puzzle.engine.pipeline.model import ModelRuntime, share
+from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.errors import UserError
 from puzzle.model.packing import PackedBatch, pack
+from puzzle.rlhf.balance import balanced, contiguous
 from puzzle.rlhf.experience import Experience, microbatches
 from puzzle.rlhf.rewards.batch import RewardBatch
 
@@ -175,7 +176,8 @@ def reward_sequences(
 class MicroBatches:
     """The micro-batches of a replica's share of some rows of an experience, as packed batches.
 
-    `passes` is how many micro-batches every replica has. Without `algorithm.packing` the sequences of a
+    `rows` are those of each of its micro-batches, `own` all of them. `passes` is how many micro-batches every
+    replica has, `tokens` how many tokens. Without `algorithm.packing` the sequences of a
     micro-batch are padded to `widths`, else those are None.
     """
 
@@ -188,20 +190,19 @@ class MicroBatches:
     ) -> None:
         """`rows` are those of all replicas, `sequences` theirs, in their order."""
         dp = model.placement.layout.dp
-        cuts = []
-        for replica in range(dp):
-            part = share(len(rows), dp, replica)
-            lengths = [len(sequences[i]) for i in part]
-            limits = (config.microbatch, config.microbatch_tokens)
-            cuts.append(microbatches([rows[i] for i in part], lengths, *limits))
+        sizes = [len(sequence) for sequence in sequences]
+        shares = balanced(sizes, dp) if config.balance else contiguous(len(rows), dp)
+        limits = (config.microbatch, config.microbatch_tokens)
+        cuts = [microbatches(part, [sizes[i] for i in part], *limits) for part in shares]
         self.passes = [len(cut) for cut in cuts]
-        self.rows = cuts[model.coord.d]
+        self.tokens = [sum(sizes[i] for i in part) for part in shares]
+        self.own = [rows[i] for i in shares[model.coord.d]]
+        self.rows = [[rows[i] for i in part] for part in cuts[model.coord.d]]
         self.batches: list[PackedBatch] = []
         self.widths: list[int | None] = []
         self._last: list[Tensor] = []
-        start = model.rows(len(rows)).start
-        for part in self.rows:
-            held = sequences[start : start + len(part)]
+        for part in cuts[model.coord.d]:
+            held = [sequences[i] for i in part]
             lengths = torch.tensor([len(sequence) for sequence in held])
             width = None if config.packing else int(lengths.max())
             if width:
@@ -211,7 +212,6 @@ class MicroBatches:
             self.widths.append(width)
             starts = torch.tensor((0, *batch.lengths[:-1])).cumsum(0)
             self._last.append((starts + lengths - 1).to(model.world.device))
-            start += len(part)
 
     def states_N(self, experience: Experience, index: int) -> Tensor:
         """`Experience.states_N` of a micro-batch, on the device."""
@@ -250,7 +250,7 @@ def compute_tokens(
         if model.owns_results:
             parts = [experience.put_RS(x, part) for x, part in zip(results, cut.rows, strict=True)]
             own = torch.cat(parts) if parts else None
-        return model.collect(own, model.rows(count), (count, experience.mask_BS.shape[1]))
+        return model.collect(own, cut.own, (count, experience.mask_BS.shape[1]))
 
     return Computation(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 
@@ -278,7 +278,7 @@ def compute_scores(
 
     def answer(results: list[Tensor]) -> Tensor:
         own = torch.cat(results) if model.owns_results and results else None
-        return model.collect(own, model.rows(count), (count,))
+        return model.collect(own, cut.own, (count,))
 
     return Computation(PipelineInput(model, cut.batches, output_fn, max(cut.passes)), answer)
 

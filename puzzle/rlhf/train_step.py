@@ -51,6 +51,8 @@ class TrainStep:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._first = FirstStep(models.actor.world)
+        # Tokens of the policy's slowest replica and of the average one, over all steps.
+        self._slowest = self._average = 0.0
 
     def run(self, iteration: int, before_last: Callable[[], None] = lambda: None) -> None:
         """All epochs and minibatches; `before_last` is called before the last optimizer step."""
@@ -81,6 +83,7 @@ class TrainStep:
             assert model.optimizer is not None
             norms = model.optimizer.pop_grad_norms()
             out[f"{role}_grad_norm"] = sum(norms) / len(norms)
+        out["balance"] = self._slowest / self._average
         return out | self._first.metrics(clips="clipped" in self.algorithm.sums[self.algorithm.trained[0]])
 
     def _input(self, role: str, model: ModelRuntime, rows: Sequence[int]) -> PipelineInput:
@@ -88,6 +91,9 @@ class TrainStep:
         cut = MicroBatches(
             model, rows, [self.experience.sequence(row) for row in rows], self.config.algorithm
         )
+        if role == self.algorithm.trained[0]:
+            self._slowest += max(cut.tokens)
+            self._average += sum(cut.tokens) / len(cut.tokens)
         last = model.coord.p == model.placement.layout.pp - 1
         inputs = [self._loss_inputs(role, rows, cut, i) for i in range(len(cut.rows))] if last else []
 

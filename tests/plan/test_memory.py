@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from puzzle.campaign import experiments
@@ -31,6 +33,8 @@ from puzzle.plan import memory
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.schedules import PipelineModel
+from puzzle.rlhf.balance import balanced, contiguous
+from puzzle.rlhf.experience import microbatches
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 from tests.plan.measures import peak_in_flight
@@ -394,6 +398,34 @@ def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, micro
             assert list(peaks) == found
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=1, max_size=24),
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_no_pass_is_larger_than_forecast(
+    sizes: list[tuple[int, int]], limit: int, dp: int, by_tokens: bool
+) -> None:
+    """Whatever prompts (up to 8 tokens) and responses (up to 12), by rows or by tokens, at every moment."""
+    dp = min(dp, len(sizes))
+    options = {"microbatch_tokens": limit} if by_tokens else {"microbatch": limit}
+    work = memory.Work(len(sizes), len(sizes), prompt=8, response=12, **options)
+    use = memory.Use("actor", spec_of(), Placement.default(Layout.even(1, 1, dp, 4)), 2, trained=True)
+    most, count = memory.largest_pass(use, work, 0, len(sizes))
+    lengths = [sum(size) for size in sizes]
+    for shares in (balanced(lengths, dp), contiguous(len(sizes), dp)):
+        for part in shares:
+            limits = (options.get("microbatch"), options.get("microbatch_tokens"))
+            cut = microbatches(part, [lengths[i] for i in part], *limits)
+            tokens = [sum(lengths[i] for i in rows) for rows in cut]
+            assert max(tokens) <= most.T
+            assert max(sum(sizes[i][1] for i in rows) for rows in cut) <= most.answers
+            for held in range(1, len(cut) + 1):  # so many are held before their backward passes
+                largest = max(sum(tokens[i : i + held]) for i in range(len(tokens) - held + 1))
+                assert largest <= min(held, count) * most.T
+
+
 def test_every_published_experiment_has_a_table() -> None:
     table = experiments.read_table()
     runs = experiments.expand(table, experiments.Selection("paper"))
@@ -421,8 +453,12 @@ generation: {max_new_tokens: 256}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "rank 0 needs .* GiB in training, its device has 74.5; most of it, .*: .*"),
+        (
+            ["--algorithm.microbatch", "64"],
+            "rank 0 needs .* GiB in training, its device has 74.5; most of it, .*: .*",
+        ),
         (["--algorithm.microbatch", "2", "--critic.init.preset", "350m"], None),
+        ([], None),  # four passes per stage, and no more than 16384 tokens in one
         (
             ["--algorithm.microbatch", "2", "--layout.pp", "1", "--actor.layout.pp", "1"],
             "is actor moments: raise",

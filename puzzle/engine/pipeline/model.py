@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ class ModelRuntime:
         """This replica's share of `count` rows of a global batch: contiguous, sizes differ by one at most."""
         return share(count, self.placement.layout.dp, self.coord.d)
 
-    def collect(self, local_RS: Tensor | None, rows: range, shape: tuple[int, ...]) -> Tensor:
+    def collect(self, local_RS: Tensor | None, rows: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         """Every replica's rows of a global tensor on every rank of the run.
 
         `local_RS` are this replica's rows `rows` of a tensor of `shape`; the rank that speaks for it counts.
@@ -81,7 +83,7 @@ class ModelRuntime:
         dtype = torch.float32 if local_RS is None or local_RS.is_floating_point() else torch.int64
         whole = torch.zeros(shape, dtype=dtype, device=self.world.device)
         if local_RS is not None and self.owns_results:
-            whole[rows.start : rows.stop] = local_RS.to(dtype)
+            whole[torch.tensor(rows, dtype=torch.int64, device=whole.device)] = local_RS.to(dtype)
         return self.world.sum(whole)
 
 

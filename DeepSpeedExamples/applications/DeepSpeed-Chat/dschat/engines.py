@@ -210,10 +210,10 @@ class ZeroModel:
         each = count // self.world.size
         return range(self.world.rank * each, (self.world.rank + 1) * each)
 
-    def collect(self, local_RS: Tensor, rows: range, shape: tuple[int, ...]) -> Tensor:
+    def collect(self, local_RS: Tensor, rows: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         """Every replica's rows of a tensor of `shape` on every rank."""
         whole = torch.zeros(shape, dtype=local_RS.dtype, device=self.world.device)
-        whole[rows.start : rows.stop] = local_RS
+        whole[torch.tensor(rows, device=whole.device)] = local_RS
         return self.world.sum(whole)
 
     @torch.no_grad()

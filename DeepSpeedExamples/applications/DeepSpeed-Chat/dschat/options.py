@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, ZeroOptions, Path]:
         keys |= {"generation.decode_microbatch": rows, "batch": rows * given.generation_batches * world}
     # DeepSpeed-Chat finds the old log-probs by a pass of the actor; a timed run writes no model.
     keys |= {"log.variant": "dschat", "algorithm.old_logprobs": "recompute", "checkpoint.save": "false"}
-    keys |= {"intra.fuse_training": "false", "intra.fuse_inference": "false"}
+    keys |= {"intra.fuse_training": "false", "intra.fuse_inference": "false", "algorithm.balance": "false"}
     keys |= {f"layout.{axis}": size for axis, size in (("tp", 1), ("pp", 1), ("dp", world))}
     words = [word for key, value in keys.items() if value is not None for word in (f"--{key}", str(value))]
     config = load_config(given.config, [*others, *words])
