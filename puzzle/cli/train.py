@@ -17,7 +17,7 @@ from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.engine.runtime.identity import launched
 from puzzle.errors import UserError
-from puzzle.files import lock
+from puzzle.files import durable, lock
 from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.rlhf.requirements import check_files, check_packages
 from puzzle.rlhf.rewards.functions import runs_users_code
@@ -163,6 +163,7 @@ def _attempts(
                 return error.code
             note = f"restart {restarts + 1} of {most} after: {error}"
             resume = (out / "run.jsonl").exists()
+            durable.settle(out / "checkpoints")
         else:
             break
     return 0

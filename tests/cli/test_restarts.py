@@ -34,10 +34,14 @@ def test_restarts_end_where_none_helps(
     starts: int,
     given_up: bool,
 ) -> None:
-    """`newest`: the checkpoint that is there when the run dies, each time it is started."""
+    """`newest`: the checkpoint that is there when the run dies, each time it is started; what a process left
+    half done is gone when the next one starts."""
     out, numbers = tmp_path / "out", iter(newest)
+    scratch = out / "checkpoints/.tokenizer-a1b2.partial"
 
     def dies(*_: Any, **__: Any) -> None:
+        assert not scratch.exists()
+        scratch.mkdir(parents=True)
         (out / f"checkpoints/state-{next(numbers)}").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints/state-99.partial").mkdir(exist_ok=True)
         raise local.WorkerError("rank 1 on here: a bug", 3)
