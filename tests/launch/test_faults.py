@@ -119,7 +119,7 @@ FAULTS = (
     Fault("interrupted", process(COMMAND, signal.SIGINT), 130, "interrupted"),
     Fault("terminated", process(COMMAND, signal.SIGTERM), 143),
     Fault("command-killed", process(COMMAND, signal.SIGKILL), -9),
-    Fault("forkserver-killed", process("forkserver", signal.SIGKILL), 255, "ended with exit code 255"),
+    Fault("forkserver-killed", process("forkserver", signal.SIGKILL), 137, f"fork server was {KILLED}"),
     # Files
     Fault("config-broken", break_config, 2, "error: run.yaml:.* not valid YAML", again=True),
     Fault("config-unknown-key", unknown_key, 2, "bach: unknown key; did you mean batch", again=True),
