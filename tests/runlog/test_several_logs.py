@@ -121,6 +121,14 @@ def test_an_engine_lines_shares_are_those_of_its_times(gather: str, share: str, 
     )
 
 
+@pytest.mark.parametrize("whole", ["0.00", "-1.00"])
+def test_an_iteration_without_a_time_has_no_shares(whole: str) -> None:
+    line = engine().replace("E2E latency=38.00s", f"E2E latency={whole}s")
+    said = [what for _, what in scan(texts.as_bytes([line])).reports if " % of " in what]
+    assert said[0] == f"gather_latency 1.5 s is not 3.95 % of {float(whole)} s, as its line says"
+    assert len(said) == 4
+
+
 @pytest.mark.parametrize(("slowest", "said"), [(9.4, False), (9.51, False), (9.515, True), (12.0, True)])
 def test_ranks_that_train_in_step_take_the_same_time(slowest: float, said: bool) -> None:
     """Up to a hundredth apart is chance, and half a last digit of a print; more is of another iteration."""

@@ -236,7 +236,7 @@ class _Scanner:
         ):
             seconds, percent = float(groups[time]), float(groups[share])
             # Both times are rounded to 0.01 s, the share to 0.01 %.
-            slack = 0.5 * (1 + abs(seconds) / max(e2e, 0.01)) / max(e2e, 0.01) + 0.0051
+            slack = 0.5 * (1 + abs(seconds) / e2e) / e2e + 0.0051 if e2e > 0 else 0.0
             if e2e <= 0 or abs(100 * seconds / e2e - percent) > slack:
                 self._report(number, f"{time} {seconds} s is not {percent} % of {e2e} s, as its line says")
 
