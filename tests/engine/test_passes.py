@@ -188,6 +188,28 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
     assert engine_passes.cache_memory(device, 1) == 0
 
 
+def test_a_cache_is_kept_while_it_is_large_enough(tmp_path: Path) -> None:
+    """For more rows or longer sequences there is a new one; `release` gives it back."""
+    passes, params = ModelRunner(stage(save_lm(tmp_path / "model"))), SamplingParams()
+    passes.start((2, 1), 20, params)
+    for groups, capacity, kept, shape in (
+        ((2, 1), 20, True, (3, 20)),
+        ((1, 1), 19, True, (3, 20)),
+        ((2, 2), 20, False, (4, 20)),
+        ((4,), 21, False, (4, 21)),
+        ((4,), 21, True, (4, 21)),
+    ):
+        before = passes.cache
+        passes.start(groups, capacity, params)
+        assert passes.cache is not None
+        assert (passes.cache is before) == kept
+        assert (passes.cache.k.shape[1], passes.cache.k.shape[3]) == shape
+        assert passes.state.shape == (4, shape[0])
+        assert passes.state[1].tolist() == [engine_passes.INACTIVE] * shape[0]
+    passes.release()
+    assert passes.cache is None
+
+
 def test_buckets_hold_their_rows() -> None:
     sizes = [bucket(rows) for rows in range(1, 1025)]
     assert sizes[:17] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 32]
