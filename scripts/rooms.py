@@ -46,6 +46,10 @@ ROOMS = {
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec"),
         HEAVY,
     ),
+    "puzzle/plan/predict": Room(
+        "what a run would take: closed forms and costs of passes, stages and switches; calibrations",
+        ("puzzle/plan",),
+    ),
     "puzzle/config": Room(
         "configuration: schema, files and command lines, `resolve` to a `RunPlan`, the memory report",
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/plan"),
@@ -186,9 +190,8 @@ def table() -> str:
         short = [other.removeprefix("puzzle/").removesuffix(".py") for other in room.may]
         said = ", ".join(f"`{other}`" for other in short) or "nothing of the project"
         if name.count("/") > 1:
-            said = (
-                f"{', '.join(f'`{other}`' for other in short) or 'none of its neighbours'}; what `engine` may"
-            )
+            own = ", ".join(f"`{other}`" for other in short) or "none of its neighbours"
+            said = f"{own}; what `{name.split('/')[1]}` may"
         lines.append(f"| `{name}{'' if name.endswith('.py') else '/'}` | {room.knows} | {said} |")
     return "\n".join(lines) + "\n"
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from puzzle.config.resolve import RunPlan
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
-from puzzle.plan.memory import RankMemory, Switched, Use, Work, deferred_gather_bytes, rank_memory
+from puzzle.plan.memory import (
+    RankMemory,
+    Switched,
+    Use,
+    Work,
+    deferred_gather_bytes,
+    kind_of_rank,
+    rank_memory,
+)
 
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
@@ -83,7 +92,14 @@ def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
         config.algorithm.microbatch_tokens,
     )
     fused = plan.training.may_share
-    return [rank_memory(rank, uses, generation, work, switched[rank], fused) for rank in range(plan.world)]
+    known: dict[object, RankMemory] = {}
+    found = []
+    for rank in range(plan.world):
+        kind = (kind_of_rank(rank, uses, generation), switched[rank])
+        if kind not in known:
+            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], fused)
+        found.append(replace(known[kind], rank=rank))
+    return found
 
 
 def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.pipeline.schedules import in_flight
 from puzzle.plan.shards import local_params
 from puzzle.spec.model import ModelSpec
 
@@ -266,8 +267,8 @@ def _microbatches(use: Use, work: Work, p: int) -> tuple[Activations, int]:
 def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B; then logits, and after them one layer's gradients."""
     one, count = _microbatches(use, work, p)
-    held = min(use.placement.layout.pp - p, count)  # see `schedules.one_f_one_b`
-    return {"activations": one.held(held, min(p, count - held)), **one.passing()}
+    held = one.held(*in_flight(use.placement.layout.pp, p, count, split=True))
+    return {"activations": held, **one.passing()}
 
 
 def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
@@ -351,6 +352,14 @@ def rank_memory(
         "training": {**states, **training, **_worst(steps)},
     }
     return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()))
+
+
+def kind_of_rank(rank: int, uses: Sequence[Use], generation: Use) -> tuple[int, ...]:
+    """Ranks of one kind need the same bytes, if the switch brings them as much: they differ in t alone, or in
+    the replica of models that hold no optimizer states."""
+    coords = [(use.trained, use.placement.coord_of(rank)) for use in uses]
+    trained = [(coord.p, coord.d if trained else 0) for trained, coord in coords]
+    return (*(number for pair in trained for number in pair), generation.placement.coord_of(rank).p)
 
 
 def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:

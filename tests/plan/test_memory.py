@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,6 +50,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+EIGHT = [(t, p, 8 // t // p) for t in (1, 2) for p in (1, 2, 4, 8) if t * p <= 8]
 ROWS, PROMPT, RESPONSE = 4, 24, 24
 LENGTH = PROMPT + RESPONSE
 SETTINGS = AdamWSettings(lambda step: 1e-3)
@@ -424,6 +425,26 @@ def test_no_pass_is_larger_than_forecast(
             for held in range(1, len(cut) + 1):  # so many are held before their backward passes
                 largest = max(sum(tokens[i : i + held]) for i in range(len(tokens) - held + 1))
                 assert largest <= min(held, count) * most.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_ranks_of_one_kind_hold_the_same(data: st.DataObject) -> None:
+    """Trained models in layouts of eight ranks, one that is not in its own, generation in a third."""
+    drawn = [Layout.even(*data.draw(st.sampled_from(EIGHT)), 8) for _ in range(4)]
+    spec = replace(spec_of(), num_layers=8)
+    uses = [
+        memory.Use(name, spec, Placement.default(layout), 2, trained=name != "reference")
+        for name, layout in zip(("actor", "critic", "reference"), drawn, strict=False)
+    ]
+    generation = memory.Use("generation", spec, Placement.default(drawn[3]), 2)
+    work = memory.Work(batch=24, minibatch=24, prompt=16, response=16, microbatch=1)
+    fused = drawn[0].pp == drawn[1].pp
+    kinds: dict[tuple[int, ...], memory.RankMemory] = {}
+    for rank in range(8):
+        found = memory.rank_memory(rank, uses, generation, work, memory.Switched(3, 5), fused)
+        same = kinds.setdefault(memory.kind_of_rank(rank, uses, generation), found)
+        assert replace(same, rank=rank) == found
 
 
 def test_every_published_experiment_has_a_table() -> None:

@@ -92,6 +92,13 @@ def one_f_one_b(
     return _schedule("1f1b" if len(models) == 1 else "fused 1f1b", models, passes, specs)
 
 
+def in_flight(num_stages: int, stage: int, microbatches: int, split: bool = False) -> tuple[int, int]:
+    """What `one_f_one_b` keeps at most on a stage, of so many micro-batches of all its models: those before
+    their backward, and beside them those whose weights' gradients are yet to come."""
+    before = min(num_stages - stage, microbatches)
+    return before, min(stage, microbatches - before) if split else 0
+
+
 def forward_only(models: Sequence[PipelineModel], num_stages: int, order: Order = "sequential") -> Schedule:
     """Inference: every micro-batch forward. For M of all models together (M + P - 1) f seconds with equal
     costs and free transfers. Two models a and c, three stages:
