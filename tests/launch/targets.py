@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from puzzle.engine.runtime.watchdog import Watch
+from puzzle.engine.runtime.watchdog import Heartbeat, Watch, Watchdog
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
@@ -54,6 +54,15 @@ def watched(out: Path, kind: str, seconds: float) -> None:
     """Two sums under a watchdog of N = `seconds`; in between, a rank does what `kind` says."""
     if kind == "away":  # each rank on a host of its own, as far as watchdogs can tell
         mock.patch.object(socket, "gethostname", return_value=f"host{os.environ['RANK']}").start()
+        kind = "stop 1"
+    if kind == "busy":  # the host takes its time between the stopped rank's end and the others'
+        leave = Watchdog._leave_stack
+
+        def slowly(watchdog: Watchdog, sign: Heartbeat) -> None:
+            time.sleep(2 * local.SETTLE_SECONDS)
+            leave(watchdog, sign)
+
+        mock.patch.object(Watchdog, "_leave_stack", slowly).start()
         kind = "stop 1"
     longest = 60.0 if kind == "limited" else 0.0
     with World.start("cpu", watch=Watch(seconds, local.report, out / "ranks", longest)) as world:

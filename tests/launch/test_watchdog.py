@@ -16,13 +16,15 @@ from puzzle.launch import local
 from tests.launch.test_local import TARGETS, gone, no_launcher, pids
 
 __all__ = ["no_launcher"]
+STOPPED = (
+    3.0,
+    r"rank 1 on \S+ is stopped \(SIGSTOP, or a debugger\): no sign of life for \d+ s, last in "
+    r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: "
+    r"all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
+)
 HANGS = {
-    "stop 1": (
-        3.0,
-        r"rank 1 on \S+ is stopped \(SIGSTOP, or a debugger\): no sign of life for \d+ s, last in "
-        r"(the lesson|starting).*; rank 0 on \S+ waits in the lesson: "
-        r"all_reduce of float32 \(4,\) over ranks 0, 1 \(\d+ s\)",
-    ),
+    "stop 1": STOPPED,
+    "busy": STOPPED,
     "recv": (
         2.0,
         r"rank 0 on \S+ has waited for \d+ s in the lesson: all_reduce of float32 \(4,\) over ranks 0, 1; "

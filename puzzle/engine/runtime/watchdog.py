@@ -293,12 +293,14 @@ class Watchdog:
         own = json.dumps({"by": self.sign.rank, **asdict(verdict)})
         said = json.loads(self._store.compare_set(VERDICT, "", own))
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        # Before anybody dies: a launcher would take the death of a stopped rank for the cause, and end all.
+        self.watch.report(said["line"], said["by"] == self.sign.rank)
         silent = [s.sign for s in self._seen.values() if s.sign.rank in said["silent"]]
         mine = [s for s in silent if s.host == self.sign.host and process_state(s) != "is gone"]
         for sign in mine:
             if process_state(sign) == STOPPED:
-                _kill(sign.pid, signal.SIGKILL)
                 self._leave_stack(sign)
+                _kill(sign.pid, signal.SIGKILL)
             else:
                 _kill(sign.pid, DUMP)
         self._publish(dumped=True)
@@ -308,7 +310,6 @@ class Watchdog:
             if all(s.dumped or s.over or s.rank in said["silent"] for s in signs):
                 break
             time.sleep(self.interval)
-        self.watch.report(said["line"], said["by"] == self.sign.rank)
         for sign in mine:
             _kill(sign.pid, signal.SIGKILL)
         os._exit(1)
