@@ -64,6 +64,8 @@ def bounds(info: FieldInfo) -> str:
 
 def default(info: FieldInfo) -> str:
     """A field's default as YAML would have it."""
+    if info.is_required():
+        return "none: needed"
     value = info.get_default(call_default_factory=True)
     return f"`{json.dumps(value)}`"
 

@@ -6,8 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from puzzle.config.sections import Count, Fraction, NonNegative, Positive, Section, Sequences
+from puzzle.config.sections import Count, Fraction, NonNegative, Positive, Section, Sequences, Tokens
 from puzzle.files.limits import LARGEST
+
+UNDISCOUNTED = ("grpo", "dr_grpo", "rloo")
+"""Algorithms whose advantages are responses', whatever their length."""
+COMPARING = (*UNDISCOUNTED, "reinforce_pp_baseline")
+"""Algorithms that compare the samples of a prompt."""
+
+
+LossAverage = Literal["token", "sequence", "constant", "microbatch"]
 
 
 class KLConfig(Section):
@@ -59,14 +67,30 @@ class CorrectionConfig(Section):
         return self
 
 
+class OverlongConfig(Section):
+    """A penalty for responses near `generation.max_new_tokens` (DAPO, Yu et al. 2025, section 3.4)."""
+
+    buffer: Tokens = Field(description="the last so many tokens are penalised, more with each of them")
+    penalty: Positive = Field(1.0, description="taken from the score of a response of max_new_tokens")
+
+
+class DynamicSamplingConfig(Section):
+    """Groups of equal scores teach nothing and are replaced (DAPO, Yu et al. 2025, section 3.2)."""
+
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(
+        description="most times that another batch of prompts is drawn for them in an iteration"
+    )
+
+
 class AlgorithmConfig(Section):
     """What a run learns by: `ppo` (Schulman et al. 2017) with a critic; without one, on groups of
-    `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025) and `rloo` (Ahmadian et al.
-    2024). Their defaults differ: no reward_clip; a KL of 0.04 by k3 in the loss, for rloo of 0.05 by k1 in
-    the reward; loss_average sequence for grpo, constant for the others."""
+    `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025), `rloo` (Ahmadian et al.
+    2024) and `reinforce_pp_baseline` (Hu 2025); on any number of samples: `reinforce_pp` (Hu 2025) and
+    `remax` (Li et al. 2023). Their defaults differ in `kl`, `reward_clip` and `loss_average`
+    (docs/algorithms.md)."""
 
-    name: Literal["ppo", "grpo", "dr_grpo", "rloo"] = Field(
-        "ppo", description="all but ppo: advantages within groups of samples (docs/algorithms.md)"
+    name: Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax"] = Field(
+        "ppo", description="all but ppo train the actor alone (docs/algorithms.md)"
     )
     epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
@@ -103,7 +127,9 @@ class AlgorithmConfig(Section):
         "generation", description="where the policy before the step comes from; recompute: one more pass"
     )
     correction: CorrectionConfig = CorrectionConfig()
-    loss_average: Literal["token", "sequence", "constant", "microbatch"] = Field(
+    overlong: OverlongConfig | None = None
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    loss_average: LossAverage = Field(
         "token",
         description="tokens count alike; sequence: responses do; constant: sums over max_new_tokens;"
         " microbatch: mean of means",
@@ -142,10 +168,19 @@ class AlgorithmConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _of_ppo_alone(self) -> AlgorithmConfig:
+    def _drops_groups(self) -> AlgorithmConfig:
+        if self.dynamic_sampling is not None and self.name not in COMPARING:
+            raise ValueError(
+                f"dynamic_sampling: {self.name} learns from equal scores, too; leave it out, or take"
+                f" {', '.join(COMPARING)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _idle(self) -> AlgorithmConfig:
         if self.name == "ppo":
             return self
-        idle = ("value_clip", "gamma", "gae_lambda", "whiten")
+        idle = ["value_clip", "gae_lambda", "whiten", *(["gamma"] if self.name in UNDISCOUNTED else [])]
         given = [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]
         if given:
             raise ValueError(f"{given[0]}: {self.name} has no critic and no use for it; leave it out")

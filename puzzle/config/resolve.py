@@ -180,6 +180,8 @@ def _switch(
 
 def _inferred(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> tuple[ModelPlan, ...]:
     order: list[Role] = ["reference", "critic", "reward"]
+    if config.algorithm.dynamic_sampling is not None:
+        order.remove("reward")  # it scores between rounds of generation, by itself
     if config.algorithm.old_logprobs == "recompute":
         order.insert(0, "actor")
     return tuple(models[role] for role in order if role in models)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from puzzle.config.algorithm import AlgorithmConfig
+from puzzle.config.algorithm import COMPARING, AlgorithmConfig
 from puzzle.config.renamed import modernised
 from puzzle.config.sections import (
     CheckpointConfig,
@@ -42,6 +42,9 @@ TRAINED: dict[str, tuple[Role, ...]] = {
     "grpo": ("actor",),
     "dr_grpo": ("actor",),
     "rloo": ("actor",),
+    "reinforce_pp": ("actor",),
+    "reinforce_pp_baseline": ("actor",),
+    "remax": ("actor",),
 }
 """Which roles an algorithm trains; a critic that is not among them is not there."""
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,6 +63,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "reward_clip": None,
         "loss_average": "constant",
     },
+    "reinforce_pp": {"kl": {"coef": 0.01, "estimator": "k1", "place": "reward"}, "reward_clip": None},
+    "reinforce_pp_baseline": {"kl": {"coef": 0.001, "estimator": "k2", "place": "loss"}, "reward_clip": None},
+    "remax": {"kl": {"coef": 0.01, "estimator": "k1", "place": "reward"}, "reward_clip": None},
 }
 """Where an algorithm's defaults are not those of the schema."""
 
@@ -181,9 +187,19 @@ class TrainConfig(Section):
         if (self.critic is not None) != ("critic" in self.trained):
             said = "has no critic; leave the section out" if self.critic is not None else "needs a critic"
             raise ValueError(f"critic: algorithm {name} {said}")
-        if name != "ppo" and self.generation.samples < 2:
+        if name in COMPARING and self.generation.samples < 2:
             raise ValueError(
                 f"generation.samples: {name} compares the samples of a prompt; give 2 or more of them"
+            )
+        overlong, longest = self.algorithm.overlong, self.generation.max_new_tokens
+        if overlong is not None and overlong.buffer > longest:
+            raise ValueError(
+                f"algorithm.overlong.buffer {overlong.buffer} exceeds generation.max_new_tokens {longest}"
+            )
+        if self.algorithm.dynamic_sampling is not None and self.generation.greedy:
+            raise ValueError(
+                "algorithm.dynamic_sampling: generation.greedy makes all samples of a prompt alike; leave one"
+                " of them out"
             )
         if len(self.trained) == 1 and self.intra.fuse_training is True:
             raise ValueError(f"intra.fuse_training: {name} trains one model; leave it out")

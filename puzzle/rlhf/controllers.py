@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from puzzle.rlhf.algorithms.policy import divisor_of
+from puzzle.rlhf.algorithms.scale import divisor_of
 
 KL_COEFS = (1e-10, 1e10)
 """What an adaptive coefficient stays between: from zero or infinity it could not come back."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tokens = tuple[int, ...]
@@ -27,14 +28,17 @@ class Experience:
     response token k: its log-prob, and the value of the state before it. `dataclasses.replace` adds what an
     iteration finds out. `logprobs_BS` are those that PPO starts from, `sampled_logprobs_BS` what generation
     gave, `correction_BS` weights made of both; `sampled_tokens` is how many tokens it drew, surplus ones
-    included. Raises ValueError if rows and
-    prompts do not fit together or a row is empty.
+    included. `greedy_scores_P` are of each prompt's greedy response. The last `fill` groups only keep the
+    batch's shape: no average and no loss counts them. Raises ValueError if rows and prompts do not fit
+    together or a row is empty.
     """
 
     prompts: tuple[Tokens, ...]
     prompt_ids: tuple[int, ...]
     responses: tuple[Tokens, ...]
     samples: int = 1
+    fill: int = 0
+    greedy_scores_P: Tensor | None = None
     scores_B: Tensor | None = None
     logprobs_BS: Tensor | None = None
     sampled_logprobs_BS: Tensor | None = None
@@ -54,6 +58,8 @@ class Experience:
             )
         if not all(self.prompts) or not all(self.responses):
             raise ValueError("a prompt or response without tokens")
+        if not 0 <= self.fill <= len(self.prompts):
+            raise ValueError(f"{self.fill} of {len(self.prompts)} groups cannot be fill")
 
     def __len__(self) -> int:
         """B."""
@@ -64,6 +70,16 @@ class Experience:
         """bool (B, S) on the CPU: True at response tokens."""
         lengths_B = torch.tensor([len(response) for response in self.responses])
         return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+
+    @cached_property
+    def counted_BS(self) -> Tensor:
+        """bool (B, S) on the CPU: the response tokens of rows that are no fill."""
+        count = len(self) - self.fill * self.samples
+        return self.mask_BS & (torch.arange(len(self)) < count)[:, None]
+
+    def counted(self, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` that are no fill."""
+        return [row for row in rows if row < len(self) - self.fill * self.samples]
 
     def prompt(self, row: int) -> Tokens:
         """The prompt that a row answers."""
@@ -78,7 +94,7 @@ class Experience:
         return [len(self.prompt(row)) + len(self.responses[row]) for row in rows]
 
     def tokens(self, rows: Sequence[int]) -> int:
-        """Response tokens of the rows: what losses are divided by."""
+        """Response tokens of the rows."""
         return sum(len(self.responses[row]) for row in rows)
 
     def targets_N(self, rows: Sequence[int]) -> Tensor:
@@ -107,6 +123,35 @@ class Experience:
         """(R, S): the inverse of `take_N`; 0 outside the mask."""
         mask_RS = self.mask_BS[torch.tensor(rows, dtype=torch.int64)].to(x_N.device)
         return x_N.new_zeros(mask_RS.shape).masked_scatter(mask_RS, x_N)
+
+
+def joined(parts: Sequence[Experience], groups: Sequence[tuple[int, int]]) -> Experience:
+    """The groups (part, number in it) of several experiences, as generation and scores left them."""
+    samples = parts[0].samples
+    rows = [(part, group * samples + sample) for part, group in groups for sample in range(samples)]
+    longest = max(len(parts[part].responses[row]) for part, row in rows)
+
+    def taken(name: str) -> Tensor | None:
+        whole = [getattr(part, name) for part in parts]
+        if any(x is None for x in whole):
+            return None
+        picked = [whole[part][row] for part, row in rows]
+        if whole[0].dim() == 2:
+            picked = [F.pad(x_S, (0, max(0, longest - len(x_S))))[:longest] for x_S in picked]
+        return torch.stack(picked)
+
+    logprobs_BS = taken("logprobs_BS")
+    same = all(part.sampled_logprobs_BS is part.logprobs_BS for part in parts)
+    return Experience(
+        tuple(parts[part].prompts[group] for part, group in groups),
+        tuple(parts[part].prompt_ids[group] for part, group in groups),
+        tuple(parts[part].responses[row] for part, row in rows),
+        samples,
+        scores_B=taken("scores_B"),
+        logprobs_BS=logprobs_BS,
+        sampled_logprobs_BS=logprobs_BS if same else taken("sampled_logprobs_BS"),
+        sampled_tokens=sum(part.sampled_tokens or 0 for part in parts),
+    )
 
 
 def minibatches(count: int, size: int, seed: int, iteration: int, epoch: int) -> list[list[int]]:

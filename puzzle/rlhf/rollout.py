@@ -176,9 +176,9 @@ def reward_sequences(
 class MicroBatches:
     """The micro-batches of a replica's share of some rows of an experience, as packed batches.
 
-    `rows` are those of each of its micro-batches, `own` all of them. `passes` is how many micro-batches every
-    replica has, `tokens` how many tokens. Without `algorithm.packing` the sequences of a
-    micro-batch are padded to `widths`, else those are None.
+    `rows` are those of each of its micro-batches, `own` all of them, `all_rows` of every replica's.
+    `passes` is how many micro-batches every replica has, `tokens` how many tokens. Without
+    `algorithm.packing` the sequences of a micro-batch are padded to `widths`, else those are None.
     """
 
     def __init__(
@@ -197,7 +197,8 @@ class MicroBatches:
         self.passes = [len(cut) for cut in cuts]
         self.tokens = [sum(sizes[i] for i in part) for part in shares]
         self.own = [rows[i] for i in shares[model.coord.d]]
-        self.rows = [[rows[i] for i in part] for part in cuts[model.coord.d]]
+        self.all_rows = [[[rows[i] for i in part] for part in cut] for cut in cuts]
+        self.rows = self.all_rows[model.coord.d]
         self.batches: list[PackedBatch] = []
         self.widths: list[int | None] = []
         self._last: list[Tensor] = []

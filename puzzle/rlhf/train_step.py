@@ -11,6 +11,7 @@ from torch import Tensor
 from puzzle.config.run import TrainConfig
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
+from puzzle.rlhf.algorithms.average import token_weights
 from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs, total
 from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience, minibatches
@@ -95,7 +96,7 @@ class TrainStep:
             self._slowest += max(cut.tokens)
             self._average += sum(cut.tokens) / len(cut.tokens)
         last = model.coord.p == model.placement.layout.pp - 1
-        inputs = [self._loss_inputs(role, rows, cut, i) for i in range(len(cut.rows))] if last else []
+        inputs = [self._loss_inputs(role, cut, i) for i in range(len(cut.rows))] if last else []
 
         def loss_fn(index: int, hidden: Tensor) -> Tensor:
             given = inputs[index]
@@ -123,7 +124,7 @@ class TrainStep:
         )
         return Outputs(stats.logprobs, stats.entropy)
 
-    def _loss_inputs(self, role: str, rows: Sequence[int], cut: MicroBatches, index: int) -> LossInputs:
+    def _loss_inputs(self, role: str, cut: MicroBatches, index: int) -> LossInputs:
         e, part = self.experience, cut.rows[index]
         fields = {}
         for name, attribute in self.algorithm.inputs(role).items():
@@ -131,7 +132,8 @@ class TrainStep:
             assert x_BS is not None, f"{role} learns from {attribute}, which inference did not find"
             fields[name] = e.take_N(x_BS, part)
         states_N = cut.states_N(e, index)
-        weights_N = self._weights(rows, cut, part, states_N.device)
+        average, longest = self.config.algorithm.loss_average, self.config.generation.max_new_tokens
+        weights_N = token_weights(e, cut.all_rows, part, average, longest, states_N.device)
         responses = sampled_N = None
         if self.algorithm.wants_responses:
             responses = Responses.of([e.tokens([row]) for row in part], states_N.device)
@@ -139,23 +141,6 @@ class TrainStep:
             sampled_N = e.take_N(e.sampled_logprobs_BS, part)
         targets_N = e.targets_N(part).to(states_N.device)
         return LossInputs(states_N, targets_N, weights_N, fields, responses, sampled_N)
-
-    def _weights(
-        self, rows: Sequence[int], cut: MicroBatches, part: Sequence[int], device: torch.device
-    ) -> Tensor:
-        """float32 (N,): what each token's loss is multiplied with; over all replicas they make the loss of
-        the minibatch an average of `algorithm.loss_average`."""
-        e, average = self.experience, self.config.algorithm.loss_average
-        if average == "sequence":
-            lengths = torch.tensor([e.tokens([row]) for row in part])
-            return (1.0 / (len(rows) * lengths)).repeat_interleave(lengths).to(device)
-        divisors = {
-            "token": e.tokens(rows),
-            "constant": len(rows) * self.config.generation.max_new_tokens,
-            "microbatch": sum(cut.passes) * e.tokens(part),
-        }
-        # Made on the device: a copy from the host would wait for it, once per micro-batch.
-        return torch.full((e.tokens(part),), 1.0 / divisors[average], device=device)
 
     def _add(self, role: str, found: Loss) -> None:
         for name, value in {"loss": found.loss, **found.sums}.items():

@@ -30,11 +30,13 @@ from puzzle.launch import local
 from puzzle.rlhf.algorithms import make_algorithm
 from puzzle.rlhf.algorithms.base import INFERRED
 from puzzle.rlhf.algorithms.correction import corrected
-from puzzle.rlhf.algorithms.policy import moments
+from puzzle.rlhf.algorithms.scale import moments
 from puzzle.rlhf.controllers import RunningMoments, adapted_kl_coef
+from puzzle.rlhf.draw import Draws
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
 from puzzle.rlhf.models import Models, build_models
+from puzzle.rlhf.overlong import overlong_metrics, shaped
 from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
 from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
@@ -221,18 +223,13 @@ class Trainer:
 
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One iteration; its metrics, equal on every rank."""
-        prompts = self.data.train.next()
         doing = self.world.progress.mark
         doing(f"iteration {iteration}, generation")
         clock = StageClock(self.world)
         self.tracer.start(iteration)
-        generation = self.config.generation
-        with self.models.generator.weights(clock) as actor:
-            self.models.offload.for_generation()
-            experience = rollout(
-                actor, prompts, generation.samples, self.params, iteration, generation, self.data.endings
-            )
-        self.models.offload.for_inference()
+        greedy = self.algorithm.wants_greedy
+        draws = Draws(self.config, self.data, self.models, self.params, greedy, self.score)
+        prompts, experience, sampling = draws.iteration(iteration, clock)
         doing(f"iteration {iteration}, inference")
         experience, scores = self._inference(experience, prompts)
         weights_BS, correction = corrected(experience, self.config.algorithm.correction)
@@ -248,7 +245,8 @@ class Trainer:
             model.optimizer.release()  # awaits the weights of the last step, which belong to training
         clock.end("training")
         metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
-        metrics |= {**step.metrics(), **correction, "kl_coef": self.kl_coef}
+        metrics |= sampling | correction | overlong_metrics(experience, self.config)
+        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
@@ -272,15 +270,18 @@ class Trainer:
             name: question.answer(stage.results)
             for (name, question), stage in zip(asked.items(), results, strict=True)
         }
-        raw = answers.pop("scores_B", None)
+        raw = answers.pop("scores_B", experience.scores_B)
         if raw is None:
             raw = self.score(experience, prompts)
         experience = dataclasses.replace(experience, **answers)
-        scores = raw
+        scores, greedy_scores_P = shaped(experience, raw, self.config), experience.greedy_scores_P
         if self.config.algorithm.reward_norm:
-            everywhere = torch.ones_like(raw, dtype=torch.bool)
-            self.scores_seen = self.scores_seen.merged(moments(raw, everywhere))
-            scores = self.scores_seen.scaled(raw)
+            everywhere = torch.ones_like(scores, dtype=torch.bool)
+            self.scores_seen = self.scores_seen.merged(moments(scores, everywhere))
+            scores = self.scores_seen.scaled(scores)
+            if greedy_scores_P is not None:
+                greedy_scores_P = self.scores_seen.scaled(greedy_scores_P)
+        experience = dataclasses.replace(experience, greedy_scores_P=greedy_scores_P)
         found = {
             "actor: a log-prob": experience.logprobs_BS,
             "reference: a log-prob": experience.ref_logprobs_BS,

@@ -121,6 +121,15 @@ WRONG = [
         ["--algorithm.microbatch=2", "--algorithm.microbatch_tokens=9"],
         "give microbatch or microbatch_tokens, not both",
     ),
+    (
+        ["--algorithm.overlong.buffer", "21"],
+        "algorithm.overlong.buffer 21 exceeds generation.max_new_tokens 20",
+    ),
+    (["--algorithm.overlong.penalty", "1"], "algorithm.overlong.buffer: a value is missing"),
+    (
+        ["--algorithm.dynamic_sampling.rounds", "2"],
+        "algorithm: dynamic_sampling: ppo learns from equal scores, too; leave it out, or take grpo",
+    ),
     (["--algorithm.dual_clip", "1"], "command line: algorithm.dual_clip: expected more than 1"),
     (
         ["--algorithm.dual_clip=3", "--algorithm.policy_loss", "cispo"],

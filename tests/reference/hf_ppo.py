@@ -62,6 +62,7 @@ class ReferenceConfig:
     value_clip: float | None = 0.2
     entropy_coef: float = 0.0
     epochs: int = 1
+    overlong: tuple[int, float] | None = None  # buffer, penalty
     minibatches: Callable[[int, int], list[list[int]]] | None = None  # (iteration, epoch) -> rows per step
     loss_average: str = (
         "token"  # "sequence": mean of rows' means; "constant"; "microbatch": of each `microbatch` rows'
@@ -88,6 +89,7 @@ class Rollout:
     rewards: Ragged | None
     advantages: Ragged
     returns: Ragged | None
+    counted: int  # rows from here on are in no average
     correction: Ragged | None = None
     """Weights of the tokens' clipped objectives, not of their KL and entropy; None: all 1."""
 
@@ -221,15 +223,37 @@ class ReferencePPO:
         return token_values(self.critic, prompt + answer)[len(prompt) - 1 : -1]
 
     @torch.no_grad()
-    def rollout(self, prompts: Tokens, responses: Tokens) -> Rollout:
-        """Log-probs, values, rewards, advantages and returns of given answers."""
-        c = self.config
+    def rollout(self, prompts: Tokens, responses: Tokens, fill: int = 0) -> Rollout:
+        """Log-probs, values, rewards, advantages and returns of given answers; the last `fill` rows count
+        nowhere."""
+        c, counted = self.config, len(responses) - fill
         pairs = list(zip(prompts, responses, strict=True))
         logprobs = [self.answer_logprobs(self.actor, p, a)[0].tolist() for p, a in pairs]
         ref_logprobs = None
         if not c.reference_free:
             ref_logprobs = [self.answer_logprobs(self.reference, p, a)[0].tolist() for p, a in pairs]
-        scores = self.reward(prompts, responses)
+        scores = self.shaped(prompts, responses)
+        if c.algorithm in ("reinforce_pp", "reinforce_pp_baseline", "remax"):
+            greedy = None
+            if c.algorithm == "remax":
+                once = prompts[:: c.samples]
+                greedy = self.shaped(once, self.greedy(once))
+            spread = numpy_ppo.reinforce_advantages(
+                logprobs,
+                ref_logprobs if c.kl_place == "reward" else None,
+                scores,
+                algorithm=c.algorithm,
+                samples=c.samples,
+                beta=c.kl_coef,
+                limit=c.score_clip,
+                estimator=c.kl_estimator,
+                gamma=c.gamma,
+                greedy=greedy,
+                counted=counted,
+            )
+            return Rollout(
+                prompts, responses, scores, logprobs, ref_logprobs, None, None, spread, None, counted
+            )
         if c.algorithm != "ppo":
             limited = [min(max(score, -c.score_clip), c.score_clip) for score in scores]
             if c.kl_place == "reward" and ref_logprobs is not None:
@@ -237,8 +261,11 @@ class ReferencePPO:
                     kl = [numpy_ppo.kl_estimate(a, b, c.kl_estimator) for a, b in zip(new, old, strict=True)]
                     limited[row] -= c.kl_coef * sum(kl)
             per_row = numpy_ppo.group_advantages(limited, c.samples, c.algorithm)
+            per_row[counted:] = [0.0] * fill
             spread = [[value] * len(row) for value, row in zip(per_row, responses, strict=True)]
-            return Rollout(prompts, responses, scores, logprobs, ref_logprobs, None, None, spread, None)
+            return Rollout(
+                prompts, responses, scores, logprobs, ref_logprobs, None, None, spread, None, counted
+            )
         values = [self.answer_values(p, a).tolist() for p, a in pairs]
         penalised = ref_logprobs if c.kl_place == "reward" else None
         rewards = numpy_ppo.rewards(logprobs, penalised, scores, c.kl_coef, c.score_clip, c.kl_estimator)
@@ -247,8 +274,17 @@ class ReferencePPO:
         if c.whiten:
             advantages = numpy_ppo.whiten(advantages)
         return Rollout(
-            prompts, responses, scores, logprobs, ref_logprobs, values, rewards, advantages, returns
+            prompts, responses, scores, logprobs, ref_logprobs, values, rewards, advantages, returns, counted
         )
+
+    def shaped(self, prompts: Tokens, responses: Tokens) -> list[float]:
+        """Scores, less what overlong answers cost."""
+        scores, c = self.reward(prompts, responses), self.config
+        if c.overlong is None:
+            return scores
+        lengths = [len(response) for response in responses]
+        costs = [numpy_ppo.overlong(length, c.max_new_tokens, *c.overlong) for length in lengths]
+        return [score + cost for score, cost in zip(scores, costs, strict=True)]
 
     # Training
 
@@ -298,16 +334,22 @@ class ReferencePPO:
 
     def _row_weights(self, rollout: Rollout, rows: list[int]) -> list[float]:
         """What each row's sum is multiplied with, so that the rows of a minibatch add up to its loss."""
-        lengths = [len(rollout.responses[row]) for row in rows]
+        here = [row < rollout.counted for row in rows]
+        lengths = [len(rollout.responses[row]) * counts for row, counts in zip(rows, here, strict=True)]
+        if not any(here):
+            return [0.0] * len(rows)
         if self.config.loss_average == "token":
-            return [1 / sum(lengths)] * len(rows)
-        if self.config.loss_average == "sequence":
-            return [1 / (length * len(rows)) for length in lengths]
-        if self.config.loss_average == "constant":
-            return [1 / (self.config.max_new_tokens * len(rows))] * len(rows)
-        size = self.config.microbatch
-        groups = [lengths[i : i + size] for i in range(0, len(rows), size)]
-        return [1 / (sum(group) * len(groups)) for group in groups for _ in group]
+            divisors = [sum(lengths)] * len(rows)
+        elif self.config.loss_average == "sequence":
+            divisors = [length * sum(here) for length in lengths]
+        elif self.config.loss_average == "constant":
+            divisors = [self.config.max_new_tokens * sum(here)] * len(rows)
+        else:
+            size = self.config.microbatch
+            groups = [lengths[i : i + size] for i in range(0, len(rows), size)]
+            passes = sum(any(group) for group in groups)
+            divisors = [sum(group) * passes for group in groups for _ in group]
+        return [1 / d if counts else 0.0 for d, counts in zip(divisors, here, strict=True)]
 
     def _step(
         self,

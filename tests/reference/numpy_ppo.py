@@ -51,7 +51,8 @@ def rewards(
 
 def group_advantages(scores: list[float], samples: int, algorithm: str = "grpo") -> list[float]:
     """Each score beside its group, a run of `samples` scores. rloo: less the mean of the others; dr_grpo:
-    less the mean of all; grpo: that over the group's standard deviation (n - 1), 0 where all are the same.
+    less the mean of all; grpo: that over the root of the group's variance (n - 1) + 1e-8, 0 where all are the
+    same.
     """
     result: list[float] = []
     for start in range(0, len(scores), samples):
@@ -64,9 +65,53 @@ def group_advantages(scores: list[float], samples: int, algorithm: str = "grpo")
             others = [[other for j, other in enumerate(group) if j != i] for i in range(samples)]
             result += [score - sum(rest) / len(rest) for score, rest in zip(group, others, strict=True)]
             continue
-        spread = math.sqrt(sum((score - mean) ** 2 for score in group) / (samples - 1))
+        spread = math.sqrt(sum((score - mean) ** 2 for score in group) / (samples - 1) + 1e-8)
         result += [0.0 if max(group) == min(group) else (score - mean) / spread for score in group]
     return result
+
+
+def returns(reward: list[float], gamma: float) -> list[float]:
+    """What follows each token, its own reward included, discounted."""
+    return [sum(gamma ** (u - t) * r for u, r in enumerate(reward) if u >= t) for t in range(len(reward))]
+
+
+def reinforce_advantages(
+    logprobs: Ragged,
+    ref_logprobs: Ragged | None,
+    scores: list[float],
+    *,
+    algorithm: str,
+    samples: int,
+    beta: float,
+    limit: float,
+    estimator: str = "k1",
+    gamma: float = 1.0,
+    greedy: list[float] | None = None,
+    counted: int | None = None,
+) -> Ragged:
+    """Per token, the first `counted` rows alone: reinforce_pp, returns of score and KL at mean 0 and variance
+    1; reinforce_pp_baseline, the same of scores less their group's mean; remax, returns of score less the
+    greedy answer's (one per prompt), as they are.
+    """
+    limited = [min(max(score, -limit), limit) for score in scores]
+    if algorithm == "reinforce_pp_baseline":
+        limited = group_advantages(limited, samples, "dr_grpo")
+    if algorithm == "remax":
+        assert greedy is not None
+        base = [min(max(score, -limit), limit) for score in greedy for _ in range(samples)]
+        limited = [score - b for score, b in zip(limited, base, strict=True)]
+    per_token = rewards(logprobs, ref_logprobs, limited, beta, math.inf, estimator)
+    rows = [returns(row, gamma) for row in per_token]
+    count = len(rows) if counted is None else counted
+    kept = rows[:count] if algorithm == "remax" else whiten(rows[:count])
+    return kept + [[0.0] * len(row) for row in rows[count:]]
+
+
+def overlong(length: int, longest: int, buffer: int, penalty: float) -> float:
+    """What a response of `length` tokens gets beside its score (DAPO, equation 13)."""
+    if length <= longest - buffer:
+        return 0.0
+    return penalty * ((longest - buffer) - length) / buffer
 
 
 def gae(reward: list[float], value: list[float], gamma: float, lam: float) -> tuple[list[float], list[float]]:

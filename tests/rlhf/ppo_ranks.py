@@ -21,7 +21,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train import zero_adamw as optimizer_module
 from puzzle.model.weights import boxes
 from puzzle.plan.pipeline.actions import Op
-from puzzle.rlhf import trainer as trainer_module
+from puzzle.rlhf import draw as draw_module
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
@@ -114,10 +114,10 @@ def run_case(world: World, case: Case) -> Watch:
         return watch.rewards[-1]
 
     ppo.token_rewards = token_rewards  # ty: ignore[invalid-assignment]
-    plain_rollout = trainer_module.rollout
+    plain_rollout = draw_module.rollout
     if case.apart:
         apart = partial(draw_apart, plain_rollout, case.apart)
-        trainer_module.rollout = apart  # ty: ignore[invalid-assignment]
+        draw_module.rollout = apart  # ty: ignore[invalid-assignment]
     try:
         data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
         trainer = Trainer(plan, data, models, world, reward_function(plan.config))
@@ -130,7 +130,7 @@ def run_case(world: World, case: Case) -> Watch:
                 assert model.optimizer is not None
                 assert all(b.grads is None and b.shard is None for b in model.optimizer.buckets), "released"
     finally:
-        ppo.token_rewards, trainer_module.rollout = plain_rewards, plain_rollout
+        ppo.token_rewards, draw_module.rollout = plain_rewards, plain_rollout
         optimizer_module.reduce_scatter_flat = original
     for model in models.trained.values():
         decoder = model.decoder

@@ -49,6 +49,7 @@ def reference_config(config: TrainConfig, stop_ids: Sequence[int]) -> ReferenceC
         clip_high=c.clip_high,
         dual_clip=c.dual_clip or float("inf"),
         ratio=c.ratio,
+        overlong=None if c.overlong is None else (c.overlong.buffer, c.overlong.penalty),
         policy_loss=c.policy_loss,
         value_clip=c.value_clip,
         entropy_coef=c.entropy,
@@ -76,7 +77,7 @@ def truth(case: Case, experiences: Sequence[Experience], reward: Any) -> Truth:
         prompts = [list(experience.prompt(row)) for row in range(len(experience))]
         drawn = [list(response) for response in experience.responses]
         found.agreement += _tokens(reference, config, experience, iteration, prompts, drawn)
-        found.rollouts.append(reference.rollout(prompts, drawn))
+        found.rollouts.append(reference.rollout(prompts, drawn, experience.fill * experience.samples))
         _correct(found.rollouts[-1], experience, config)
         found.steps.append(reference.update(found.rollouts[-1], iteration))
     found.weights = {role: weights(model) for role, (model, _) in reference.trained.items()}
@@ -147,10 +148,10 @@ def compare(case: Case, watches: Sequence[Watch], true: Truth) -> None:
             # Later steps start from weights that differ by rounding already.
             share = 1e-5 if index == 0 else 3e-5
             largest = {name: share * float(tensor.abs().max()) for name, tensor in expected.items()}
-            _cover(found, expected, largest, f"step {index}: {role} gradient")
+            cover(found, expected, largest, f"step {index}: {role} gradient")
         found = [piece for watch in watches for piece in watch.weights[role]]
         limits = dict.fromkeys(true.weights[role], 1e-5)
-        _cover(found, true.weights[role], limits, f"{role} weight")
+        cover(found, true.weights[role], limits, f"{role} weight")
 
 
 def _compare_rollout(
@@ -177,7 +178,7 @@ def _compare_rollout(
     torch.testing.assert_close(experience.scores_B, torch.tensor(rollout.scores), rtol=1e-5, atol=1e-5)
 
 
-def _cover(found: Boxes, expected: dict[str, Tensor], limits: dict[str, float], what: str) -> None:
+def cover(found: Boxes, expected: dict[str, Tensor], limits: dict[str, float], what: str) -> None:
     """Every piece within its limit, and together they cover all that the reference has."""
     covered = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in expected.items()}
     for name, intervals, values in found:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.pipeline.model import share
-from puzzle.rlhf.algorithms import policy, ppo
+from puzzle.rlhf.algorithms import policy, ppo, scale
 from puzzle.rlhf.algorithms.surrogate import Surrogate
 from puzzle.rlhf.experience import Experience, microbatches, minibatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO
@@ -58,7 +58,7 @@ def rolled_out(c: ReferenceConfig, truth, experience: Experience) -> Experience:
     rewards_BS = ppo.token_rewards(scores_B, kl_BS, mask_BS, c.kl_coef, c.score_clip)
     advantages_BS, returns_BS = ppo.gae(rewards_BS, values_BS, mask_BS, c.gamma, c.lam)
     if c.whiten:
-        advantages_BS = policy.whiten(advantages_BS, mask_BS, policy.moments(advantages_BS, mask_BS))
+        advantages_BS = scale.whiten(advantages_BS, mask_BS, scale.moments(advantages_BS, mask_BS))
     return dataclasses.replace(
         experience,
         scores_B=scores_B,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from puzzle.config.algorithm import CorrectionConfig
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
-from puzzle.rlhf import trainer as trainer_module
+from puzzle.rlhf import draw as draw_module
 from puzzle.rlhf.algorithms import policy
 from puzzle.rlhf.algorithms.correction import correction_weights
 from puzzle.rlhf.algorithms.policy import policy_loss
@@ -111,7 +111,7 @@ def test_the_weight_multiplies_the_surrogate_alone_and_masked_tokens_count() -> 
 def small_run(monkeypatch: pytest.MonkeyPatch, apart: float, **algorithm: Any) -> tuple[Any, list[Any]]:
     """The log of two iterations, and of each the log-probs and old log-probs of all forward passes."""
     calls: list[Any] = []
-    plain, plain_rollout = policy.policy_loss, trainer_module.rollout
+    plain, plain_rollout = policy.policy_loss, draw_module.rollout
 
     def watched(logprobs: torch.Tensor, old: torch.Tensor, *args: Any, **options: Any) -> Any:
         found = plain(logprobs, old, *args, **options)
@@ -121,7 +121,7 @@ def small_run(monkeypatch: pytest.MonkeyPatch, apart: float, **algorithm: Any) -
     monkeypatch.setattr(policy, "policy_loss", watched)
     if apart:
         monkeypatch.setattr(
-            trainer_module, "rollout", lambda *args: ppo_ranks.draw_apart(plain_rollout, apart, *args)
+            draw_module, "rollout", lambda *args: ppo_ranks.draw_apart(plain_rollout, apart, *args)
         )
     options = {"minibatch": 4, "microbatch": 3, "clip": 0.1, **algorithm}
     lr = {"optimizer": {"lr": 0.02}}
@@ -163,13 +163,13 @@ def test_the_log_says_how_far_generation_is_from_training(monkeypatch: pytest.Mo
 
 def test_clipping_before_any_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where generation's log-probs are the old ones and far off, the clip holds tokens back at once."""
-    plain = trainer_module.rollout
+    plain = draw_module.rollout
 
     def far(*args: Any) -> Experience:
         found = ppo_ranks.draw_apart(plain, 0.3, *args)
         return replace(found, logprobs_BS=found.sampled_logprobs_BS)
 
-    monkeypatch.setattr(trainer_module, "rollout", far)
+    monkeypatch.setattr(draw_module, "rollout", far)
     log, calls = small_run(monkeypatch, 0.0)
     metrics, first = log.metrics[0], calls[:2]
     new, start = (np.concatenate([call[i] for call in first]) for i in (0, 1))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.rlhf import controllers
-from puzzle.rlhf.algorithms import groups, policy, ppo
+from puzzle.rlhf.algorithms import groups, policy, ppo, scale
 from puzzle.rlhf.algorithms.surrogate import Surrogate
 from tests.reference import numpy_ppo
 
@@ -103,12 +103,10 @@ def test_whitening_over_ranks(case, ranks):
     rows = case.rows(3.0, 10.0)
     x_BS = case.padded(rows)
     parts = [
-        policy.moments(part, mask)
+        scale.moments(part, mask)
         for part, mask in zip(x_BS.chunk(ranks), case.mask_BS.chunk(ranks), strict=True)
     ]
-    case.check(
-        policy.whiten(x_BS, case.mask_BS, torch.stack(parts).sum(0)), numpy_ppo.whiten(rows), scale=100
-    )
+    case.check(scale.whiten(x_BS, case.mask_BS, torch.stack(parts).sum(0)), numpy_ppo.whiten(rows), scale=100)
 
 
 def backward(sums, leaf_BS, tokens):
@@ -217,7 +215,7 @@ def test_an_empty_micro_batch_is_harmless():
         assert empty.grad is not None
         assert not empty.grad.any()
         assert all(float(x.detach()) == 0 for x in sums)
-    assert not policy.whiten(empty.detach(), nothing, policy.moments(empty.detach(), nothing)).any()
+    assert not scale.whiten(empty.detach(), nothing, scale.moments(empty.detach(), nothing)).any()
 
 
 def test_unknown_estimator():
@@ -262,10 +260,10 @@ def test_equal_scores_are_neither_scaled_nor_blown_up(value, batches):
     state = controllers.RunningMoments()
     for count in batches:
         scores = torch.full((count,), value)
-        state = state.merged(policy.moments(scores, torch.ones(count, dtype=torch.bool)))
+        state = state.merged(scale.moments(scores, torch.ones(count, dtype=torch.bool)))
         assert torch.equal(state.scaled(scores), scores)
-        whole = policy.moments(scores, torch.ones(count, dtype=torch.bool))
-        assert not policy.whiten(scores, torch.ones(count, dtype=torch.bool), whole).any()
+        whole = scale.moments(scores, torch.ones(count, dtype=torch.bool))
+        assert not scale.whiten(scores, torch.ones(count, dtype=torch.bool), whole).any()
 
 
 @pytest.mark.parametrize("value", EQUAL[:4])
@@ -275,20 +273,20 @@ def test_rounding_is_no_spread(value):
     scores[::3] = torch.nextafter(scores[::3], torch.tensor(math.inf))
     mask = torch.ones(16, dtype=torch.bool)
     assert torch.equal(
-        controllers.RunningMoments().merged(policy.moments(scores, mask)).scaled(scores), scores
+        controllers.RunningMoments().merged(scale.moments(scores, mask)).scaled(scores), scores
     )
-    assert not policy.whiten(scores, mask, policy.moments(scores, mask)).any()
+    assert not scale.whiten(scores, mask, scale.moments(scores, mask)).any()
 
 
 @pytest.mark.parametrize("scale", [1e37, 1e6, 1.0, 1e-3])
 def test_a_spread_of_any_size_becomes_1(scale):
     scores = torch.tensor([1.0, 2.0, 3.5, -0.5]) * scale
     mask = torch.ones(4, dtype=torch.bool)
-    state = controllers.RunningMoments().merged(policy.moments(scores, mask))
+    state = controllers.RunningMoments().merged(scale.moments(scores, mask))
     exact = scores.double().numpy()
     expected = exact / np.sqrt(exact.var() + 1e-8)
     np.testing.assert_allclose(state.scaled(scores).numpy(), expected, rtol=1e-5)
-    whitened = policy.whiten(scores, mask, policy.moments(scores, mask)).numpy()
+    whitened = scale.whiten(scores, mask, scale.moments(scores, mask)).numpy()
     np.testing.assert_allclose(
         whitened, (exact - exact.mean()) / np.sqrt(exact.var() + 1e-8), rtol=1e-4, atol=1e-6
     )
@@ -299,7 +297,7 @@ def test_running_moments(batches):
     state = controllers.RunningMoments()
     for batch in batches:
         scores = torch.tensor(batch, dtype=torch.float64)
-        state = state.merged(policy.moments(scores, torch.ones_like(scores, dtype=torch.bool)))
+        state = state.merged(scale.moments(scores, torch.ones_like(scores, dtype=torch.bool)))
         state = controllers.RunningMoments(**json.loads(json.dumps(dataclasses.asdict(state))))
     everything = np.array([x for batch in batches for x in batch])
     assert state.count == everything.size

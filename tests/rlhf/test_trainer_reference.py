@@ -198,10 +198,15 @@ class Bench:
         return {role: {"model": str(path)} for role, path in (lm | value).items()}
 
     def case(self, option: str, kind: str, shape: Shape, **ppo: Any) -> Case:
-        options = {name: value for name, value in OPTIONS[option].items() if name != "batch"}
+        case = self.of(OPTIONS[option], kind, shape, **ppo)
+        return replace(case, stop_ids=(STOP,) if option in ("plain", "whitened") else ())
+
+    def of(self, given: dict[str, Any], kind: str, shape: Shape, **ppo: Any) -> Case:
+        """A case of options that have no name."""
+        options = {name: value for name, value in given.items() if name != "batch"}
         config: dict[str, Any] = {
             "iterations": ITERATIONS,
-            "batch": OPTIONS[option]["batch"],
+            "batch": given["batch"],
             "seed": 11,
             "checkpoint": {"save": False},
             "data": {"prompts": "given", "tokenizer": "bytes", "max_prompt_tokens": 32},
@@ -225,10 +230,9 @@ class Bench:
                 config[role]["layout"] = layout
         generator = torch.Generator().manual_seed(5)
         prompts = tuple(tuple(torch.randint(0, 259, (n,), generator=generator).tolist()) for n in LENGTHS)
-        stops = (STOP,) if option in ("plain", "whitened") else ()
-        return Case(config, prompts, stops, apart=0.5 if "correction" in config["algorithm"] else 0.0)
+        return Case(config, prompts, apart=0.5 if "correction" in config["algorithm"] else 0.0)
 
-    def check(self, case: Case, watches: list[Watch]) -> None:
+    def check(self, case: Case, watches: list[Watch], reward: Any = None) -> None:
         assert not drifted(watches)
         experiences = watches[0].experiences
         known = {k: v for k, v in case.config.items() if k != "layout"}
@@ -237,7 +241,7 @@ class Bench:
         key = repr((named, case.stop_ids, [(e.prompt_ids, e.responses) for e in experiences]))
         if key not in self.truths:
             function = "function" in case.config["reward"]
-            reward = same_for_tokens if function else case.config["reward"]["model"]
+            reward = reward or (same_for_tokens if function else case.config["reward"]["model"])
             self.truths[key] = truth(case, experiences, reward)
         self.agreement += self.truths[key].agreement
         compare(case, watches, self.truths[key])

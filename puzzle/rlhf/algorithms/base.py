@@ -54,6 +54,8 @@ class Algorithm(ABC):
     """Roles with an optimizer; the policy, which generates, first."""
     sums: ClassVar[Mapping[str, tuple[str, ...]]]
     """What the loss of each trained role adds up, beside `loss` itself."""
+    wants_greedy: ClassVar[bool] = False
+    """Whether advantages need the scores of greedy responses (`greedy_scores_P`)."""
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config

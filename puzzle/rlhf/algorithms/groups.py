@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from puzzle.rlhf.algorithms.policy import ClippedPolicy, divisor_of, token_kl
+from puzzle.rlhf.algorithms.policy import ClippedPolicy, token_kl
+from puzzle.rlhf.algorithms.scale import divisor_of, limited
 from puzzle.rlhf.experience import Experience
 
 
@@ -28,8 +29,8 @@ class GroupPolicy(ClippedPolicy):
 
     def advantages(self, experience: Experience, scores_B: Tensor, kl_coef: float) -> Experience:
         """Scores, clipped and less the response's KL where that is part of the reward, within groups."""
-        clip, mask_BS = self.config.reward_clip, experience.mask_BS.to(scores_B.device)
-        rewards_B = (scores_B if clip is None else scores_B.clamp(-clip, clip)).double()
+        mask_BS = experience.counted_BS.to(scores_B.device)
+        rewards_B = limited(scores_B, self.config.reward_clip).double()
         if self.config.kl.place == "reward" and experience.ref_logprobs_BS is not None:
             assert experience.logprobs_BS is not None
             kl_BS = token_kl(experience.logprobs_BS, experience.ref_logprobs_BS, self.config.kl.estimator)

@@ -1,4 +1,4 @@
-"""What algorithms share: KL estimates, standardisation, the clipped surrogate and the policy trained by it.
+"""What algorithms share: KL estimates, a policy's loss and the policy trained by it.
 
 Functions take tensors of any one shape, packed (N,) as well as padded (B, S). Masks are boolean, True at
 response tokens; what lies outside them may hold anything, NaN too, and reaches neither results nor gradients.
@@ -11,7 +11,6 @@ Sources: surrogates, `surrogate.py`; KL estimators, Schulman 2020 (joschu.net/bl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
@@ -22,9 +21,6 @@ from puzzle.rlhf.algorithms.base import Algorithm, Loss, Outputs
 from puzzle.rlhf.algorithms.surrogate import Responses, Surrogate
 
 Estimator = Literal["k1", "k2", "k3"]
-WHITEN_EPS = 1e-8
-RESOLUTION = 2.0**-20
-"""Of float32 values, which differ by 8 units in the last place or less: they are equal but for rounding."""
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
@@ -42,40 +38,6 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Te
     if estimator == "k3":
         return torch.expm1(log_r) - log_r
     raise ValueError(f"KL estimator {estimator!r} is none of k1, k2, k3")
-
-
-def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(3,) float64: sum, sum of squares and count of x inside the mask. Add them over replicas before
-    `whiten`.
-    """
-    inside = torch.where(mask, x, 0.0).double()
-    return torch.stack([inside.sum(), inside.square().sum(), mask.sum().double()])
-
-
-def divisor_of(mean: float, variance: float) -> float | None:
-    """sqrt(variance + 1e-8), what values are divided by to bring their variance to 1.
-
-    None where they are equal but for rounding: a division would blow the rounding up.
-    """
-    if variance <= RESOLUTION**2 * (mean * mean + variance):
-        return None
-    return math.sqrt(variance + WHITEN_EPS)
-
-
-def whiten(x: Tensor, mask: Tensor, moments_3: Tensor) -> Tensor:
-    """Bring the mean and variance of the whole batch (from `moments`) to 0 and 1; 0 outside the mask.
-
-    (x - mean) / sqrt(var + 1e-8), var divided by the count: advantage normalisation of PPO implementations.
-    Values that are all equal become 0.
-    """
-    total, squares, count = moments_3.tolist()
-    if count == 0:
-        return torch.zeros_like(x)
-    mean = total / count
-    divisor = divisor_of(mean, squares / count - mean * mean)
-    if divisor is None:
-        return torch.zeros_like(x)
-    return torch.where(mask, (x - mean) / divisor, 0.0)
 
 
 class PolicySums(NamedTuple):
@@ -181,7 +143,7 @@ class ClippedPolicy(Algorithm):
             outputs.logprobs,
             inputs["old_logprobs"],
             inputs["advantages"],
-            torch.ones_like(outputs.logprobs, dtype=torch.bool),
+            weights_N > 0,
             surrogate=self.surrogate,
             responses=responses,
             weights=weights_N,
@@ -195,8 +157,8 @@ class ClippedPolicy(Algorithm):
         return Loss(found.loss, {name: getattr(found, name) for name in self.sums[role]})
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Averages over the tokens of all steps."""
-        tokens = sums["actor.tokens"]
+        """Averages over the tokens of all steps; 0 where none counted."""
+        tokens = max(sums["actor.tokens"], 1.0)
         return {
             "clip_frac": sums["actor.clipped"] / tokens,
             "approx_kl": sums["actor.approx_kl"] / tokens,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from puzzle.rlhf.algorithms.base import Loss, Outputs
-from puzzle.rlhf.algorithms.policy import ClippedPolicy, moments, token_kl, weighted, whiten
+from puzzle.rlhf.algorithms.policy import ClippedPolicy, token_kl, weighted
+from puzzle.rlhf.algorithms.scale import limited, moments, whiten
 from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience
 
@@ -36,7 +37,7 @@ def token_rewards(
         rewards_BS = scores_B.new_zeros(mask_BS.shape)
     else:
         rewards_BS = torch.where(mask_BS, -kl_coef * kl_BS, 0.0)
-    limited_B = scores_B if score_clip is None else scores_B.clamp(-score_clip, score_clip)
+    limited_B = limited(scores_B, score_clip)
     length_B = mask_BS.sum(dim=1)
     columns_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     last_BS = columns_S == length_B[:, None] - 1

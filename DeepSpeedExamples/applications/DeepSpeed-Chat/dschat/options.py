@@ -136,6 +136,8 @@ def refuse(config: TrainConfig, zero: ZeroOptions, out: Path) -> None:
         raise UserError(
             "algorithm.microbatch_tokens: replicas must run equally many passes; give algorithm.microbatch"
         )
+    if config.algorithm.dynamic_sampling is not None or config.algorithm.name == "remax":
+        raise UserError("algorithm: DeepSpeed-Chat draws once: leave dynamic_sampling and remax out")
     for name, rows in (("batch", config.batch * config.generation.samples), ("minibatch", config.minibatch)):
         if rows % config.world:
             raise UserError(
