@@ -34,7 +34,9 @@ schema.
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, None for a plain value."""
+    """The section that a field holds, None for a plain value, which a list of sections is, too."""
+    if get_origin(annotation) is tuple:
+        return None
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
@@ -50,6 +52,8 @@ def kind(annotation: Any) -> str:
         return f"list of {kind(args[0])}"
     if args and (origin is Union or NoneType in args or origin.__name__ == "UnionType"):
         return " or ".join(dict.fromkeys(kind(a) for a in args))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "sections (below)"
     names = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", NoneType: "`null`"}
     return names[annotation]
 
@@ -82,9 +86,11 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
     """Every section with its dotted name, parents first."""
     yield prefix, model
     for name, info in model.model_fields.items():
-        inner = section_of(info.annotation)
+        inner, listed = section_of(info.annotation), get_args(info.annotation)[:1]
         if inner is not None:
             yield from sections(inner, f"{prefix}.{name}" if prefix else name)
+        elif get_origin(info.annotation) is tuple and section_of(listed[0]) is not None:
+            yield from sections(listed[0], f"{prefix}.{name}[]")
 
 
 def page() -> str:

@@ -1,10 +1,11 @@
 """`puzzle train`: check what can be checked without a device, then start the processes of the run."""
 
+import base64
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from puzzle.errors import UserError
 from puzzle.files import durable, lock
 from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
 from puzzle.rlhf.requirements import check_files, check_packages
-from puzzle.rlhf.rewards.functions import runs_users_code
+from puzzle.rlhf.rewards.weighted import pickled_function, runs_users_code
 from puzzle.runlog import folders
 from puzzle.runlog.past import Past, past_of, read_lines
 
@@ -107,8 +108,10 @@ def start(
     resume: bool = False,
     launcher: Launcher = "local",
     given: Mapping[str, Any] | None = None,
+    reward: Callable[..., Any] | None = None,
 ) -> int:
     """Run `config`, of which the user gave `given`, into `out`, which no other command may write meanwhile.
+    `reward` is the callable that the configuration calls `given`.
 
     A folder of our making does not outlive a refusal before the log began.
     """
@@ -124,33 +127,48 @@ def start(
             raise UserError(f"{out / 'run.jsonl'}: started {said!r} is no time; write ISO 8601") from None
     moment = began.isoformat(timespec="seconds")
     told = (config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
+    sent: Any = reward
+    if reward is not None and (launcher != "local" or config.world > 1 or _apart(config)):
+        sent = base64.b64encode(pickled_function(reward)).decode()
     if place is not None and place.rank > 0:
-        return _attempts(config, out, resume, launcher, told, None)
+        return _attempts(config, out, resume, launcher, told, sent, None)
     folders.check(out)
     with lock.hold(out) as keep:
         try:
             folders.prepare(out, resume, config.checkpoint.save)
-            return _attempts(config, out, resume, launcher, told, keep)
+            return _attempts(config, out, resume, launcher, told, sent, keep)
         except UserError:
             if made and not (out / "run.jsonl").exists():
                 shutil.rmtree(out)
             raise
 
 
+def _apart(config: TrainConfig) -> bool:
+    """Whether a run of one process shall live apart from this one: a user's code can end its process without
+    a word, and who restarts it must outlive it."""
+    return config.launch.max_restarts > 0 or runs_users_code(config)
+
+
 def _attempts(
-    config: TrainConfig, out: Path, resume: bool, launcher: Launcher, told: tuple[Any, ...], keep: int | None
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    launcher: Launcher,
+    told: tuple[Any, ...],
+    reward: Any,
+    keep: int | None,
 ) -> int:
     """Run it; if it dies, resume it, `launch.max_restarts` times at most, but not again after FRUITLESS
-    restarts in a row without a new checkpoint. `told` are the first arguments of `rlhf.process`."""
+    restarts in a row without a new checkpoint. `told` are the first arguments of `rlhf.process`, `reward` is
+    its last one."""
     target, logs, note = "puzzle.rlhf.process:process", out / "ranks", ""
     most = config.launch.max_restarts
-    apart = most > 0 or runs_users_code(config)  # a user's code can end its process without a word
     reached, fruitless = -1, 0
     for restarts in range(most + 1):
-        args = (*told, resume, note)
+        args = (*told, resume, note, reward)
         try:
             if launcher == "local":
-                local.run(target, args, config.world, logs, apart=apart, keep=keep)
+                local.run(target, args, config.world, logs, apart=_apart(config), keep=keep)
             else:
                 launch(launcher, target, args, config.world, logs, config.device, keep)
         except local.WorkerError as error:

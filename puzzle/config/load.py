@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
@@ -165,6 +165,8 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is tuple:
+        return None  # a list of sections is a value
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
@@ -355,11 +357,21 @@ def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replaced_sources(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without the sources that the command line replaces: `--actor.model` puts `actor.init` away."""
+    """`data` without the sources that the command line replaces: `--actor.model` puts `actor.init` away, and
+    reward functions those of the file."""
     kept = dict(data)
     for role in ROLES:
         section = overrides.get(role)
-        given = [key for key in SOURCES if isinstance(section, Mapping) and section.get(key) is not None]
+        given = [key for key in _REPLACED if isinstance(section, Mapping) and section.get(key) is not None]
         if given and isinstance(kept.get(role), Mapping):
-            kept[role] = {k: v for k, v in kept[role].items() if k not in SOURCES or k in given}
+            gone = {other for key in given for other in _REPLACED[key]} - set(given)
+            kept[role] = {k: v for k, v in kept[role].items() if k not in gone}
     return kept
+
+
+_REPLACED = {
+    **dict.fromkeys(("model", "init"), SOURCES),
+    **dict.fromkeys(("function", "url"), (*SOURCES, "functions")),
+    "functions": ("function", "url"),
+}
+"""What a source of a role puts away."""

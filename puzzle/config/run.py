@@ -36,7 +36,7 @@ from puzzle.files.limits import MOST_SEQUENCES
 
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
-SOURCES = ("model", "init", "function")
+SOURCES = ("model", "init", "function", "url")
 TRAINED: dict[str, tuple[Role, ...]] = {
     "ppo": ("actor", "critic"),
     "grpo": ("actor",),
@@ -175,9 +175,10 @@ class TrainConfig(Section):
                 continue
             sources = [key for key in SOURCES if getattr(section, key, None) is not None]
             if len(sources) > 1:
-                raise ValueError(f"{role}: give {' or '.join(sources)}, not both")
-            if not sources:
-                extra = " or reward.function" if role == "reward" else ""
+                more = "; functions adds several up" if role == "reward" else ""
+                raise ValueError(f"{role}: give {' or '.join(sources)}, not both{more}")
+            if not sources and not (role == "reward" and self.reward.functions):
+                extra = " or reward.function (url, functions)" if role == "reward" else ""
                 raise ValueError(f"{role}: no model; give {role}.model, {role}.init{extra}")
         return self
 
@@ -214,8 +215,8 @@ class TrainConfig(Section):
             raise ValueError("data.random_tokens has no text to hold out; give prompts, or no eval_prompts")
         if data.system is not None and not data.chat_template:
             raise ValueError("data.system needs data.chat_template")
-        if data.random_tokens is not None and self.reward.function is not None:
-            raise ValueError("data.random_tokens has no text for reward.function; use reward.model or init")
+        if data.random_tokens is not None and self.reward.parts:
+            raise ValueError("data.random_tokens has no text for reward functions; use reward.model or init")
         if data.random_tokens is not None and self.generation.stop:
             raise ValueError("data.random_tokens has no text in which generation.stop could be found")
         if data.prompts is not None and data.tokenizer is None and self.actor.model is None:
@@ -243,7 +244,7 @@ class TrainConfig(Section):
             )
         if algorithm.reference_free and self.offload.reference:
             raise ValueError("offload.reference: algorithm.reference_free leaves no reference to offload")
-        if self.reward.function is not None and self.offload.reward:
+        if self.offload.reward and not self.reward.has_model:
             raise ValueError("offload.reward: a reward.function has no weights to offload")
         return self
 
@@ -308,13 +309,13 @@ class TrainConfig(Section):
         return self.layout.world
 
     def layouts(self) -> dict[str, LayoutConfig]:
-        """Layout per model in use, and `generation`; a function reward and an unused reference have none."""
+        """Layout per model in use, and `generation`; reward functions and an unused reference have none."""
         named = {role: getattr(self, role).layout for role in ("actor", "generation")}
         if self.critic is not None:
             named["critic"] = self.critic.layout
         if not self.algorithm.reference_free:
             named["reference"] = self.reference.layout
-        if self.reward.function is None:
+        if self.reward.has_model:
             named["reward"] = self.reward.layout
         return named
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt
@@ -17,6 +15,7 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models
 from puzzle.rlhf.overlong import shaped
 from puzzle.rlhf.rollout import require_finite, rollout
+from puzzle.rlhf.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Draws:
     models: Models
     params: SamplingParams
     greedy: bool
-    score: Callable[[Experience, Sequence[Prompt]], Tensor]
+    score: Callable[[Experience, Sequence[Prompt]], Scores]
 
     def iteration(self, iteration: int, clock: StageClock) -> Refilled:
         """An iteration's prompts and responses; with dynamic sampling their raw scores, too."""
@@ -39,9 +38,11 @@ class Draws:
 
         def draw(prompts: Sequence[Prompt]) -> Drawn:
             experience = self._rollout(prompts, iteration, clock)
-            raw = self.score(experience, prompts)
+            scores = self.score(experience, prompts)
             clock.end("inference")
-            return Drawn(prompts, replace(experience, scores_B=raw), shaped(experience, raw, self.config))
+            learned_B = shaped(experience, scores.total_B, self.config)
+            scored = replace(experience, scores_B=scores.total_B, score_parts=scores.parts)
+            return Drawn(prompts, scored, learned_B)
 
         return refilled(self.data.train.next, draw, options.rounds)
 
@@ -57,6 +58,6 @@ class Draws:
         self.models.offload.for_inference()
         if likeliest is None:
             return experience
-        raw = self.score(likeliest, prompts)
+        raw = self.score(likeliest, prompts).total_B
         require_finite(likeliest, {"reward: the score": raw[:, None]})
         return replace(experience, greedy_scores_P=shaped(likeliest, raw, self.config))

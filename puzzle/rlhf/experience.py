@@ -9,7 +9,7 @@ micro-batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,8 @@ class Experience:
     iteration finds out. `logprobs_BS` are those that PPO starts from, `sampled_logprobs_BS` what generation
     gave, `correction_BS` weights made of both; `sampled_tokens` is how many tokens it drew, surplus ones
     included. `greedy_scores_P` are of each prompt's greedy response. The last `fill` groups only keep the
-    batch's shape: no average and no loss counts them. Raises ValueError if rows and prompts do not fit
+    batch's shape: no average and no loss counts them. `score_parts` are the scores (B,) of several rewards by
+    name. Raises ValueError if rows and prompts do not fit
     together or a row is empty.
     """
 
@@ -40,6 +41,7 @@ class Experience:
     fill: int = 0
     greedy_scores_P: Tensor | None = None
     scores_B: Tensor | None = None
+    score_parts: Mapping[str, Tensor] | None = None
     logprobs_BS: Tensor | None = None
     sampled_logprobs_BS: Tensor | None = None
     correction_BS: Tensor | None = None
@@ -148,6 +150,10 @@ def joined(parts: Sequence[Experience], groups: Sequence[tuple[int, int]]) -> Ex
         tuple(parts[part].responses[row] for part, row in rows),
         samples,
         scores_B=taken("scores_B"),
+        score_parts={
+            name: torch.stack([(parts[part].score_parts or {})[name][row] for part, row in rows])
+            for name in parts[0].score_parts or {}
+        },
         logprobs_BS=logprobs_BS,
         sampled_logprobs_BS=logprobs_BS if same else taken("sampled_logprobs_BS"),
         sampled_tokens=sum(part.sampled_tokens or 0 for part in parts),

@@ -47,13 +47,17 @@ class Patience:
         return math.inf if self.limit is None else self.limit
 
 
+class TookTooLong(UserError):
+    """The line about a function whose time was over."""
+
+
 class TimeUp(BaseException):
     """Raised in the function whose time is over."""
 
 
 @contextmanager
 def patience(what: str, allowed: Patience) -> Generator[None]:
-    """The block calls `what`. UserError, saying where it was, if that takes longer than is allowed.
+    """The block calls `what`. TookTooLong, saying where it was, if that takes longer than is allowed.
 
     A thread watches. Native code that keeps Python's lock is not ended before it returns.
     """
@@ -74,7 +78,7 @@ def patience(what: str, allowed: Patience) -> Generator[None]:
         if interrupts:
             signal.signal(INTERRUPT, before)
     if watch.expired:
-        raise UserError(watch.line)
+        raise TookTooLong(watch.line)
 
 
 class _Watch:

@@ -33,6 +33,7 @@ from puzzle.rlhf.algorithms.policy import Estimator, token_kl
 from puzzle.rlhf.console import Reporter
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models
+from puzzle.rlhf.scoring import Scores
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Checkpoint, End, Evaluation, Iteration, Rank, Resume, Trace, Warned
@@ -235,10 +236,10 @@ class Recorder:
         experience: Experience,
         prompts: Sequence[Prompt],
         said: tuple[Sequence[str], Sequence[str]],
-        scores_B: Tensor,
+        scores: Scores,
         held_out: bool = False,
     ) -> None:
-        """Prompts and responses with reward and KL, up to `log.samples` of them.
+        """Prompts and responses with reward, its parts and KL, up to `log.samples` of them.
 
         `prompt_id` is what `data.id_field` holds, else the prompt's position in its file.
         """
@@ -248,11 +249,13 @@ class Recorder:
         if experience.ref_logprobs_BS is not None and experience.logprobs_BS is not None:
             gap = experience.logprobs_BS - experience.ref_logprobs_BS
             kl = torch.where(experience.mask_BS.to(gap.device), gap, 0.0).sum(1).tolist()
-        rewards = scores_B.tolist()
+        rewards = scores.total_B.tolist()
         for row in range(min(len(experience), self.config.log.samples)):
             prompt = prompts[row // experience.samples]
             prompt_id = prompt.index if self.config.data.id_field is None else prompt.id
             fields = {"reward": rewards[row], "prompt_id": prompt_id, "held_out": held_out}
+            if scores.parts:
+                fields["rewards"] = {name: float(part[row]) for name, part in scores.parts.items()}
             if kl is not None:
                 fields["kl"] = kl[row]
             self.writer.sample(iteration, said[0][row], said[1][row], **fields)

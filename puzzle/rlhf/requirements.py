@@ -7,7 +7,7 @@ from puzzle.config.capabilities import missing
 from puzzle.config.run import TrainConfig
 from puzzle.data.prompts import no_columns, read_rows
 from puzzle.errors import UserError
-from puzzle.rlhf.rewards.functions import probe, reward_patience
+from puzzle.rlhf.rewards.weighted import probe
 
 
 def check_packages(config: TrainConfig) -> None:
@@ -23,10 +23,13 @@ def check_packages(config: TrainConfig) -> None:
 def check_files(config: TrainConfig) -> None:
     """UserError for prompt files that cannot be read and for a reward function that cannot be had or
     asks for what they lack; a run finds the same before its log begins."""
-    choose = no_columns
-    if config.reward.function is not None:
-        choose = probe(config.reward.function, reward_patience(config)).columns
-    for key in ("prompts", "eval_prompts"):
-        path = getattr(config.data, key)
-        if path is not None:
-            read_rows(Path(path), config.data.field, config.data.id_field, choose)
+    rewards = probe(config)
+    try:
+        choose = no_columns if rewards is None else rewards.columns
+        for key in ("prompts", "eval_prompts"):
+            path = getattr(config.data, key)
+            if path is not None:
+                read_rows(Path(path), config.data.field, config.data.id_field, choose)
+    finally:
+        if rewards is not None:
+            rewards.close()

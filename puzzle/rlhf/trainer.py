@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
 from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
 from puzzle.rlhf.rewards.batch import RewardBatch
-from puzzle.rlhf.rewards.functions import FunctionReward, reward_function
+from puzzle.rlhf.rewards.weighted import WeightedRewards, function_rewards
 from puzzle.rlhf.rollout import (
     Computation,
     compute_scores,
@@ -55,6 +55,7 @@ from puzzle.rlhf.rollout import (
     sampling_params,
     texts,
 )
+from puzzle.rlhf.scoring import Scorer, Scores
 from puzzle.rlhf.tracer import Tracer
 from puzzle.rlhf.train_step import TrainStep
 from puzzle.rlhf.vocabulary import agree_on_vocabulary
@@ -68,15 +69,17 @@ def train(
     note: str = "",
     given: Mapping[str, Any] | None = None,
     moment: str | None = None,
+    reward: Callable[..., Any] | None = None,
 ) -> None:
     """One process of a run; all of them call this. With `resume`, the run in `out` goes on; `note`: why.
 
     `given` is what the user gave of the configuration, `moment` when the run began (ISO 8601): chat templates
-    write that date, on every rank and after every resume. Raises UserError for what the user can mend.
+    write that date, on every rank and after every resume. `reward` is the function that the configuration
+    calls `given`. Raises UserError for what the user can mend.
     """
     began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
-    function = reward_function(config, give_up)
-    longest = 0.0 if function is None else function.allowed.longest
+    rewards = function_rewards(config, give_up, reward)
+    longest = 0.0 if rewards is None else rewards.longest
     watch = Watch(config.launch.watchdog, local.report, out / "ranks", longest)
     with World.start(config.device, watch=watch) as world:
         try:
@@ -85,12 +88,12 @@ def train(
             sizes = [model.spec.vocab_size for model in plan.models.values()]
             # Random tokens are read by every model as they are.
             vocabulary = min(sizes) if config.data.random_tokens else sizes[0]
-            # Only the rank that calls the function keeps what it reads.
-            first = function is not None and world.rank == 0
-            data = prepare(config, vocabulary, began, function.parameters.columns if first else no_columns)
+            # Only the rank that calls the functions keeps what they read.
+            choose = no_columns if rewards is None or world.rank else rewards.columns
+            data = prepare(config, vocabulary, began, choose)
             check_memory(plan, world)
             world.progress.mark("loading models")
-            trainer = Trainer(plan, data, build_models(plan, world), world, function)
+            trainer = Trainer(plan, data, build_models(plan, world), world, rewards)
             checkpoints = _checkpoints(config, out, trainer.models)
             resumed = trainer.resume(checkpoints) if resume else None
             if resumed is not None and note:
@@ -105,6 +108,9 @@ def train(
             reason = str(error).splitlines()[0].partition(". ")[0]
             remedy = footprint.remedy(ranks[world.rank])
             raise UserError(f"{reason} on rank {world.rank}; {remedy}") from error
+        finally:
+            if rewards is not None:
+                rewards.close()
 
 
 def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
@@ -130,16 +136,16 @@ class Trainer:
         data: RunData,
         models: Models,
         world: World,
-        function: FunctionReward | None,
+        rewards: WeightedRewards | None,
     ) -> None:
-        """`function` is the reward where it is not a model's."""
+        """`rewards` are those that are no model's."""
         self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
         config = plan.config
         self.kl_coef = config.algorithm.kl.coef
         self.algorithm = make_algorithm(config.algorithm)
         self.scores_seen = RunningMoments()
         self.params = sampling_params(config, data.endings.stop_ids)
-        self.function = function
+        self.scorer = Scorer(world, config.reward, rewards)
         agree_on_vocabulary(config, data, models, data.reader is not None)
         self.best = -math.inf
         self.done = 0
@@ -244,13 +250,13 @@ class Trainer:
             assert model.optimizer is not None
             model.optimizer.release()  # awaits the weights of the last step, which belong to training
         clock.end("training")
-        metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
+        metrics = experience_metrics(experience, scores.total_B, self.config.algorithm.kl.estimator)
         metrics |= sampling | correction | overlong_metrics(experience, self.config)
-        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
+        metrics |= {**scores.metrics(), **step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
-        recorder.write(Iteration(iteration, seconds, total, metrics))
+        recorder.write(Iteration(iteration, seconds, total, metrics, self.scorer.spent()))
         recorder.write(self.models.generator.record(self.world, iteration))
         recorder.write(self.models.offload.record(iteration))
         recorder.samples(iteration, experience, prompts, self._texts(experience, prompts), scores)
@@ -260,8 +266,12 @@ class Trainer:
     def _train_step(self, experience: Experience) -> TrainStep:
         return TrainStep(self.algorithm, self.models, self.config, experience, self.kl_coef, self.training)
 
-    def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Tensor]:
-        """The experience with all that training needs, and the raw scores (B,)."""
+    def _inference(self, experience: Experience, prompts: Sequence[Prompt]) -> tuple[Experience, Scores]:
+        """The experience with all that training needs, and the raw scores. Functions compute beside the
+        models."""
+        pending = None
+        if experience.scores_B is None:  # what was drawn for its scores has them
+            pending = self.scorer.begin(lambda: self._reward_batch(experience, prompts))
         asked = {
             INFERRED[role]: self._question(role, experience, prompts) for role in self.plan.inference.roles
         }
@@ -270,9 +280,12 @@ class Trainer:
             name: question.answer(stage.results)
             for (name, question), stage in zip(asked.items(), results, strict=True)
         }
-        raw = answers.pop("scores_B", experience.scores_B)
-        if raw is None:
-            raw = self.score(experience, prompts)
+        model_B = answers.pop("scores_B", None)
+        if experience.scores_B is None:
+            found_scores = self.scorer.finish(pending, model_B)
+        else:
+            found_scores = Scores(experience.scores_B, experience.score_parts or {})
+        raw = found_scores.total_B
         experience = dataclasses.replace(experience, **answers)
         scores, greedy_scores_P = shaped(experience, raw, self.config), experience.greedy_scores_P
         if self.config.algorithm.reward_norm:
@@ -291,7 +304,7 @@ class Trainer:
         require_finite(experience, found)
         experience = self.algorithm.advantages(experience, scores, self.kl_coef)
         require_summable(experience, raw)
-        return experience, raw
+        return experience, found_scores
 
     def _question(self, role: str, experience: Experience, prompts: Sequence[Prompt]) -> Computation:
         """What a role's model computes of the responses: scores, log-probs or values."""
@@ -308,25 +321,20 @@ class Trainer:
         sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.data.reader, stops)
         return compute_scores(reward, sequences, self.config.algorithm)
 
-    def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
-        """float32 (B,): the reward of every row."""
-        reward = self.models.by_role.get("reward")
-        if reward is not None:
-            question = self._about_rewards(reward, experience, prompts)
-            (output,) = self.make_pipeline([reward]).infer([question.input])
-            return question.answer(output.results)
-        assert self.function is not None
-        found: list[float] | UserError = []
-        if self.world.rank == 0:
-            with self.world.progress.busy("the reward function", self.function.allowed.longest):
-                try:
-                    found = self.function(self._reward_batch(experience, prompts))
-                except UserError as error:
-                    found = error
-        found = self.world.share(found)
-        if isinstance(found, UserError):
-            raise found
-        return torch.tensor(found, dtype=torch.float32, device=self.world.device)
+    def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Scores:
+        """What every row scores, for those who cannot wait for inference."""
+        pending = self.scorer.begin(lambda: self._reward_batch(experience, prompts))
+        models = self.models.by_role
+        return self.scorer.finish(
+            pending, self._model_scores(experience, prompts) if "reward" in models else None
+        )
+
+    def _model_scores(self, experience: Experience, prompts: Sequence[Prompt]) -> Tensor:
+        """float32 (B,): the reward model's score of every row."""
+        reward = self.models.by_role["reward"]
+        question = self._about_rewards(reward, experience, prompts)
+        (output,) = self.make_pipeline([reward]).infer([question.input])
+        return question.answer(output.results)
 
     def _reward_batch(self, experience: Experience, prompts: Sequence[Prompt]) -> RewardBatch:
         said, longest = self._texts(experience, prompts), self.config.generation.max_new_tokens
@@ -359,12 +367,15 @@ class Trainer:
             self.models.offload.for_generation()
             answers = [rollout(actor, part, 1, params, 0, generation, endings) for part in parts]
         experience = responses_of(answers)
-        if self.function is not None:
-            scores = self.score(experience, prompts)  # a function may compare responses: it gets them all
-        else:
-            scores = torch.cat([self.score(*pair) for pair in zip(answers, parts, strict=True)])
-        require_finite(experience, {"reward: the score": scores[:, None]})
-        metrics = held_out_metrics(scores)
+        # A function may compare responses: it gets them all.
+        pending = self.scorer.begin(lambda: self._reward_batch(experience, prompts))
+        model_B = None
+        if "reward" in self.models.by_role:
+            model_B = torch.cat([self._model_scores(*pair) for pair in zip(answers, parts, strict=True)])
+        scores = self.scorer.finish(pending, model_B)
+        require_finite(experience, {"reward: the score": scores.total_B[:, None]})
+        self.scorer.spent()  # which is no iteration's
+        metrics = held_out_metrics(scores.total_B) | scores.metrics()
         recorder.write(Evaluation(done, metrics))
         recorder.samples(done, experience, prompts, self._texts(experience, prompts), scores, held_out=True)
         if self.config.checkpoint.best and metrics["reward"] > self.best:

@@ -79,6 +79,9 @@ StageSeconds = Annotated[
     Mapping[str, float],
     Form(f"map exactly the keys {', '.join(STAGES)} to seconds >= 0", _are_stages, _each(float)),
 ]
+SecondsByName = Annotated[
+    Mapping[str, float], Form("map names to seconds >= 0", _map(_is_seconds), _each(float))
+]
 Schema = Annotated[int, Form(f"be {SCHEMA}, the version known here", lambda value: value == SCHEMA)]
 Provenance = Annotated[str, Form(f"be one of {', '.join(PROVENANCES)}", lambda value: value in PROVENANCES)]
 
@@ -143,12 +146,14 @@ class Stage(Record, kind="stage"):
 
 @dataclass(frozen=True)
 class Iteration(Record, kind="iteration"):
-    """One iteration. Stages exclude each other and add up to `e2e_seconds`; a metric may be NaN."""
+    """One iteration. Stages exclude each other and add up to `e2e_seconds`; a metric may be NaN.
+    `reward_seconds`: what reward functions computed, and what of it was waited for."""
 
     iteration: Count
     stage_seconds: StageSeconds
     e2e_seconds: Seconds
     metrics: Metrics
+    reward_seconds: SecondsByName | None = None
 
     def flaw(self) -> str | None:
         total = math.fsum(self.stage_seconds.values())

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
@@ -17,7 +16,8 @@ from puzzle.data.prompts import Prompt, PromptSet, PromptStream
 from puzzle.engine.runtime.world import World
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import build_models
-from puzzle.rlhf.rewards.functions import reward_function
+from puzzle.rlhf.rewards.weighted import function_rewards
+from puzzle.rlhf.scoring import Scores
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Evaluation, Iteration
@@ -59,11 +59,11 @@ class Log:
         experience: Experience,
         _prompts: object,
         _said: object,
-        scores_B: Tensor,
+        scores: Scores,
         held_out: bool = False,
     ) -> None:
         if held_out:
-            self.held_out.append((experience, scores_B.tolist()))
+            self.held_out.append((experience, scores.total_B.tolist()))
         else:
             self.experiences.append(experience)
 
@@ -115,7 +115,7 @@ def configured(**options: Any) -> TrainConfig:
     for key, value in options.items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     if "function" in config["reward"]:
-        config["reward"] = {"function": config["reward"]["function"]}
+        config["reward"] = {"function": config["reward"]["function"], "workers": 0}
     config["generation"] = {"max_new_tokens": 5, **options.get("generation", {})}
     config["actor"] = {"init": INIT, **options.get("actor", {})}
     return TrainConfig.model_validate(config)
@@ -129,7 +129,7 @@ def trainer_of(config: TrainConfig, held_out: int = 7, stop_ids: Sequence[int] =
     data = RunData(
         None, Endings(tuple(stop_ids), tuple(stop_ids)), stream, prompts_of(held_out, 2, first=100)
     )
-    return Trainer(plan, data, build_models(plan, world), world, reward_function(config))
+    return Trainer(plan, data, build_models(plan, world), world, function_rewards(config))
 
 
 def run(trainer: Trainer) -> Log:

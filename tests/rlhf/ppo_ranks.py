@@ -25,7 +25,7 @@ from puzzle.rlhf import draw as draw_module
 from puzzle.rlhf.algorithms import ppo
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models, build_models
-from puzzle.rlhf.rewards.functions import reward_function
+from puzzle.rlhf.rewards.weighted import function_rewards
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Iteration, Simulation, Stage, Switch
@@ -120,7 +120,7 @@ def run_case(world: World, case: Case) -> Watch:
         draw_module.rollout = apart  # ty: ignore[invalid-assignment]
     try:
         data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
-        trainer = Trainer(plan, data, models, world, reward_function(plan.config))
+        trainer = Trainer(plan, data, models, world, function_rewards(plan.config))
         for iteration in range(config.iterations):
             watch.held.append(_bytes(models.generator.runtime))
             trainer.iteration(iteration, Recorder(watch))  # ty: ignore[invalid-argument-type]

@@ -15,7 +15,7 @@ from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.runtime.world import World
 from puzzle.model.weights import boxes
 from puzzle.rlhf.models import build_models
-from puzzle.rlhf.rewards.functions import reward_function
+from puzzle.rlhf.rewards.weighted import function_rewards
 from puzzle.rlhf.trainer import Trainer
 from tests.rlhf.ppo_ranks import Case, Recorder, Watch
 
@@ -29,7 +29,7 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     plan = resolve(config)
     models = build_models(plan, world)
     data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
-    trainer = Trainer(plan, data, models, world, reward_function(plan.config))
+    trainer = Trainer(plan, data, models, world, function_rewards(plan.config))
     checkpoints = Checkpoints(Path(folder), tuple(models.trained.values()))
     trainer.resume(checkpoints)
     watch = Watch()

@@ -115,10 +115,10 @@ def test_a_function_in_a_file(tmp_path, monkeypatch) -> None:
         "def score(responses): return [Of(its_neighbour.VALUE).value] * len(responses)\n"
     )
     reward = FunctionReward(f"{tmp_path}/sub/json.py:score")
-    assert reward(BATCH) == [3.0, 3.0, 3.0]
+    assert reward.score(BATCH) == [3.0, 3.0, 3.0]
     assert sys.modules["json"] is json
     monkeypatch.chdir(tmp_path)
-    assert FunctionReward("sub/json.py:score")(BATCH) == [3.0, 3.0, 3.0]
+    assert FunctionReward("sub/json.py:score").score(BATCH) == [3.0, 3.0, 3.0]
     with pytest.raises(UserError, match=r"absent\.py:f: /.*absent\.py: no such file"):
         FunctionReward("absent.py:f")
 

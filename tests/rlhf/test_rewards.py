@@ -11,7 +11,9 @@ from puzzle.errors import UserError
 from puzzle.launch.local import terminate_as_exit
 from puzzle.rlhf.patience import Patience
 from puzzle.rlhf.rewards.batch import RewardBatch
-from puzzle.rlhf.rewards.functions import FunctionReward, probe
+from puzzle.rlhf.rewards.functions import FunctionReward
+from puzzle.rlhf.rewards.weighted import probe
+from tests.rlhf.one_process import configured
 
 
 def batch_of(prompts, responses, **columns):
@@ -29,8 +31,18 @@ def batch_of(prompts, responses, **columns):
     )
 
 
+def probed(name):
+    """What `puzzle train` finds out before it starts processes."""
+    rewards = probe(configured(reward={"function": name}))
+    assert rewards is not None
+    try:
+        return rewards.columns((), "no data")
+    finally:
+        rewards.close()
+
+
 def call(name, prompts, responses, **columns):
-    return FunctionReward(name)(batch_of(prompts, responses, **columns))
+    return FunctionReward(name).score(batch_of(prompts, responses, **columns))
 
 
 MODULE = """
@@ -162,7 +174,7 @@ def test_bad_scores_name_the_function(name, words):
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, limits[0]), limits[1]))
     try:
         with pytest.raises(UserError, match=words) as raised:
-            score(batch_of(["a", "b"], ["first", "second"]))
+            score.score(batch_of(["a", "b"], ["first", "second"]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "\n" not in str(raised.value)
@@ -184,17 +196,17 @@ def test_all_kinds_of_numbers():
 def test_signals_are_not_the_functions_faults(name, ends):
     score = FunctionReward(f"own_scorers:{name}")
     with terminate_as_exit(), pytest.raises(ends):
-        score(batch_of(["a", "b"], ["first", "second"]))
+        score.score(batch_of(["a", "b"], ["first", "second"]))
 
 
 @pytest.mark.parametrize("name", ["sleeps", "computes", "ends_late"])
 def test_a_function_is_waited_for_as_long_as_its_limit_says(name, capfd):
-    score = FunctionReward(f"own_scorers:{name}", Patience(limit=0.3, notice=0.1))
-    words = rf"own_scorers:{name} computed for more than 0.3 s \(.*own_scorers\.py:\d+\); .* reward.timeout"
+    score = FunctionReward(f"own_scorers:{name}", Patience(limit=2.0, notice=0.1))
+    words = rf"own_scorers:{name} computed for more than 2 s \(.*own_scorers\.py:\d+\); .* reward.timeout"
     with pytest.raises(UserError, match=words):
-        score(batch_of(["a", "b"], ["first", "second"]))
+        score.score(batch_of(["a", "b"], ["first", "second"]))
     notices = capfd.readouterr().err.splitlines()
-    assert [line for line in notices if "has computed for 0.1 s" in line and "reward.timeout: 0.3 s" in line]
+    assert [line for line in notices if "has computed for 0.1 s" in line and "reward.timeout: 2 s" in line]
     # Nothing is left of it that could interrupt what comes next.
     assert call("own_scorers:array", ["", ""], ["", ""]) == [1.0, 1.0]
 
@@ -281,10 +293,10 @@ def test_absent_functions_are_named(name, words):
 
 def test_a_module_that_ends_its_process_is_found_out_in_another_one():
     with pytest.raises(UserError, match="vanishes:f: its import ended the process with exit code 0"):
-        probe("vanishes:f", Patience())
+        probed("vanishes:f")
     with pytest.raises(UserError, match=r"leaves:f: its import raised SystemExit: 0 \(.*leaves\.py:1\)"):
-        probe("leaves:f", Patience())
-    assert probe("own_scorers:lengths", Patience()).required == ("prompts", "responses")
+        probed("leaves:f")
+    probed("own_scorers:lengths")
     assert "own_scorers" not in sys.modules
 
 
@@ -305,14 +317,14 @@ def test_a_fault_in_a_library_is_placed_there():
 
 def test_letters_are_counted():
     score = FunctionReward("puzzle.rlhf.rewards:letter_share")
-    assert score(batch_of(["", "", ""], ["ab c", "a1é!", ""])) == [1.0, 0.25, 0.0]
+    assert score.score(batch_of(["", "", ""], ["ab c", "a1é!", ""])) == [1.0, 0.25, 0.0]
 
 
 def test_sentiment_reads_the_response_alone():
     pytest.importorskip("vaderSentiment")
     score = FunctionReward("puzzle.rlhf.rewards:vader_sentiment")
     texts = ["I love it, great!", "I hate it.", "It is a table."]
-    happy, sad, none = score(batch_of(["awful", "wonderful", "great"], texts))
+    happy, sad, none = score.score(batch_of(["awful", "wonderful", "great"], texts))
     assert happy > 0.5
     assert sad < -0.3
     assert none == 0
@@ -329,5 +341,5 @@ def test_the_process_that_imports_finds_no_modules_in_the_working_folder(
     (tmp_path / "of_mine.py").write_text(source)
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.chdir(tmp_path)
-    probe("of_mine:score", Patience())
+    probed("of_mine:score")
     assert "PYTHONSAFEPATH" not in os.environ

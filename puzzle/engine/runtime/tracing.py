@@ -56,6 +56,7 @@ class Clock:
         self.device = device
         self._runs: list[_Run] = []
         self._notes: list[tuple[str, str, str, Instant, Instant]] = []
+        self._host: list[tuple[str, str, float, float]] = []
         self._origin = self.now()
 
     def now(self) -> Instant:
@@ -78,6 +79,10 @@ class Clock:
         """Something beside the actions began at `start` and ends now."""
         self._notes.append((lane, name, model, start, self.now()))
 
+    def host_span(self, lane: str, name: str, began: float, ended: float) -> None:
+        """Something of the host alone, between two moments of `time.perf_counter`."""
+        self._host.append((lane, name, began, ended))
+
     def runs(self) -> list[tuple[str, Schedule | None, list[tuple[Action, float, float]]]]:
         """(stage, schedule, its actions with start and end in seconds); waits for the device."""
         if self.device.type == "cuda":
@@ -98,6 +103,9 @@ class Clock:
         for lane, name, model, start, end in self._notes:
             times = (start - self._origin, end - self._origin)
             found.append(Span(row, lane, name, *times, category="collective", model=model))
+        for lane, name, began, ended in self._host:
+            times = (began - self._origin.host, ended - self._origin.host)
+            found.append(Span(row, lane, name, *times, category="host"))
         return found
 
 

@@ -28,6 +28,11 @@ class RewardBatch:
         """Responses."""
         return len(self.responses)
 
+    def row(self, row: int) -> RewardBatch:
+        """The batch of one response."""
+        parts = [getattr(self, name)[row : row + 1] for name in ARGUMENTS]
+        return RewardBatch(*parts, {name: values[row : row + 1] for name, values in self.columns.items()})
+
     def argument(self, name: str) -> list[Any]:
         """The list of one name; those of `ARGUMENTS` hide columns of the same name. KeyError for none."""
         return list(getattr(self, name) if name in ARGUMENTS else self.columns[name])

@@ -1,4 +1,4 @@
-"""Rewards that are Python functions of texts. Rewards of models are forwards of the engine.
+"""Rewards that are Python functions, called in this process.
 
 The function and its module are a user's code: whatever they do ends in one line that names them.
 """
@@ -7,30 +7,20 @@ import dis
 import importlib
 import importlib.util
 import inspect
-import multiprocessing
-import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
-from puzzle.launch import fork_server
-from puzzle.launch.local import SAFE_PATH, environment
-from puzzle.rlhf.patience import Patience, end, patience, raised_at, user_line
+from puzzle.rlhf.patience import Patience, patience, raised_at, user_line
 from puzzle.rlhf.rewards.batch import RewardBatch
-from puzzle.rlhf.rewards.scores import checked_scores
-from puzzle.rlhf.rewards.signature import Parameters, parameters
-
-OURS = "puzzle."
-"""Functions of this project need no process of their own."""
+from puzzle.rlhf.rewards.scores import checked_scores, shown
+from puzzle.rlhf.rewards.signature import parameters
 
 
 class FunctionReward:
@@ -53,76 +43,25 @@ class FunctionReward:
         place = _check(self.what, self.function)
         self.parameters = parameters(self.what, self.function, place)
 
-    def __call__(self, batch: RewardBatch) -> list[float]:
-        """Scores, one per response.
+    def columns(self, names: Collection[str], source: str) -> list[str]:
+        """Which columns of a source it reads; UserError for a parameter that is none."""
+        return self.parameters.columns(names, source)
 
-        UserError naming the function when it raises (with its line), gives nonsense (with the response), or
-        takes longer than is allowed.
+    def score(self, batch: RewardBatch, first: int = 0, of: int = 0) -> list[float]:
+        """Scores, one per response; of a batch of `of` (0: this one) these begin at number `first`.
+
+        UserError naming the function when it raises (with its line) or gives nonsense (with the response),
+        TookTooLong when it takes longer than is allowed.
         """
-        with patience(self.what, self.allowed), _users_code(self.what):
+        what = self.what
+        if of and len(batch) == 1:
+            what += f" at response {first + 1} of {of} ({shown(batch.responses[0])})"
+        with patience(what, self.allowed), _users_code(what):
             values, named = self.parameters.arguments(batch)
-            return checked_scores(self.what, self.function(*values, **named), batch.responses)
+            return checked_scores(self.what, self.function(*values, **named), batch.responses, first, of)
 
-
-def reward_patience(config: TrainConfig) -> Patience:
-    """How long a call of the reward function may take, and when the run begins to speak of it."""
-    return Patience(config.reward.timeout, config.launch.watchdog)
-
-
-def reward_function(config: TrainConfig, give_up: Callable[[str], None] = end) -> FunctionReward | None:
-    """The run's reward function, imported; None where the reward is a model. UserError for what it lacks.
-
-    `give_up` is called with a line when it does not let itself be ended after `reward.timeout`.
-    """
-    if config.reward.function is None:
-        return None
-    return FunctionReward(config.reward.function, replace(reward_patience(config), give_up=give_up))
-
-
-def runs_users_code(config: TrainConfig) -> bool:
-    """Whether the run calls a function that is not this project's."""
-    return config.reward.function is not None and not config.reward.function.startswith(OURS)
-
-
-def probe(name: str, allowed: Patience) -> Parameters:
-    """What a function takes; raises the UserError that making a FunctionReward would.
-
-    The import of a user's module happens in a process of its own, for it may end its process.
-    """
-    if name.startswith(OURS):
-        return FunctionReward(name).parameters
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    given = os.environ.get(SAFE_PATH)
-    process = context.Process(target=_probe, args=(name, send, given), daemon=True)
-    with environment(
-        {SAFE_PATH: "1"}
-    ):  # it is `python -c`, which would find modules in the working folder first
-        process.start()
-    fork_server.end_at_exit()
-    send.close()
-    try:
-        with patience(f"reward.function {name}: its import", allowed):
-            found = receive.recv()
-    except EOFError:
-        process.join()
-        found = f"reward.function {name}: its import ended the process with exit code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
-
-
-def _probe(name: str, send: Connection, safe_path: str | None) -> None:
-    if safe_path is None:
-        os.environ.pop(SAFE_PATH, None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends this process
-    try:
-        send.send(FunctionReward(name).parameters)
-    except UserError as error:
-        send.send(str(error))
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def _load(name: str) -> Callable[..., Any]:

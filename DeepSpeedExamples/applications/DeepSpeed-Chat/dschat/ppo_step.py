@@ -29,7 +29,7 @@ from puzzle.model.packing import pack
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.provenance import run_header
 from puzzle.rlhf.recorder import Recorder, describe_rank, experience_metrics
-from puzzle.rlhf.rewards.functions import reward_function
+from puzzle.rlhf.rewards.weighted import function_rewards
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.records import STAGES, UNFAITHFUL, Iteration, RunHeader, Switch, Warned
@@ -89,7 +89,7 @@ def run(plan: RunPlan, zero: ZeroOptions, out: Path, data: RunData, world: World
     obstacle = hybrid_obstacle(zero, world.device) if zero.enable_hybrid_engine else None
     hybrid = zero.enable_hybrid_engine and obstacle is None
     torch.manual_seed(config.seed + world.rank)
-    trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world, reward_function(config))
+    trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world, function_rewards(config))
     trainer.synced = zero.actor_zero_stage == 3
     with Recorder(out, config, world, header(plan, zero, world, hybrid, obstacle)) as recorder:
         if obstacle is not None:
@@ -147,15 +147,15 @@ class ChatTrainer(Trainer):
         step = self._train_step(experience)
         step.run(iteration)
         clock.end("training")
-        metrics = experience_metrics(experience, scores, self.config.algorithm.kl.estimator)
-        metrics |= {**step.metrics(), "kl_coef": self.kl_coef}
+        metrics = experience_metrics(experience, scores.total_B, self.config.algorithm.kl.estimator)
+        metrics |= {**scores.metrics(), **step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         gather = self._gather_seconds()
         self._gathered = 0.0
         seconds["generation"] -= gather
         seconds["switch"] += gather
-        recorder.write(Iteration(iteration, seconds, total, metrics))
+        recorder.write(Iteration(iteration, seconds, total, metrics, self.scorer.spent()))
         recorder.write(Switch(iteration, gather) if gather > 0 else None)
         recorder.samples(
             iteration, experience, prompts, texts(experience, prompts, self.data.tokenizer), scores
