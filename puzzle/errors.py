@@ -38,7 +38,7 @@ TIERS = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"), "engine"),
     **dict.fromkeys(("pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"), "engine"),
     **dict.fromkeys(("tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
-    **dict.fromkeys(("vaderSentiment", "ray", "triton"), "engine"),
+    **dict.fromkeys(("vaderSentiment", "ray", "triton", "requests", "urllib3", "dill"), "engine"),
     "deepspeed": "baseline",
     **dict.fromkeys(("pytest", "hypothesis"), "dev"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,27 @@ def test_examples_in_python_run(
     printed = capsys.readouterr().out
     for shown in blocks(page, "text"):
         assert shown in printed
+
+
+def test_examples_of_rewards_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Functions in files and of Python, two of them in one run; the page's output is theirs."""
+    page = ROOT / "docs" / "rewards.md"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page.name}, example {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    for shown in blocks(page, "text"):
+        assert shown in printed
+    for run in ("given", "several"):
+        rows = [
+            json.loads(line) for line in (tmp_path / f"runs/{run}/samples.jsonl").read_text().splitlines()
+        ]
+        assert len(rows) == 2 * 4
 
 
 def test_the_example_of_an_algorithm_runs() -> None:

@@ -18,6 +18,7 @@ from puzzle.files.path import expanded
 COMMANDS = {
     "train": "train a model by reinforcement learning (PPO, GRPO, ...)",
     "generate": "answer prompts with a model folder",
+    "prompts": "write prompts whose answers can be judged",
     "convert": "turn a GGUF file into a Hugging Face model folder",
     "plan": "plan switches and shared pipelines, without devices",
     "bench": "measure and check on the devices of this host",

@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "old_logprobs": "recompute",
             "kl": {"estimator": "k2", "place": "loss"},
         },
-        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
+        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small", "workers": 0},
     },
     "no reference": {
         "batch": 8,
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "batch": 4,
         "generation": {"samples": 3, "temperature": 0.9},
         "algorithm": {"name": "grpo", "minibatch": 6, "microbatch": 2, "epochs": 2, "kl": {"coef": 0.1}},
-        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small"},
+        "reward": {"function": "tests.rlhf.test_trainer_reference:share_of_small", "workers": 0},
     },
     "leave one out": {
         "batch": 3,

@@ -200,6 +200,7 @@ RIGHT = {
     "be a finite number": number,
     "be a list of finite numbers": lambda v: each(v, list, number),
     "be seconds >= 0": lambda v: number(v) and 0 <= v <= 1e9,
+    "map names to seconds >= 0": lambda v: each(v, dict, lambda one: number(one) and 0 <= one <= 1e9),
     "map names to finite numbers or null": lambda v: each(v, dict, lambda one: one is None or number(one)),
     "map exactly the keys generation, inference, training, switch, other to seconds >= 0": (
         lambda v: type(v) is dict and v.keys() == STAGES.keys()

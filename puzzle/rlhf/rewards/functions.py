@@ -7,11 +7,12 @@ import dis
 import importlib
 import importlib.util
 import inspect
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -156,14 +157,16 @@ def _streams_kept(what: str) -> Generator[None]:
     finally:
         closed = [number for number in kept if not _is_open(number)]
         for number in closed:
-            os.dup2(kept[number], number)
+            with suppress(OSError):  # who closes everything has closed the copy, too
+                os.dup2(kept[number], number)
         for name, stream in streams.items():
             if getattr(stream, "closed", False):
                 number = 1 if name == "stdout" else 2
                 setattr(sys, name, open(number, "w", errors="backslashreplace", closefd=False))  # noqa: SIM115
                 closed.append(number)
         for copy in kept.values():
-            os.close(copy)
+            with suppress(OSError):
+                os.close(copy)
         if closed:
             names = " and ".join({1: "standard output", 2: "standard error"}[n] for n in sorted(set(closed)))
             raise UserError(f"{what} closed {names} of its process; leave it open")

@@ -18,8 +18,8 @@ from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.pool import Limits, PoolReward
 from puzzle.rlhf.rewards.worker import Setup
 
-OURS = "puzzle."
-"""Functions of this project need no process of their own."""
+OURS = "puzzle.rlhf.rewards:"
+"""How the names of functions begin that need no process of their own."""
 GRACE_SECONDS = 30.0
 """So much longer than `reward.timeout` is waited for a part, which ends itself."""
 GIVEN = "given"
