@@ -308,6 +308,19 @@ def test_functions_compute_beside_inference(folder, train) -> None:
     assert seconds["computed"] - seconds["waited"] == pytest.approx(hidden, abs=0.2)
 
 
+def test_the_shipped_trace_hides_a_sleeping_function() -> None:
+    """What logs/README.md says of it."""
+    shipped = Path(__file__).parents[2] / "logs/rewards"
+    timeline = Timeline.from_perfetto(json.loads((shipped / "traces/iteration-3.json").read_text()))
+    spans = {(span.lane, span.name): span for span in timeline.spans}
+    slow, inference = spans["reward slow", "slow"], spans["stage", "inference"]
+    assert inference.start < slow.start < slow.start + 0.6 < slow.end < inference.end
+    (run,) = load_runs(shipped).runs
+    seconds = [iteration.reward_seconds or {} for iteration in run.iterations]
+    assert [0.62 < found["computed"] < 0.7 for found in seconds] == [True] * 4
+    assert max(found["waited"] for found in seconds) < 1e-4
+
+
 def test_a_callable_of_python(folder, train) -> None:
     """In the starting process, in one of its own, and on several ranks; what nobody gave is missed."""
     calls, offset = [], 5.0
