@@ -20,6 +20,7 @@ from puzzle.errors import UserError
 from puzzle.rlhf import provenance
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.recorder import Recorder, Resumed, experience_metrics, held_out_metrics, repetition
+from puzzle.rlhf.scoring import Scores
 from puzzle.runlog import load_runs
 from puzzle.runlog.records import Iteration
 from tests.rlhf.one_process import configured
@@ -123,8 +124,8 @@ def test_samples_say_what_was_asked_answered_and_thought_of_it(
         tmp_path, log={"trace": [], "samples": most, "plots": False}, data={"id_field": field}
     ) as log:
         for held_out in (False, True):
-            log.samples(4, found, PROMPTS, SAID, torch.arange(6.0), held_out)
-        log.samples(5, replace(found, logprobs_BS=None), PROMPTS, SAID, torch.arange(6.0))
+            log.samples(4, found, PROMPTS, SAID, Scores(torch.arange(6.0)), held_out)
+        log.samples(5, replace(found, logprobs_BS=None), PROMPTS, SAID, Scores(torch.arange(6.0)))
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     count = min(6, most)
     assert len(lines) == 3 * count

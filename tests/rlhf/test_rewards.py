@@ -307,7 +307,8 @@ def test_a_module_whose_import_does_not_end_is_ended(tmp_path):
     (tmp_path / "endless.py").write_text(source)
     with pytest.raises(UserError, match="endless:f: its import computed for more than 3 s"):
         probed("endless:f", timeout=3.0)
-    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+    began = tmp_path / "pid"  # not there, where the host was too busy to come so far
+    assert not began.exists() or not Path(f"/proc/{began.read_text()}").exists()
 
 
 def test_a_fault_in_a_library_is_placed_there():
