@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 
 from puzzle.config.algorithm import COMPARING, AlgorithmConfig
 from puzzle.config.renamed import modernised
+from puzzle.config.reward import RewardConfig
 from puzzle.config.sections import (
     CheckpointConfig,
     Count,
@@ -25,7 +26,6 @@ from puzzle.config.sections import (
     LogConfig,
     ModelConfig,
     OffloadConfig,
-    RewardConfig,
     Section,
     Seed,
     Sequences,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzle.config.sections import MODEL_PART, RewardConfig
+from puzzle.config.reward import MODEL_PART, RewardConfig
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.rlhf.rewards.batch import RewardBatch

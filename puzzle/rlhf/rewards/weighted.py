@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from puzzle.config.reward import RewardPart
 from puzzle.config.run import TrainConfig
-from puzzle.config.sections import RewardPart
 from puzzle.errors import UserError
 from puzzle.rlhf.patience import Patience, end
 from puzzle.rlhf.rewards import server
