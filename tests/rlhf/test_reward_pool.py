@@ -255,6 +255,22 @@ def test_several_rewards_are_added_and_logged_by_name(folder, train) -> None:
         assert row["reward"] == pytest.approx(total, rel=1e-6)
 
 
+def test_parts_stay_with_their_responses_where_groups_are_drawn_again(folder, train) -> None:
+    """Dynamic sampling scores before inference, and puts a batch together of several draws."""
+    options = ("--algorithm.name", "grpo", "--algorithm.dynamic_sampling.rounds", "2")
+    assert train("out", "--reward.functions", BOTH, *options) == (0, "")
+    (run,) = load_runs(folder / "out").runs
+    assert max(found.metrics["sampling_rounds"] for found in run.iterations) > 0
+    for row in samples(folder / "out"):
+        text, weight = row["response"], 1 + int(row["prompt"][-1])
+        parts = {"vowels": sum(c in "aeiou" for c in text), "long": weight * len(row["prompt"] + text)}
+        assert row["rewards"] == parts
+        assert row["reward"] == np.float32(2.0 * parts["vowels"] - 0.5 * parts["long"])
+    for found in run.iterations:
+        assert found.reward_seconds is not None
+        assert found.reward_seconds["computed"] > 0
+
+
 def test_equal_runs_however_functions_are_called(folder, train) -> None:
     """In the trainer, in one process, in several, under two ranks, and resumed in between."""
     options = ("--reward.functions", BOTH, "--checkpoint.every", "1", "--iterations", "2")
