@@ -214,6 +214,7 @@ def test_shards_are_counted_as_such(runs: dict) -> None:
         (["--dtype", "fp16"], "fp16 is not supported"),
         (["--checkpoint.every", "2"], "the baseline is run for its log"),
         (["--algorithm.microbatch_tokens", "64"], "replicas must run equally many passes"),
+        (["--algorithm.correction.kind", "truncate"], "generate gives no log-probs to correct"),
         (["--actor.layout.pp", "2"], "layout"),
         (["--enable_cuda_graph", "--enable_hybrid_engine", "--actor_zero_stage", "3"], "below 3"),
         (["--enable_cuda_graph", "--enable_hybrid_engine"], "one length"),
