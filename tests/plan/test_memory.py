@@ -351,12 +351,30 @@ def test_limits_are_those_of_who_keeps_them() -> None:
     assert memory.PREFILL_TOKENS == decode_ring.PREFILL_TOKENS
 
 
+def test_logits_of_a_pass_are_two_blocks_or_one_beside_the_gradients_made_of_it() -> None:
+    """float32 logits of all answers, up to a limit; their gradients in half precision, the head's, and those
+    of hidden states, summed in float32 and then halved. A stage before the last has none."""
+    layout = Layout.even(1, 2, 1, 4)
+    for answers, vocabulary in ((48, 259), (1, 259), (5000, 259), (1 << 16, 515)):
+        spec = spec_of(vocab_size=vocabulary)
+        block = 4 * min(1 << 24, answers * vocabulary)
+        for item, trained in ((2, False), (2, True), (4, True)):
+            use = memory.Use("actor", spec, Placement.default(layout), item, trained)
+            head, hidden = vocabulary * 64 * item, answers * 64 * (4 + item)
+            needed = max(2 * block, block + block // (4 // item) + head + hidden) if trained else 2 * block
+            assert memory.Activations(use, 1, 2 * answers, answers).logits() == needed
+            assert memory.Activations(use, 0, 2 * answers, answers).logits() == 0
+    value = memory.Use("critic", spec_of(value=True), Placement.default(layout), 2, True)
+    assert memory.Activations(value, 1, 96, 48).logits() == 0
+
+
 @pytest.mark.parametrize(("prefill", "decode"), [(None, None), (1, 3), (100, 100)])
+@pytest.mark.parametrize("vocabulary", [259, 100_003])
 def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
-    prefill: int | None, decode: int | None
+    prefill: int | None, decode: int | None, vocabulary: int
 ) -> None:
     """Of 10 sequences on two replicas of two stages: five each, in passes of three where nothing is said."""
-    spec, layout = spec_of(), Layout.even(1, 2, 2, 4)
+    spec, layout = spec_of(vocab_size=vocabulary), Layout.even(1, 2, 2, 4)
     work = memory.Work(
         batch=10, minibatch=2, prompt=24, response=8, microbatch=1, prefill=prefill, decode=decode
     )
@@ -367,7 +385,7 @@ def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
             held = memory.rank_memory(rank, [use], use, work, memory.Switched(), False).stages["generation"]
             p = layout.coord(rank).p
             layer = memory.Activations(use, p, 24 * rows, 0).forward()
-            logits = (1 if fused else 4) * 4 * share * 259 if p == 1 else 0
+            logits = (1 if fused else 4) * 4 * share * vocabulary if p == 1 else 0
             assert held["generation kv cache"] == 2 * 2 * 2 * 5 * 2 * 32 * 8
             terms = {name: n for name, n in held.items() if name.endswith(WHAT)}
             assert list(terms.values()) == [max(layer, logits)]
