@@ -47,7 +47,7 @@ def _layout(side: Mapping[str, Any]) -> str:
 
 def _matrix(axes: Axes, sent: np.ndarray, ranks: list[int]) -> None:
     most = sent.max() or 1.0
-    axes.imshow(np.ma.masked_equal(sent, 0.0), cmap="Blues", vmin=0.0, vmax=most, aspect="auto")
+    axes.imshow(np.ma.masked_equal(sent, 0.0), cmap="Blues", vmin=0.0, vmax=most)
     axes.set_xlabel("receiver", fontsize=SMALL)
     axes.set_ylabel("sender", fontsize=SMALL)
     every = -(-len(ranks) // LABELLED)

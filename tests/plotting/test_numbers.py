@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plotting import __main__ as page
 from plotting import ablation, figure10, figure12, table3
 from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.selection import Pool
+from plotting.selection import Pool, agree
 from plotting.speedups import figure8, figure9, figure11
 from plotting.stats import mean, of
 from puzzle.errors import UserError
@@ -76,6 +76,23 @@ def test_without_a_baseline_every_bar_is_a_gap():
     rows = rows_of(figure8, [run("base"), run("opt")])
     assert [row.gap for row in rows.values() if row.unit == "1"] == ["no log", "no baseline", "no baseline"]
     assert [row.value for row in rows.values() if row.unit == "s"] == [None, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("printed", "same"),
+    [
+        ({"e2e": (9.0, 2.0, 4.0)}, True),
+        ({"e2e": (9.0, 2.0, 4.0), "training": (1.0,)}, True),  # one may print more
+        ({"e2e": (9.0, 2.0, 4.0 * (1 + 1e-12))}, True),
+        ({"e2e": (9.0, 2.0, 4.1)}, False),
+        ({"e2e": (9.0, 2.0)}, False),
+        ({"e2e": (9.0, 2.0, 4.0, 5.0)}, False),
+        ({"training": (9.0, 2.0, 4.0)}, False),  # nothing to tell by
+    ],
+)
+def test_logs_of_one_run_print_the_same(printed, same):
+    assert agree(run(), run(printed=printed)) is same
+    assert agree(run(printed=printed), run()) is same
 
 
 def test_clusters_and_pairs_come_from_the_runs_in_order_of_size():

@@ -274,6 +274,11 @@ def test_nan_and_infinity_are_no_json():
             decode(json.dumps(iteration(metrics={"kl": value})).encode())
 
 
+@pytest.mark.parametrize(("critic", "pair"), [("350M", "7B/350M"), (None, "7B")])
+def test_a_pair_is_the_actor_alone_without_a_critic(critic, pair):
+    assert texts.header(critic=critic).pair == pair
+
+
 def test_another_schema_version_is_said():
     record = {**as_dict(encode(Line(0, texts.header()))), "schema": 7}
     with pytest.raises(BadLine, match="schema of run must be 1"):

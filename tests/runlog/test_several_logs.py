@@ -195,6 +195,7 @@ def test_the_batch_is_what_name_arguments_or_lines_say(
     lines += [
         one.replace("global_batch_size: 128", f"global_batch_size: {printed}") for one in blocks((0, 1.0))
     ]
+    lines += [one.replace("global_batch_size: 128", "global_batch_size: 32") for one in blocks((1, 1.0))]
     put(tmp_path, name.format("+0800"), texts.as_bytes(lines))
     (run,) = load_runs(tmp_path).runs
     assert run.config.get("global_batch_size") == batch
