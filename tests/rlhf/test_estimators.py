@@ -15,6 +15,7 @@ from puzzle.config.algorithm import COMPARING
 from puzzle.config.run import TRAINED
 from puzzle.rlhf.algorithms import ALGORITHMS, make_algorithm
 from puzzle.rlhf.algorithms.average import token_weights
+from puzzle.rlhf.algorithms.base import Outputs
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.overlong import overlong_metrics, overlong_rewards, shaped
 from tests.reference import numpy_ppo
@@ -188,6 +189,20 @@ def test_fill_is_in_no_average(case: Case, average: Any, size: int) -> None:
     counted = range(case.counted)
     whole = e.tokens(counted) / (9 * len(counted)) if average == "constant" else 1.0
     assert total == pytest.approx(whole, rel=1e-5)
+
+
+def test_fill_is_in_no_metric() -> None:
+    """Beyond every clip and far from the old policy, but of weight 0."""
+    algorithm = make_algorithm(configured(algorithm={"name": "grpo"}, generation={"samples": 2}).algorithm)
+    zero = torch.zeros(4)
+    inputs = {"old_logprobs": zero, "ref_logprobs": zero, "advantages": torch.ones(4)}
+    logprobs, weights = torch.tensor([0.5, 0.0, 3.0, 3.0]), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    found = algorithm.loss("actor", Outputs(logprobs), inputs, weights, 0.1)
+    sums = {f"actor.{name}": float(value) for name, value in found.sums.items()}
+    assert sums["actor.tokens"] == 2
+    metrics = algorithm.metrics(sums)
+    assert metrics["clip_frac"] == 0.5
+    assert metrics["approx_kl"] == pytest.approx((np.exp(0.5) - 1.5) / 2)
 
 
 def test_a_minibatch_of_fill_alone_has_no_weight() -> None:
