@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.errors import UserError
-from puzzle.launch.local import Death, WorkerError, first_of, raise_death
+from puzzle.launch.deaths import Death, first_of
+from puzzle.launch.local import WorkerError, raise_death
 from puzzle.launch.network import address_towards, listen
 
 BEAT_SECONDS = 1.0

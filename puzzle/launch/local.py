@@ -33,6 +33,7 @@ from puzzle.errors import (
     terminate_as_exit,
 )
 from puzzle.launch import fork_server
+from puzzle.launch.deaths import DONE, Death, causes, death_of, first_of, server_death
 from puzzle.launch.network import LOOPBACK, choose_interfaces, listen
 
 # What the user can mend about files; other OSErrors, such as a lost connection, follow from another's death.
@@ -42,8 +43,6 @@ REPORT = "PUZZLE_REPORT"
 """Variable that tells a worker the file descriptor on which its launcher listens."""
 SAFE_PATH = "PYTHONSAFEPATH"
 """Variable that keeps the working folder off a new interpreter's path."""
-DONE = "done"
-"""What a worker reports at the end of its work: who ends without it has failed, whatever its exit code."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 MOST_PER_CORE = 16
@@ -57,20 +56,6 @@ class WorkerError(Exception):
     def __init__(self, line: str, code: int) -> None:
         super().__init__(line)
         self.code = code
-
-
-@dataclass(frozen=True)
-class Death:
-    """Why a worker ended: `kind` is user, hang, signal, exit (of itself, without a word) or error; `when` is
-    the host's clock in seconds. `trace` is for programmers, where there is no file for it.
-    """
-
-    rank: int
-    kind: str
-    line: str
-    code: int
-    when: float
-    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,11 +161,13 @@ def host(
             death = _watch(workers, reports, share.first)
             if death is not None:
                 untold = any(worker.exitcode == UNTOLD for worker in workers)
-                death = first_of([death, _server_death(share.first, SETTLE_SECONDS if untold else 0.0)])
+                death = first_of([death, server_death(share.first, SETTLE_SECONDS if untold else 0.0)])
             ending = PEER_ENDED
-        except (ConnectionError, EOFError):
+        except (ConnectionError, EOFError) as error:
             ending = PEER_ENDED
-            death = _server_death(share.first, SETTLE_SECONDS)
+            # Told to end, or a worker could not be started. What a worker has told already may be the cause.
+            dead = server_death(share.first, 0.0 if type(error) is ConnectionError else SETTLE_SECONDS)
+            death = first_of([dead, *causes(workers, reports, share.first)])
             if death is None:
                 raise
         finally:
@@ -291,61 +278,16 @@ def _watch(workers: Sequence[Any], reports: Sequence[Connection], first: int) ->
         for sentinel in wait(list(running)):
             number = running.pop(sentinel)
             workers[number].join()
-            death = _death(first + number, workers[number], reports[number])
+            death = death_of(first + number, workers[number], reports[number])
             if death is not None:
                 deadline = time.monotonic() + SETTLE_SECONDS
                 while running and (left := deadline - time.monotonic()) > 0:
                     for other in wait(list(running), timeout=left):
                         workers[running.pop(other)].join()
                 others = [n for n in range(len(workers)) if n != number and not reports[n].closed]
-                return first_of([death, *(_death(first + n, workers[n], reports[n]) for n in others)])
+                return first_of([death, *(death_of(first + n, workers[n], reports[n]) for n in others)])
             reports[number].close()
     return None
-
-
-def _death(rank: int, worker: Any, report: Connection) -> Death | None:
-    """Why a worker ended, or is about to; None for one that runs on or has done its work."""
-    kind = ""
-    code = -signal.SIGTERM if worker.exitcode == TERMINATED else worker.exitcode  # see `leave`
-    if report.poll():
-        with contextlib.suppress(EOFError):
-            when, kind, line, trace = report.recv()
-            if kind != DONE:
-                return Death(rank, kind, line, 2 if kind == "user" else 1, when, trace)
-    if code is None or (code == 0 and kind == DONE):
-        return None
-    if code < 0:
-        return Death(rank, "signal", _killed(-code), 128 - code, time.time())
-    when = "after" if kind == DONE else "before"
-    line = f"ended with exit code {code} {when} its work was done (os._exit, as a reward may call it)"
-    return Death(rank, "exit", line, code or 1, time.time())
-
-
-def _killed(number: int) -> str:
-    name = signal.Signals(number).name
-    hints = {"SIGKILL": " (out of memory, or by hand)", "SIGTERM": " (by hand, or a scheduler)"}
-    return f"killed by {name}{hints.get(name, '')}"
-
-
-def _server_death(rank: int, patience: float = 0.0) -> Death | None:
-    """The death of the fork server, told as that of the first rank: nobody hears of its ranks any more."""
-    code = fork_server.ended(patience)
-    if code is None:
-        return None
-    how = _killed(-code) if code < 0 else f"ended with exit code {code}"
-    return Death(rank, "signal", f"its fork server was {how}", 128 + abs(code), time.time())
-
-
-def first_of(deaths: Sequence[Death | None]) -> Death | None:
-    """The cause among deaths: user errors, hangs (which end all), signals (an abort may follow a lost peer),
-    exits without a word (who loses a peer has one to say), then by time."""
-    order = {"user": 0, "hang": 1, "signal": 2, "exit": 3, "error": 4}
-
-    def key(death: Death) -> tuple[int, float]:
-        follows = death.kind == "signal" and death.code == 128 + signal.SIGABRT
-        return (5 if follows else order[death.kind], death.when)
-
-    return min((death for death in deaths if death is not None), key=key, default=None)
 
 
 def _end(workers: Sequence[Any], number: int) -> None:

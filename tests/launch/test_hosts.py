@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from puzzle.launch.deaths import Death
 from puzzle.launch.hosts import OVER, AgentMonitor
-from puzzle.launch.local import Death, WorkerError
+from puzzle.launch.local import WorkerError
 
 FOLLOWS = Death(0, "error", "RuntimeError: Connection closed by peer", 1, time.time())
 

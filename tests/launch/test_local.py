@@ -141,6 +141,26 @@ def test_a_dead_fork_server_is_named_and_its_workers_end(tmp_path):
     assert not of_test(tmp_path)
 
 
+@pytest.mark.parametrize(("target", "said"), [("accuse", "hang rank 7 hangs"), ("sleep", "told to end")])
+def test_an_agent_that_is_told_to_end_hands_on_what_its_workers_have_told(tmp_path, target, said):
+    """The death that it is told for may follow from what they know: a rank is killed because it hangs."""
+    code = (
+        "import signal, sys; from pathlib import Path; from puzzle.launch import local, network\n"
+        "signal.signal(local.PEER_ENDED, local.peer_ended)\n"
+        "share = local.Share(2, 0, 2, '127.0.0.1', network.listen('127.0.0.1').port)\n"
+        "try: death = local.host(sys.argv[2], (Path(sys.argv[1]),), share, None)\n"
+        "except ConnectionError: print('told to end')\n"
+        "else: print(death.kind, death.line)"
+    )
+    marked = {**os.environ, "PUZZLE_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, str(tmp_path), f"{TARGETS}:{target}"]
+    agent = subprocess.Popen(words, env=marked, stdout=subprocess.PIPE, text=True)
+    pids(tmp_path, 2)
+    agent.send_signal(local.PEER_ENDED)
+    assert agent.communicate(timeout=60)[0] == f"{said}\n"
+    assert not of_test(tmp_path)
+
+
 def test_what_ranks_are_forked_from_asks_for_no_device():
     """CUDA that was asked for anything works in no process that is forked afterwards."""
     code = (
