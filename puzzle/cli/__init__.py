@@ -20,7 +20,7 @@ COMMANDS = {
     "generate": "answer prompts with a model folder",
     "prompts": "write prompts whose answers can be judged",
     "convert": "turn a GGUF file into a Hugging Face model folder",
-    "plan": "plan switches and shared pipelines, without devices",
+    "plan": "plan switches and shared pipelines, predict iterations, without devices",
     "bench": "measure and check on the devices of this host",
     "campaign": "run the experiments of the figures, then draw them",
 }

@@ -4,6 +4,9 @@ from puzzle.cli import dispatch
 
 PLANS = {
     "switch": "what a change of layout moves, from where to where",
+    "predict": "what an iteration of a configuration takes, stage by stage",
+    "compare": "what runs took beside what is predicted for them",
+    "calibrate": "constants of the prediction from measured runs",
     "fuse": "which models share a pipeline, and what it saves",
 }
 

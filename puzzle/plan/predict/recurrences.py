@@ -33,6 +33,9 @@ def forward_makespan(costs: Sequence[StageCosts], counts: Sequence[int]) -> floa
     A stage sends unit k once unit k - 1 has left, which is received from the end of unit k - 3 on.
     """
     last = len(costs[0].forward) - 1
+    if len(costs) == 1:
+        model = costs[0]
+        return sum(model.forward) + last * model.hop + (counts[0] - 1) * max(model.forward)
     free = [0.0] * (last + 1)
     behind = [free] * 3
     for model, count in zip(costs, counts, strict=True):

@@ -1,0 +1,53 @@
+"""`puzzle plan predict`: what an iteration of a configuration takes, stage by stage, without devices."""
+
+from __future__ import annotations
+
+import json
+
+from puzzle.cli import Parser, named
+from puzzle.cli.workloads import workload_of
+from puzzle.config.load import load_config
+from puzzle.config.resolve import resolve
+from puzzle.plan.predict.calibration import Calibration, read_calibration
+from puzzle.plan.predict.iteration import predict
+
+STAGES = ("switch", "generation", "inference", "training")
+
+
+def run(arguments: list[str]) -> int:
+    """Print seconds per stage, and what they rest on."""
+    parser = Parser(
+        prog="puzzle plan predict",
+        description="Predict an iteration; keys of the configuration are options, as in `puzzle train`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=named, required=True, metavar="FILE", help="YAML file")
+    parser.add_argument(
+        "--calibration", required=True, metavar="C", help="a file, or a name such as published-orion"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given, overrides = parser.parse_known_args(arguments)
+    calibration = read_calibration(given.calibration)
+    plan = resolve(load_config(given.config, overrides))
+    seconds = predict(workload_of(plan), calibration.rates)
+    stages = {name: getattr(seconds, name) for name in STAGES}
+    if given.json:
+        numbers = {"stages": stages, "end_to_end": seconds.total, "rates": calibration.rates.values()}
+        print(json.dumps({**numbers, "calibration": given.calibration, "engine": calibration.engine}))
+        return 0
+    lines = [f"{name:<12}{value:10.3f} s" for name, value in stages.items()]
+    print("\n".join([*lines, f"{'end to end':<12}{seconds.total:10.3f} s", *_grounds(calibration)]))
+    return 0
+
+
+def _grounds(calibration: Calibration) -> list[str]:
+    """What a prediction rests on, and what it knows nothing of."""
+    runs = ", ".join(calibration.runs) or "no run: all constants are expected"
+    found = [
+        f"for {calibration.device}, engine {calibration.engine}, {calibration.taken}; calibrated on {runs}"
+    ]
+    found.append("  ".join(f"{name} {value:.3g}" for name, value in calibration.rates.values().items()))
+    if not calibration.tensor_parallel:
+        found.append("no tensor-parallel run was measured: expect layouts with tp to be 6-9 % off")
+    found.append("all sequences at full length; one rate for links inside nodes and between them")
+    return found

@@ -1,0 +1,149 @@
+"""A whole PPO iteration in virtual time, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from puzzle.plan.layout import Layout
+from puzzle.plan.memory import PREFILL_TOKENS
+from puzzle.plan.predict.passes import ITEM, Pass, decode_stages, stage_costs
+from puzzle.plan.predict.rates import Rates
+from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_makespan
+from puzzle.plan.predict.shares import local_share
+from puzzle.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a stage of the iteration, and how it lies."""
+
+    spec: ModelSpec
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one iteration runs, all sequences at full length.
+
+    Attributes:
+        actor: the policy as it trains; `generation` is the layout in which it generates.
+        trained, inferred: the models of both stages, in the order in which they run.
+        stepped: how many of the trained ones, the first, the optimizer steps (published bulk runs: one).
+        sequences, minibatch: of an iteration, and of an optimizer step, over all replicas.
+        steps: optimizer steps.
+        microbatch, prefill, decode: sequences of one pass (None: no limit, or an even share per stage).
+        fuse_training, fuse_inference: the models of the stage share a pipeline.
+        split, recompute: backwards are split; they compute their forwards again.
+    """
+
+    actor: Part
+    generation: Layout
+    trained: tuple[Part, ...]
+    inferred: tuple[Part, ...]
+    stepped: int
+    sequences: int
+    minibatch: int
+    steps: int
+    prompt: int
+    response: int
+    microbatch: int | None
+    prefill: int | None = None
+    decode: int | None = None
+    fuse_training: bool = False
+    fuse_inference: bool = False
+    split: bool = False
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the stages of one iteration."""
+
+    generation: float
+    inference: float
+    training: float
+    switch: float
+
+    @property
+    def total(self) -> float:
+        """End to end."""
+        return self.generation + self.inference + self.training + self.switch
+
+
+def predict(work: Workload, rates: Rates) -> Seconds:
+    """Seconds of every stage of an iteration; O(stages x micro-batches)."""
+    return Seconds(
+        _generation(work, rates), _inference(work, rates), _training(work, rates), _switch(work, rates)
+    )
+
+
+def _cut(sequences: int, dp: int, size: int | None) -> tuple[int, int]:
+    """Sequences of a micro-batch of the largest replica, and how many there are."""
+    rows = -(-sequences // dp)
+    each = min(rows, size or rows)
+    return each, -(-rows // each)
+
+
+def _pipeline(
+    parts: Sequence[Part], work: Workload, sequences: int, rates: Rates, trained: bool
+) -> tuple[list[StageCosts], list[int]]:
+    """Costs and numbers of micro-batches of models in one pipeline, which have logits at every position."""
+    length, costs, counts = work.prompt + work.response, [], []
+    for part in parts:
+        rows, count = _cut(sequences, part.layout.dp, work.microbatch)
+        one = Pass(rows * length, length, rows * length)
+        again = trained and work.recompute
+        found = stage_costs(part.spec, part.layout, one, rates, trained=trained, recompute=again)
+        costs.append(found if work.split else StageCosts(found.forward, found.backward))
+        counts.append(count)
+    return costs, counts
+
+
+def _inference(work: Workload, rates: Rates) -> float:
+    if work.fuse_inference:
+        return forward_makespan(*_pipeline(work.inferred, work, work.sequences, rates, False))
+    return sum(
+        forward_makespan(*_pipeline([part], work, work.sequences, rates, False)) for part in work.inferred
+    )
+
+
+def _training(work: Workload, rates: Rates) -> float:
+    if work.fuse_training:
+        passes = training_makespan(*_pipeline(work.trained, work, work.minibatch, rates, True))
+    else:
+        passes = sum(
+            training_makespan(*_pipeline([part], work, work.minibatch, rates, True)) for part in work.trained
+        )
+    return work.steps * (passes + sum(_step(part, rates) for part in work.trained[: work.stepped]))
+
+
+def _step(part: Part, rates: Rates) -> float:
+    """An optimizer step of the rank's own rows, and the sums and spreads over replicas around it."""
+    layout = part.layout
+    held = part.spec.parameters / (layout.tp * layout.pp)
+    spread = 2 * (layout.dp - 1) / layout.dp * ITEM * held / rates.bus
+    return rates.step_bytes * held / layout.dp / rates.memory + spread
+
+
+def _generation(work: Workload, rates: Rates) -> float:
+    """Prefill through the pipeline, then a step of the decode ring per token but the first."""
+    spec, layout = work.actor.spec, work.generation
+    rows = -(-work.sequences // layout.dp)
+    share = -(-rows // layout.pp)
+    size, count = _cut(rows, 1, min(work.prefill or share, max(1, PREFILL_TOKENS // work.prompt)))
+    one = Pass(size * work.prompt, work.prompt, size)
+    costs = stage_costs(spec, layout, one, rates, trained=False)
+    prefill = forward_makespan([StageCosts(costs.forward)], [count])
+    size, count = _cut(rows, 1, work.decode or share)
+    ring = decode_stages(spec, layout, size, work.prompt + work.response / 2, rates)
+    return prefill + (work.response - 1) * ring.step(count)
+
+
+def _switch(work: Workload, rates: Rates) -> float:
+    """What a rank lacks of its weights of generation, by messages at the one rate that is known of them."""
+    source, destination = work.actor.layout, work.generation
+    if source == destination:
+        return 0.0
+    held = ITEM * work.actor.spec.parameters / (destination.tp * destination.pp)
+    return (1 - local_share(source, destination)) * held / rates.message

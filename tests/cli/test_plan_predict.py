@@ -1,0 +1,103 @@
+"""`puzzle plan predict`, `compare` and `calibrate` from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+from puzzle.plan.predict.calibration import read_calibration
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "logs" / "published"
+CONFIG = """\
+actor: {init: {preset: 7b}}
+critic: {init: {preset: 7b}}
+reward: {init: {preset: 7b}}
+layout: {tp: 1, pp: 16}
+batch: 256
+dtype: bf16
+data: {random_tokens: 256}
+generation: {max_new_tokens: 256, prefill_microbatch: 4, decode_microbatch: 64, layout: {tp: 2, pp: 8}}
+algorithm: {microbatch: 4}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_a_configuration_is_predicted_as_its_published_run(config: Path, capsys) -> None:
+    """The same settings as figure 11's opt, but for fusion, and with the critic's step."""
+    given = ["plan", "predict", "--config", str(config), "--calibration", "published-orion"]
+    assert main([*given, "--intra.fuse_training", "true", "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert main(["plan", "compare", str(PUBLISHED / "figure11" / "orion" / "7b_7b_opt.jsonl"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]["published-orion"]
+    rates = read_calibration("published-orion").rates
+    step = rates.step_bytes * 6.607e9 / 16 / rates.memory
+    stages = {key: value for key, value in row["predicted"].items() if key != "end to end"}
+    stages["training"] += step
+    assert numbers["stages"] == pytest.approx(stages, rel=1e-4)
+    assert numbers["end_to_end"] == pytest.approx(sum(stages.values()), rel=1e-4)
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "calibrated on figure8/orion/7b_7b_base" in text
+    assert "one rate for links inside nodes and between them" in text
+
+
+def test_the_limit_is_the_exit_code(capsys) -> None:
+    given = ["plan", "compare", str(PUBLISHED / "figure8" / "phoenix")]
+    assert main(given) == 0
+    assert main([*given, "--limit", "5"]) == 0
+    assert "mean absolute, 4 runs not calibrated on" in capsys.readouterr().out
+    assert main([*given, "--limit", "3"]) == 1
+    assert main([*given, "--calibration", "published-orion", "--limit", "5"]) == 1
+
+
+def test_runs_of_ours_are_compared(capsys) -> None:
+    """By the configuration that the log carries. Its GPUs are faster than those of the calibration."""
+    log = ROOT / "logs" / "node" / "7b_7b_w_bulk_32_1-2-1"
+    assert main(["plan", "compare", str(log), "--calibration", "published-orion", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]["published-orion"]
+    assert row["measured"]["end to end"] > 0
+    assert not row["calibrated_on"]
+    assert row["predicted"]["training"] > row["measured"]["training"]
+
+
+def test_calibrating_writes_what_predict_reads(tmp_path: Path, capsys) -> None:
+    logs, out = str(PUBLISHED / "figure8" / "phoenix"), tmp_path / "made.json"
+    used = list(read_calibration("published-phoenix").runs)
+    labels = ["--device", "A100 80 GB, NVLink", "--engine", "published", "--host", "phoenix: nodes of 8"]
+    given = ["plan", "calibrate", "--logs", logs, "--expect", "expected-nvlink", *labels, "--out", str(out)]
+    assert main([*given, "--use", *used]) == 0
+    assert read_calibration(str(out)) == read_calibration("published-phoenix")
+    assert main([*given, "--use", "figure8/phoenix/none"]) == 2
+    assert "--use figure8/phoenix/none: no such run; there are figure8/phoenix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["predict", "--config", "CONFIG", "--calibration", "none"],
+            "no such file, and no profile; there are",
+        ),
+        (["predict", "--config", "CONFIG"], "--calibration"),
+        (["compare", "CONFIG"], "no readable run under"),
+        (["compare", str(PUBLISHED / "figure8"), "--limit", "0"], "give a finite number above 0"),
+        (
+            ["compare", str(PUBLISHED / "figure8" / "orion" / "7b_7b_dschat.jsonl")],
+            "no run of PUZZLE with timed",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(config: Path, capsys, arguments: list[str], said: str) -> None:
+    given = [str(config) if argument == "CONFIG" else argument for argument in arguments]
+    assert main(["plan", *given]) == 2
+    text = capsys.readouterr().err
+    assert said in text
+    assert text.count("\n") == 1
