@@ -113,5 +113,5 @@ def test_the_reader_of_the_help_may_leave():
 
 
 def test_interrupted(monkeypatch):
-    monkeypatch.setattr("puzzle.cli.import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("puzzle.cli.train.run", lambda words: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["train"]) == 130

@@ -278,9 +278,9 @@ def test_rounding_is_no_spread(value):
     assert not scale.whiten(scores, mask, scale.moments(scores, mask)).any()
 
 
-@pytest.mark.parametrize("scale", [1e37, 1e6, 1.0, 1e-3])
-def test_a_spread_of_any_size_becomes_1(scale):
-    scores = torch.tensor([1.0, 2.0, 3.5, -0.5]) * scale
+@pytest.mark.parametrize("size", [1e37, 1e6, 1.0, 1e-3])
+def test_a_spread_of_any_size_becomes_1(size):
+    scores = torch.tensor([1.0, 2.0, 3.5, -0.5]) * size
     mask = torch.ones(4, dtype=torch.bool)
     state = controllers.RunningMoments().merged(scale.moments(scores, mask))
     exact = scores.double().numpy()

@@ -74,7 +74,8 @@ def test_other_layouts_go_on_with_the_same_tokens_and_losses(
         for name in expected:
             if name.endswith("_loss"):
                 assert abs(found[name] - expected[name]) <= 1e-5, name
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        spread = {"balance": found["balance"]}  # of replicas, which each layout has its own number of
+        assert found == pytest.approx({**expected, **spread}, rel=1e-4, abs=1e-5)
 
 
 def test_the_same_layout_gives_the_same_bits(runs: Runs, tmp_path: Path) -> None:
