@@ -10,8 +10,11 @@ from statistics import fmean
 from puzzle.config.load import go_on, without_inherited
 from puzzle.config.resolve import RunPlan, resolve
 from puzzle.errors import UserError
+from puzzle.files.jsonio import Fields
+from puzzle.files.limits import MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.plan.layout import Layout
 from puzzle.plan.predict.iteration import Part, Seconds, Workload
+from puzzle.plan.simulate.timeline import MOST_SECONDS
 from puzzle.runlog.load import load_runs
 from puzzle.runlog.run import Run
 from puzzle.spec.published import published
@@ -74,6 +77,10 @@ def measured_runs(paths: Sequence[Path]) -> list[Measured]:
 def _measured(run: Run) -> Measured:
     """Means without the first iteration, a warm-up; of inference the least, as single iterations stall."""
     series = {name: values[1:] or values for name, values in run.printed.items()}
+    for name in ("e2e", "generation", "inference", "training"):
+        values = series.get(name)
+        if not values or not all(0 < value < MOST_SECONDS for value in values):
+            raise UserError(f"{run.source}: seconds of {name} must be positive and below {MOST_SECONDS:g}")
     switch = fmean(series["reshard"]) if "reshard" in series else 0.0
     seconds = Seconds(
         fmean(series["generation"]) - switch, min(series["inference"]), fmean(series["training"]), switch
@@ -87,29 +94,37 @@ def _workload_of_run(run: Run) -> Workload:
         if given is None:
             given = without_inherited({key: v for key, v in run.config.items() if key != "global_batch_size"})
         return workload_of(resolve(go_on(given, Path(run.source), [])[0]))
-    config, actor = run.config, published(run.actor)
+    config, actor = Fields(run.config, run.source), published(run.actor)
     critic = replace(published(run.critic or run.actor), head="value")
+    training = _layout(run, "training")
+    generation = _layout(run, "generation") if "generation" in run.layouts else training
+    policy = Part(actor, Layout.even(*training, actor.num_layers))
+    judge = Part(critic, Layout.even(*training, critic.num_layers))
+    bulk, batch = config.flag("bulk"), config.integer("global_batch_size", least=1, most=MOST_SEQUENCES)
 
-    def layout(stage: str, layers: int) -> Layout:
-        cut = run.layouts.get(stage) or run.layouts["training"]
-        return Layout.even(cut["tp"], cut["pp"], cut["dp"], layers)
+    def count(key: str, most: int = MOST_SEQUENCES) -> int:
+        return config.integer(key, least=1, most=most)
 
-    policy = Part(actor, layout("training", actor.num_layers))
-    judge = Part(critic, layout("training", critic.num_layers))
-    bulk = bool(config["bulk"])
     return Workload(
         actor=policy,
-        generation=layout("generation", actor.num_layers),
+        generation=Layout.even(*generation, actor.num_layers),
         trained=(policy, judge),
         inferred=(policy, judge, judge),  # the reference is of the actor's size, the reward of the critic's
         stepped=1 if bulk else 2,  # the critic's step is not in the published bulk schedule
-        sequences=config["global_batch_size"],
-        minibatch=config["global_batch_size"],
+        sequences=batch,
+        minibatch=batch,
         steps=1,
-        prompt=config["max_prompt_tokens"],
-        response=config["max_new_tokens"],
-        microbatch=config["micro_batch_size"],
-        prefill=config["prefill_microbatch"],
-        decode=config["decode_microbatch"],
+        prompt=count("max_prompt_tokens", MOST_TOKENS),
+        response=count("max_new_tokens", MOST_TOKENS),
+        microbatch=count("micro_batch_size"),
+        prefill=count("prefill_microbatch"),
+        decode=count("decode_microbatch"),
         fuse_training=bulk,
     )
+
+
+def _layout(run: Run, stage: str) -> tuple[int, int, int]:
+    """tp, pp and dp of a published run; UserError where its log does not say."""
+    cut = Fields(run.layouts, f"{run.source}: layouts").section(stage)
+    tp, pp, dp = (cut.integer(axis, least=1, most=MOST_PROCESSES) for axis in ("tp", "pp", "dp"))
+    return tp, pp, dp

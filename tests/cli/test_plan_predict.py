@@ -101,3 +101,42 @@ def test_mistakes_are_one_line(config: Path, capsys, arguments: list[str], said:
     text = capsys.readouterr().err
     assert said in text
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "said"),
+    [
+        ("run", {"config": {}}, "bulk is missing; it must be true or false"),
+        (
+            "run",
+            {"config": {"bulk": True, "global_batch_size": "256"}},
+            "global_batch_size must be a whole number",
+        ),
+        ("run", {"layouts": {}}, "layouts: training is missing; it must be an object"),
+        (
+            "run",
+            {"layouts": {"training": {"tp": 0, "pp": 8, "dp": 1}}},
+            "tp must be a whole number from 1 to 1024",
+        ),
+        (
+            "run",
+            {"layouts": {"training": {"tp": 1, "pp": 64, "dp": 1}}},
+            "pp=64 is more than the model's 32 layers",
+        ),
+        ("run", {"actor": "14B"}, "no published model size '14B'"),
+        ("printed", {"values": [2.0, 0.0, 1.0]}, "must be positive and below 1e+10"),
+    ],
+)
+def test_logs_that_lack_settings_are_refused_in_one_line(
+    tmp_path: Path, capsys, record: str, changes: dict, said: str
+) -> None:
+    lines = (PUBLISHED / "figure8" / "orion" / "7b_7b_opt.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for one in found:
+        del one["crc"]
+        one.update(changes if one["record"] == record else {})
+    (tmp_path / "run.jsonl").write_text("\n".join(map(json.dumps, found)))
+    assert main(["plan", "compare", str(tmp_path)]) == 2
+    text = capsys.readouterr().err
+    assert said in text
+    assert text.count("\n") == 1

@@ -14,7 +14,7 @@ from puzzle.plan.predict.rates import NAMES, Rates
 
 NOISE, DOUBT = 0.02, 0.2
 """Standard deviations of logarithms: of measured seconds, and of the constants that one expects."""
-ROUNDS, STEP, SHORTEST = 40, 1e-4, 1e-4
+ROUNDS, STEP, SHORTEST, MOST_STEP = 40, 1e-4, 1e-4, 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def fit(samples: Sequence[Sample], expected: Rates) -> Rates:
         normal = slope.T @ slope
         while damping < 1e12:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ found)
+            step = np.clip(step, -MOST_STEP, MOST_STEP)
             tried = _residuals(samples, at + step, start)
             if tried @ tried < found @ found:
                 break
