@@ -70,10 +70,10 @@ def built(
     return model
 
 
-def loss_of(model: ModelRuntime, tokens_T: Tensor):
+def loss_of(model: ModelRuntime, tokens_T: Tensor, prompt: int = PROMPT):
     """Losses of the answers of ROWS full sequences."""
     rows = len(tokens_T) // LENGTH
-    where = torch.cat([torch.arange(r * LENGTH + PROMPT - 1, (r + 1) * LENGTH - 1) for r in range(rows)])
+    where = torch.cat([torch.arange(r * LENGTH + prompt - 1, (r + 1) * LENGTH - 1) for r in range(rows)])
 
     def loss_fn(index: int, hidden: Tensor) -> Tensor:
         if model.spec.head == "value":
@@ -138,7 +138,13 @@ def test_resident_bytes_are_those_of_real_tensors(layout: Layout, changes: dict,
 
 
 def saved(
-    rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype, recompute: bool, compiled: bool = False
+    rank: int,
+    spec: ModelSpec,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: bool,
+    compiled: bool = False,
+    prompt: int = PROMPT,
 ) -> int:
     """Bytes that a forward pass of this stage saves for its backward pass, weights left out."""
     model = built(rank, spec, layout, dtype, recompute)
@@ -163,7 +169,7 @@ def saved(
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         out = decoder(x, batch)
         if decoder.last:
-            out = loss_of(model, batch.tokens_T)(0, out)
+            out = loss_of(model, batch.tokens_T, prompt)(0, out)
         else:
             pack_hook(out)  # kept for the gradient that comes back
     return sum(sizes.values())
@@ -221,6 +227,20 @@ def test_what_a_head_or_a_column_more_costs_is_what_autograd_saves(dtype: torch.
         use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, fused=False)
         sizes.append(memory.Activations(use, 0, ROWS * LENGTH, ROWS * RESPONSE).saved())
     assert [size - sizes[0] for size in sizes] == differences(0, SHAPES, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_an_answer_more_costs_is_what_autograd_saves(dtype: torch.dtype) -> None:
+    layout, spec = Layout.even(1, 1, 1, 4), spec_of()
+    use = memory.Use("actor", spec, Placement.default(layout), dtype.itemsize, True, fused=False)
+    sizes = [
+        (
+            saved(0, spec, layout, dtype, False, prompt=prompt),
+            memory.Activations(use, 0, ROWS * LENGTH, ROWS * (LENGTH - prompt)).saved(),
+        )
+        for prompt in (PROMPT, PROMPT + 9)
+    ]
+    assert sizes[0][0] - sizes[1][0] == sizes[0][1] - sizes[1][1] > 0
 
 
 def test_a_gradient_of_the_largest_weight_comes_and_goes_unless_its_product_adds_it_up() -> None:
