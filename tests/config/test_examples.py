@@ -7,6 +7,7 @@ from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
 from puzzle.data.prepare import prepare
 from puzzle.rlhf.requirements import check_files
+from puzzle.rlhf.rewards import exact_answer
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +56,23 @@ def test_the_learning_example_asks_for_its_model_alone(monkeypatch):
     assert config.actor.model == config.critic.model == config.reference.model == "models/smollm2"
     assert (config.critic.layers, config.reference.layers) == (6, None)
     assert config.minibatch == 16
+
+
+def test_sums_are_right_and_those_held_out_are_others():
+    train, held_out = records("arithmetic-train"), records("arithmetic-held-out")
+    for record in train + held_out:
+        shown, asked = record["prompt"].split("\n")
+        assert eval(shown.replace("=", "==")) is True
+        assert eval(f"{asked}= {record['answer']}") is True
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-ppo"])
+def test_examples_of_sums_ask_for_their_model_alone(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    config = load_config(Path(f"examples/{name}.yaml"))
+    assert config.actor.model == "models/smollm2"
+    assert (config.critic is None) == (config.algorithm.name == "grpo")
+    assert config.batch * config.generation.samples == 64
+    assert config.reward.function == f"{exact_answer.__module__.rpartition('.')[0]}:exact_answer"
+    assert exact_answer([" 37", " 38"], ["37", "37"]) == [1.0, 0.0]

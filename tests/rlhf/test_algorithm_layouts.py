@@ -18,7 +18,7 @@ from tests.rlhf.ppo_truth import cover
 from tests.rlhf.test_trainer_reference import Bench, Shape, run_all, world_of
 
 ITERATIONS = 2
-FUNCTION = {"function": "tests.rlhf.test_algorithm_layouts:begins_small"}
+FUNCTION = {"function": "tests.rlhf.test_algorithm_layouts:begins_small", "workers": 0}
 RUNS: dict[str, dict[str, Any]] = {
     "ppo, one ratio per response": {
         "algorithm": {
@@ -93,7 +93,7 @@ RUNS: dict[str, dict[str, Any]] = {
             "microbatch": 1,
             "kl": {"coef": 0.1},
         },
-        "reward": {"function": "tests.rlhf.test_algorithm_layouts:begins_tiny"},
+        "reward": {"function": "tests.rlhf.test_algorithm_layouts:begins_tiny", "workers": 0},
     },
     "remax": {
         "generation": {"samples": 2},

@@ -116,7 +116,7 @@ def odd_prompts(prompts: list[str], responses: list[str]) -> list[float]:
     return [1.0 if int(p.split()[1]) % 2 == 0 else x for p, x in zip(prompts, own, strict=True)]
 
 
-FUNCTION = {"function": "tests.rlhf.test_dynamic_sampling:odd_prompts"}
+FUNCTION = {"function": "tests.rlhf.test_dynamic_sampling:odd_prompts", "workers": 0}
 GRPO: dict[str, Any] = {"name": "grpo", "dynamic_sampling": {"rounds": 1}}
 
 
