@@ -6,8 +6,10 @@ import json
 
 from puzzle.cli import Parser, named
 from puzzle.cli.workloads import workload_of
+from puzzle.config import memory_report as footprint
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
+from puzzle.plan.memory import RankMemory
 from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.iteration import predict
 
@@ -31,13 +33,30 @@ def run(arguments: list[str]) -> int:
     plan = resolve(load_config(given.config, overrides))
     seconds = predict(workload_of(plan), calibration.rates)
     stages = {name: getattr(seconds, name) for name in STAGES}
+    most = max(footprint.estimate(plan, fused=plan.config.device != "cpu"), key=lambda rank: rank.peak)
     if given.json:
-        numbers = {"stages": stages, "end_to_end": seconds.total, "rates": calibration.rates.values()}
+        memory = {"rank": most.rank, "stage": most.worst, "bytes": most.peak, "of": calibration.memory_bytes}
+        numbers = {
+            "memory": memory,
+            "stages": stages,
+            "end_to_end": seconds.total,
+            "rates": calibration.rates.values(),
+        }
         print(json.dumps({**numbers, "calibration": given.calibration, "engine": calibration.engine}))
         return 0
     lines = [f"{name:<12}{value:10.3f} s" for name, value in stages.items()]
-    print("\n".join([*lines, f"{'end to end':<12}{seconds.total:10.3f} s", *_grounds(calibration)]))
+    lines += [f"{'end to end':<12}{seconds.total:10.3f} s", _memory(most, calibration.memory_bytes)]
+    print("\n".join([*lines, *_grounds(calibration)]))
     return 0
+
+
+def _memory(most: RankMemory, limit: int) -> str:
+    """The rank that needs most, and what to change where that is too much."""
+    gib = footprint.GIB
+    said = (
+        f"rank {most.rank} needs most memory, {most.peak / gib:.1f} GiB of {limit / gib:.1f} in {most.worst}"
+    )
+    return said if most.peak <= limit else f"{said}: TOO MUCH; {footprint.remedy(most)}"
 
 
 def _grounds(calibration: Calibration) -> list[str]:

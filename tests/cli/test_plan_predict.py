@@ -49,6 +49,22 @@ def test_a_configuration_is_predicted_as_its_published_run(config: Path, capsys)
     assert "one rate for links inside nodes and between them" in text
 
 
+def test_what_does_not_fit_is_said(config: Path, capsys) -> None:
+    """The dry run's table has the same rank and bytes."""
+    given = ["--config", str(config), "--layout.pp", "2", "--generation.layout.pp", "1"]
+    predicted = ["plan", "predict", *given, "--calibration", "published-orion"]
+    assert main([*predicted, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert main(["train", *given, "--dry-run"]) == 0
+    assert f"rank {memory['rank']} in {memory['stage']}:" in capsys.readouterr().err
+    assert memory["bytes"] > memory["of"] == 80_000_000_000
+    assert main(predicted) == 0
+    assert "GiB of 74.5 in" in (text := capsys.readouterr().out)
+    assert "TOO MUCH; most of it" in text
+    assert main([*predicted, "--layout.pp", "16", "--generation.layout.pp", "8"]) == 0
+    assert "TOO MUCH" not in capsys.readouterr().out
+
+
 def test_the_limit_is_the_exit_code(capsys) -> None:
     given = ["plan", "compare", str(PUBLISHED / "figure8" / "phoenix")]
     assert main(given) == 0
@@ -72,6 +88,7 @@ def test_calibrating_writes_what_predict_reads(tmp_path: Path, capsys) -> None:
     logs, out = str(PUBLISHED / "figure8" / "phoenix"), tmp_path / "made.json"
     used = list(read_calibration("published-phoenix").runs)
     labels = ["--device", "A100 80 GB, NVLink", "--engine", "published", "--host", "phoenix: nodes of 8"]
+    labels += ["--device-memory", "80GB"]
     given = ["plan", "calibrate", "--logs", logs, "--expect", "expected-nvlink", *labels, "--out", str(out)]
     assert main([*given, "--use", *used]) == 0
     assert read_calibration(str(out)) == read_calibration("published-phoenix")

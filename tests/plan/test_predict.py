@@ -189,7 +189,7 @@ def test_profiles_read_back() -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    made = Calibration("device", "engine", "host", "2026-01-01", ("a", "b"), True, RATES)
+    made = Calibration("device", 80, "engine", "host", "2026-01-01", ("a", "b"), True, RATES)
     (tmp_path / "c.json").write_text(made.text())
     assert read_calibration(str(tmp_path / "c.json")) == made
 
@@ -199,6 +199,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     [
         ({"schema": 2}, "schema is 2, this version reads 1; take the calibration again"),
         ({"device": 3}, "device must be a text, found 3"),
+        ({"memory_bytes": "80GB"}, "memory_bytes must be a whole number of at least 1, found '80GB'"),
         ({"rates": None}, "rates must be an object, found null"),
         ({"rates": {"speed": 1.0}}, "rates: speed is no constant; there are products, memory"),
         ({"rates": {**RATES.values(), "bus": 0}}, "rates: bus must be a finite number at least 1e-09"),
@@ -206,7 +207,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, changes: dict, said: str) -> None:
-    whole = json.loads(Calibration("d", "e", "h", "t", (), True, RATES).text())
+    whole = json.loads(Calibration("d", 80, "e", "h", "t", (), True, RATES).text())
     (tmp_path / "c.json").write_text(json.dumps({**whole, **changes}))
     with pytest.raises(UserError, match=said) as caught:
         read_calibration(str(tmp_path / "c.json"))

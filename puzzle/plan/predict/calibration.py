@@ -20,9 +20,11 @@ SMALLEST, LARGEST = 1e-9, 1e18
 @dataclass(frozen=True)
 class Calibration:
     """Constants with their origin. `engine` is the commit or the name of the engine that ran: calibrations
-    age with it. `runs` are those that the constants were fitted on, `tensor_parallel` whether one was."""
+    age with it. `runs` are those that the constants were fitted on, `tensor_parallel` whether one was.
+    `memory_bytes`: of a device."""
 
     device: str
+    memory_bytes: int
     engine: str
     host: str
     taken: str
@@ -35,6 +37,7 @@ class Calibration:
         values = {
             "schema": SCHEMA,
             "device": self.device,
+            "memory_bytes": self.memory_bytes,
             "engine": self.engine,
             "host": self.host,
             "taken": self.taken,
@@ -70,6 +73,7 @@ def read_calibration(name: str) -> Calibration:
     found = {name: rates.number(name, least=SMALLEST, most=LARGEST) for name in NAMES}
     return Calibration(
         fields.text("device"),
+        fields.integer("memory_bytes", least=1),
         fields.text("engine"),
         fields.text("host"),
         fields.text("taken"),
