@@ -20,7 +20,7 @@ from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 PASS_TOKENS = 16384
-"""Most tokens of a pass where the configuration sets no limit: with more, a GPU is no faster."""
+"""Most tokens of a pass where the configuration sets no limit; chosen, not measured."""
 PASSES_PER_STAGE = 4
 """Passes of full-length sequences per pipeline stage where nothing is said: bubbles take 1/5 at most."""
 
