@@ -27,7 +27,7 @@ def ensure(modules: Sequence[str]) -> None:
     """
     server: Any = multiprocessing.forkserver._forkserver
     process: Any = multiprocessing.current_process()
-    server.set_forkserver_preload(list(modules))
+    server.set_forkserver_preload([*modules, "puzzle.launch.inside_fork_server"])
     own = process._config
     before = own.get("tempdir")
     # The name of a socket holds 107 bytes.
@@ -74,7 +74,7 @@ def _end(owner: int) -> None:
         return
     server: Any = multiprocessing.forkserver._forkserver
     if server._forkserver_pid is not None:
-        # All that it forked has ended. Asked to end, it would clear torch away first.
+        # All that it forked has ended.
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(server._forkserver_pid, signal.SIGKILL)
             os.waitpid(server._forkserver_pid, 0)

@@ -161,6 +161,22 @@ def test_an_agent_that_is_told_to_end_hands_on_what_its_workers_have_told(tmp_pa
     assert not of_test(tmp_path)
 
 
+def test_the_fork_server_ends_at_once_and_what_it_forked_as_ever():
+    """Of a server that clears torch away, a killed agent's host heard for seconds."""
+    code = (
+        "import os, sys\n"
+        "class Slow:\n"
+        "    def __del__(self): os.write(1, b'cleared ')\n"
+        "slow = Slow()\n"
+        "import puzzle.launch.inside_fork_server\n"
+        "if (child := os.fork()) == 0: sys.exit(3)\n"
+        "os.write(1, b'%d ' % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "raise SystemExit"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleared 3 ", "")
+
+
 def test_what_ranks_are_forked_from_asks_for_no_device():
     """CUDA that was asked for anything works in no process that is forked afterwards."""
     code = (
