@@ -72,6 +72,16 @@ def test_storages_are_given_back_and_refilled(world: World, monkeypatch: pytest.
     assert made.take_times() == (0, 0, 0)
 
 
+def test_weights_that_nobody_trains_are_copied_out_once(world: World) -> None:
+    decoder = runtime(world, torch.float32).decoder
+    made = offload_weights(HostMemory(world.device), decoder)
+    for _ in range(2):
+        made.leave()
+        made.fetch()
+    size = sum(weight.nbytes for weight in decoder.parameters())
+    assert made.take_times()[2] == 3 * size
+
+
 def test_what_is_constant_is_copied_out_once(world: World) -> None:
     x = torch.randn(30)
     made = Offload(HostMemory(world.device), lambda: [[x]], constant=True)

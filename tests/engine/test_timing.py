@@ -67,6 +67,16 @@ def test_stages_end_with_the_slowest_rank_and_add_up(monkeypatch: pytest.MonkeyP
     assert clock.peaks == {}
 
 
+def test_a_stage_that_comes_again_keeps_its_highest_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first number is of what came before all stages."""
+    peaks = iter([99, 5, 7, 3, 8])
+    monkeypatch.setattr(timing, "take_peak", lambda device: next(peaks))
+    clock = StageClock(cast(Any, Ranks([])))
+    for name in ("generation", "training", "generation", "training"):
+        clock.end(name)
+    assert clock.peaks == {"generation": 5, "training": 8}
+
+
 class Marked:
     """A clock whose runs are given as (stage, schedule, [(action, start, end)])."""
 

@@ -183,6 +183,7 @@ def test_files_that_are_no_models(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     write_gguf(tmp_path / "moe.gguf", folder, "llama", extra="blk.0.ffn_gate_inp.weight")
     write_gguf(tmp_path / "gemma.gguf", folder, "gemma")
+    write_gguf(tmp_path / "long.gguf", folder, "x" * 80)
     write_gguf(tmp_path / "mute.gguf", folder, "llama", tokens=False)
     for name, words in (
         ("absent", "no such file"),
@@ -190,6 +191,7 @@ def test_files_that_are_no_models(tmp_path):
         ("cut", "not a readable GGUF file"),
         ("moe", "ffn_gate_inp"),
         ("gemma", "architecture 'gemma'"),
+        ("long", f"architecture '{'x' * 60}' is not supported"),
         ("mute", "has no tokenizer"),
     ):
         with pytest.raises(UserError, match=words):
