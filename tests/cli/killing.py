@@ -53,9 +53,7 @@ SETUPS = {
     "pp 2": Setup("--layout.dp 1 --layout.pp 2", "fork server"),
     "tp 2, GRPO": Setup("--layout.dp 1 --layout.tp 2 --algorithm.name grpo --generation.samples 2"),
     "one process": Setup("--layout.dp 1", "launcher", 1),
-    "re-sharded": Setup(
-        "--layout.dp 1 --layout.pp 2 --generation.layout.tp 2 --generation.layout.pp 1", "all"
-    ),
+    "re-sharded": Setup("--layout.dp 1 --layout.pp 2 --generation.layout.tp 2 --generation.layout.pp 1"),
     "fused": Setup("--layout.dp 1 --layout.pp 2 --intra.fuse_training true --intra.fuse_inference true"),
 }
 VICTIMS = ("rank", "rank", "rank", "launcher", "fork server", "all")
