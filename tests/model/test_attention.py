@@ -59,7 +59,9 @@ def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(
-    "keys", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}], ids=lambda keys: " ".join(keys)
+    "keys",
+    [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}],
+    ids=lambda keys: " ".join(sorted(keys)),
 )
 def test_the_varlen_kernel_is_asked_for_the_same(monkeypatch, keys, window):
     """Of versions of torch with and without windows, and with heads in groups."""
