@@ -279,16 +279,16 @@ def _pytest(root: Path, words: list[str], output: int) -> int:
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", *words]))
 
 
-def fails_alone(test: str) -> tuple[list[str], float]:
+def fails_alone(tree: Path, test: str) -> tuple[list[str], float]:
     """What fails of one file of tests without any fault, and the seconds that it takes."""
     began = time.monotonic()
-    with copied() as root:
+    with copied(tree) as root:
         return run_tests(root, [test], 3600), time.monotonic() - began
 
 
-def noticed(fault: Fault, tests: list[str], left_out: list[str], limit: float) -> list[str]:
-    """What fails in a copy of the tree with the fault: the nearest file of tests first, then the others."""
-    with copied() as root:
+def noticed(tree: Path, fault: Fault, tests: list[str], left_out: list[str], limit: float) -> list[str]:
+    """What fails in a copy of `tree` with the fault: the nearest file of tests first, then the others."""
+    with copied(tree) as root:
         (root / fault.file).write_bytes(fault.planted((root / fault.file).read_bytes()))
         words = ["-x", *(f"--deselect={test}" for test in left_out)]
         found = run_tests(root, [*words, tests[0]], limit)
@@ -296,12 +296,12 @@ def noticed(fault: Fault, tests: list[str], left_out: list[str], limit: float) -
 
 
 @contextmanager
-def copied() -> Generator[Path]:
-    """A copy of the tree that goes with the block."""
+def copied(tree: Path) -> Generator[Path]:
+    """A copy of `tree` that goes with the block."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder) / "tree"
         shutil.copytree(
-            ROOT, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "shared")
+            tree, root, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", ".hypothesis", "shared")
         )
         yield root
 
@@ -317,16 +317,22 @@ def main() -> int:
     parser.add_argument("--limit", type=float, help="seconds per fault (default: 3 runs of its tests)")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time, each in a copy of its own")
     options = parser.parse_args()
+    with copied(ROOT) as tree:  # which goes on changing under its owner's hands
+        return planted(tree, options)
+
+
+def planted(tree: Path, options: argparse.Namespace) -> int:
+    """Plant the faults of a run into copies of `tree`, and print who notices; the exit code."""
     lines = options.equivalent.read_text().splitlines() if options.equivalent.exists() else []
     equivalent = {line.split("  ## ")[0] for line in lines if "  ## " in line}
-    sources = {fault.file: (ROOT / fault.file).read_bytes() for fault in faults(ROOT, options.room)}
+    sources = {fault.file: (tree / fault.file).read_bytes() for fault in faults(tree, options.room)}
     found = [
         fault
-        for fault in faults(ROOT, options.room)
+        for fault in faults(tree, options.room)
         if not {f"{fault.file}: *", fault.key(sources[fault.file])} & equivalent
     ]
     chosen = sample(found, options.count, options.seed)
-    tests = [nearest(ROOT, options.room, fault.file) for fault in chosen]
+    tests = [nearest(tree, options.room, fault.file) for fault in chosen]
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read at torch's import; as tests/conftest.py has it
     for library in ("torch", "transformers", "hypothesis"):
         importlib.import_module(library)
@@ -334,12 +340,12 @@ def main() -> int:
     survivors, context = 0, multiprocessing.get_context("fork")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         every = sorted({test for files in tests for test in files})
-        alone = dict(zip(every, pool.map(fails_alone, every), strict=True))
+        alone = dict(zip(every, pool.map(fails_alone, repeat(tree), every), strict=True))
         left_out = [test for failed, _ in alone.values() for test in failed]
         for test in left_out:
             print(f"left out, because it fails without any fault: {test}", flush=True)
         limits = [options.limit or 30 + 3 * sum(alone[test][1] for test in files) for files in tests]
-        answers = pool.map(noticed, chosen, tests, repeat(left_out), limits)
+        answers = pool.map(noticed, repeat(tree), chosen, tests, repeat(left_out), limits)
         for number, (fault, by) in enumerate(zip(chosen, answers, strict=True), 1):
             survivors += not by
             change = fault.key(sources[fault.file]).removeprefix(f"{fault.file}: ")
