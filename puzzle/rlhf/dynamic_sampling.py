@@ -56,7 +56,7 @@ def refilled(
     size = len(prompts)
     while prompts:
         part = draw(prompts)
-        for group, scores_G in enumerate(part.learned_B.reshape(size, -1)):
+        for group, scores_G in enumerate(part.learned_B.cpu().reshape(size, -1)):
             if prompts[group].index not in seen:
                 found[teaches(scores_G)].append((len(parts), group))
         seen.update(prompt.index for prompt in prompts)

@@ -36,8 +36,9 @@ class FirstStep:
 
     def _add(self, which: int, distance_N: Tensor) -> None:
         size_N = distance_N.abs()
+        # `new_full` fills on the device; a tensor of a number would be copied there, and the pipeline wait.
         found = torch.stack(
-            [distance_N.sum(), size_N.sum(), size_N.square().sum(), distance_N.new_tensor(len(distance_N))]
+            [distance_N.sum(), size_N.sum(), size_N.square().sum(), distance_N.new_full((), len(distance_N))]
         )
         self._sums[4 * which : 4 * which + 4] += found
         if len(size_N):

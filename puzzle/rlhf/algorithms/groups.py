@@ -47,7 +47,8 @@ def group_advantages(rewards_B: Tensor, samples: int, of_group: Callable[[Tensor
     """
     if samples < 2:
         raise ValueError("a group of one response has nothing to compare; give 2 samples or more")
-    return torch.cat([of_group(group) for group in rewards_B.double().reshape(-1, samples)])
+    rewards_GS = rewards_B.double().cpu().reshape(-1, samples)  # at once: of_group reads numbers
+    return torch.cat([of_group(group) for group in rewards_GS]).to(rewards_B.device)
 
 
 class GRPO(GroupPolicy):
