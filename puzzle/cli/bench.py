@@ -16,6 +16,7 @@ BENCHES = {
     "fuse": ("fuse:FuseBench.run", "time several models in one pipeline beside one after the other"),
     "generate": ("generate:GenerateBench.run", "time prefill and decoding"),
     "transformers": ("generate:TransformersBench.run", "time generation beside transformers' own"),
+    "calibrate": ("calibrate:CalibrateBench.run", "measure what puzzle plan predict and search rest on"),
     "checkpoint": ("train:CheckpointBench.run", "time training steps while a checkpoint is written"),
 }
 """What runs a bench, in puzzle.bench; and what that does."""

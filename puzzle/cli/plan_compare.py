@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _row(one: Measured, calibration: Calibration) -> Row:
-    seconds = predict(one.work, calibration.rates)
+    seconds = predict(one.work, calibration.costs)
     predicted, measured = {"end to end": seconds.total}, {"end to end": one.end_to_end}
     for stage in ("generation", "inference", "training", "switch"):
         predicted[stage], measured[stage] = getattr(seconds, stage), getattr(one.seconds, stage)

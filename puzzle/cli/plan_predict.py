@@ -12,6 +12,8 @@ from puzzle.config.resolve import resolve
 from puzzle.plan.memory import RankMemory
 from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.iteration import predict
+from puzzle.plan.predict.rates import Rates
+from puzzle.plan.predict.tables import Tables
 
 STAGES = ("switch", "generation", "inference", "training")
 
@@ -31,7 +33,8 @@ def run(arguments: list[str]) -> int:
     given, overrides = parser.parse_known_args(arguments)
     calibration = read_calibration(given.calibration)
     plan = resolve(load_config(given.config, overrides))
-    seconds = predict(workload_of(plan), calibration.rates)
+    seconds = predict(workload_of(plan), calibration.costs)
+    costs = calibration.costs
     stages = {name: getattr(seconds, name) for name in STAGES}
     most = max(footprint.estimate(plan, fused=plan.config.device != "cpu"), key=lambda rank: rank.peak)
     if given.json:
@@ -40,7 +43,8 @@ def run(arguments: list[str]) -> int:
             "memory": memory,
             "stages": stages,
             "end_to_end": seconds.total,
-            "rates": calibration.rates.values(),
+            "rates": costs.values() if isinstance(costs, Rates) else None,
+            "notes": costs.notes(),
         }
         print(json.dumps({**numbers, "calibration": given.calibration, "engine": calibration.engine}))
         return 0
@@ -61,12 +65,18 @@ def _memory(most: RankMemory, limit: int) -> str:
 
 def _grounds(calibration: Calibration) -> list[str]:
     """What a prediction rests on, and what it knows nothing of."""
-    runs = ", ".join(calibration.runs) or "no run: all constants are expected"
+    measured = isinstance(calibration.costs, Tables)
+    runs = ", ".join(calibration.runs) or ("its parts" if measured else "no run: all constants are expected")
     found = [
         f"for {calibration.device}, engine {calibration.engine}, {calibration.taken}; calibrated on {runs}"
     ]
-    found.append("  ".join(f"{name} {value:.3g}" for name, value in calibration.rates.values().items()))
+    if calibration.spread:
+        found.append(f"from data sheets: expect it to be off by {calibration.spread:.0%} either way")
+    found.append(calibration.costs.describe())
     if not calibration.tensor_parallel:
         found.append("no tensor-parallel run was measured: expect layouts with tp to be 6-9 % off")
-    found.append("all sequences at full length; one rate for links inside nodes and between them")
+    if calibration.costs.nodes is None:
+        found.append("one rate for links inside nodes and between them")
+    found.append("all sequences at full length")
+    found += [f"outside of what was measured: {note}" for note in calibration.costs.notes()]
     return found

@@ -37,7 +37,7 @@ def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
         provenance=log.provenance,
         software={"puzzle": __version__, "python": platform.python_version(), **_versions()},
         hardware={"host": platform.node(), "cores": len(os.sched_getaffinity(0)), **hardware},
-        git_commit=_commit(),
+        git_commit=git_commit(),
         plan={"hash": plan.hash, **plan.describe()},
         given=plan.given,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -62,7 +62,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the project's checkout, with + behind it when tracked files differ; None outside."""
     if not (ROOT / ".git").exists():
         return None

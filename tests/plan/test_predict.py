@@ -16,10 +16,11 @@ from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from puzzle.plan.pipeline.decode_ring import Ring
 from puzzle.plan.predict.calibration import Calibration, profiles, read_calibration
+from puzzle.plan.predict.costs import Pass
 from puzzle.plan.predict.fit import Sample, fit
 from puzzle.plan.predict.iteration import Part, Workload, predict
-from puzzle.plan.predict.passes import DecodeStages, Pass, decode_stages, layer_bytes, stage_costs
-from puzzle.plan.predict.rates import NAMES, Rates
+from puzzle.plan.predict.passes import DecodeStages, decode_stages, stage_costs
+from puzzle.plan.predict.rates import NAMES, Rates, layer_bytes
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.simulate import makespan
 from puzzle.spec.published import published
@@ -149,12 +150,12 @@ def test_host_and_device_are_lanes() -> None:
     passes = layer_bytes(spec, one, 1) / 1e12
     assert passes == pytest.approx(2 * 2048 * (22 * 4096 + 16 * 4096 + 5 * 11008 + 3 * 512 * 32) / 1e12)
     sent = 2 * 2048 * 4096 / 2e10
-    costs = stage_costs(spec, layout, one, RATES, trained=False)
+    costs = stage_costs(spec, layout, one, RATES)
     assert costs.forward[0] == pytest.approx(16 * (products + passes) + sent)
     assert costs.backward[1] == pytest.approx(16 * 2 * (products + passes) + sent)
-    slow = stage_costs(spec, layout, one, replace(RATES, layer_host=0.5), trained=True)
+    slow = stage_costs(spec, layout, replace(one, trained=True), replace(RATES, layer_host=0.5))
     assert slow.forward == pytest.approx((16 * 0.5 + 1e-3 + sent, 16 * 0.5 + 1e-3 + 1e-2))
-    again = stage_costs(spec, layout, one, RATES, trained=True, recompute=True)
+    again = stage_costs(spec, layout, replace(one, trained=True), RATES, recompute=True)
     assert again.backward[1] == pytest.approx(16 * 3 * (products + passes) + sent)
     ring = decode_stages(spec, layout, 8, 300, RATES)
     assert ring.host == pytest.approx((16e-3 + 1e-3,) * 2)
@@ -202,7 +203,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"memory_bytes": "80GB"}, "memory_bytes must be a whole number of at least 1, found '80GB'"),
         ({"rates": None}, "rates must be an object, found null"),
         ({"rates": {"speed": 1.0}}, "rates: speed is no constant; there are products, memory"),
-        ({"rates": {**RATES.values(), "bus": 0}}, "rates: bus must be a finite number at least 1e-09"),
+        ({"rates": {**RATES.values(), "bus": 0}}, "rates: bus must be a finite number at least 1e-12"),
         ({"rates": {**RATES.values(), "bus": "fast"}}, "rates: bus must be a finite number"),
     ],
 )

@@ -213,19 +213,19 @@ def git(folder: Path, *words: str) -> str:
 def test_the_header_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a plus where tracked files differ from it; none where there is no checkout, or git fails."""
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    assert provenance._commit() is None
+    assert provenance.git_commit() is None
     git(tmp_path, "init", "-q")
-    assert provenance._commit() is None  # no commit yet
+    assert provenance.git_commit() is None  # no commit yet
     (tmp_path / "file").write_text("one")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "-q", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD").strip()
     assert len(commit) == 40
-    assert provenance._commit() == commit
+    assert provenance.git_commit() == commit
     (tmp_path / "untracked").write_text("two")
-    assert provenance._commit() == commit
+    assert provenance.git_commit() == commit
     (tmp_path / "file").write_text("two")
-    assert provenance._commit() == f"{commit}+"
+    assert provenance.git_commit() == f"{commit}+"
 
 
 def test_the_header_tells_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def fit(samples: Sequence[Sample], expected: Rates) -> Rates:
 
 
 def _rates(logarithms: np.ndarray) -> Rates:
-    return Rates(**dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
+    return Rates.of(dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
 
 
 def _residuals(samples: Sequence[Sample], at: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puzzle.plan.layout import Layout
-from puzzle.plan.memory import PREFILL_TOKENS
-from puzzle.plan.predict.passes import ITEM, Pass, decode_stages, stage_costs
-from puzzle.plan.predict.rates import Rates
+from puzzle.plan.memory import PREFILL_TOKENS, kv_bytes
+from puzzle.plan.predict.costs import Costs, Pass, replicas_apart
+from puzzle.plan.predict.passes import decode_stages, stage_costs
 from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_makespan
 from puzzle.plan.predict.shares import local_share
 from puzzle.spec.model import ModelSpec
@@ -35,6 +35,7 @@ class Workload:
         microbatch, prefill, decode: sequences of one pass (None: no limit, or an even share per stage).
         fuse_training, fuse_inference: the models of the stage share a pipeline.
         split, recompute: backwards are split; they compute their forwards again.
+        graphs: decode passes are recorded and replayed, where the engine can.
     """
 
     actor: Part
@@ -54,6 +55,7 @@ class Workload:
     fuse_inference: bool = False
     split: bool = False
     recompute: bool = False
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ class Seconds:
         return self.generation + self.inference + self.training + self.switch
 
 
-def predict(work: Workload, rates: Rates) -> Seconds:
+def predict(work: Workload, costs: Costs) -> Seconds:
     """Seconds of every stage of an iteration; O(stages x micro-batches)."""
     return Seconds(
-        _generation(work, rates), _inference(work, rates), _training(work, rates), _switch(work, rates)
+        _generation(work, costs), _inference(work, costs), _training(work, costs), _switch(work, costs)
     )
 
 
@@ -86,64 +88,74 @@ def _cut(sequences: int, dp: int, size: int | None) -> tuple[int, int]:
 
 
 def _pipeline(
-    parts: Sequence[Part], work: Workload, sequences: int, rates: Rates, trained: bool
+    parts: Sequence[Part], work: Workload, sequences: int, costs: Costs, trained: bool
 ) -> tuple[list[StageCosts], list[int]]:
     """Costs and numbers of micro-batches of models in one pipeline, which have logits at every position."""
-    length, costs, counts = work.prompt + work.response, [], []
+    length, found, counts = work.prompt + work.response, [], []
     for part in parts:
         rows, count = _cut(sequences, part.layout.dp, work.microbatch)
-        one = Pass(rows * length, length, rows * length)
-        again = trained and work.recompute
-        found = stage_costs(part.spec, part.layout, one, rates, trained=trained, recompute=again)
-        costs.append(found if work.split else StageCosts(found.forward, found.backward))
+        one = Pass(rows * length, length, rows * length, trained)
+        stages = stage_costs(part.spec, part.layout, one, costs, recompute=work.recompute)
+        found.append(stages if work.split else StageCosts(stages.forward, stages.backward))
         counts.append(count)
-    return costs, counts
+    return found, counts
 
 
-def _inference(work: Workload, rates: Rates) -> float:
+def _inference(work: Workload, costs: Costs) -> float:
     if work.fuse_inference:
-        return forward_makespan(*_pipeline(work.inferred, work, work.sequences, rates, False))
-    return sum(
-        forward_makespan(*_pipeline([part], work, work.sequences, rates, False)) for part in work.inferred
-    )
-
-
-def _training(work: Workload, rates: Rates) -> float:
-    if work.fuse_training:
-        passes = training_makespan(*_pipeline(work.trained, work, work.minibatch, rates, True))
+        passes = forward_makespan(*_pipeline(work.inferred, work, work.sequences, costs, False))
     else:
         passes = sum(
-            training_makespan(*_pipeline([part], work, work.minibatch, rates, True)) for part in work.trained
+            forward_makespan(*_pipeline([part], work, work.sequences, costs, False)) for part in work.inferred
         )
-    return work.steps * (passes + sum(_step(part, rates) for part in work.trained[: work.stepped]))
+    return passes + costs.fixed.stage_s
 
 
-def _step(part: Part, rates: Rates) -> float:
-    """An optimizer step of the rank's own rows, and the sums and spreads over replicas around it."""
+def _training(work: Workload, costs: Costs) -> float:
+    if work.fuse_training:
+        passes = training_makespan(*_pipeline(work.trained, work, work.minibatch, costs, True))
+    else:
+        passes = sum(
+            training_makespan(*_pipeline([part], work, work.minibatch, costs, True)) for part in work.trained
+        )
+    steps = sum(_step(part, costs) for part in work.trained[: work.stepped])
+    return work.steps * (passes + steps) + costs.fixed.stage_s
+
+
+def _step(part: Part, costs: Costs) -> float:
+    """An optimizer step, and the sums and spreads over replicas around it."""
     layout = part.layout
     held = part.spec.parameters / (layout.tp * layout.pp)
-    spread = 2 * (layout.dp - 1) / layout.dp * ITEM * held / rates.bus
-    return rates.step_bytes * held / layout.dp / rates.memory + spread
+    return costs.step(held, layout.dp, replicas_apart(costs.nodes, layout))
 
 
-def _generation(work: Workload, rates: Rates) -> float:
-    """Prefill through the pipeline, then a step of the decode ring per token but the first."""
+def _generation(work: Workload, costs: Costs) -> float:
+    """Prefill through the pipeline, then a step of the decode ring per token but the first; before them what
+    mapping the cache and recording graphs take."""
     spec, layout = work.actor.spec, work.generation
     rows = -(-work.sequences // layout.dp)
     share = -(-rows // layout.pp)
     size, count = _cut(rows, 1, min(work.prefill or share, max(1, PREFILL_TOKENS // work.prompt)))
     one = Pass(size * work.prompt, work.prompt, size)
-    costs = stage_costs(spec, layout, one, rates, trained=False)
-    prefill = forward_makespan([StageCosts(costs.forward)], [count])
+    stages = stage_costs(spec, layout, one, costs)
+    prefill = forward_makespan([StageCosts(stages.forward)], [count])
     size, count = _cut(rows, 1, work.decode or share)
-    ring = decode_stages(spec, layout, size, work.prompt + work.response / 2, rates)
-    return prefill + (work.response - 1) * ring.step(count)
+    ring = decode_stages(spec, layout, size, work.prompt + work.response / 2, costs, work.graphs)
+    fixed = costs.fixed
+    cache = kv_bytes(spec, layout, 0, rows, work.prompt + work.response, costs.item)
+    before = fixed.map_s_per_byte * cache + fixed.stage_s
+    if work.graphs:
+        before += fixed.capture_s_per_bucket * count
+    return before + prefill + (work.response - 1) * ring.step(count)
 
 
-def _switch(work: Workload, rates: Rates) -> float:
-    """What a rank lacks of its weights of generation, by messages at the one rate that is known of them."""
+def _switch(work: Workload, costs: Costs) -> float:
+    """What a rank lacks of its weights of generation, by messages at the one rate that is known of them; room
+    for them all."""
     source, destination = work.actor.layout, work.generation
     if source == destination:
         return 0.0
-    held = ITEM * work.actor.spec.parameters / (destination.tp * destination.pp)
-    return (1 - local_share(source, destination)) * held / rates.message
+    held = costs.item * work.actor.spec.parameters / (destination.tp * destination.pp)
+    across = costs.nodes is not None and source.world > costs.nodes.devices
+    brought = costs.send((1 - local_share(source, destination)) * held, across)
+    return brought + costs.fixed.map_s_per_byte * held + costs.fixed.stage_s

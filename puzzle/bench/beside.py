@@ -1,0 +1,134 @@
+"""What comes beside layers, measured: links, optimizer steps, the host's work per pass, mapping of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puzzle.bench import device, harness
+from puzzle.bench.harness import Row
+from puzzle.bench.pieces import LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
+from puzzle.bench.texts import mean_loss, random_batches
+from puzzle.bench.train import GradientSum
+from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
+from puzzle.engine.runtime.stage_timer import StageClock
+from puzzle.engine.runtime.world import World
+from puzzle.engine.train.zero_adamw import AdamWSettings
+from puzzle.model.parallel import all_gather_flat, reduce_scatter_flat
+from puzzle.plan.pipeline.actions import Channel, Payload
+from puzzle.plan.predict.costs import Fixed
+from puzzle.plan.predict.tables import (
+    CollectiveRow,
+    MessageRow,
+    Shape,
+)
+from puzzle.spec.model import ModelSpec
+
+MAPPED = 1 << 30
+"""Bytes of device memory that are asked for anew."""
+
+
+def links(bench: PiecesBench, world: World, found: Found) -> Iterator[Row]:
+    """Collectives of 2, 4, ... ranks, and messages between neighbours."""
+    for ranks in (n for n in (2, 4, 8, 16) if world.size % n == 0):
+        starts = range(0, world.size, ranks)
+        members = [tuple(range(start, start + ranks)) for start in starts]
+        group = world.groups(members, "tp")
+        for nbytes in sorted(bench.bytes):
+            size = max(ranks, nbytes // 4 // ranks * ranks)
+            whole_one = torch.ones(size, device=world.device)
+            part = torch.ones(size // ranks, device=world.device)
+            for op, work in (
+                ("all_reduce", lambda w=whole_one, g=group: dist.all_reduce(w, group=g)),
+                ("all_gather", lambda w=whole_one, p=part, g=group: all_gather_flat(w, p, group=g)),
+                ("reduce_scatter", lambda w=whole_one, p=part, g=group: reduce_scatter_flat(p, w, group=g)),
+            ):
+                row = CollectiveRow(op, ranks, 1, size * 4, _repeated(world, work, bench.repeats))
+                found.collectives.append(row)
+                yield as_row("collective", row)
+    ends = {(0, 1, Channel(0, 1, Payload.ACTIVATION))}
+    channel = next(iter(world.connect(ends).values()), None)
+    for nbytes in sorted(bench.bytes):
+        words = torch.ones(max(1, nbytes // 4), device=world.device)
+
+        def send(words: Tensor = words) -> None:
+            if world.rank == 0:
+                dist.send(words, 1, group=channel)
+            elif world.rank == 1:
+                dist.recv(words, 0, group=channel)
+
+        row = MessageRow(words.nbytes, True, _repeated(world, send, bench.repeats))
+        found.messages.append(row)
+        yield as_row("message", row)
+
+
+def _repeated(world: World, work: Callable[[], object], repeats: int) -> float:
+    """Seconds of one of several in a row: to start and to wait for one takes as long as a small one."""
+    times = 10 if world.device.type == "cuda" else 2
+    return timed(world, lambda: [work() for _ in range(times)], repeats) / times
+
+
+def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> Iterator[Row]:
+    """Optimizer, the host's work per pass, mapping of memory, the border of stages."""
+    tp = world.size if fits(spec, world.size) else 1
+    cut = replace(spec, num_layers=SHALLOW)
+    sizes, length = (tp, 1, world.size // tp), min(bench.length, min(bench.tokens))
+    (without, passes, _), (stepped, _, held) = (
+        _trained(bench, world, cut, sizes, length, optimizer) for optimizer in (False, True)
+    )
+    layer = next((r for r in found.layers if (r.shape, r.tp) == (Shape.of(spec), tp)), None)
+    if layer is not None and layer.tokens == length:
+        head = next((r for r in found.heads if (r.hidden, r.tp) == (spec.hidden_size, tp)), None)
+        alone = SHALLOW * (layer.forward_s + layer.backward_s)
+        alone += 0.0 if head is None else head.forward_s + head.backward_s
+        found.pass_host = max(LEAST, (without / passes - alone) / 2)
+    found.step = max(LEAST**2, (stepped - without) / held)
+    clock = StageClock(world)
+    stage_s = timed(world, lambda: clock.end("training"), bench.repeats)
+    found.fixed = Fixed(map_s_per_byte=_mapping(world), stage_s=stage_s)
+    yield {
+        "beside": f"{cut.hidden_size} x {cut.num_layers}",
+        "pass_host_s": found.pass_host,
+        "step s/billion": found.step * 1e9,
+        "map s/GB": found.fixed.map_s_per_byte * 1e9,
+        "capture_s": found.capture,
+        "stage_s": stage_s,
+    }
+
+
+def _trained(
+    bench: PiecesBench, world: World, spec: ModelSpec, sizes: harness.Sizes, length: int, optimizer: bool
+) -> tuple[float, int, float]:
+    """Seconds of a training step of short passes, how many passes, and the parameters a rank would step."""
+    runtime = harness.random_model("model", spec, sizes, world, bench.dtype)
+    count, batches = random_batches(runtime, 4, 1, length)
+    given = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (length - 1)))
+    pipeline = Pipeline([runtime])
+    if optimizer:
+        runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-6))
+    sums = None if optimizer else [GradientSum(runtime.decoder)]
+    seconds = timed(world, lambda: pipeline.train([given], gradients=sums), bench.repeats)
+    held = sum(parameter.numel() for parameter in runtime.decoder.parameters()) / sizes[2]
+    return seconds, len(batches), held
+
+
+def _mapping(world: World) -> float:
+    """Seconds to get a byte of memory that this process did not hold."""
+    if world.device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    found = []
+    for _ in range(3):
+        device.meet(world)
+        start = time.perf_counter()
+        kept = torch.empty(MAPPED, dtype=torch.uint8, device=world.device)
+        found.append(time.perf_counter() - start)
+        del kept
+        torch.cuda.empty_cache()
+    return device.most(world, median(found)) / MAPPED

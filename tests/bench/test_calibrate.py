@@ -1,0 +1,58 @@
+"""Calibrating, predicting and comparing with a run, on a CPU with two processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from puzzle.cli import main
+from puzzle.plan.predict.calibration import read_calibration
+from puzzle.plan.predict.tables import Tables
+from tests.reference.tiny import save_lm
+
+CONFIG = """\
+actor: {{model: {model}}}
+reward: {{init: {{num_hidden_layers: 4, hidden_size: 64, intermediate_size: 96, num_attention_heads: 8,
+  num_key_value_heads: 2, vocab_size: 259}}}}
+layout: {{tp: 1, pp: 2}}
+batch: 8
+iterations: 1
+device: cpu
+data: {{random_tokens: 8}}
+generation: {{max_new_tokens: 8, layout: {{tp: 2, pp: 1}}}}
+algorithm: {{microbatch: 2}}
+checkpoint: {{save: false}}
+"""
+SIZES = ["--tokens", "16", "--length", "16", "--rows", "2", "--prompts", "8", "--bytes", "1024"]
+
+
+def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Whatever else the machine does: no second is compared, but for what adds up."""
+    model, made, config = tmp_path / "lm", tmp_path / "made.json", tmp_path / "run.yaml"
+    save_lm(model, "llama")
+    given = ["--world", "2", "--device", "cpu", "--dtype", "fp32", "--models", str(model), "--repeats", "1"]
+    assert main(["bench", "calibrate", *given, *SIZES, "--engine", "here", "--out", str(made)]) == 0
+    found = read_calibration(str(made))
+    tables = found.costs
+    assert isinstance(tables, Tables)
+    assert (found.engine, found.device, found.tensor_parallel) == ("here", "cpu", True)
+    assert {row.tp for row in tables.layers} == {row.tp for row in tables.decodes} == {1, 2}
+    assert {row.op for row in tables.collectives} == {"all_reduce", "all_gather", "reduce_scatter"}
+    assert {(row.tokens, row.length) for row in tables.layers} == {(16, 16)}
+    capfd.readouterr()
+
+    config.write_text(CONFIG.format(model=model))
+    assert main(["plan", "predict", "--config", str(config), "--calibration", str(made), "--json"]) == 0
+    predicted = json.loads(capfd.readouterr().out)
+    assert all(seconds > 0 for seconds in predicted["stages"].values())
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "out")]) == 0
+    capfd.readouterr()
+    compare = ["plan", "compare", str(tmp_path / "out"), "--calibration", str(made), "--json"]
+    assert main(compare) == 0
+    (row,) = json.loads(capfd.readouterr().out)["runs"][str(made)]
+    for stage, seconds in predicted["stages"].items():
+        assert row["predicted"][stage] == pytest.approx(seconds)
+        assert row["measured"][stage] > 0
+    assert row["predicted"]["end to end"] == pytest.approx(predicted["end_to_end"])
