@@ -83,7 +83,9 @@ class ModelRuntime:
         dtype = torch.float32 if local_RS is None or local_RS.is_floating_point() else torch.int64
         whole = torch.zeros(shape, dtype=dtype, device=self.world.device)
         if local_RS is not None and self.owns_results:
-            whole[torch.tensor(rows, dtype=torch.int64, device=whole.device)] = local_RS.to(whole.device, dtype)
+            whole[torch.tensor(rows, dtype=torch.int64, device=whole.device)] = local_RS.to(
+                whole.device, dtype
+            )
         return self.world.sum(whole)
 
 
