@@ -9,6 +9,6 @@ export PUZZLE_ENV="${PUZZLE_ENV:-plot}"
 . "$root/env.sh"
 
 status=0
-python -P -m plotting "$@" || status=$?
+python -P -m puzzle.plotting "$@" || status=$?
 echo "end: $(date '+%Y-%m-%d %H:%M:%S'), duration: $SECONDS s"
 exit "$status"

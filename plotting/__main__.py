@@ -1,4 +1,4 @@
-"""`python -m plotting`: draws every figure and table that the logs hold."""
+"""`python -m puzzle.plotting`: draws every figure and table that the logs hold."""
 
 from puzzle.errors import UserError, exit_code, say_signals
 from puzzle.files.path import leave_working_folder
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from plotting import ablation, figure10, figure12, style, table3
-from plotting.irregularities import PUBLISHED, READINGS
-from plotting.loading import load, printable
-from plotting.options import Parser, folder
-from plotting.output import whole
-from plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
-from plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting import ablation, figure10, figure12, style, table3
+from puzzle.plotting.irregularities import PUBLISHED, READINGS
+from puzzle.plotting.loading import load, printable
+from puzzle.plotting.options import Parser, folder
+from puzzle.plotting.output import whole
+from puzzle.plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
+from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog.run import Loaded, Report
 
 FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
@@ -33,7 +33,9 @@ def parser() -> Parser:
     published = Path(__file__).resolve().parent.parent / "logs" / "published"
     out = Path(f"outputs_from_logs_{datetime.now():%Y%m%d-%H%M%S}")
     made = Parser(
-        "python -m plotting", description="Draw figures 8-12 and table 3 from run logs.", allow_abbrev=False
+        "python -m puzzle.plotting",
+        description="Draw figures 8-12 and table 3 from run logs.",
+        allow_abbrev=False,
     )
     made.add_argument(
         "--logs", type=folder, action="append", metavar="DIR", help=f"may be repeated ({published})"

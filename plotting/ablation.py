@@ -5,10 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from plotting import bars, selection, stats
-from plotting.rows import RATIO, Row, drawn
-from plotting.selection import Grid
-from plotting.style import BASELINE, OURS, Look
+from puzzle.plotting import bars, selection, stats
+from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.selection import Grid
+from puzzle.plotting.style import BASELINE, OURS, Look
 from puzzle.runlog.run import Run
 
 NAME = "ablation"

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.page import (
+from puzzle.plotting.page import (
     LEFT,
     RIGHT,
     Part,
@@ -21,8 +21,8 @@ from plotting.page import (
     same_scale,
     split,
 )
-from plotting.rows import Row, ordered
-from plotting.style import COLUMN, FAINT, GREY, INK, LINE, SMALL, TINY, Look, width_of
+from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.style import COLUMN, FAINT, GREY, INK, LINE, SMALL, TINY, Look, width_of
 
 AXES = COLUMN - LEFT - RIGHT
 GROUP = 0.82

@@ -1,9 +1,9 @@
 """Training curves: reward, KL, losses and lengths over iterations, several seeds with their 95 % intervals.
 
-`python -m plotting.curves --logs DIR ... --out DIR`. Runs that differ in nothing but their seed are one line:
-the mean over seeds of each seed's means over five iterations (of short runs, of each iteration), with
-Student's interval. The interval of a single run's held-out reward is the one over prompts that its log gives
-(`reward_ci95`, half its width).
+`python -m puzzle.plotting.curves --logs DIR ... --out DIR`. Runs that differ in nothing but their seed are
+one line: the mean over seeds of each seed's means over five iterations (of short runs, of each iteration),
+with Student's interval. The interval of a single run's held-out reward is the one over prompts that its log
+gives (`reward_ci95`, half its width).
 """
 
 from puzzle.errors import UserError, exit_code, say_signals
@@ -26,11 +26,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting import style
-from plotting.loading import load
-from plotting.options import Parser, folder
-from plotting.output import whole
-from plotting.selection import REAL, pair
+from puzzle.plotting import style
+from puzzle.plotting.loading import load
+from puzzle.plotting.options import Parser, folder
+from puzzle.plotting.output import whole
+from puzzle.plotting.selection import REAL, pair
 from puzzle.runlog.run import Run
 
 NAME = "curves"
@@ -213,7 +213,7 @@ def write(runs: Sequence[Run], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; exit code 0, or 2 after one line on stderr."""
-    parser = Parser("python -m plotting.curves", description="Draw training curves from run logs.")
+    parser = Parser("python -m puzzle.plotting.curves", description="Draw training curves from run logs.")
     parser.add_argument("--logs", type=folder, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--out", type=folder, required=True, metavar="DIR")
 

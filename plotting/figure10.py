@@ -7,12 +7,12 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from plotting import bars, irregularities, selection, stats
-from plotting.irregularities import CORRECTED
-from plotting.rows import RATIO, Row, drawn
-from plotting.selection import Grid, Pool, is_time
-from plotting.stats import Mean, row_of
-from plotting.style import OURS, Look
+from puzzle.plotting import bars, irregularities, selection, stats
+from puzzle.plotting.irregularities import CORRECTED
+from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.selection import Grid, Pool, is_time
+from puzzle.plotting.stats import Mean, row_of
+from puzzle.plotting.style import OURS, Look
 from puzzle.runlog.run import Run
 
 NAME = "figure10"

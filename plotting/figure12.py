@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting import irregularities, page, selection, stats
-from plotting.irregularities import CORRECTED
-from plotting.rows import Row, ordered
-from plotting.selection import Pool
-from plotting.stats import Mean, Values, mean, minus, of
-from plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TINY, width_of
+from puzzle.plotting import irregularities, page, selection, stats
+from puzzle.plotting.irregularities import CORRECTED
+from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.selection import Pool
+from puzzle.plotting.stats import Mean, Values, mean, minus, of
+from puzzle.plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TINY, width_of
 from puzzle.runlog.run import Run
 
 NAME = "figure12"

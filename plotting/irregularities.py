@@ -7,8 +7,18 @@ Each function looks at one kind of irregularity and returns the grid with remark
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from plotting.rows import Row
-from plotting.selection import Grid, Panel, Pool, difference, is_time, late_mean, log_name, pair, series
+from puzzle.plotting.rows import Row
+from puzzle.plotting.selection import (
+    Grid,
+    Panel,
+    Pool,
+    difference,
+    is_time,
+    late_mean,
+    log_name,
+    pair,
+    series,
+)
 from puzzle.runlog.run import Run
 
 PUBLISHED = "published"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from plotting.selection import agree
 from puzzle.errors import UserError, describe
+from puzzle.plotting.selection import agree
 from puzzle.runlog import load_runs
 from puzzle.runlog.run import Loaded, Report, Run
 

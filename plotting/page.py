@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from plotting.rows import Row, ordered
-from plotting.selection import REAL
-from plotting.style import (
+from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.selection import REAL
+from puzzle.plotting.style import (
     COLUMN,
     GREY,
     INK,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from plotting import bars, irregularities, selection, stats
-from plotting.irregularities import CORRECTED
-from plotting.rows import RATIO, Row, drawn
-from plotting.style import BASELINE, MIDDLE, OTHER, OURS, Look
+from puzzle.plotting import bars, irregularities, selection, stats
+from puzzle.plotting.irregularities import CORRECTED
+from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.style import BASELINE, MIDDLE, OTHER, OURS, Look
 from puzzle.runlog.run import Run
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from plotting.rows import RATIO, SECONDS, Row
-from plotting.selection import WARM_UP, Grid, Pool, cells, is_time, series, titles
+from puzzle.plotting.rows import RATIO, SECONDS, Row
+from puzzle.plotting.selection import WARM_UP, Grid, Pool, cells, is_time, series, titles
 from puzzle.runlog.run import Run
 
 Values = Callable[[Run], Sequence[float]]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting.style import BASELINE, COLUMN, INK, OURS, SMALL, TINY, applied
+from puzzle.plotting.style import BASELINE, COLUMN, INK, OURS, SMALL, TINY, applied
 
 GB = 1e9
 LEFT, RIGHT, TOP, BETWEEN, BOTTOM = 0.42, 0.12, 0.34, 0.5, 0.34

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plotting import irregularities, page, selection, stats
-from plotting.irregularities import CORRECTED
-from plotting.rows import Row, ordered
-from plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY, TITLE_SIZE, fitting, width_of
+from puzzle.plotting import irregularities, page, selection, stats
+from puzzle.plotting.irregularities import CORRECTED
+from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY, TITLE_SIZE, fitting, width_of
 from puzzle.runlog.run import Run
 
 NAME = "table3"

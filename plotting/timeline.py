@@ -1,5 +1,5 @@
 """Gantt charts of timelines, from their Chrome traces: a panel per trace, a bar per row, all on one time
-axis. `python -m plotting.timeline OUT TITLE=TRACE.json ...` draws traces that runs left."""
+axis. `python -m puzzle.plotting.timeline OUT TITLE=TRACE.json ...` draws traces that runs left."""
 
 from puzzle.errors import UserError, exit_code, say_signals
 from puzzle.files.path import leave_working_folder
@@ -20,9 +20,22 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from plotting.output import whole
-from plotting.style import COLUMN, GREY, INK, MIDDLE, OTHER, OURS, SMALL, TEXT, TINY, applied, save, width_of
 from puzzle.files.jsonio import Fields, read_object
+from puzzle.plotting.output import whole
+from puzzle.plotting.style import (
+    COLUMN,
+    GREY,
+    INK,
+    MIDDLE,
+    OTHER,
+    OURS,
+    SMALL,
+    TEXT,
+    TINY,
+    applied,
+    save,
+    width_of,
+)
 
 WIDTH = 2 * COLUMN
 LEFT, RIGHT, TOP, BOTTOM = 0.55, 0.08, 0.42, 0.34
@@ -137,7 +150,7 @@ def _tint(colour: str, share: float) -> tuple[float, ...]:
 
 def run(arguments: Sequence[str]) -> None:
     """Writes NAME.png and NAME.pdf into the folder of OUT. UserError for files that are no traces."""
-    parser = argparse.ArgumentParser("python -m plotting.timeline", description="Draw Chrome traces.")
+    parser = argparse.ArgumentParser("python -m puzzle.plotting.timeline", description="Draw Chrome traces.")
     parser.add_argument("out", type=Path, metavar="OUT", help="the picture's name, without its ending")
     parser.add_argument("traces", nargs="+", metavar="TITLE=TRACE.json", help="a panel each, from the top")
     given = parser.parse_args(arguments)

@@ -31,18 +31,39 @@ def describe(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-OURS = ("puzzle", "plotting", "dschat", "tests")
+OURS = ("puzzle", "dschat", "tests")
 # By the name of a module: the tier of env.sh that holds it, and its name for pip where that is another.
 TIERS = {
     **dict.fromkeys(("numpy", "pandas", "matplotlib"), "plot"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"), "engine"),
     **dict.fromkeys(("pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"), "engine"),
     **dict.fromkeys(("tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
-    **dict.fromkeys(("vaderSentiment", "ray", "triton", "requests", "urllib3", "dill"), "engine"),
+    **dict.fromkeys(
+        ("vaderSentiment", "ray", "triton", "requests", "urllib3", "dill", "argcomplete"), "engine"
+    ),
     "deepspeed": "baseline",
     **dict.fromkeys(("pytest", "hypothesis"), "dev"),
 }
-PACKAGES = {"yaml": "pyyaml", "google": "protobuf", "pydantic_settings": "pydantic-settings"}
+PACKAGES = {
+    "yaml": "pyyaml",
+    "google": "protobuf",
+    "pydantic_settings": "pydantic-settings",
+    "math_verify": "math-verify",
+    "reasoning_gym": "reasoning-gym",
+}
+PROJECT = "puzzle-rlhf"
+"""What the installed package is called."""
+# By the name of a module: the extra of the installed package that holds it.
+EXTRAS = {
+    **dict.fromkeys(("pandas", "matplotlib"), "plot"),
+    **dict.fromkeys(("gguf", "sentencepiece", "google", "datasets", "pyarrow"), "formats"),
+    **dict.fromkeys(("requests", "urllib3", "vaderSentiment"), "rewards"),
+    **dict.fromkeys(("math_verify", "reasoning_gym"), "verifiers"),
+    "tensorboard": "trackers",
+    "argcomplete": "completion",
+    "ray": "ray",
+    "deepspeed": "deepspeed",
+}
 
 
 def absent(error: ModuleNotFoundError) -> str | None:
@@ -50,10 +71,22 @@ def absent(error: ModuleNotFoundError) -> str | None:
     module = (error.name or "").partition(".")[0]
     if not module or module in OURS or module in sys.stdlib_module_names:
         return None
-    package = PACKAGES.get(module, module)
-    how = f"install it: {sys.executable} -m pip install {package}"
-    if module in TIERS and "PUZZLE_PYTHON" not in os.environ:
+    return lacking(module)
+
+
+def lacking(module: str) -> str:
+    """What to install, in one line, where a module is missing: a tier of env.sh in a checkout, else an extra
+    of the installed package, else the package itself."""
+    package, extra = PACKAGES.get(module, module), EXTRAS.get(module)
+    checkout = (Path(__file__).resolve().parents[1] / "env.sh").is_file()
+    if extra is None or checkout:
+        how = f"install it: {sys.executable} -m pip install {package}"
+    else:
+        how = f"it is of the extra {extra}: {sys.executable} -m pip install '{PROJECT}[{extra}]'"
+    if checkout and module in TIERS and "PUZZLE_PYTHON" not in os.environ:
         how = f"it is in the tier {TIERS[module]}: PUZZLE_ENV={TIERS[module]} . ./env.sh, or {how}"
+    elif checkout and extra is not None:
+        how = f"it is of the extra {extra}; {how}"
     return f"the package {package} is not installed; {how}"
 
 

@@ -50,5 +50,5 @@ for seed in $seeds; do
   fi
 done
 for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
-python -P -m plotting.curves --logs "$out" --out "$out/curves" || status=$?
+python -P -m puzzle.plotting.curves --logs "$out" --out "$out/curves" || status=$?
 exit "$status"

@@ -18,8 +18,9 @@ compile() {
 [ $# = 0 ] || cp requirements/dev.txt "$work/dev.txt"
 compile "$@" --extra dev pyproject.toml -o "$work/dev.txt" >/dev/null
 compile --extra baseline pyproject.toml --constraint "$work/dev.txt" -o "$work/baseline.txt" >/dev/null
-compile --extra options pyproject.toml --constraint "$work/dev.txt" -o "$work/engine.txt" >/dev/null
-compile --group plot --constraint "$work/dev.txt" -o "$work/plot.txt" >/dev/null
+compile --extra plot --extra options pyproject.toml --constraint "$work/dev.txt" -o "$work/engine.txt" >/dev/null
+python -c 'import sys; sys.path.append("scripts"); import tiers; print(*tiers.extra("plot"), sep="\n")' >"$work/plot.in"
+compile "$work/plot.in" --constraint "$work/dev.txt" -o "$work/plot.txt" >/dev/null
 for tier in plot engine baseline dev; do
   # The CUDA libraries come with the torch that wants them.
   grep -vE '^(nvidia-|cuda-|triton==)' "$work/$tier.txt" >"requirements/$tier.txt"

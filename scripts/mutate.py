@@ -221,8 +221,8 @@ def nearest(root: Path, room: str, file: str) -> list[str]:
     """Test files for a source file: the room's by how many imports lie between and without processes first;
     then others that import it and start none."""
     modules = {
-        path.relative_to(root).as_posix(): ".".join(path.relative_to(root).with_suffix("").parts)
-        for folder in ("puzzle", "plotting", "tests")
+        path.relative_to(root).as_posix(): ".".join((*within, *path.relative_to(root).with_suffix("").parts))
+        for folder, within in (("puzzle", ()), ("plotting", ("puzzle",)), ("tests", ()))
         for path in (root / folder).rglob("*.py")
     }
     distance, edge = {file: 0}, {file}

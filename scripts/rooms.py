@@ -151,6 +151,7 @@ ROOMS = {
             "puzzle/cli",
         ),
     ),
+    "puzzle/__main__.py": Room("`python -m puzzle`", ("puzzle/files", "puzzle/cli")),
     "plotting": Room(
         "figures and curves, pure functions of logs",
         ("puzzle/errors.py", "puzzle/files", "puzzle/runlog"),
@@ -162,6 +163,8 @@ ROOMS = {
 def room_of(path: str) -> str | None:
     """The innermost room that a path (`puzzle/plan/layout.py`) or a dotted module lies in."""
     parts = path.removesuffix(".py").replace(".", "/").split("/")
+    if parts[:2] == ["puzzle", "plotting"]:  # what the folder is imported as
+        del parts[0]
     for length in range(len(parts), 0, -1):
         inner = "/".join(parts[:length])
         for name in (inner, f"{inner}.py"):

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("plot", "engine", "baseline", "dev")
@@ -21,17 +22,24 @@ class SetupError(Exception):
 
 
 def extra(name: str, root: Path = ROOT) -> list[str]:
-    """Requirements (PEP 508, without markers) of a tier, or of the options alone: pyproject.toml's group
-    plot, the package's own dependencies (engine), and with them an extra and the extras that it names."""
-    document = tomllib.loads((root / "pyproject.toml").read_text())
-    project = document["project"]
-    if name == "plot":
-        return document["dependency-groups"]["plot"]
-    found = [] if name == OPTIONS else [_bare(requirement) for requirement in project["dependencies"]]
-    for requirement in project["optional-dependencies"][name] if name != "engine" else ():
+    """Requirements (PEP 508, without markers) of a tier, or of the options alone, as pyproject.toml has them:
+    the extra plot; with it the package's own dependencies (engine); with both an extra of the tier's name."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    own = (
+        [] if name in ("plot", OPTIONS) else [*map(_bare, project["dependencies"]), *_listed("plot", project)]
+    )
+    return list(dict.fromkeys(own + (_listed(name, project) if name != "engine" else [])))
+
+
+def _listed(name: str, project: Mapping[str, Any]) -> list[str]:
+    """An extra, with the extras that it names."""
+    found: list[str] = []
+    for requirement in project["optional-dependencies"][name]:
         inner = re.fullmatch(rf"{project['name']}\[(.+)\]", requirement)
-        found += [r for p in inner[1].split(",") for r in extra(p, root)] if inner else [_bare(requirement)]
-    return list(dict.fromkeys(found))
+        found += (
+            [r for p in inner[1].split(",") for r in _listed(p, project)] if inner else [_bare(requirement)]
+        )
+    return found
 
 
 def _bare(requirement: str) -> str:

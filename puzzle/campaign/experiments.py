@@ -13,10 +13,9 @@ from puzzle.config.capabilities import missing
 from puzzle.config.load import Key, build, merge, read_yaml
 from puzzle.config.run import Count, TrainConfig
 from puzzle.errors import UserError
-from puzzle.files.path import ROOT
 from puzzle.spec.published import published
 
-TABLE = ROOT / "experiments.yaml"
+TABLE = Path(__file__).with_name("experiments.yaml")
 Axes = tuple[Count, Count, Count]  # tp, pp, dp
 
 

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from puzzle import __version__
+from puzzle.cli import completion
 from puzzle.errors import UserError, describe, exit_code
 from puzzle.files.limits import MOST, MOST_NAME
 from puzzle.files.path import expanded
@@ -32,6 +33,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UserError(f"{self.prog}: {message}")
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """As in the base class; where a shell asks what could come next, that is said instead."""
+        if completion.asked():
+            completion.offer(self)
+        return super().parse_args(*arguments, **options)
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -103,11 +110,17 @@ def new_file(text: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it ended well, 2 after a user error, 130 when interrupted."""
+    if arguments is None and completion.asked():
+        return exit_code(lambda: _run(completion.typed()))
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["--version"]:
         print(f"puzzle {__version__}")
         return 0
-    return exit_code(lambda: dispatch("puzzle", COMMANDS, "puzzle.cli.{}:run".format, given))
+    return exit_code(lambda: _run(given))
+
+
+def _run(given: list[str]) -> int | None:
+    return dispatch("puzzle", COMMANDS, "puzzle.cli.{}:run".format, given)
 
 
 def dispatch(
@@ -115,6 +128,10 @@ def dispatch(
 ) -> int | None:
     """Run the command that comes first, by the function that `home` names (`module:function`); without one,
     list them."""
+    if completion.asked():
+        if not given or given[0] not in commands:
+            completion.offer_commands(commands)
+        completion.descend()
     if not given or given[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {text}" for name, text in commands.items()]
         head, foot = f"usage: {program} COMMAND ...", f"{program} COMMAND --help says more."

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from puzzle.cli import Parser, filled, named, whole
 from puzzle.config import memory_report as footprint
 from puzzle.config.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
 from puzzle.config.resolve import resolve
-from puzzle.errors import UserError, terminate_as_exit
+from puzzle.errors import UserError, lacking, terminate_as_exit
 from puzzle.files import lock
 from puzzle.launch import LAUNCHERS, Launcher, slurm
 from puzzle.rlhf.requirements import check_files, check_packages
@@ -39,8 +40,6 @@ def run(arguments: Sequence[str]) -> int:
         machine = replace(machine, memory=footprint.parse_bytes(options.device_memory), total=total)
     scale = options.scale or ("node" if machine.per_host else "cpu")
     console.print(f"{machine.words}; scale {scale}, launcher {options.launcher}", soft_wrap=True)
-    if options.table == TABLE and not TABLE.is_file():
-        raise UserError(f"{TABLE.name} is not part of the installed package; run ./RUNME-b.sh in a checkout")
     table = read_table(options.table)
     devices = None
     if scale == "node" and scale in table.scales:
@@ -59,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
         words = _submitted(arguments, out)
         _ahead(experiments, console, slurm.submission(words, _largest(experiments), out) if submits else [])
         return 0
+    if find_spec("matplotlib") is None:
+        raise UserError(f"what the runs measure is drawn: {lacking('matplotlib')}")
     _require_devices(scale, experiments, machine, options.launcher)
     if all(experiment.lacks for experiment in experiments):
         _list(experiments, console)
@@ -229,5 +230,5 @@ def _draw(outcomes: Sequence[campaign.Outcome], out: Path) -> bool:
     if not figures:
         return False
     logs = [word for e in finished for word in ("--logs", str(out / "logs" / e.name))]
-    command = [sys.executable, "-P", "-m", "plotting", *logs, "--out", str(out), "--only", *figures]
+    command = [sys.executable, "-P", "-m", "puzzle.plotting", *logs, "--out", str(out), "--only", *figures]
     return subprocess.run(command, check=False).returncode == 0

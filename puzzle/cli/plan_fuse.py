@@ -134,9 +134,9 @@ def _table(estimates: Sequence[Estimate], apart: Estimate) -> str:
 
 
 def _draw(out: Path, best: Estimate, apart: Estimate, cost: CostTable) -> None:
-    from plotting.output import whole
-    from plotting.style import save
-    from plotting.timeline import gantt
+    from puzzle.plotting.output import whole
+    from puzzle.plotting.style import save
+    from puzzle.plotting.timeline import gantt
 
     traces: dict[str, Mapping[str, Any]] = {}
     for estimate in dict.fromkeys((apart, best)):

@@ -94,9 +94,9 @@ def _plan(given: argparse.Namespace, zero: bool) -> SwitchPlan:
 
 
 def _draw(out: Path, numbers: dict[str, Any], quiet: bool) -> None:
-    from plotting.output import whole
-    from plotting.style import save
-    from plotting.switch import switch_figure
+    from puzzle.plotting.output import whole
+    from puzzle.plotting.style import save
+    from puzzle.plotting.switch import switch_figure
 
     with whole(out) as folder:
         save(switch_figure(numbers), folder / "switch")

@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from puzzle.cli import Parser, named
+from puzzle.cli import Parser, completion, named
 from puzzle.config import memory_report as footprint
 from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
-from puzzle.config.load import go_on, load_given, option_help, without_inherited
+from puzzle.config.load import go_on, keys, load_given, option_help, without_inherited
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.engine.runtime.identity import launched
@@ -45,6 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
     parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
+    if completion.asked():
+        for key, is_section in keys():
+            if not is_section:
+                parser.add_argument(f"--{'.'.join(key)}")
+        completion.offer(parser)
     options, overrides = parser.parse_known_args(arguments)
     if options.help:
         print(parser.format_help() + "\n" + option_help())

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
+from puzzle.files.path import ROOT
 
 BASELINE = "dschat"
 """The variant that another program of this project runs."""
@@ -45,6 +46,10 @@ def missing(config: TrainConfig) -> list[str]:
     """What `config` asks for that does not exist, or is not installed; empty when it can run."""
     lacks: list[str] = []
     if config.log.variant == BASELINE:
+        if not (ROOT / BASELINE_SCRIPT).is_file():
+            lacks.append(
+                "the DeepSpeed-Chat baseline, which is not part of the installed package (a checkout has it)"
+            )
         if find_spec("deepspeed") is None:
             lacks.append(
                 "the package deepspeed for the DeepSpeed-Chat baseline (PUZZLE_ENV=baseline of env.sh)"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, lacking
 
 
 def gym_prompts(task: str, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -20,10 +20,7 @@ def gym_prompts(task: str, count: int, seed: int, options: Mapping[str, Any]) ->
         from reasoning_gym import get_score_answer_fn
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
-        raise UserError(
-            "the package reasoning-gym is not installed; it is of the extra verifiers: pip install"
-            " reasoning-gym"
-        ) from None
+        raise UserError(lacking("reasoning_gym")) from None
     if task not in DATASETS:
         raise UserError(f"{task}: reasoning-gym has no such task; it has {', '.join(sorted(DATASETS))}")
     try:

@@ -29,7 +29,7 @@ from puzzle.launch.hosts import AgentMonitor, filled
 
 SETTINGS = ROOT / "slurm.yaml"
 AGENT = (sys.executable, "-P", "-u", "-m", "puzzle.launch.agent")
-JOB = ROOT / "scripts/slurm/job.sh"
+JOB = Path(__file__).with_name("job.sh")
 LOG = "slurm.log"
 END_SECONDS = 15.0
 
@@ -118,10 +118,6 @@ def require() -> None:
         raise UserError(
             "--launcher slurm: there is no sbatch here; run this on a login node of the cluster, or use"
             " --launcher local or ray"
-        )
-    if not JOB.is_file():
-        raise UserError(
-            "--launcher slurm: its batch script is not part of the installed package; use a checkout"
         )
 
 

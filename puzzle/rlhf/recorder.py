@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from puzzle.engine.checkpoint.checkpoint import Saved
 from puzzle.engine.checkpoint.export import whole_tensors
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
-from puzzle.errors import UserError, describe
+from puzzle.errors import UserError, describe, lacking
 from puzzle.files import durable
 from puzzle.model import hf
 from puzzle.plan.simulate.timeline import Timeline
@@ -37,6 +38,9 @@ from puzzle.rlhf.scoring import Scores
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Checkpoint, End, Evaluation, Iteration, Rank, Resume, Trace, Warned
+
+DRAWS = find_spec("matplotlib") is not None
+"""Whether this installation can draw curves (the extra `plot`)."""
 
 
 def experience_metrics(experience: Experience, scores_B: Tensor, estimator: Estimator) -> dict[str, float]:
@@ -146,12 +150,17 @@ class Recorder:
         done = 0 if resumed is None else resumed.done
         tensorboard = config.log.tensorboard
         self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
+        if self.writer is not None and config.log.plots and not DRAWS:
+            self._warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
         if self.writer is not None and resumed is not None:
             folder = None if resumed.folder is None else str(resumed.folder.relative_to(out))
             self.writer.write(Resume(done, folder))
             for note in (*resumed.notes, *_changes(self.writer.settings)):
-                self.writer.write(Warned(note))
-                print(f"warning: {note}", file=sys.stderr)
+                self._warn(note)
+
+    def _warn(self, note: str) -> None:
+        self.write(Warned(note))
+        print(f"warning: {note}", file=sys.stderr)
 
     def sync(self) -> None:
         """What the log says is on the disk, whatever happens next."""
@@ -293,10 +302,10 @@ class Recorder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _plot(self) -> None:
-        if not self.config.log.plots:
+        if not self.config.log.plots or not DRAWS:
             return
         # matplotlib takes a second to import: not for runs without plots.
-        from plotting import curves
+        from puzzle.plotting import curves
 
         folder = self.out / "plots"
         try:

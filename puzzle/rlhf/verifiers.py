@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, lacking
 from puzzle.rlhf.rewards.builtin import exact_answer
 
 SECONDS = 5
@@ -40,7 +40,7 @@ def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise UserError(_absent("math_verify", "math-verify")) from None
+        raise UserError(f"puzzle.rlhf.verifiers:math_verify: {lacking('math_verify')}") from None
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each answer that is none would be told
     return parse, verify
@@ -75,12 +75,5 @@ def _gym_task(name: str) -> tuple[Callable[..., float], Callable[[str], str | No
         from reasoning_gym import get_score_answer_fn
         from reasoning_gym.utils import extract_answer
     except ImportError:
-        raise UserError(_absent("reasoning_gym", "reasoning-gym")) from None
+        raise UserError(f"puzzle.rlhf.verifiers:reasoning_gym: {lacking('reasoning_gym')}") from None
     return get_score_answer_fn(name), extract_answer
-
-
-def _absent(function: str, package: str) -> str:
-    return (
-        f"puzzle.rlhf.verifiers:{function} needs the package {package}, of the extra verifiers: pip install"
-        f" {package}"
-    )

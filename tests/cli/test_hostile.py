@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from plotting import curves
-from plotting.__main__ import main as plot
 from puzzle.cli import main
 from puzzle.errors import LONGEST_LINE, exit_code, one_line
+from puzzle.plotting import curves
+from puzzle.plotting.__main__ import main as plot
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -245,7 +245,7 @@ def test_odd_outputs(shell: str, code: int | tuple[int, ...], words: str) -> Non
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 )
-@pytest.mark.parametrize("program", ["plotting", "plotting.curves", "plotting.timeline"])
+@pytest.mark.parametrize("program", ["puzzle.plotting", "puzzle.plotting.curves", "puzzle.plotting.timeline"])
 def test_signals_while_a_program_imports(
     program: str, number: signal.Signals, words: str, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_ray_over_the_nodes_of_a_job(folder: Path, alone: Path) -> None:
         "--wait",
         "--output=job.txt",
         *slurm.settings().options(4),
-        ROOT / "scripts/slurm/job.sh",
+        ROOT / "puzzle/launch/job.sh",
     ]
     ended = subprocess.run(
         [*job, *train, "--launcher", "ray"], cwd=folder, env=environment(PUZZLE_TEST=str(folder)), check=False

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from plotting.__main__ import main
+from puzzle.plotting.__main__ import main
 from tests.plotting.builders import ROOT, figure8, read, write
 from tests.runlog import texts
 
@@ -20,7 +20,7 @@ def draw(*arguments):
 
 def command(*arguments, **options):
     """The command in a process of its own."""
-    line = [sys.executable, "-m", "plotting", *map(str, arguments)]
+    line = [sys.executable, "-m", "puzzle.plotting", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
@@ -213,7 +213,7 @@ def test_disk_full(tmp_path, logs, here):
 
 def test_stdout_full(tmp_path, logs):
     with open("/dev/full", "w") as full:
-        line = [sys.executable, "-m", "plotting", "--logs", str(logs), "--out", str(tmp_path / "out")]
+        line = [sys.executable, "-m", "puzzle.plotting", "--logs", str(logs), "--out", str(tmp_path / "out")]
         done = subprocess.run(line, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: No space left on device\n"
@@ -222,7 +222,7 @@ def test_stdout_full(tmp_path, logs):
 def test_the_reader_of_the_output_may_leave(tmp_path, logs):
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, "-m", "plotting", "--logs", str(logs), "--out", str(tmp_path / "out")]
+    line = [sys.executable, "-m", "puzzle.plotting", "--logs", str(logs), "--out", str(tmp_path / "out")]
     done = subprocess.run(line, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

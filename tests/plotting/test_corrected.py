@@ -4,9 +4,9 @@ from statistics import fmean
 
 import pytest
 
-from plotting import figure10, figure12, table3
-from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting import figure10, figure12, table3
+from puzzle.plotting.irregularities import CORRECTED, PUBLISHED
+from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog import load_runs
 from tests.plotting import builders
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plotting import curves
-from plotting.selection import pair
 from puzzle.errors import UserError
+from puzzle.plotting import curves
+from puzzle.plotting.selection import pair
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.records import End, Evaluation, Iteration
 
@@ -152,7 +152,7 @@ def test_both_folders_must_be_named(tmp_path, capsys):
 
 def test_the_command_says_what_it_wrote(tmp_path):
     write_run(tmp_path / "logs", [1.0, 2.0])
-    line = [sys.executable, "-m", "plotting.curves", "--logs", str(tmp_path / "logs"), "--out"]
+    line = [sys.executable, "-m", "puzzle.plotting.curves", "--logs", str(tmp_path / "logs"), "--out"]
     root = Path(curves.__file__).parents[1]
     done = subprocess.run(
         [*line, str(tmp_path / "out")], cwd=root, capture_output=True, text=True, check=False

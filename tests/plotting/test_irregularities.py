@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plotting import figure10, figure12
-from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.speedups import figure8
+from puzzle.plotting import figure10, figure12
+from puzzle.plotting.irregularities import CORRECTED, PUBLISHED
+from puzzle.plotting.speedups import figure8
 from puzzle.runlog import Run
 from tests.plotting.builders import run
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plotting import __main__ as page
-from plotting import ablation, figure10, figure12, table3
-from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.selection import Pool, agree
-from plotting.speedups import figure8, figure9, figure11
-from plotting.stats import mean, of
 from puzzle.errors import UserError
+from puzzle.plotting import __main__ as page
+from puzzle.plotting import ablation, figure10, figure12, table3
+from puzzle.plotting.irregularities import CORRECTED, PUBLISHED
+from puzzle.plotting.selection import Pool, agree
+from puzzle.plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting.stats import mean, of
 from puzzle.runlog import UNFAITHFUL, Report, RunWriter, load_runs
 from puzzle.runlog.records import Iteration, Simulation
 from tests.plotting import builders

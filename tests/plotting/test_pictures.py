@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
 
-from plotting import figure10, figure12, page, style, table3
-from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting import figure10, figure12, page, style, table3
+from puzzle.plotting.irregularities import CORRECTED, PUBLISHED
+from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog import load_runs
 from puzzle.runlog.records import Note
 from tests.plotting import builders
@@ -200,7 +200,7 @@ def test_equal_logs_give_equal_bytes(tmp_path):
         line = [
             sys.executable,
             "-m",
-            "plotting",
+            "puzzle.plotting",
             "--out",
             str(tmp_path / str(index)),
             "--only",

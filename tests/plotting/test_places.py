@@ -12,12 +12,12 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from plotting import curves, figure10, figure12, page, style, table3
-from plotting.irregularities import PUBLISHED
-from plotting.rows import Row
-from plotting.speedups import figure8, figure9, figure11
-from plotting.switch import switch_figure
-from plotting.timeline import gantt
+from puzzle.plotting import curves, figure10, figure12, page, style, table3
+from puzzle.plotting.irregularities import PUBLISHED
+from puzzle.plotting.rows import Row
+from puzzle.plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting.switch import switch_figure
+from puzzle.plotting.timeline import gantt
 from puzzle.runlog import load_runs
 from tests.plotting import builders
 from tests.plotting.test_curves import write_run

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from plotting.__main__ import main
-from plotting.rows import COLUMNS
+from puzzle.plotting.__main__ import main
+from puzzle.plotting.rows import COLUMNS
 from tests.plotting.builders import PUBLISHED, TABLE, raw_tree, read
 
 FIGURES = ("figure8", "figure9", "figure10", "figure11", "figure12", "table3")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from plotting import figure10, figure12, table3
-from plotting.irregularities import CORRECTED, PUBLISHED
-from plotting.speedups import figure8, figure9, figure11
+from puzzle.plotting import figure10, figure12, table3
+from puzzle.plotting.irregularities import CORRECTED, PUBLISHED
+from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog import Run
 from puzzle.runlog.records import Simulation
 from tests.plotting.builders import run

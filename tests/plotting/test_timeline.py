@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection
 
-from plotting.style import TINY, width_of
-from plotting.timeline import LEFT, RIGHT, WIDTH, gantt, run
 from puzzle.errors import UserError
+from puzzle.plotting.style import TINY, width_of
+from puzzle.plotting.timeline import LEFT, RIGHT, WIDTH, gantt, run
 
 
 def trace(*spans: tuple[int, str, str, float, float]) -> dict:

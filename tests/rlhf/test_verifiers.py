@@ -63,7 +63,7 @@ def test_without_the_package_a_line_names_the_extra(monkeypatch, function, packa
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     for cached in (verifiers._math_verify, verifiers._gym_task):
         cached.cache_clear()
-    words = f"verifiers:{function} needs the package {package}, of the extra verifiers: pip install {package}"
+    words = f"verifiers:{function}: the package {package} is not installed; it is of the extra verifiers"
     columns: list[list[Any]] = [["1"], ["1"]]
     if function == "reasoning_gym":
         columns += [[{"source_dataset": "chain_sum"}], ["p"]]

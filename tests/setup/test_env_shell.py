@@ -316,8 +316,8 @@ def test_unwritable_checkout_is_said(checkout: Checkout) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--only", "figure8", "table3"], ["--out=x y", "--logs", "/logs"]])
 def test_runme_a_passes_arguments_and_the_exit_code(checkout: Checkout, arguments: list[str]) -> None:
-    (checkout.root / "plotting").mkdir()
-    (checkout.root / "plotting/__main__.py").write_text(
+    (checkout.root / "puzzle/plotting").mkdir(parents=True)
+    (checkout.root / "puzzle/plotting/__main__.py").write_text(
         "import json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(2)\n"
     )
     link = checkout.home / "draw"

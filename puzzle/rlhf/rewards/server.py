@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle.errors import UserError
+from puzzle.errors import UserError, lacking
 from puzzle.rlhf.patience import TookTooLong
 from puzzle.rlhf.rewards.batch import ARGUMENTS, RewardBatch
 from puzzle.rlhf.rewards.scores import checked_scores, shown
@@ -51,9 +51,7 @@ class ServerReward:
             import requests.adapters
             import urllib3
         except ImportError:
-            raise UserError(
-                f"reward.url {url}: it needs the package requests, of the extra options: pip install requests"
-            ) from None
+            raise UserError(f"reward.url {url}: {lacking('requests')}") from None
         self.what = f"reward.url {url}"
         self._url, self._limits, self._workers = url, limits, workers or 0
         self._errors: Any = requests.exceptions
