@@ -1,3 +1,26 @@
-"""PUZZLE: RLHF with light-weight context switches."""
+"""PUZZLE: RLHF with light-weight context switches.
+
+From Python: `puzzle.run` trains, `puzzle.load_run` reads what a run wrote, `puzzle.plan_switch` plans a
+change of layout (docs/python.md). They are loaded when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from puzzle.api import RunError, RunFolder, UserError, load_run, plan_switch, run
 
 __version__ = "0.1.0"
+__all__ = ["RunError", "RunFolder", "UserError", "__version__", "load_run", "plan_switch", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `puzzle.api`, loaded when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from puzzle import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

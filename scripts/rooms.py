@@ -151,6 +151,19 @@ ROOMS = {
             "puzzle/cli",
         ),
     ),
+    "puzzle/api.py": Room(
+        "what Python calls, under the name `puzzle` ([python.md](python.md))",
+        (
+            "puzzle/errors.py",
+            "puzzle/spec",
+            "puzzle/plan",
+            "puzzle/config",
+            "puzzle/runlog",
+            "puzzle/launch",
+            "puzzle/cli",
+        ),
+        HEAVY,
+    ),
     "puzzle/__main__.py": Room("`python -m puzzle`", ("puzzle/files", "puzzle/cli")),
     "plotting": Room(
         "figures and curves, pure functions of logs",

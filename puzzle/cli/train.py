@@ -114,9 +114,11 @@ def start(
     launcher: Launcher = "local",
     given: Mapping[str, Any] | None = None,
     reward: Callable[..., Any] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> int:
     """Run `config`, of which the user gave `given`, into `out`, which no other command may write meanwhile.
-    `reward` is the callable that the configuration calls `given`.
+    `reward` is the callable that the configuration calls `given`. With `meanwhile` (launcher local) the run
+    lives in processes of its own, and that is called again and again while they run; what it raises ends it.
 
     A folder of our making does not outlive a refusal before the log began.
     """
@@ -133,15 +135,16 @@ def start(
     moment = began.isoformat(timespec="seconds")
     told = (config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
     sent: Any = reward
-    if reward is not None and (launcher != "local" or config.world > 1 or _apart(config)):
+    apart = meanwhile is not None or _apart(config)
+    if reward is not None and (launcher != "local" or config.world > 1 or apart):
         sent = base64.b64encode(pickled_function(reward)).decode()
     if place is not None and place.rank > 0:
-        return _attempts(config, out, resume, launcher, told, sent, None)
+        return _attempts(config, out, resume, launcher, told, sent, None, meanwhile)
     folders.check(out)
     with lock.hold(out) as keep:
         try:
             folders.prepare(out, resume, config.checkpoint.save)
-            return _attempts(config, out, resume, launcher, told, sent, keep)
+            return _attempts(config, out, resume, launcher, told, sent, keep, meanwhile)
         except UserError:
             if made and not (out / "run.jsonl").exists():
                 shutil.rmtree(out)
@@ -162,6 +165,7 @@ def _attempts(
     told: tuple[Any, ...],
     reward: Any,
     keep: int | None,
+    meanwhile: Callable[[], None] | None,
 ) -> int:
     """Run it; if it dies, resume it, `launch.max_restarts` times at most, but not again after FRUITLESS
     restarts in a row without a new checkpoint. `told` are the first arguments of `rlhf.process`, `reward` is
@@ -173,7 +177,8 @@ def _attempts(
         args = (*told, resume, note, reward)
         try:
             if launcher == "local":
-                local.run(target, args, config.world, logs, apart=_apart(config), keep=keep)
+                apart = meanwhile is not None or _apart(config)
+                local.run(target, args, config.world, logs, apart=apart, keep=keep, meanwhile=meanwhile)
             else:
                 launch(launcher, target, args, config.world, logs, config.device, keep)
         except local.WorkerError as error:

@@ -329,13 +329,19 @@ def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainC
     return build(given, place), given
 
 
+def given_config(
+    data: Mapping[str, Any], changes: Mapping[str, Any], where: str
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The run that nested values from `where` describe, with `changes` laid over them; and both."""
+    given = merge(_replaced_sources(modernised(data)[0], changes), changes)
+    return build(given, lambda key: where), given
+
+
 def go_on(
     before: Mapping[str, Any], log: Path, arguments: Sequence[str]
 ) -> tuple[TrainConfig, dict[str, Any]]:
     """The run that `before`, given at its start as `log` has it, and the command line describe; and both."""
-    overrides = parse_overrides(arguments)
-    given = merge(_replaced_sources(modernised(before)[0], overrides), overrides)
-    return build(given, lambda key: f"{log} and the command line"), given
+    return given_config(before, parse_overrides(arguments), f"{log} and the command line")
 
 
 def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:

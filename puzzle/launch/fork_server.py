@@ -9,10 +9,12 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MOST_SOCKET_FOLDER = 64
@@ -42,6 +44,18 @@ def ensure(modules: Sequence[str]) -> None:
             descriptor = os.open(server._forkserver_address, os.O_PATH | os.O_CLOEXEC)
             server._forkserver_address = f"/proc/self/fd/{descriptor}"
             end_at_exit()
+
+
+@contextlib.contextmanager
+def without_main() -> Generator[None]:
+    """What starts meanwhile does not import the program that starts it: a script without a `__main__` guard
+    would run again in every process."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")  # with no file
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 def ended(patience: float = 0.0) -> int | None:

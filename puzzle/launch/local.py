@@ -45,6 +45,7 @@ SAFE_PATH = "PYTHONSAFEPATH"
 """Variable that keeps the working folder off a new interpreter's path."""
 GRACE_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
+MEANWHILE_SECONDS = 0.2
 MOST_PER_CORE = 16
 UNTOLD = 255
 """The exit code that multiprocessing makes up for processes whose fork server died."""
@@ -90,13 +91,15 @@ def run(
     *,
     apart: bool = False,
     keep: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Run `target` ("module:function") as `world` processes; returns when all have ended well.
 
     In one process, or in a process of torchrun, it is a plain call; one process is started, too, if it shall
     live `apart` from this one. Otherwise `logs` receives the output of every rank but the first, and what the
-    first has for programmers; every process keeps the file descriptor `keep` open while it lives. Raises
-    UserError or WorkerError with the first failure's line, all others gone.
+    first has for programmers; every process keeps the file descriptor `keep` open while it lives, and
+    `meanwhile` is called every MEANWHILE_SECONDS while they live. Raises UserError or WorkerError with the
+    first failure's line, or what `meanwhile` raises, all processes gone.
     """
     wait_passively()
     if (place := launched()) is not None:
@@ -111,7 +114,7 @@ def run(
         with terminate_as_exit():
             _resolve(target)(*args)
     else:
-        _launch(target, args, world, logs, keep)
+        _launch(target, args, world, logs, keep, meanwhile)
 
 
 def _resolve(target: str) -> Callable[..., Any]:
@@ -119,19 +122,31 @@ def _resolve(target: str) -> Callable[..., Any]:
     return getattr(import_module(module), name)
 
 
-def _launch(target: str, args: Sequence[Any], world: int, logs: Path | None, keep: int | None) -> None:
+def _launch(
+    target: str,
+    args: Sequence[Any],
+    world: int,
+    logs: Path | None,
+    keep: int | None,
+    meanwhile: Callable[[], None] | None,
+) -> None:
     cores = len(os.sched_getaffinity(0))
     if world > MOST_PER_CORE * cores:
         most = f"at most {MOST_PER_CORE * cores} are started on its {cores} cores"
         raise UserError(f"{world} processes are too many for this host: {most}; lower tp, pp or dp")
     store = listen(LOOPBACK)
-    death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs, keep)
+    death = host(target, args, Share(world, 0, world, LOOPBACK, store.port), logs, keep, meanwhile)
     if death is not None:
         raise_death(death, socket.gethostname(), logs)
 
 
 def host(
-    target: str, args: Sequence[Any], share: Share, logs: Path | None, keep: int | None = None
+    target: str,
+    args: Sequence[Any],
+    share: Share,
+    logs: Path | None,
+    keep: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Death | None:
     """Run this host's `share` of a run; the first failure, or None when all its processes ended well."""
     context = multiprocessing.get_context("forkserver")
@@ -154,11 +169,12 @@ def host(
                 place = (share, local_rank, threads, log, os.environ.get(SAFE_PATH))
                 pipes = (send, alive, kept)
                 worker = context.Process(target=_work, args=(target, tuple(args), place, pipes))
-                worker.start()
+                with fork_server.without_main():
+                    worker.start()
                 send.close()
                 workers.append(worker)
                 reports.append(receive)
-            death = _watch(workers, reports, share.first)
+            death = _watch(workers, reports, share.first, meanwhile)
             if death is not None:
                 untold = any(worker.exitcode == UNTOLD for worker in workers)
                 death = first_of([death, server_death(share.first, SETTLE_SECONDS if untold else 0.0)])
@@ -271,11 +287,18 @@ def _die_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _watch(workers: Sequence[Any], reports: Sequence[Connection], first: int) -> Death | None:
+def _watch(
+    workers: Sequence[Any],
+    reports: Sequence[Connection],
+    first: int,
+    meanwhile: Callable[[], None] | None,
+) -> Death | None:
     """Wait for all workers, or for the first failure and those that follow from it within a moment."""
     running = {worker.sentinel: number for number, worker in enumerate(workers)}
     while running:
-        for sentinel in wait(list(running)):
+        if meanwhile is not None:
+            meanwhile()
+        for sentinel in wait(list(running), None if meanwhile is None else MEANWHILE_SECONDS):
             number = running.pop(sentinel)
             workers[number].join()
             death = death_of(first + number, workers[number], reports[number])
