@@ -91,13 +91,13 @@ def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
         config.generation.decode_microbatch,
         config.algorithm.microbatch_tokens,
     )
-    fused = plan.training.may_share
+    shared = plan.training.may_share
     known: dict[object, RankMemory] = {}
     found = []
     for rank in range(plan.world):
         kind = (kind_of_rank(rank, uses, generation), switched[rank])
         if kind not in known:
-            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], fused)
+            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], shared)
         found.append(replace(known[kind], rank=rank))
     return found
 

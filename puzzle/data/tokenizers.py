@@ -50,7 +50,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(f"{folder}: transformers knows no tokenizer for this model")
     with foreign(f"{folder}: its tokenizer cannot be used"), standard_error_kept():
-        tokenizer.decode(tokenizer("a text").input_ids, skip_special_tokens=True)
+        tokenizer.decode(tokenizer("a text").input_ids)
     return tokenizer
 
 

@@ -139,7 +139,7 @@ def joined(parts: Sequence[Experience], groups: Sequence[tuple[int, int]]) -> Ex
             return None
         picked = [whole[part][row] for part, row in rows]
         if whole[0].dim() == 2:
-            picked = [F.pad(x_S, (0, max(0, longest - len(x_S))))[:longest] for x_S in picked]
+            picked = [F.pad(x_S, (0, longest - len(x_S))) for x_S in picked]  # longer ones are cut
         return torch.stack(picked)
 
     logprobs_BS = taken("logprobs_BS")

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from puzzle.data.prompts import Prompt
-from puzzle.data.reading import Reader, same_tokenizer
+from puzzle.data.reading import Reader, same_tokenizer, same_tokens
 from puzzle.data.tokenizers import encode, load_tokenizer, render
 
 CHAT = (
@@ -66,6 +66,14 @@ def test_ids_stay_where_tokenizers_encode_alike(tmp_path, ended):
         assert found == ids
     assert same_tokenizer(ours, padded(tmp_path))
     assert not same_tokenizer(ours, letters(["ab"]))
+
+
+def test_tokens_agree_only_where_every_shared_id_means_one_token():
+    assert same_tokens(letters(), letters())
+    assert same_tokens(letters(), letters(["longer"]))
+    assert same_tokens(letters(["longer"]), letters())
+    assert not same_tokens(letters(["one"]), letters(["other"]))  # all but one
+    assert not same_tokens(letters(eos="<eos>"), letters(eos="</s>"))
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -58,6 +58,18 @@ def test_a_response_is_what_it_adds_to_its_prompt(kind, words, stop):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", ["é", "語", " good"])
+@pytest.mark.parametrize("after", ["é", "語", "🙂", " a"])
+def test_a_stop_text_that_was_passed_over_stays_whatever_completes_behind_it(kind, stop, after):
+    """A character of several tokens whose begin spoils the text of what came before it, until it is whole."""
+    tokenizer = MADE[kind]
+    prompt = encode(tokenizer, "my")
+    said = f" dog{stop}{after}"
+    rest = encode(tokenizer, "my" + said)[len(prompt) :]
+    assert response_text(tokenizer, rest, (stop,), prompt) == (f" dog{stop}" if after == stop else said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stop_texts_with_special_tokens(kind):
     tokenizer: Any = MADE[kind]
     end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id

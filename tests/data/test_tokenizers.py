@@ -92,6 +92,18 @@ def test_one_bos_however_the_prompt_comes():
     assert tokenizer.decode(ids) == text
 
 
+def test_a_text_whose_tokens_change_with_what_stands_before_it_loses_nothing_in_front():
+    """Its own tokens are found nowhere: as many are taken from the begin on."""
+
+    class Merging(type(with_bos())):
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [5, 6, 7, 8] if add_special_tokens else [1, 2, 3]}
+
+    tokenizer = with_bos()
+    tokenizer.__class__ = Merging
+    assert encode(tokenizer, "hi") == [5, 6, 7]
+
+
 def test_dialogue_for_another_tokenizer_is_made_from_text():
     plain, chat = byte_tokenizer(), with_bos()
     turns = [{"role": "user", "content": "hi"}]
@@ -175,6 +187,15 @@ def test_a_passed_over_stop_text_stays():
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b END"), ("END",)) == "a END b "
     assert response_text(byte_tokenizer(), encode(byte_tokenizer(), "a END b"), ("END",)) == "a END b"
     assert stop_rule(byte_tokenizer(), ()) is None
+    for end in ("é", "語", "🙂"):  # characters of two to four tokens, whose beginnings have no text
+        assert (
+            response_text(byte_tokenizer(), encode(byte_tokenizer(), f"a END{end}"), ("END",))
+            == f"a END{end}"
+        )
+        assert (
+            response_text(byte_tokenizer(), encode(byte_tokenizer(), f"a{end} END{end}"), (end,))
+            == f"a{end} END"
+        )
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"

@@ -90,7 +90,8 @@ def test_short_runs_have_a_point_for_each_iteration(tmp_path, count, ats):
     last = max(ats[-1], count)  # the held-out reward comes behind the last iteration
     assert -0.1 * last < low < 0
     assert last < high < 1.1 * last
-    assert ("means over 5" in figure.axes[-1].get_xlabel()) is (count >= 20)
+    means = "means over 5; " if count >= 20 else ""
+    assert figure.axes[-1].get_xlabel() == f"iteration ({means}shaded: 95 % interval)"
     assert {str(axes.lines[0].get_marker()) for axes in figure.axes} <= (
         {"o"} if count < 20 else {"o", "None"}
     )

@@ -177,6 +177,10 @@ def test_rehearsals_are_watermarked_and_apart(module):
     for axes in figure.axes:
         watermark = [text.get_text() for text in axes.texts if text.get_gid() == "watermark"]
         assert watermark == (["rehearsal"] if axes in marked else [])
+    for axes in marked:  # in the middle of its panel, whatever the axes measure
+        (mark,) = (text for text in axes.texts if text.get_gid() == "watermark")
+        middle = mark.get_transform().transform(mark.get_position())
+        assert axes.transAxes.inverted().transform(middle).tolist() == pytest.approx([0.5, 0.5])
     made = {row.cluster: set() for row in rows}
     for row in rows:
         made[row.cluster].add(row.provenance)

@@ -108,6 +108,31 @@ def test_the_weight_multiplies_the_surrogate_alone_and_masked_tokens_count() -> 
     assert not np.array(surrogate.gradient)[:, 0].any()
 
 
+def test_what_lies_outside_the_mask_weighs_nothing_whatever_it_is() -> None:
+    """Padding of every argument may be NaN: loss and gradient are those of the tokens."""
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+
+    def sums(fill: float) -> tuple[float, torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+
+        def drawn() -> torch.Tensor:
+            return torch.where(mask, torch.randn(2, 3, generator=generator), fill)
+
+        new = drawn().requires_grad_()
+        found = policy_loss(
+            new, drawn(), drawn(), mask, surrogate=Surrogate(0.2), weights=mask / 3.0, entropy=drawn(),
+            entropy_coef=0.1, ref_logprobs=drawn(), kl_coef=0.5, correction=drawn(),
+        )  # fmt: skip
+        found.loss.backward()
+        assert new.grad is not None
+        return float(found.loss.detach()), new.grad
+
+    (loss, slopes), (plain, expected) = sums(float("nan")), sums(0.0)
+    assert loss == plain
+    assert torch.equal(slopes, expected)
+    assert torch.isfinite(slopes).all()
+
+
 def small_run(monkeypatch: pytest.MonkeyPatch, apart: float, **algorithm: Any) -> tuple[Any, list[Any]]:
     """The log of two iterations, and of each the log-probs and old log-probs of all forward passes."""
     calls: list[Any] = []
