@@ -55,6 +55,7 @@ part_check() {
     on 0 bench check-1.log 200 "check on 1 GPU" check &
     [ "$gpus" -lt 2 ] || bench check.log 150 "check on $gpus GPUs" check --world "$gpus" --models llama,qwen2
     wait
+    bench check.log 150 "whole runs on $gpus GPUs" iterations --world "$gpus"
 }
 
 part_switch() {
