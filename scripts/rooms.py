@@ -101,6 +101,7 @@ ROOMS = {
         (
             "puzzle/errors.py",
             "puzzle/files",
+            "puzzle/spec",
             "puzzle/plan",
             "puzzle/config",
             "puzzle/data",

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from puzzle.engine.runtime.world import World
+from puzzle.spec.flops import peak_flops
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
-"""Dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets (SXM parts)."""
 T = TypeVar("T")
 
 
@@ -84,8 +83,7 @@ def mfu(world: World, flops: float, seconds: float) -> float | None:
     known, as for a CPU."""
     if world.device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(world.device).replace("-", " ").split()
-    peak = next((PEAKS[word] for word in words if word in PEAKS), None)
+    peak = peak_flops(torch.cuda.get_device_name(world.device))
     return None if peak is None else flops / seconds / world.size / peak
 
 

@@ -35,6 +35,14 @@ from puzzle.rlhf.controllers import RunningMoments, adapted_kl_coef
 from puzzle.rlhf.draw import Draws
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.fusion import FusedPipeline, MakePipeline
+from puzzle.rlhf.metrics import (
+    device_flops,
+    learning_metrics,
+    learning_rates,
+    memory_metrics,
+    response_metrics,
+    speed_metrics,
+)
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.overlong import overlong_metrics, shaped
 from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
@@ -256,6 +264,11 @@ class Trainer:
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
         self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
+        longest = self.config.generation.max_new_tokens
+        metrics |= response_metrics(experience, scores.total_B, prompts, self.data.endings, longest)
+        metrics |= learning_metrics(experience) | learning_rates(self.models.trained)
+        metrics |= speed_metrics(self.plan, experience, seconds, total, device_flops(self.world.device))
+        metrics |= memory_metrics(self.world, clock.peaks)
         recorder.write(Iteration(iteration, seconds, total, metrics, self.scorer.spent()))
         recorder.write(self.models.generator.record(self.world, iteration))
         recorder.write(self.models.offload.record(iteration))

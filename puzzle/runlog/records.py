@@ -23,6 +23,34 @@ SUM_TOLERANCE = 1e-6
 MOST_SECONDS = 1e9
 
 
+FOR_PEOPLE = (
+    "reward",
+    "reward_min",
+    "reward_max",
+    "kl",
+    "response_length",
+    "truncated_frac",
+    "actor_loss",
+    "critic_loss",
+    "explained_variance",
+    "entropy",
+    "actor_grad_norm",
+    "tokens_per_device_second",
+)
+"""Metrics of an iteration that its line in `run.log` has, in this order."""
+
+
+def readable(value: float) -> str:
+    """Four digits that matter, without an exponent where people would not write one."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3e}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def _is_seconds(value: object) -> bool:
     return is_number(value) and 0 <= value <= MOST_SECONDS
 
@@ -155,6 +183,12 @@ class Iteration(Record, kind="iteration"):
     metrics: Metrics
     reward_seconds: SecondsByName | None = None
 
+    def for_people(self) -> str:
+        stages = {name: value for name, value in self.stage_seconds.items() if abs(value) >= 5e-4}
+        parts = ", ".join(f"{name} {readable(value)}" for name, value in stages.items())
+        told = ", ".join(f"{n} {readable(self.metrics[n])}" for n in FOR_PEOPLE if n in self.metrics)
+        return f"iteration {self.iteration + 1}: {readable(self.e2e_seconds)} s ({parts}); {told}"
+
     def flaw(self) -> str | None:
         total = math.fsum(self.stage_seconds.values())
         if abs(total - self.e2e_seconds) <= SUM_TOLERANCE * self.e2e_seconds:
@@ -170,7 +204,7 @@ class Evaluation(Record, kind="evaluation"):
     metrics: Metrics
 
     def for_people(self) -> str:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        shown = ", ".join(f"{name} {readable(value)}" for name, value in self.metrics.items())
         return f"held out after {self.iteration} iterations: {shown}"
 
 

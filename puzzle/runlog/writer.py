@@ -100,7 +100,7 @@ class RunWriter:
         self._files = {name: LineFile(out_dir / name, gate) for name in FILES}
         if first:
             self._append(new)
-            self._say(f"run {header.run_id} ({header.provenance}): {header.variant} {header.pair}")
+            self._tell(f"run {header.run_id} ({header.provenance}): {header.variant} {header.pair}")
         self.sync()
         with _writing(out_dir):
             durable.sync(out_dir)  # the names of the files
@@ -137,9 +137,10 @@ class RunWriter:
             for name, value in record.metrics.items():
                 if not math.isfinite(value):
                     self.write(Warned(f"{name} is {value}", record.iteration))
+        if (text := record.for_people()) is not None:
+            self._tell(text)
+        if isinstance(record, Iteration):
             self._say(self._published(record))
-        elif (text := record.for_people()) is not None:
-            self._say(text)
         if isinstance(record, End):
             self.sync()
             self.close()
@@ -178,6 +179,10 @@ class RunWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _tell(self, text: str) -> None:
+        """A line for people, with the time by this host's clock."""
+        self._say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def _say(self, text: str) -> None:
         self._files["run.log"].append(text)

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 from puzzle.spec.model import ModelSpec
 
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
+"""Dense bf16 FLOP/s by a word of the device's name, from the vendor's data sheets (SXM parts)."""
+
 
 def layer_matmul_flops(spec: ModelSpec) -> int:
     """Forward matrix-product FLOPs of one token in one decoder layer."""
@@ -47,6 +50,18 @@ def forward_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
     for length in lengths:
         total += length * token + spec.num_layers * layer_attention_flops(spec, length)
     return total
+
+
+def response_flops(spec: ModelSpec, lengths: Iterable[int], positions: int) -> int:
+    """Forward FLOPs of whole sequences of the given lengths in tokens, the head at `positions` of them."""
+    lengths = tuple(lengths)
+    return forward_flops(spec, lengths) - (sum(lengths) - positions) * head_flops(spec)
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a device of this name; None where no data sheet is known, as for a CPU."""
+    words = device.replace("-", " ").split()
+    return next((PEAKS[word] for word in words if word in PEAKS), None)
 
 
 def train_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:

@@ -38,6 +38,7 @@ class Log:
 
     def __init__(self) -> None:
         self.note: str | None = None
+        self.iterations: list[Iteration] = []
         self.metrics: list[dict[str, float]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.experiences: list[Experience] = []
@@ -49,6 +50,7 @@ class Log:
             match record:
                 case Iteration():
                     assert record.iteration == len(self.metrics)
+                    self.iterations.append(record)
                     self.metrics.append(dict(record.metrics))
                 case Evaluation():
                     self.evaluations.append((record.iteration, dict(record.metrics)))
