@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -14,6 +14,7 @@ from torch.profiler import profile
 
 from puzzle.engine.reshard import ipc
 from puzzle.engine.reshard.resharder import ALIGN, Resharder
+from puzzle.engine.reshard.transports import PeerCopies
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
@@ -280,3 +281,25 @@ def unreadable(rank: int) -> list[str]:
     except RuntimeError as error:
         said.append(str(error))
     return said
+
+
+def peers_in_turn(rank: int, source: tuple[int, int, int], destination: tuple[int, int, int]) -> list[int]:
+    """The peer of every copy of a fill, in the order in which they were made."""
+    world = World(rank, 4, torch.device("cpu"))
+    plan = Case("lm", source, destination).plan()
+    have = stage(plan, plan.source, rank, "cpu", LM_DTYPE)
+    made = stage(plan, plan.destination, rank, "meta", LM_DTYPE)
+    switcher = Resharder(plan, world, have, made, transport="peer")
+    transport = switcher.transport
+    assert isinstance(transport, PeerCopies)
+    read: list[int] = []
+    plain = transport._pull
+
+    def pulled(pulls: Any, *args: Any) -> None:
+        read.extend(pull.peer for pull in pulls)
+        plain(pulls, *args)
+
+    with mock.patch.object(transport, "_pull", pulled):
+        switcher.fill()
+    assert len(read) == len(transport.part.pulls)
+    return read

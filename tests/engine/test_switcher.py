@@ -20,6 +20,7 @@ from tests.engine.switching import (
     flipped,
     matrix,
     mismatched,
+    peers_in_turn,
     stage,
     unreadable,
 )
@@ -186,3 +187,13 @@ def test_memory_stays_with_torch_where_it_is_mapped_by_pages(settings, expected,
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert lends_pages() == expected
+
+
+@pytest.mark.parametrize("destination", [(1, 1, 4), (4, 1, 1)])
+def test_at_each_time_another_rank_reads_from_every_peer(destination):
+    """One peer after another, of which all ranks begin with another one: no two ranks read from one."""
+    found = run_ranks(peers_in_turn, 4, (1, 4, 1), destination)
+    orders = [list(dict.fromkeys(read)) for read in found]
+    assert [sorted(read, key=order.index) for read, order in zip(found, orders, strict=True)] == found
+    for step in range(3):
+        assert sorted(order[step] for order in orders) == [0, 1, 2, 3]

@@ -16,7 +16,7 @@ from torch import Tensor
 from puzzle.engine.reshard import ipc
 from puzzle.engine.runtime.world import World
 from puzzle.plan.reshard.plan import SwitchPlan
-from puzzle.plan.reshard.rank_plan import Bucket, Move, RowRange, Transfer
+from puzzle.plan.reshard.rank_plan import Bucket, Move, Pull, RowRange, Transfer
 
 Storages = Mapping[str, Tensor]
 Line = tuple[int, bool]
@@ -207,8 +207,16 @@ class _Flight:
 
 
 class PeerCopies(Transport):
-    """Every rank copies the rows that it needs out of its peers' source storages, opened once; those of each
-    peer one after another, peers side by side."""
+    """Every rank copies the rows that it needs out of its peers' source storages, opened once: one peer after
+    another, at each time another reader for every peer.
+
+    rank 0 reads   1 1 1 2 2 2 3 3 3
+    rank 1 reads   2 2 2 3 3 3 0 0 0
+    rank 2 reads   3 3 3 0 0 0 1 1 1      time ->
+    rank 3 reads   0 0 0 1 1 1 2 2 2
+
+    If `watched`, rows come by unit, from all peers side by side: the first layers are wanted first.
+    """
 
     def __init__(self, plan: SwitchPlan, world: World, have: Storages, timeout: float) -> None:
         """All ranks of the run together. Unreachable where some pair that must talk cannot."""
@@ -217,9 +225,10 @@ class PeerCopies(Transport):
         self.token = torch.zeros(1, device=world.device)
         peers = open_peers(plan.pairs, world, have)
         self.addresses = {name: tensor.data_ptr() for name, tensor in have.items()}
-        self.values = [rows_of(peers[pull.peer], pull.source) for pull in self.part.pulls]
-        sources = dict.fromkeys(pull.peer for pull in self.part.pulls) if self.cuda else ()
-        self.streams = {peer: torch.cuda.Stream() for peer in sources}
+        self.values = {pull: rows_of(peers[pull.peer], pull.source) for pull in self.part.pulls}
+        turns = sorted({pull.peer for pull in self.values}, key=lambda peer: (peer - world.rank) % world.size)
+        self.by_peer = {peer: [pull for pull in self.values if pull.peer == peer] for peer in turns}
+        self.streams = {peer: torch.cuda.Stream() for peer in turns if self.cuda}
         self._meet("switch: handshake")
 
     def carry(self, have: Storages, got: Storages) -> None:
@@ -231,18 +240,27 @@ class PeerCopies(Transport):
         self._meet(f"switch: wait until the weights of ranks {ranks} are ready to be copied")
         for stream in self.streams.values():
             stream.wait_stream(torch.cuda.current_stream())
-        for pull, value in zip(self.part.pulls, self.values, strict=True):
-            with torch.cuda.stream(self.streams.get(pull.peer)):
-                rows_of(got, pull.destination).copy_(value, non_blocking=True)
-                self.note([pull.destination])
+        if self.watched:
+            for pull in self.values:
+                self._pull([pull], got, self.streams[pull.peer])
+        else:
+            one = next(iter(self.streams.values()), None)
+            for pulls in self.by_peer.values():
+                self._pull(pulls, got, one)
         self.copy(have, got)
-        for peer, stream in self.streams.items():
-            names = [pull.source.name for pull in self.part.pulls if pull.peer == peer]
-            with torch.cuda.stream(stream):
-                self.mark(f"switch: copy {names[0]} to {names[-1]} of peer rank {peer}")
+        for stream in self.streams.values():
             torch.cuda.current_stream().wait_stream(stream)
         self.world.moved["switch"] += sum(pull.nbytes for pull in self.part.pulls)
         self._meet(f"switch: wait until ranks {ranks} have copied")
+
+    def _pull(self, pulls: Sequence[Pull], got: Storages, stream: torch.cuda.Stream | None) -> None:
+        """Rows of one peer."""
+        with torch.cuda.stream(stream):
+            for pull in pulls:
+                rows_of(got, pull.destination).copy_(self.values[pull], non_blocking=True)
+            self.note(pull.destination for pull in pulls)
+            first, last = pulls[0], pulls[-1]
+            self.mark(f"switch: copy {first.source.name} to {last.source.name} of peer rank {last.peer}")
 
     def _meet(self, label: str) -> None:
         if self.group is not None:
