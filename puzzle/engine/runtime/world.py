@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
@@ -74,6 +75,10 @@ class World:
                 )
             where = torch.device("cuda", local)
             torch.cuda.set_device(where)
+            # Threads of autograd meet cuBLAS first of all of the device; it helps itself, and says so.
+            warnings.filterwarnings(
+                "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
+            )
         else:
             where = torch.device("cpu")
         if watch is not None:
