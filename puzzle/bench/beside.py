@@ -91,12 +91,13 @@ def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> I
     found.step = max(LEAST**2, (stepped - without) / held)
     clock = StageClock(world)
     stage_s = timed(world, lambda: clock.end("training"), bench.repeats)
-    found.fixed = Fixed(map_s_per_byte=_mapping(world), stage_s=stage_s)
+    found.fixed = Fixed(map_s_per_byte=_mapping(world), stage_s=stage_s, host_s_per_byte=_to_host(world))
     yield {
         "beside": f"{cut.hidden_size} x {cut.num_layers}",
         "pass_host_s": found.pass_host,
         "step s/billion": found.step * 1e9,
         "map s/GB": found.fixed.map_s_per_byte * 1e9,
+        "host s/GB": found.fixed.host_s_per_byte * 1e9,
         "capture_s": found.capture,
         "stage_s": stage_s,
     }
@@ -116,6 +117,15 @@ def _trained(
     seconds = timed(world, lambda: pipeline.train([given], gradients=sums), bench.repeats)
     held = sum(parameter.numel() for parameter in runtime.decoder.parameters()) / sizes[2]
     return seconds, len(batches), held
+
+
+def _to_host(world: World) -> float:
+    """Seconds to bring a byte to pinned memory of the host, all devices at once; 0 on a CPU."""
+    if world.device.type != "cuda":
+        return 0.0
+    there = torch.empty(MAPPED // 4, dtype=torch.uint8, device=world.device)
+    here = torch.empty(MAPPED // 4, dtype=torch.uint8, pin_memory=True)
+    return timed(world, lambda: here.copy_(there, non_blocking=True), 3) / there.nbytes
 
 
 def _mapping(world: World) -> float:

@@ -5,6 +5,7 @@ from puzzle.cli import dispatch
 PLANS = {
     "switch": "what a change of layout moves, from where to where",
     "predict": "what an iteration of a configuration takes, stage by stage",
+    "search": "the layouts and options with which a configuration runs fastest",
     "compare": "what runs took beside what is predicted for them",
     "calibrate": "constants of the prediction from measured runs",
     "fuse": "which models share a pipeline, and what it saves",

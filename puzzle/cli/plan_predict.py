@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         return 0
     lines = [f"{name:<12}{value:10.3f} s" for name, value in stages.items()]
     lines += [f"{'end to end':<12}{seconds.total:10.3f} s", _memory(most, calibration.memory_bytes)]
-    print("\n".join([*lines, *_grounds(calibration)]))
+    print("\n".join([*lines, *grounds(calibration)]))
     return 0
 
 
@@ -63,7 +63,7 @@ def _memory(most: RankMemory, limit: int) -> str:
     return said if most.peak <= limit else f"{said}: TOO MUCH; {footprint.remedy(most)}"
 
 
-def _grounds(calibration: Calibration) -> list[str]:
+def grounds(calibration: Calibration) -> list[str]:
     """What a prediction rests on, and what it knows nothing of."""
     measured = isinstance(calibration.costs, Tables)
     runs = ", ".join(calibration.runs) or ("its parts" if measured else "no run: all constants are expected")

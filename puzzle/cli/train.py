@@ -1,6 +1,7 @@
 """`puzzle train`: check what can be checked without a device, then start the processes of the run."""
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from puzzle.cli import Parser, completion, named
+from puzzle.cli import Parser, completion, layouts, named
 from puzzle.config import memory_report as footprint
 from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
 from puzzle.config.load import go_on, keys, load_given, option_help, without_inherited
@@ -20,6 +21,7 @@ from puzzle.engine.runtime.identity import launched
 from puzzle.errors import UserError
 from puzzle.files import durable, lock
 from puzzle.launch import LAUNCHERS, Launcher, launch, local, slurm
+from puzzle.plan.predict.calibration import read_calibration
 from puzzle.rlhf.requirements import check_files, check_packages
 from puzzle.rlhf.rewards.weighted import pickled_function, runs_users_code
 from puzzle.runlog import folders
@@ -30,21 +32,7 @@ FRUITLESS = 2
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = Parser(
-        "puzzle train",
-        description="Train a model by reinforcement learning (PPO, GRPO, ...).",
-        epilog="Every key of the configuration is an option, --section.key VALUE, and wins over the file.",
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action="store_true", help="show this and every key")
-    parser.add_argument("--config", type=named, metavar="FILE", help="YAML file")
-    parser.add_argument("--out", type=named, metavar="DIR", help="folder for all that the run writes")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
-    parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
-    parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
-    parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
+    parser = _parser()
     if completion.asked():
         for key, is_section in keys():
             if not is_section:
@@ -57,6 +45,10 @@ def run(arguments: Sequence[str]) -> int:
     memory = None if options.device_memory is None else footprint.parse_bytes(options.device_memory)
     if options.profile is not None:
         overrides += ["--log.profile", options.profile]
+    if options.plan is not None:
+        overrides += _planned(options.plan, options.config, overrides, options.calibration, memory)
+    elif options.calibration is not None:
+        raise UserError("--calibration: only --plan auto rests on one")
     if options.resume and options.config is None:
         config, given = _configured(options.out, overrides)
     else:
@@ -85,6 +77,55 @@ def run(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-P", "-m", "puzzle.cli", "train", *arguments]
         return slurm.submit(command, config.world, options.out)
     return start(config, options.out, options.resume, options.launcher, given)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "puzzle train",
+        description="Train a model by reinforcement learning (PPO, GRPO, ...).",
+        epilog="Every key of the configuration is an option, --section.key VALUE, and wins over the file.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and every key")
+    parser.add_argument("--config", type=named, metavar="FILE", help="YAML file")
+    parser.add_argument("--out", type=named, metavar="DIR", help="folder for all that the run writes")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
+    parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
+    parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
+    parser.add_argument(
+        "--plan",
+        metavar="auto|FILE",
+        help="layouts and options of `puzzle plan search`: found now for as many devices, or its file",
+    )
+    parser.add_argument("--calibration", metavar="C", help="what --plan auto rests on; default: h200")
+    parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
+    return parser
+
+
+def _planned(
+    plan: str, file: Path | None, overrides: Sequence[str], calibration: str | None, memory: int | None
+) -> list[str]:
+    """The options of a plan, as on a command line; what is taken is said."""
+    if plan != "auto":
+        taken, where = layouts.read_plan(Path(plan)), plan
+    elif file is None:
+        raise UserError("--plan auto needs --config FILE: what is to be laid out")
+    else:
+        name = calibration or layouts.DEFAULT
+        found = read_calibration(name)
+        if memory is not None:
+            found = dataclasses.replace(found, memory_bytes=memory)
+        config = load_given(file, overrides)[0]
+        per_node = config.switch.gpus_per_node or min(8, config.world)
+        ranking = layouts.rank_plans(file, overrides, config.world, per_node, found, layouts.TOP)
+        best = ranking.plans[ranking.taken]
+        taken = best.options
+        where = f"{name} predicts {best.seconds.total:.2f} s an iteration"
+    said = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
+    print(f"plan ({where}): {said}", file=sys.stderr)
+    return layouts.flags(taken)
 
 
 def _configured(out: Path | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:

@@ -57,6 +57,7 @@ def workload_of(plan: RunPlan) -> Workload:
         fuse_inference=plan.inference.may_share,
         split=config.intra.split_backward,
         recompute=config.recompute,
+        offload=config.offload.optimizer,
         graphs=config.generation.graphs and config.device != "cpu",
     )
 

@@ -12,7 +12,12 @@ from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.actions import Schedule
 from puzzle.plan.pipeline.schedules import PipelineModel, in_flight
-from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_makespan
+from puzzle.plan.predict.recurrences import (
+    StageCosts,
+    forward_makespan,
+    training_least,
+    training_makespan,
+)
 from puzzle.plan.predict.shares import local_share
 from puzzle.plan.reshard.plan import plan_switch
 from puzzle.plan.simulate.cost import CostTable
@@ -82,6 +87,19 @@ def test_no_schedule_takes_less(stream, split: bool) -> None:
         assert training_makespan(costs, counts) <= simulated(stream, trained_split)
     whole = [StageCosts(c.forward, c.backward) for c in costs]
     assert training_makespan(whole, counts) <= simulated((whole, counts), trained)
+
+
+@FEW
+@given(streams(), st.booleans(), st.integers(0, 9))
+def test_training_never_takes_less_than_its_bound(stream, split: bool, hop: int) -> None:
+    """And takes that where stages are alike, of one model."""
+    costs, counts = stream
+    weights = [tuple(0.5 * one for one in c.backward) if split else () for c in costs]
+    later = [StageCosts(c.forward, c.backward, w, hop) for c, w in zip(costs, weights, strict=True)]
+    assert training_least(later, counts) <= training_makespan(later, counts) + 1e-9
+    forward, backward = ((passes[0],) * len(passes) for passes in (costs[0].forward, costs[0].backward))
+    alike = [StageCosts(forward, backward)]
+    assert training_least(alike, counts[:1]) == training_makespan(alike, counts[:1])
 
 
 @FEW

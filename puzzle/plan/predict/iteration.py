@@ -9,9 +9,12 @@ from puzzle.plan.layout import Layout
 from puzzle.plan.memory import PREFILL_TOKENS, kv_bytes
 from puzzle.plan.predict.costs import Costs, Pass, replicas_apart
 from puzzle.plan.predict.passes import decode_stages, stage_costs
-from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_makespan
+from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_least, training_makespan
 from puzzle.plan.predict.shares import local_share
 from puzzle.spec.model import ModelSpec
+
+STATE_BYTES = 12
+"""Of a parameter: moments and master weights in fp32."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Workload:
         fuse_training, fuse_inference: the models of the stage share a pipeline.
         split, recompute: backwards are split; they compute their forwards again.
         graphs: decode passes are recorded and replayed, where the engine can.
+        offload: optimizer states are on the host outside of training.
     """
 
     actor: Part
@@ -56,6 +60,7 @@ class Workload:
     split: bool = False
     recompute: bool = False
     graphs: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,10 @@ class Seconds:
 def predict(work: Workload, costs: Costs) -> Seconds:
     """Seconds of every stage of an iteration; O(stages x micro-batches)."""
     return Seconds(
-        _generation(work, costs), _inference(work, costs), _training(work, costs), _switch(work, costs)
+        generation_seconds(work, costs),
+        inference_seconds(work, costs),
+        training_seconds(work, costs),
+        switch_seconds(work, costs),
     )
 
 
@@ -95,13 +103,14 @@ def _pipeline(
     for part in parts:
         rows, count = _cut(sequences, part.layout.dp, work.microbatch)
         one = Pass(rows * length, length, rows * length, trained)
-        stages = stage_costs(part.spec, part.layout, one, costs, recompute=work.recompute)
-        found.append(stages if work.split else StageCosts(stages.forward, stages.backward))
+        how = {"recompute": work.recompute, "split": work.split and trained}
+        found.append(stage_costs(part.spec, part.layout, one, costs, **how))
         counts.append(count)
     return found, counts
 
 
-def _inference(work: Workload, costs: Costs) -> float:
+def inference_seconds(work: Workload, costs: Costs) -> float:
+    """Forward passes of the models that judge, together or one after the other."""
     if work.fuse_inference:
         passes = forward_makespan(*_pipeline(work.inferred, work, work.sequences, costs, False))
     else:
@@ -111,15 +120,42 @@ def _inference(work: Workload, costs: Costs) -> float:
     return passes + costs.fixed.stage_s
 
 
-def _training(work: Workload, costs: Costs) -> float:
+def training_seconds(work: Workload, costs: Costs) -> float:
+    """Passes and optimizer steps of all trained models."""
     if work.fuse_training:
         passes = training_makespan(*_pipeline(work.trained, work, work.minibatch, costs, True))
     else:
         passes = sum(
             training_makespan(*_pipeline([part], work, work.minibatch, costs, True)) for part in work.trained
         )
-    steps = sum(_step(part, costs) for part in work.trained[: work.stepped])
-    return work.steps * (passes + steps) + costs.fixed.stage_s
+    return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
+
+
+def training_bound(work: Workload, costs: Costs) -> float:
+    """What `training_seconds` never falls below, in O(stages)."""
+    if work.fuse_training:
+        passes = training_least(*_pipeline(work.trained, work, work.minibatch, costs, True))
+    else:
+        passes = sum(
+            training_least(*_pipeline([part], work, work.minibatch, costs, True)) for part in work.trained
+        )
+    return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
+
+
+def _steps(work: Workload, costs: Costs) -> float:
+    return sum(_step(part, costs) for part in work.trained[: work.stepped])
+
+
+def _around_training(work: Workload, costs: Costs) -> float:
+    """Offloaded states come before, and leave after it."""
+    fixed = costs.fixed
+    if not work.offload:
+        return fixed.stage_s
+    moved = sum(
+        STATE_BYTES * part.spec.parameters / (part.layout.tp * part.layout.pp * part.layout.dp)
+        for part in work.trained
+    )
+    return fixed.stage_s + 2 * moved * fixed.host_s_per_byte
 
 
 def _step(part: Part, costs: Costs) -> float:
@@ -129,7 +165,7 @@ def _step(part: Part, costs: Costs) -> float:
     return costs.step(held, layout.dp, replicas_apart(costs.nodes, layout))
 
 
-def _generation(work: Workload, costs: Costs) -> float:
+def generation_seconds(work: Workload, costs: Costs) -> float:
     """Prefill through the pipeline, then a step of the decode ring per token but the first; before them what
     mapping the cache and recording graphs take."""
     spec, layout = work.actor.spec, work.generation
@@ -149,7 +185,7 @@ def _generation(work: Workload, costs: Costs) -> float:
     return before + prefill + (work.response - 1) * ring.step(count)
 
 
-def _switch(work: Workload, costs: Costs) -> float:
+def switch_seconds(work: Workload, costs: Costs) -> float:
     """What a rank lacks of its weights of generation, by messages at the one rate that is known of them; room
     for them all."""
     source, destination = work.actor.layout, work.generation

@@ -14,11 +14,12 @@ from puzzle.spec.model import ModelSpec
 
 
 def stage_costs(
-    spec: ModelSpec, layout: Layout, one: Pass, costs: Costs, *, recompute: bool = False
+    spec: ModelSpec, layout: Layout, one: Pass, costs: Costs, *, recompute: bool = False, split: bool = False
 ) -> StageCosts:
-    """Every stage's seconds of a micro-batch; of the backward what the weights' gradients take.
+    """Every stage's seconds of a micro-batch, and if backwards are `split` what the weights' gradients take.
 
-    A message holds up the stage that sends it. With `recompute` a backward has the forward before it.
+    A message holds up the stage that sends it. With `recompute` a backward has the forward before it. Parts
+    of a split backward have half of the host's work each.
     """
     last = layout.pp - 1
     layer = costs.layer(spec, layout.tp, one, tensor_apart(costs.nodes, layout.tp))
@@ -32,13 +33,17 @@ def stage_costs(
     for stage, layers in enumerate(layout.stage_layers):
         there = max(layers * layer.forward, layers * layer.issue_forward + costs.pass_host)
         back = max(layers * backward_s, layers * issue_s)
-        apart = layers * layer.weights
+        apart = 0.0
+        if split:
+            apart = max(layers * layer.weights, layers * issue_s / 2)
+            back = max(layers * (backward_s - layer.weights), layers * issue_s / 2) + apart
         if stage == last:
-            there, back, apart = there + head.forward, back + head.backward, apart + head.weights
+            there, back = there + head.forward, back + head.backward
+            apart += head.weights if split else 0.0
         forward.append(there + (sent[stage] if stage < last else 0.0))
         backward.append(back + (sent[stage - 1] if stage else 0.0))
         weights.append(apart)
-    return StageCosts(tuple(forward), tuple(backward), tuple(weights))
+    return StageCosts(tuple(forward), tuple(backward), tuple(weights) if split else ())
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,25 @@ def training_makespan(costs: Sequence[StageCosts], counts: Sequence[int]) -> flo
     return max(free)
 
 
+def training_least(costs: Sequence[StageCosts], counts: Sequence[int]) -> float:
+    """What `training_makespan` never falls below, and is where stages are alike and one model's backwards
+    whole: max over stages of sum(f before) + sum over models M (f + b) + sum(b before). O(P) time.
+
+    A stage begins when the first micro-batch has passed the stages before it, does all of its work, and the
+    last backward then passes those stages. Weights' gradients that are split off may come in between.
+    """
+    first, last, best, before, after = costs[0], costs[-1], 0.0, 0.0, 0.0
+    for stage in range(len(first.forward)):
+        own = sum(
+            count * (model.forward[stage] + model.backward[stage])
+            for model, count in zip(costs, counts, strict=True)
+        )
+        best = max(best, before + own + (after if not last.weights else 0.0))
+        before += first.forward[stage] + first.hop
+        after += last.backward[stage] + last.hop
+    return best
+
+
 def _split_makespan(costs: Sequence[StageCosts], counts: Sequence[int]) -> float:
     """The same where the gradients of weights come `stage` units after those of what a stage reads."""
     units = [model for model, count in zip(costs, counts, strict=True) for _ in range(count)]

@@ -1,0 +1,109 @@
+"""Device memory of a plan by the few ranks that tell, out of `plan.memory`: closed forms for a search.
+
+Ranks of one stage are alike but for optimizer states, of which the first replica has as many rows as any; of
+stages between the ends with as many layers, 1F1B keeps most micro-batches on the first and split backwards
+most on the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.memory import Switched, Use, Work, rank_memory, weight_bytes
+from puzzle.plan.predict.job import Choice, Job
+from puzzle.plan.predict.shares import local_share
+
+
+def telling_stages(layout: Layout) -> list[int]:
+    """Stages of which one needs the most memory, and one the least."""
+    between: dict[int, list[int]] = {}
+    for stage in range(1, layout.pp - 1):
+        between.setdefault(layout.stage_layers[stage], []).append(stage)
+    return sorted(
+        {0, layout.pp - 1, *(end for stages in between.values() for end in (stages[0], stages[-1]))}
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by stage of `layout`: `always` there (in training: what all models hold, in generation what it
+    adds), and `peak` of the stages of the iteration that run in this layout. `weights` are those of the actor
+    here, `states` what offloading brings in a switch."""
+
+    layout: Layout
+    always: dict[int, int]
+    weights: dict[int, int]
+    states: dict[int, int]
+    peak: int = 0
+
+
+def training_footprint(job: Job, choice: Choice) -> Footprint:
+    """Of ranks that train and infer by a choice."""
+    uses = uses_of(job, choice)
+    placement = uses[0].placement
+    stages = sorted({p for use in uses for p in telling_stages(use.placement.layout)})
+    work, peak = _work(job, choice.microbatch, None), 0
+    always, states, weights = {}, {}, {}
+    for p in stages:
+        coord = Coord(0, p, 0)
+        rank = rank_memory(placement.rank_of(coord), uses, uses[0], work, Switched(), choice.fuse_training)
+        always[p], states[p] = sum(rank.resident.values()), sum(rank.stages["switch"].values())
+        weights[p] = weight_bytes(job.actor.spec, placement.layout, coord, job.itemsize)
+        peak = max(peak, rank.total("inference"), rank.total("training"))
+    return Footprint(placement.layout, always, weights, states, peak)
+
+
+def generation_footprint(job: Job, layout: Layout, decode: int | None) -> Footprint:
+    """Of what generation adds: the cache, and the widest pass."""
+    actor = Use("actor", job.actor.spec, Placement.default(layout), job.itemsize, True, fused=job.fused)
+    work, always, weights = _work(job, None, decode), {}, {}
+    for p in telling_stages(layout):
+        coord = Coord(0, p, 0)
+        rank = rank_memory(actor.placement.rank_of(coord), [actor], actor, work, Switched(), False)
+        always[p] = sum(rank.stages["generation"].values())
+        weights[p] = weight_bytes(actor.spec, layout, coord, job.itemsize)
+    return Footprint(layout, always, weights, {})
+
+
+def together(job: Job, training: Footprint, generation: Footprint) -> int:
+    """Bytes of the rank that needs most in the worst stage of an iteration.
+
+    Exact where generation uses the training layout. Else it depends on which rank plays what: if `job.exact`
+    it is what some rank needs at the least, after the share of its weights that it may have; otherwise what
+    none exceeds, nothing being there before.
+    """
+    if generation.layout == training.layout:
+        return max(training.peak, *(training.always[p] + more for p, more in generation.always.items()))
+    if job.exact:
+        lacking = 1 - local_share(training.layout, generation.layout)
+        added = max(more + lacking * generation.weights[p] for p, more in generation.always.items())
+        return max(training.peak, int(min(training.always.values()) + added))
+    added = max(more + generation.weights[p] for p, more in generation.always.items())
+    filling = max(generation.weights.values()) + job.staging
+    held = max(training.always[p] + training.states[p] for p in training.always)
+    return max(training.peak, held + filling, max(training.always.values()) + added + job.staging)
+
+
+def uses_of(job: Job, choice: Choice) -> list[Use]:
+    """All models as they are held in training."""
+    return [
+        Use(
+            role.name,
+            role.spec,
+            Placement.default(job.layout(role.spec, choice.training)),
+            job.itemsize,
+            role.trained,
+            recompute=role.trained and choice.recompute,
+            fused=job.fused,
+            compiled=job.compiled,
+            offload=choice.offload if role.trained else role.offload,
+            split=role.trained and choice.split,
+        )
+        for role in job.roles
+    ]
+
+
+def _work(job: Job, microbatch: int | None, decode: int | None) -> Work:
+    work = job.work
+    return Work(work.sequences, work.minibatch, work.prompt, work.response, microbatch, work.prefill, decode)

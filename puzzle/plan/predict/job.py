@@ -1,0 +1,77 @@
+"""What a search lays out, and what it decides about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from puzzle.plan.layout import Layout
+from puzzle.plan.predict.iteration import Workload
+from puzzle.spec.model import ModelSpec
+
+Sizes = tuple[int, int, int]
+"""tp, pp, dp."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model of the run. `offload`: its weights are on the host outside of inference."""
+
+    name: str
+    spec: ModelSpec
+    trained: bool
+    offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be laid out on `ranks` devices of `memory` bytes, `per_node` on each machine.
+
+    Attributes:
+        roles: all models, the actor first; `trained` and `inferred` name those of the stages in their order.
+        work: sequences, lengths and steps; its layouts and options are left to the search.
+        layout: how a model is cut into (tp, pp, dp).
+        fused, compiled, itemsize: as of `memory.Use`.
+        staging: bytes that a switch may hold beside the weights it brings.
+        exact: whether the caller will plan the switch: then what a rank has of its weights is taken off.
+    """
+
+    roles: tuple[Role, ...]
+    trained: tuple[str, ...]
+    inferred: tuple[str, ...]
+    work: Workload
+    layout: Callable[[ModelSpec, Sizes], Layout]
+    ranks: int
+    per_node: int
+    memory: int
+    itemsize: int
+    fused: bool
+    compiled: bool
+    staging: int
+    exact: bool
+
+    @property
+    def actor(self) -> Role:
+        """The model that generates."""
+        return self.roles[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan decides. `microbatch` in sequences; `decode` None: a micro-batch per stage."""
+
+    training: Sizes
+    generation: Sizes
+    microbatch: int
+    fuse_training: bool = False
+    fuse_inference: bool = False
+    split: bool = False
+    recompute: bool = False
+    offload: bool = False
+    decode: int | None = None
+
+    @property
+    def complexity(self) -> int:
+        """How many things are not the default."""
+        flags = (self.fuse_training, self.fuse_inference, self.split, self.recompute, 2 * self.offload)
+        return sum(flags) + (self.decode is not None) + 2 * (self.training != self.generation)
