@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 from puzzle.cli import Parser, named, real
@@ -64,7 +65,10 @@ def _row(one: Measured, calibration: Calibration) -> Row:
     predicted, measured = {"end to end": seconds.total}, {"end to end": one.end_to_end}
     for stage in ("generation", "inference", "training", "switch"):
         predicted[stage], measured[stage] = getattr(seconds, stage), getattr(one.seconds, stage)
-    return Row(one.run.run_id, predicted, measured, False)
+    run = one.run
+    # Ids of our own runs say nothing to people; their folders do.
+    name = run.run_id if run.provenance == "published" else Path(run.source).parent.name
+    return Row(name, predicted, measured, False)
 
 
 def compared(runs: Sequence[Measured], calibration: Calibration) -> list[Row]:

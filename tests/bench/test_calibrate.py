@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ generation: {{max_new_tokens: 8, layout: {{tp: 2, pp: 1}}}}
 algorithm: {{microbatch: 2}}
 checkpoint: {{save: false}}
 """
+SCRIPT = Path(__file__).parents[2] / "scripts" / "layouts_visit.sh"
 SIZES = ["--tokens", "16", "--length", "16", "--rows", "2", "--prompts", "8", "--bytes", "1024"]
 
 
@@ -56,3 +60,16 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
         assert row["predicted"][stage] == pytest.approx(seconds)
         assert row["measured"][stage] > 0
     assert row["predicted"]["end to end"] == pytest.approx(predicted["end_to_end"])
+    assert row["run"] == "out"
+
+
+def test_a_visit_is_predicted_before_it_is_made(tmp_path: Path) -> None:
+    """The script's toy; its runs are made by hand."""
+    out, env = tmp_path / "said.jsonl", {**os.environ, "TINY": "1", "PYTHON": sys.executable}
+    subprocess.run(["bash", SCRIPT, "predict", "h200", out], env=env, check=True, capture_output=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["run"] for row in rows} == {"1-2-1_2-1-1_fused", "1-2-1_1-2-1_apart"}
+    assert rows[0]["end_to_end"] <= rows[1]["end_to_end"]
+    assert all(row["end_to_end"] == pytest.approx(sum(row["stages"].values())) for row in rows)
+    assert all(row["calibration"] == "h200" for row in rows)
+    assert subprocess.run(["bash", SCRIPT, "guess"], capture_output=True, check=False).returncode == 2
