@@ -37,6 +37,12 @@ NAME = "curves"
 BLOCK, SHORT = 5, 20
 """Iterations that make a point; runs of fewer than SHORT have a point each."""
 HELD_OUT = "held-out reward"
+EVALUATED: Mapping[str, str] = {
+    HELD_OUT: "reward",
+    "held-out loss": "loss",
+    "held-out accuracy": "accuracy",
+}
+"""What evaluations log, by the name of its curve; half its 95 % interval is `NAME_ci95` there."""
 MOST_DRAWN = 1e100  # what is larger, infinite or not a number is no point of a curve
 # What is drawn where a run has it, with the label of its axis.
 METRICS: Mapping[str, str] = {
@@ -45,6 +51,10 @@ METRICS: Mapping[str, str] = {
     "kl": "KL to the reference",
     "actor_loss": "actor loss",
     "critic_loss": "critic loss",
+    "reward_loss": "reward model's loss",
+    "held-out loss": "held-out loss",
+    "accuracy": "accuracy",
+    "held-out accuracy": "held-out accuracy",
     "entropy": "entropy",
     "response_tokens": "response tokens",
     "repetition": "repeated token pairs",
@@ -115,8 +125,8 @@ def block_of(runs: Iterable[Run]) -> int:
 
 def values(run: Run, metric: str, block: int) -> list[tuple[float, float]]:
     """(iteration, finite value) of a run: held-out as it is, others as means over `block` iterations."""
-    if metric == HELD_OUT:
-        found = [(float(e.iteration), e.metrics.get("reward", math.nan)) for e in run.evaluations]
+    if (name := EVALUATED.get(metric)) is not None:
+        found = [(float(e.iteration), e.metrics.get(name, math.nan)) for e in run.evaluations]
         return [(at, value) for at, value in found if abs(value) < MOST_DRAWN]
     blocks: dict[int, list[tuple[float, float]]] = {}
     for one in run.iterations:
@@ -133,8 +143,9 @@ def points(name: str, runs: Sequence[Run], metric: str, block: int) -> list[Poin
         for iteration, value in values(run, metric, block):
             at.setdefault(iteration, []).append(value)
     own: dict[float, float] = {}
-    if metric == HELD_OUT and len(runs) == 1:
-        own = {float(e.iteration): e.metrics.get("reward_ci95", math.nan) for e in runs[0].evaluations}
+    if (evaluated := EVALUATED.get(metric)) is not None and len(runs) == 1:
+        half_of = f"{evaluated}_ci95"
+        own = {float(e.iteration): e.metrics.get(half_of, math.nan) for e in runs[0].evaluations}
         own = {iteration: half for iteration, half in own.items() if abs(half) < MOST_DRAWN}
     found = []
     for iteration, several in sorted(at.items()):
@@ -181,7 +192,7 @@ def _panel(
         if bounded:
             at, low, high = zip(*bounded, strict=True)
             axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-        marker = "o" if metric == HELD_OUT or block == 1 or len(own) == 1 else None
+        marker = "o" if metric in EVALUATED or block == 1 or len(own) == 1 else None
         axes.plot(
             [p.iteration for p in own], [p.value for p in own], color=colour, marker=marker, markersize=2
         )

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puzzle.config.load import given_config, read_yaml
+from puzzle.config.document import read_yaml
+from puzzle.config.load import given_config
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError, describe, lacking
 from puzzle.launch import Launcher
@@ -188,7 +189,7 @@ def _configured(
         told = [*(data.get("reward") or {}).get("functions", ()), data.get("reward") or {}]
         if not any(isinstance(part, Mapping) and part.get("function") == GIVEN for part in told):
             changes.setdefault("reward", {})["function"] = GIVEN
-    return given_config(data, changes, where)
+    return given_config(data, changes, where, TrainConfig)
 
 
 def load_run(folder: Path | str) -> RunFolder:

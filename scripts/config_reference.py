@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SUPERVISED
 from puzzle.files.limits import LARGEST, MOST
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,8 @@ it resolves, and the plan of the run. Former names of keys are read, too, and sa
 Whole numbers are at most 2147483647, others at most 1e30, where nothing less is said.
 
 The critic, the reference and generation take what is not given from the actor, and every model its `layout`
-from the run's. This page is written by `python scripts/config_reference.py`; a test holds it against the
+from the run's. [Learning from examples](recipe.md) comes last, with sections that differ from those above.
+This page is written by `python scripts/config_reference.py`; a test holds it against the
 schema.
 """
 
@@ -93,17 +95,28 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
             yield from sections(listed[0], f"{prefix}.{name}[]")
 
 
-def page() -> str:
-    """The whole page. Sections of one type stand together, under all their names."""
+def chapter(schema: type[BaseModel], head: str, known: set[type[BaseModel]]) -> Iterator[str]:
+    """The sections of a schema, those of one type together, under all their names; those that are `known` are
+    left out, and known are all afterwards. `head` is what the schema itself is called."""
     named: dict[type[BaseModel], list[str]] = {}
-    for name, model in sections(TrainConfig):
+    for name, model in sections(schema):
         named.setdefault(model, []).append(name)
-    parts = [HEAD]
     for model, names in named.items():
-        title = ", ".join(f"`{name}`" for name in names) if names != [""] else "The run"
+        if model in known:
+            continue
+        known.add(model)
+        title = ", ".join(f"`{name}`" for name in names) if names != [""] else head
         about = " ".join((model.__doc__ or "").split())
         table = ["| key | default | value | meaning |", "|---|---|---|---|", *rows(model)]
-        parts.append(f"## {title}\n{about}\n\n" + "\n".join(table) + "\n")
+        yield f"## {title}\n{about}\n\n" + "\n".join(table) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    known: set[type[BaseModel]] = set()
+    parts = [HEAD, *chapter(TrainConfig, "The run", known)]
+    for task, schema in SUPERVISED.items():
+        parts += chapter(schema, f"`puzzle {task}`", known)
     return "\n".join(parts)
 
 

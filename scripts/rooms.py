@@ -56,7 +56,7 @@ ROOMS = {
         HEAVY,
     ),
     "puzzle/data": Room(
-        "prompts, tokenizers, stop conditions of responses",
+        "prompts, examples and which of their tokens are learned, tokenizers, stop conditions of responses",
         ("puzzle/errors.py", "puzzle/files", "puzzle/config"),
         ("torch",),
     ),
@@ -97,7 +97,8 @@ ROOMS = {
         ("puzzle/errors.py", "puzzle/files", "puzzle/config", "puzzle/engine"),
     ),
     "puzzle/rlhf": Room(
-        "an iteration: algorithms (`algorithms/`), rewards, rollout, training steps, logging",
+        "a run (`session.py`) and its iterations: algorithms (`algorithms/`), rewards, rollout, training"
+        " steps; learning from examples (`supervised/`); logging",
         (
             "puzzle/errors.py",
             "puzzle/files",

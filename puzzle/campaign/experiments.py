@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle.config.capabilities import missing
-from puzzle.config.load import Key, build, merge, read_yaml
+from puzzle.config.document import Key, read_yaml
+from puzzle.config.load import build, merge
 from puzzle.config.run import Count, TrainConfig
 from puzzle.errors import UserError
 from puzzle.spec.published import published

@@ -18,6 +18,7 @@ from puzzle.files.path import expanded
 # Each module has `run(arguments: list[str]) -> int | None`.
 COMMANDS = {
     "train": "train a model by reinforcement learning (PPO, GRPO, ...)",
+    "sft": "train a model to say what the assistant says in examples",
     "generate": "answer prompts with a model folder",
     "prompts": "write prompts whose answers can be judged",
     "convert": "turn a GGUF file into a Hugging Face model folder",
@@ -120,7 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int | None:
-    return dispatch("puzzle", COMMANDS, "puzzle.cli.{}:run".format, given)
+    return dispatch("puzzle", COMMANDS, _home, given)
+
+
+def _home(name: str) -> str:
+    return f"puzzle.cli.{name.replace('-', '_')}:run"
 
 
 def dispatch(

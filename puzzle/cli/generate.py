@@ -13,7 +13,8 @@ from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config.sections import DataConfig
 from puzzle.config.sources import folder_spec
 from puzzle.data.endings import endings
-from puzzle.data.prompts import Prompt, PromptRow, PromptSet, decoded, lines, load_prompts, tokenise
+from puzzle.data.prompts import Prompt, PromptRow, PromptSet, load_prompts, tokenise
+from puzzle.data.records import decoded, lines
 from puzzle.data.tokenizers import TextStream, Tokenizer, load_tokenizer, response_text
 from puzzle.errors import UserError
 from puzzle.files import durable

@@ -11,7 +11,8 @@ from typing import Any
 
 from puzzle.cli.workloads import workload_of
 from puzzle.config import memory_report as footprint
-from puzzle.config.load import load_given, merge, parse_overrides, read_yaml
+from puzzle.config.document import read_yaml
+from puzzle.config.load import load_given, merge, parse_overrides
 from puzzle.config.renamed import modernised
 from puzzle.config.resolve import RunPlan, resolve
 from puzzle.config.run import ROLES, TrainConfig
@@ -122,7 +123,7 @@ def rank_plans(
     """The `top` fastest plans of a configuration on `gpus` devices, each of them resolved and checked."""
     given = given_in(file, overrides)
     alone = options_of(Choice((1, 1, 1), (1, 1, 1), 1), given)
-    plain = resolve(load_given(file, [*overrides, *flags(alone)])[0])
+    plain = resolve(load_given(TrainConfig, file, [*overrides, *flags(alone)])[0])
     costs = _on_nodes(calibration.costs, per_node)
     job = job_of(plain, gpus, per_node, calibration.memory_bytes)
     found = search(job, costs, MORE * top if job.exact else top)
@@ -130,7 +131,7 @@ def rank_plans(
     tight: RankMemory | None = None
     for plan in found.plans:
         options = options_of(plan.choice, given)
-        config, _ = load_given(file, [*overrides, *flags(options)])
+        config, _ = load_given(TrainConfig, file, [*overrides, *flags(options)])
         resolved = resolve(config, per_node)
         memory: RankMemory | int = plan.memory
         if job.exact:

@@ -1,4 +1,5 @@
-"""`puzzle train`: check what can be checked without a device, then start the processes of the run."""
+"""`puzzle train` and its kin: check what can be checked without a device, then start the processes of the
+run."""
 
 import base64
 import dataclasses
@@ -13,8 +14,9 @@ from typing import Any
 
 from puzzle.cli import Parser, completion, layouts, named
 from puzzle.config import memory_report as footprint
+from puzzle.config.base import RunConfig
 from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
-from puzzle.config.load import go_on, keys, load_given, option_help, without_inherited
+from puzzle.config.load import go_on_as, keys, load_given, option_help, without_inherited
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.engine.runtime.identity import launched
@@ -32,15 +34,21 @@ FRUITLESS = 2
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = _parser()
+    about = "Train a model by reinforcement learning (PPO, GRPO, ...)."
+    return command("train", about, TrainConfig, arguments)
+
+
+def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[str]) -> int:
+    """`puzzle NAME`, a run that `schema` describes; returns the exit code."""
+    parser = _parser(name, about, schema is TrainConfig)
     if completion.asked():
-        for key, is_section in keys():
+        for key, is_section in keys(schema):
             if not is_section:
                 parser.add_argument(f"--{'.'.join(key)}")
         completion.offer(parser)
     options, overrides = parser.parse_known_args(arguments)
     if options.help:
-        print(parser.format_help() + "\n" + option_help())
+        print(parser.format_help() + "\n" + option_help(schema))
         return 0
     memory = None if options.device_memory is None else footprint.parse_bytes(options.device_memory)
     if options.profile is not None:
@@ -50,9 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     elif options.calibration is not None:
         raise UserError("--calibration: only --plan auto rests on one")
     if options.resume and options.config is None:
-        config, given = _configured(options.out, overrides)
+        config, given = _configured(schema, options.out, overrides)
     else:
-        config, given = load_given(options.config, overrides)
+        config, given = load_given(schema, options.config, overrides, f"puzzle {name}")
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
@@ -74,15 +82,16 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
     require_device(config.device)
     if options.launcher == "slurm" and not slurm.inside():
-        command = [sys.executable, "-P", "-m", "puzzle.cli", "train", *arguments]
-        return slurm.submit(command, config.world, options.out)
+        again = [sys.executable, "-P", "-m", "puzzle.cli", name, *arguments]
+        return slurm.submit(again, config.world, options.out)
     return start(config, options.out, options.resume, options.launcher, given)
 
 
-def _parser() -> Parser:
+def _parser(name: str, about: str, plans: bool) -> Parser:
+    """The options that are no keys of the configuration; `plans`: searched plans among them."""
     parser = Parser(
-        "puzzle train",
-        description="Train a model by reinforcement learning (PPO, GRPO, ...).",
+        f"puzzle {name}",
+        description=about,
         epilog="Every key of the configuration is an option, --section.key VALUE, and wins over the file.",
         allow_abbrev=False,
         add_help=False,
@@ -94,12 +103,14 @@ def _parser() -> Parser:
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
     parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
-    parser.add_argument(
-        "--plan",
-        metavar="auto|FILE",
-        help="layouts and options of `puzzle plan search`: found now for as many devices, or its file",
-    )
-    parser.add_argument("--calibration", metavar="C", help="what --plan auto rests on; default: h200")
+    parser.set_defaults(plan=None, calibration=None)
+    if plans:
+        parser.add_argument(
+            "--plan",
+            metavar="auto|FILE",
+            help="layouts and options of `puzzle plan search`: found now for as many devices, or its file",
+        )
+        parser.add_argument("--calibration", metavar="C", help="what --plan auto rests on; default: h200")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     return parser
 
@@ -117,7 +128,7 @@ def _planned(
         found = read_calibration(name)
         if memory is not None:
             found = dataclasses.replace(found, memory_bytes=memory)
-        config = load_given(file, overrides)[0]
+        config = load_given(TrainConfig, file, overrides)[0]
         per_node = config.switch.gpus_per_node or min(8, config.world)
         ranking = layouts.rank_plans(file, overrides, config.world, per_node, found, layouts.TOP)
         best = ranking.plans[ranking.taken]
@@ -128,16 +139,19 @@ def _planned(
     return layouts.flags(taken)
 
 
-def _configured(out: Path | None, overrides: Sequence[str]) -> tuple[TrainConfig, dict[str, Any]]:
+def _configured(
+    schema: type[RunConfig], out: Path | None, overrides: Sequence[str]
+) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration of the run in `out`, as it was given at last, below the command line; and both."""
     if out is None:
         raise UserError("--resume needs --out DIR: the folder of the run that goes on")
     past = _past(out)
+    _same_task(past, schema.task_name(), out)
     before = past.given
     if before is None:
         whole = {name: value for name, value in past.config.items() if name != "global_batch_size"}
         before = without_inherited(whole)
-    return go_on(before, out / "run.jsonl", overrides)
+    return go_on_as(schema, before, out / "run.jsonl", overrides)
 
 
 def _past(out: Path) -> Past:
@@ -148,8 +162,15 @@ def _past(out: Path) -> Past:
     return past
 
 
+def _same_task(past: Past, task: str, out: Path) -> None:
+    """UserError unless the run of `past` is one of this command."""
+    before = past.config.get("task", TrainConfig.task_name())
+    if before != task:
+        raise UserError(f"--resume: {out} holds a run of puzzle {before}, not of puzzle {task}")
+
+
 def start(
-    config: TrainConfig,
+    config: RunConfig,
     out: Path,
     resume: bool = False,
     launcher: Launcher = "local",
@@ -168,11 +189,10 @@ def start(
         raise UserError("launch.max_restarts: another launcher started this process and restarts it: use 0")
     made = not os.path.lexists(out)
     began = datetime.now().astimezone()
-    if resume and (said := _past(out).run.started) is not None:
-        try:
-            began = datetime.fromisoformat(said)
-        except ValueError:
-            raise UserError(f"{out / 'run.jsonl'}: started {said!r} is no time; write ISO 8601") from None
+    if resume:
+        past = _past(out)
+        _same_task(past, config.task_name(), out)
+        began = _began(past, out) or began
     moment = began.isoformat(timespec="seconds")
     told = (config.resolved(), None if given is None else dict(given), str(out.resolve()), moment)
     sent: Any = reward
@@ -192,14 +212,23 @@ def start(
             raise
 
 
-def _apart(config: TrainConfig) -> bool:
+def _began(past: Past, out: Path) -> datetime | None:
+    """When a run began, None where its log does not say it."""
+    said = past.run.started
+    try:
+        return None if said is None else datetime.fromisoformat(said)
+    except ValueError:
+        raise UserError(f"{out / 'run.jsonl'}: started {said!r} is no time; write ISO 8601") from None
+
+
+def _apart(config: RunConfig) -> bool:
     """Whether a run of one process shall live apart from this one: a user's code can end its process without
     a word, and who restarts it must outlive it."""
-    return config.launch.max_restarts > 0 or runs_users_code(config)
+    return config.launch.max_restarts > 0 or (isinstance(config, TrainConfig) and runs_users_code(config))
 
 
 def _attempts(
-    config: TrainConfig,
+    config: RunConfig,
     out: Path,
     resume: bool,
     launcher: Launcher,

@@ -82,7 +82,28 @@ class DynamicSamplingConfig(Section):
     )
 
 
-class AlgorithmConfig(Section):
+class PassesConfig(Section):
+    """How the rows of an optimizer step are cut into forward and backward passes."""
+
+    microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
+    microbatch_tokens: Count | None = Field(
+        None, description="tokens per pass instead of sequences; default: docs/memory.md"
+    )
+    balance: bool = Field(
+        True, description="rows go to replicas by length, evenly in tokens; false for loss_average microbatch"
+    )
+    packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> PassesConfig:
+        if self.microbatch is not None and self.microbatch_tokens is not None:
+            raise ValueError("give microbatch or microbatch_tokens, not both")
+        if self.microbatch_tokens is not None and not self.packing:
+            raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
+        return self
+
+
+class AlgorithmConfig(PassesConfig):
     """What a run learns by: `ppo` (Schulman et al. 2017) with a critic; without one, on groups of
     `generation.samples`: `grpo` (Shao et al. 2024), `dr_grpo` (Liu et al. 2025), `rloo` (Ahmadian et al.
     2024) and `reinforce_pp_baseline` (Hu 2025); on any number of samples: `reinforce_pp` (Hu 2025) and
@@ -94,14 +115,6 @@ class AlgorithmConfig(Section):
     )
     epochs: Count = Field(1, description="passes over the batch in one iteration")
     minibatch: Sequences | None = Field(None, description="sequences per optimizer step; default: all")
-    microbatch: Sequences | None = Field(None, description="sequences per forward and backward pass")
-    microbatch_tokens: Count | None = Field(
-        None, description="tokens per pass instead of sequences; default: docs/memory.md"
-    )
-    balance: bool = Field(
-        True, description="rows go to replicas by length, evenly in tokens; false for loss_average microbatch"
-    )
-    packing: bool = Field(True, description="false: pad the sequences of a pass to its longest")
     policy_loss: Literal["clipped", "cispo"] = Field(
         "clipped", description="cispo: clipped ratios weigh log-probs, so that no token's gradient is lost"
     )
@@ -134,14 +147,6 @@ class AlgorithmConfig(Section):
         description="tokens count alike; sequence: responses do; constant: sums over max_new_tokens;"
         " microbatch: mean of means",
     )
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> AlgorithmConfig:
-        if self.microbatch is not None and self.microbatch_tokens is not None:
-            raise ValueError("give microbatch or microbatch_tokens, not both")
-        if self.microbatch_tokens is not None and not self.packing:
-            raise ValueError("packing false pads passes beyond microbatch_tokens; give microbatch")
-        return self
 
     @model_validator(mode="after")
     def _means(self) -> AlgorithmConfig:

@@ -5,29 +5,23 @@ The command line wins over the file, the file over the defaults.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
-from yaml.constructor import ConstructorError
 
+from puzzle.config.base import ROLES, SOURCES, RunConfig
+from puzzle.config.document import Document, Key, read_yaml, shown
 from puzzle.config.renamed import RENAMED, modernised, present
-from puzzle.config.run import ROLES, SOURCES, TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
-from puzzle.files.reading import read_text
 
-Key = tuple[str, ...]
+Config = TypeVar("Config", bound=RunConfig)
+Schema = type[BaseModel]
 
-MOST_BYTES = 16 << 20
-MOST_DEPTH = 64
-MOST_VALUES = 100_000
-MOST_BITS = 1024  # of a whole number: more is none that a double holds, and slow to print
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 _EXPECTED = {
     "int_parsing": "a whole number",
@@ -54,105 +48,6 @@ _EXPECTED = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """A parsed YAML file: its values and the line of each key."""
-
-    path: Path
-    data: dict[str, Any]
-    lines: dict[Key, int] = field(default_factory=dict)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe types, and an error with a line for every value that is not what its tag says."""
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """As in the base class, which lets the errors of Python's own types through."""
-        try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > MOST_BITS:
-                raise OverflowError
-            return value
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
-            kind, text = node.tag.rpartition(":")[2], _show(node.value)
-            raise ConstructorError(None, None, f"{text} is no {kind}", node.start_mark) from None
-
-
-def read_yaml(path: Path) -> Document:
-    """Read a mapping of YAML's safe types.
-
-    Raises UserError: bad syntax, a key given twice or no text, no mapping; deeper, or with its aliases
-    larger, than any configuration.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    text = read_text(path, MOST_BYTES)
-    lines: dict[Key, int] = {}
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            _size(node, {}, 0)
-        _walk(path, node, (), lines, set())
-        data = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        place = f"{path}:{line + 1}"
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{place}: not valid YAML: {reason}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested deeper than {MOST_DEPTH} levels") from None
-    except (ValueError, OverflowError):  # what \UFFFFFFFF raises
-        raise UserError(f"{path}: not valid YAML: an escape in it is no character") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected sections of keys, found {type(data).__name__}")
-    return Document(path, data, lines)
-
-
-def _size(node: Any, sizes: dict[int, int], depth: int) -> int:
-    """Values in and below `node`, an alias counted as all that it stands for; ConstructorError for too many,
-    for too deep ones, and for one that holds itself."""
-    if depth > MOST_DEPTH:
-        raise ConstructorError(None, None, f"nested deeper than {MOST_DEPTH} levels", node.start_mark)
-    if (known := sizes.get(id(node))) is not None:
-        if not known:
-            raise ConstructorError(None, None, "an alias of what it stands in", node.start_mark)
-        return known
-    sizes[id(node)] = total = 0
-    if isinstance(node, yaml.CollectionNode):
-        for child in node.value:
-            for part in child if isinstance(child, tuple) else (child,):
-                total += _size(part, sizes, depth + 1)
-    if total >= MOST_VALUES:
-        raise ConstructorError(None, None, f"more than {MOST_VALUES} values", node.start_mark)
-    sizes[id(node)] = total + 1
-    return total + 1
-
-
-def _walk(path: Path, node: Any, key: Key, lines: dict[Key, int], seen: set[int]) -> None:
-    """Record the line of every key below `node`; refuses a key given twice or no text. `seen` are those of
-    aliases."""
-    if not isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) or id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            _walk(path, child, (*key, str(index)), lines, seen)
-        return
-    for name, child in node.value:
-        line = name.start_mark.line + 1
-        if name.tag not in _KEY_TAGS:
-            raise UserError(f"{path}:{line}: {_show(name.value)} is no text, and keys are: quote it")
-        inner = (*key, name.value)
-        if inner in lines and name.value != "<<":
-            raise UserError(f"{path}:{line}: {'.'.join(inner)} is given twice, first in line {lines[inner]}")
-        lines[inner] = line
-        _walk(path, child, inner, lines, seen)
-
-
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over one another, the last one on top."""
     result: dict[str, Any] = {}
@@ -171,7 +66,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def keys(model: type[BaseModel] = TrainConfig, prefix: Key = ()) -> Iterator[tuple[Key, bool]]:
+def keys(model: Schema = TrainConfig, prefix: Key = ()) -> Iterator[tuple[Key, bool]]:
     """Every key of the configuration and whether it is a section."""
     for name, info in model.model_fields.items():
         inner = _section(info.annotation)
@@ -180,11 +75,11 @@ def keys(model: type[BaseModel] = TrainConfig, prefix: Key = ()) -> Iterator[tup
             yield from keys(inner, (*prefix, name))
 
 
-def suggestion(key: Key) -> str:
+def suggestion(key: Key, schema: Schema = TrainConfig) -> str:
     """`; did you mean a.b?` for an unknown key, or nothing."""
     if present(key) != key:
         return f"; it is now {'.'.join(present(key))}, which is given, too"
-    known = [k for k, _ in keys()]
+    known = [k for k, _ in keys(schema)]
     siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
     near = get_close_matches(key[-1], siblings, 1)
     if near:
@@ -194,19 +89,21 @@ def suggestion(key: Key) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(
+    arguments: Sequence[str], schema: Schema = TrainConfig, program: str = "puzzle train"
+) -> dict[str, Any]:
     """`--section.key value` (lists as JSON or comma-separated; null) to nested values, not yet validated."""
     arguments = _under_present_names(arguments)
-    known = {".".join(key) for key, _ in keys()}
+    known = {".".join(key) for key, _ in keys(schema)}
     for argument in arguments:
         name = argument[2:].split("=", 1)[0]
         if argument.startswith("--") and name not in known and name != "help":
-            raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')))}")
-    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in TrainConfig.model_fields.items()}
+            raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')), schema)}")
+    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in schema.model_fields.items()}
     try:
         source = CliSettingsSource[Any](
             create_model("Arguments", __base__=BaseSettings, **fields),
-            cli_prog_name="puzzle train",
+            cli_prog_name=program,
             cli_parse_args=list(arguments),
             cli_exit_on_error=False,
             cli_parse_none_str="null",
@@ -236,33 +133,38 @@ def _under_present_names(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def option_help() -> str:
+def option_help(schema: Schema = TrainConfig) -> str:
     """One line per key: option, default, meaning."""
     lines = []
-    for key, is_section in keys():
-        info = _field(key)
+    for key, is_section in keys(schema):
+        info = _field(key, schema)
         if not is_section:
             default = "" if info.default is None else f"[{info.default}] "
             lines.append(f"  --{'.'.join(key):<36} {default}{info.description or ''}".rstrip())
     return "\n".join(lines)
 
 
-def _field(key: Key) -> FieldInfo:
-    model: type[BaseModel] = TrainConfig
+def _field(key: Key, model: Schema) -> FieldInfo:
     for part in key[:-1]:
         model = _section(model.model_fields[part].annotation) or model
     return model.model_fields[key[-1]]
 
 
 def build(data: Mapping[str, Any], place: Callable[[Key], str]) -> TrainConfig:
-    """Validate nested values. `place` says where a key came from, for the one line of a mistake."""
-    sections = {key for key, is_section in keys() if is_section and key[-1] != "init"}
+    """Validate nested values of `puzzle train`. `place` says where a key came from, for the one line of a
+    mistake."""
+    return build_as(TrainConfig, data, place)
+
+
+def build_as(schema: type[Config], data: Mapping[str, Any], place: Callable[[Key], str]) -> Config:
+    """The same for any schema."""
+    sections = {key for key, is_section in keys(schema) if is_section and key[-1] != "init"}
     try:
-        return TrainConfig.model_validate(_without_empty_sections(data, sections))
+        return schema.model_validate(_without_empty_sections(data, sections))
     except ValidationError as error:
         problems = error.errors()
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-        raise UserError(_explain(problem, place)) from None
+        raise UserError(_explain(problem, place, schema)) from None
 
 
 def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:
@@ -275,8 +177,8 @@ def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix:
     return kept
 
 
-def _explain(problem: Mapping[str, Any], place: Callable[[Key], str]) -> str:
-    known = {key for key, _ in keys()}
+def _explain(problem: Mapping[str, Any], place: Callable[[Key], str], schema: Schema) -> str:
+    known = {key for key, _ in keys(schema)}
     path = tuple(str(part) for part in problem["loc"])
     key = path
     if problem["type"] != "extra_forbidden":
@@ -285,32 +187,29 @@ def _explain(problem: Mapping[str, Any], place: Callable[[Key], str]) -> str:
     name = ".".join(key)
     head = f"{place(key)}: {name}: " if key else f"{place(())}: "
     if problem["type"] == "extra_forbidden":
-        return f"{place(key)}: {name}: unknown key{suggestion(key)}"
+        return f"{place(key)}: {name}: unknown key{suggestion(key, schema)}"
     if problem["type"] == "value_error":
         reason = problem["msg"].removeprefix("Value error, ")
-        shown = isinstance(problem["input"], (str, int, float, bool, list, tuple))
-        return f"{head}{reason}{', got ' + _show(problem['input']) if shown else ''}"
+        plain = isinstance(problem["input"], (str, int, float, bool, list, tuple))
+        return f"{head}{reason}{', got ' + shown(problem['input']) if plain else ''}"
     if problem["type"] == "missing":
         return f"{head}a value is missing"
     template = _EXPECTED.get(problem["type"])
     expected = template.format(**problem.get("ctx", {})) if template else problem["msg"]
-    return f"{head}expected {expected}, got {_show(problem['input'])}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{head}expected {expected}, got {shown(problem['input'])}"
 
 
 def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig:
     """The run that `file` and the command line describe; raises UserError naming the file and line."""
-    return load_given(file, arguments)[0]
+    return load_given(TrainConfig, file, arguments)[0]
 
 
-def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainConfig, dict[str, Any]]:
-    """The same, and what was given of it, as nested values without defaults."""
+def load_given(
+    schema: type[Config], file: Path | None, arguments: Sequence[str] = (), program: str = "puzzle train"
+) -> tuple[Config, dict[str, Any]]:
+    """The same of any schema, and what was given of it, as nested values without defaults."""
     document = read_yaml(file) if file else Document(Path("defaults"), {})
-    overrides = parse_overrides(arguments)
+    overrides = parse_overrides(arguments, schema, program)
     data, renamed = modernised(document.data)
     for one in renamed:
         print(f"note: {document.path}: {one}", file=sys.stderr)
@@ -326,22 +225,31 @@ def load_given(file: Path | None, arguments: Sequence[str] = ()) -> tuple[TrainC
         return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
 
     given = merge(_replaced_sources(data, overrides), overrides)
-    return build(given, place), given
+    return build_as(schema, given, place), given
 
 
 def given_config(
-    data: Mapping[str, Any], changes: Mapping[str, Any], where: str
-) -> tuple[TrainConfig, dict[str, Any]]:
+    data: Mapping[str, Any], changes: Mapping[str, Any], where: str, schema: type[Config]
+) -> tuple[Config, dict[str, Any]]:
     """The run that nested values from `where` describe, with `changes` laid over them; and both."""
     given = merge(_replaced_sources(modernised(data)[0], changes), changes)
-    return build(given, lambda key: where), given
+    return build_as(schema, given, lambda key: where), given
 
 
 def go_on(
     before: Mapping[str, Any], log: Path, arguments: Sequence[str]
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The run that `before`, given at its start as `log` has it, and the command line describe; and both."""
-    return given_config(before, parse_overrides(arguments), f"{log} and the command line")
+    """The run of `puzzle train` that `before`, given at its start as `log` has it, and the command line
+    describe; and both."""
+    return go_on_as(TrainConfig, before, log, arguments)
+
+
+def go_on_as(
+    schema: type[Config], before: Mapping[str, Any], log: Path, arguments: Sequence[str]
+) -> tuple[Config, dict[str, Any]]:
+    """The same for any schema."""
+    changes = parse_overrides(arguments, schema)
+    return given_config(before, changes, f"{log} and the command line", schema)
 
 
 def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from puzzle.config.resolve import RunPlan
+from puzzle.config.resolve import Plan, RunPlan
 from puzzle.errors import UserError
 from puzzle.plan.layout import Placement
 from puzzle.plan.memory import (
@@ -55,8 +55,8 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _uses(plan: RunPlan, fused: bool) -> list[Use]:
-    """The models of a run, the actor first."""
+def _uses(plan: Plan, fused: bool) -> list[Use]:
+    """The models of a run, the one that it is about first."""
     config = plan.config
     return [
         Use(
@@ -68,28 +68,32 @@ def _uses(plan: RunPlan, fused: bool) -> list[Use]:
             recompute=model.trained and config.recompute,
             fused=fused,
             compiled=config.compile,
-            offload=config.offload.optimizer if model.trained else getattr(config.offload, role),
-            split=model.trained and config.intra.split_backward,
+            offload=config.offloads(role),
+            split=model.trained and config.split_backward,
         )
         for role, model in plan.models.items()
     ]
 
 
-def estimate(plan: RunPlan, fused: bool) -> list[RankMemory]:
+def estimate(plan: Plan, fused: bool) -> list[RankMemory]:
     """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
-    uses, config = _uses(plan, fused), plan.config
-    switched, placement = _switched(plan, uses[0])
-    generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
-    batch = plan.batch
+    uses, batch = _uses(plan, fused), plan.batch
+    switched, generation = [Switched()] * plan.world, None
+    prefill = decode = None
+    if isinstance(plan, RunPlan):
+        switched, placement = _switched(plan, uses[0])
+        generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
+        prefill = plan.config.generation.prefill_microbatch
+        decode = plan.config.generation.decode_microbatch
     work = Work(
         batch.sequences,
         batch.minibatch,
         batch.prompt,
         batch.response,
-        config.algorithm.microbatch,
-        config.generation.prefill_microbatch,
-        config.generation.decode_microbatch,
-        config.algorithm.microbatch_tokens,
+        plan.config.algorithm.microbatch,
+        prefill,
+        decode,
+        plan.config.algorithm.microbatch_tokens,
     )
     shared = plan.training.may_share
     known: dict[object, RankMemory] = {}

@@ -7,16 +7,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, overload
 
+from puzzle.config.base import ROLES, Role, RunConfig
 from puzzle.config.capabilities import BASELINE
-from puzzle.config.run import ROLES, Role, TrainConfig
+from puzzle.config.run import TrainConfig
 from puzzle.config.sources import layout_of, spec_of
+from puzzle.config.supervised import SupervisedConfig
 from puzzle.errors import UserError
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard.plan import check_shares
 from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
+
+Config = TypeVar("Config", bound=RunConfig)
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 PASS_TOKENS = 16384
@@ -26,29 +30,26 @@ PASSES_PER_STAGE = 4
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class Plan:
     """A run, resolved: made once, by `resolve`, before any process starts.
 
     `config` holds the options as they resolve, `given` what of them was given, as JSON values (None: not
     known), from which a resume starts. `models` are those in use, by role, in the order actor,
-    critic, reference, reward; `generation` is how the actor generates (its own placement where nothing is
-    switched); `switch` is what the switch is planned from, None without one.
+    critic, reference, reward; `inference` are those that answer without learning, in training's pauses.
     """
 
-    config: TrainConfig
+    config: RunConfig
     cluster: Cluster
     models: Mapping[Role, ModelPlan]
-    generation: Placement
-    switch: SwitchRequest | None
     training: SharedPipeline
     inference: SharedPipeline
     batch: BatchPlan
     given: Mapping[str, Any] | None = None
 
     @property
-    def actor(self) -> ModelPlan:
-        """The model that is aligned."""
-        return self.models["actor"]
+    def main(self) -> ModelPlan:
+        """The model that the run is about: of those that are trained the first."""
+        return self.trained[0]
 
     @property
     def trained(self) -> list[ModelPlan]:
@@ -58,7 +59,7 @@ class RunPlan:
     @property
     def world(self) -> int:
         """Number of processes."""
-        return self.actor.layout.world
+        return self.main.layout.world
 
     @property
     def itemsize(self) -> int:
@@ -72,7 +73,6 @@ class RunPlan:
             "devices_per_node": self.cluster.devices_per_node,
             "dtype": self.config.dtype,
             "models": {role: model.describe() for role, model in self.models.items()},
-            "switch": None if self.switch is None else self.switch.describe(),
             "pipelines": {"training": self.training.describe(), "inference": self.inference.describe()},
             "batch": self.batch.describe(),
         }
@@ -84,21 +84,23 @@ class RunPlan:
         for role, model in self.models.items():
             size = f"{model.spec.parameters / 1e9:.3f} B parameters, tp,pp,dp {model.layout}"
             lines.append(f"  {role:<11}{size}{', trained' if model.trained else ''}")
-        how = "as it trains" if self.switch is None else f"by a {self.switch.strategy} switch"
-        lines.append(f"  {'generation':<11}tp,pp,dp {self.generation.layout}, {how}")
-        for stage, pipeline in (("training", self.training), ("inference", self.inference)):
-            lines.append(f"  {stage:<11}{pipeline}")
-        batch = self.batch
-        cut = f"{batch.sequences} sequences of at most {batch.prompt} + {batch.response} tokens an iteration"
-        lines.append(f"  {'batch':<11}{cut}, {batch.steps} optimizer steps on {batch.minibatch} each")
-        limit = self.config.algorithm.microbatch_tokens
-        pieces = f"at most {limit} tokens" if limit else f"{self.config.algorithm.microbatch} sequences"
-        if self.config.algorithm.microbatch or limit:
-            lines.append(f"  {'passes':<11}{pieces}, rows {self._given_out()}")
+        lines += self._stages()
+        options = self.config.algorithm
+        limit = options.microbatch_tokens
+        pieces = f"at most {limit} tokens" if limit else f"{options.microbatch} sequences"
+        if options.microbatch or limit:
+            lines.append(
+                f"  {'passes':<11}{pieces}, rows {'by length' if options.balance else 'in their order'}"
+            )
         return "\n".join(lines)
 
-    def _given_out(self) -> str:
-        return "by length" if self.config.algorithm.balance else "in their order"
+    def _stages(self) -> list[str]:
+        """Lines about what an iteration does."""
+        batch = self.batch
+        cut = (
+            f"{batch.sequences} examples of at most {batch.response} tokens, one optimizer step an iteration"
+        )
+        return [f"  {'batch':<11}{cut}"]
 
     @cached_property
     def hash(self) -> str:
@@ -107,9 +109,50 @@ class RunPlan:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Plan):
+    """A run that learns from what it generates. `generation` is how the actor generates (its own placement
+    where nothing is switched); `switch` is what the switch is planned from, None without one."""
+
+    config: TrainConfig
+    generation: Placement
+    switch: SwitchRequest | None
+
+    @property
+    def actor(self) -> ModelPlan:
+        """The model that is aligned."""
+        return self.models["actor"]
+
+    def describe(self) -> dict[str, Any]:
+        """Also how the actor is switched."""
+        return {**super().describe(), "switch": None if self.switch is None else self.switch.describe()}
+
+    def _stages(self) -> list[str]:
+        how = "as it trains" if self.switch is None else f"by a {self.switch.strategy} switch"
+        lines = [f"  {'generation':<11}tp,pp,dp {self.generation.layout}, {how}"]
+        for stage, pipeline in (("training", self.training), ("inference", self.inference)):
+            lines.append(f"  {stage:<11}{pipeline}")
+        batch = self.batch
+        cut = f"{batch.sequences} sequences of at most {batch.prompt} + {batch.response} tokens an iteration"
+        lines.append(f"  {'batch':<11}{cut}, {batch.steps} optimizer steps on {batch.minibatch} each")
+        return lines
+
+
+@overload
 def resolve(
     config: TrainConfig, devices_per_node: int | None = None, given: Mapping[str, Any] | None = None
-) -> RunPlan:
+) -> RunPlan: ...
+
+
+@overload
+def resolve(
+    config: RunConfig, devices_per_node: int | None = None, given: Mapping[str, Any] | None = None
+) -> Plan: ...
+
+
+def resolve(
+    config: RunConfig, devices_per_node: int | None = None, given: Mapping[str, Any] | None = None
+) -> Plan:
     """The plan of the run that `config` describes, of which `given` was given.
 
     `devices_per_node` is what the launcher knows of its hosts; `switch.gpus_per_node` wins, and without
@@ -117,20 +160,24 @@ def resolve(
     """
     models = _models(config)
     _check_heads(models)
+    if isinstance(config, SupervisedConfig):
+        return _supervised(config, models, Cluster(devices_per_node or min(8, config.world)), given)
+    assert isinstance(config, TrainConfig), "the other kind of run"
     _check_tokens(config, models)
     cluster = Cluster(config.switch.gpus_per_node or devices_per_node or min(8, config.world))
     generation = _generation(config, models["actor"])
-    config = _limited(config, models)
+    if config.log.variant != BASELINE:  # its replicas need equally many passes: no limit of tokens
+        config = _limited(config, models, _batch(config))
     plan = RunPlan(
-        config,
-        cluster,
-        models,
-        generation,
-        _switch(config, models["actor"], generation, cluster),
-        SharedPipeline(tuple(m for m in models.values() if m.trained), config.intra.fuse_training),
-        SharedPipeline(_inferred(config, models), config.intra.fuse_inference),
-        _batch(config),
-        given,
+        config=config,
+        cluster=cluster,
+        models=models,
+        training=SharedPipeline(tuple(m for m in models.values() if m.trained), config.intra.fuse_training),
+        inference=SharedPipeline(_inferred(config, models), config.intra.fuse_inference),
+        batch=_batch(config),
+        given=given,
+        generation=generation,
+        switch=_switch(config, models["actor"], generation, cluster),
     )
     for key, pipeline in (("fuse_training", plan.training), ("fuse_inference", plan.inference)):
         if pipeline.fuse is True and pipeline.obstacle:
@@ -140,7 +187,28 @@ def resolve(
     return plan
 
 
-def _models(config: TrainConfig) -> dict[Role, ModelPlan]:
+def _supervised(
+    config: SupervisedConfig,
+    models: Mapping[Role, ModelPlan],
+    cluster: Cluster,
+    given: Mapping[str, Any] | None,
+) -> Plan:
+    """The plan of a run that learns from examples, of which each is a row of the batch."""
+    for role, model in models.items():
+        if config.data.max_tokens > model.spec.max_positions:
+            raise UserError(
+                f"{role}: data.max_tokens {config.data.max_tokens} exceeds its {model.spec.max_positions}"
+                " positions; lower data.max_tokens"
+            )
+    batch = BatchPlan(config.iterations, config.batch, 1, config.batch, 1, 0, config.longest)
+    limited = _limited(config, models, batch)
+    trained = tuple(models.values())
+    return Plan(
+        limited, cluster, models, SharedPipeline(trained, False), SharedPipeline((), False), batch, given
+    )
+
+
+def _models(config: RunConfig) -> dict[Role, ModelPlan]:
     made: dict[Role, ModelPlan] = {}
     for role in ROLES:
         if role in config.layouts():
@@ -187,15 +255,13 @@ def _inferred(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> tuple[Mo
     return tuple(models[role] for role in order if role in models)
 
 
-def _limited(config: TrainConfig, models: Mapping[Role, ModelPlan]) -> TrainConfig:
+def _limited(config: Config, models: Mapping[Role, ModelPlan], batch: BatchPlan) -> Config:
     """With a limit for passes where none was given: tokens or, of padded passes, sequences.
 
-    It is the same on every device, so that a plan does not depend on where it is made. The baseline's
-    replicas need equally many passes, which a limit of tokens does not give.
+    It is the same on every device, so that a plan does not depend on where it is made.
     """
-    options, batch = config.algorithm, _batch(config)
-    given = options.microbatch is not None or options.microbatch_tokens is not None
-    if given or config.log.variant == BASELINE:
+    options = config.algorithm
+    if options.microbatch is not None or options.microbatch_tokens is not None:
         return config
     longest = batch.prompt + batch.response
     limits = [PASS_TOKENS]

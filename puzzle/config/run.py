@@ -7,36 +7,29 @@ validation (`_inherit`). `puzzle.config.load` reads files and command lines into
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from puzzle.config.algorithm import COMPARING, AlgorithmConfig
+from puzzle.config.base import ROLES, SOURCES, Role, RunConfig
 from puzzle.config.renamed import modernised
 from puzzle.config.reward import RewardConfig
 from puzzle.config.sections import (
-    CheckpointConfig,
     Count,
     DataConfig,
     EvalConfig,
     GenerationConfig,
     IntraConfig,
-    LaunchConfig,
     LayoutConfig,
-    LogConfig,
     ModelConfig,
     OffloadConfig,
-    Section,
-    Seed,
     Sequences,
     SwitchConfig,
     TrainedConfig,
 )
 from puzzle.files.limits import MOST_SEQUENCES
 
-Role = Literal["actor", "critic", "reference", "reward"]
-ROLES: tuple[Role, ...] = get_args(Role)
-SOURCES = ("model", "init", "function", "url")
 TRAINED: dict[str, tuple[Role, ...]] = {
     "ppo": ("actor", "critic"),
     "grpo": ("actor",),
@@ -129,17 +122,11 @@ def _inherit(data: Any) -> Any:
     return filled
 
 
-class TrainConfig(Section):
+class TrainConfig(RunConfig):
     """One run: rollouts by the actor, and what it learns from them."""
 
-    seed: Seed = Field(0, description="of random weights, sampling and the order of prompts")
     iterations: Count = Field(100, description="rollouts, each followed by training")
     batch: Sequences = Field(32, description="prompts per iteration")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where torch sees any")
-    compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
-    recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
-    layout: LayoutConfig = LayoutConfig()
     actor: TrainedConfig = TrainedConfig()
     critic: TrainedConfig | None = TrainedConfig()
     reference: ModelConfig = ModelConfig()
@@ -151,21 +138,11 @@ class TrainConfig(Section):
     intra: IntraConfig = IntraConfig()
     offload: OffloadConfig = OffloadConfig()
     eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    launch: LaunchConfig = LaunchConfig()
-    log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
         return _inherit(modernised(data)[0] if isinstance(data, Mapping) else data)
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _no_fp16(cls, value: Any) -> Any:
-        if value in ("fp16", "float16", "half"):
-            raise ValueError("fp16 is not supported (it needs loss scaling); use bf16 or fp32")
-        return value
 
     @model_validator(mode="after")
     def _sources(self) -> TrainConfig:
@@ -304,9 +281,13 @@ class TrainConfig(Section):
         return self.algorithm.minibatch or self.batch * self.generation.samples
 
     @property
-    def world(self) -> int:
-        """Number of processes."""
-        return self.layout.world
+    def split_backward(self) -> bool:
+        """Whether pipelines compute gradients of weights where they would idle."""
+        return self.intra.split_backward
+
+    def offloads(self, role: str) -> bool:
+        """Of optimizer states where a role is trained, else of its weights."""
+        return self.offload.optimizer if role in self.trained else getattr(self.offload, role)
 
     def layouts(self) -> dict[str, LayoutConfig]:
         """Layout per model in use, and `generation`; reward functions and an unused reference have none."""
@@ -318,7 +299,3 @@ class TrainConfig(Section):
         if self.reward.has_model:
             named["reward"] = self.reward.layout
         return named
-
-    def resolved(self) -> dict[str, Any]:
-        """The complete configuration as plain JSON values, for the log."""
-        return self.model_dump(mode="json")

@@ -173,7 +173,17 @@ class TrainedConfig(ModelConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class DataConfig(Section):
+class SourceConfig(Section):
+    """How texts are read: the tokenizer, its chat template, limits."""
+
+    tokenizer: Location | None = Field(None, description="folder, or bytes; default: the model's folder")
+    chat_template: bool = Field(False, description="render texts as turns of a chat")
+    system: str | None = Field(None, description="system turn of each chat without one (chat_template only)")
+    too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer rows")
+    shuffle: bool = Field(True, description="a new order of rows in every epoch")
+
+
+class DataConfig(SourceConfig):
     """Prompts, the tokenizer and their limits."""
 
     prompts: Location | None = Field(
@@ -183,14 +193,7 @@ class DataConfig(Section):
     random_tokens: Tokens | None = Field(None, description="prompts of N random ids (timing runs), no text")
     field: Name = Field("prompt", description="name of the prompt's field")
     id_field: Name | None = Field(None, description="field of a stable id; default: position in the file")
-    tokenizer: Location | None = Field(None, description="folder, or bytes; default: the actor's folder")
-    chat_template: bool = Field(False, description="render prompts as user turns of a chat")
-    system: str | None = Field(
-        None, description="system turn of each prompt without one (chat_template only)"
-    )
     max_prompt_tokens: Tokens = Field(256, description="longest prompt; memory is counted for it")
-    too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer prompts")
-    shuffle: bool = Field(True, description="a new order of prompts in every epoch")
 
 
 class GenerationConfig(Section):
@@ -268,10 +271,15 @@ class OffloadConfig(Section):
     reward: bool = Field(False, description="the reward model's weights, outside of inference")
 
 
-class EvalConfig(Section):
-    """Held-out evaluation with the run's own sampling."""
+class HeldOutConfig(Section):
+    """Held-out evaluation."""
 
     every: Natural = Field(0, description="iterations between evaluations; 0: none")
+
+
+class EvalConfig(HeldOutConfig):
+    """Held-out evaluation with the run's own sampling."""
+
     greedy: bool = Field(False, description="the likeliest tokens instead of drawn ones")
 
 

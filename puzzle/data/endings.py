@@ -1,6 +1,6 @@
 """What ends a response: decided here for generation, PPO, evaluation and the models that a run writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,14 @@ class Endings:
     generation: Mapping[str, Any] | None = None
 
 
-def endings(tokenizer: Tokenizer | None, folder: Path | None, stops: Sequence[str] = ()) -> Endings:
-    """What ends the responses of the model in `folder` (None: a model without one) under stop texts `stops`.
-    Without a tokenizer nothing does.
+def endings(
+    tokenizer: Tokenizer | None,
+    folder: Path | None,
+    stops: Sequence[str] = (),
+    learned: Collection[int] = (),
+) -> Endings:
+    """What ends the responses of the model in `folder` (None: a model without one) under stop texts `stops`,
+    when it has `learned` to end them with further tokens. Without a tokenizer nothing does.
 
     EOS is what transformers' `generate` takes: that of generation_config.json, without that file that of
     config.json. Where neither names one it is the tokenizer's. Raises UserError naming file and key.
@@ -50,6 +55,10 @@ def endings(tokenizer: Tokenizer | None, folder: Path | None, stops: Sequence[st
         eos = () if own is None else (int(own),)
         kept["eos_token_id"] = own
         written = None if written is None else {**written, "eos_token_id": own}
+    if not {*learned} <= {*eos}:
+        eos = tuple(sorted({*eos, *learned}))
+        kept["eos_token_id"] = list(eos)
+        written = None if written is None else {**written, "eos_token_id": list(eos)}
     names = special_tokens(tokenizer)
     ids = {*eos, *(names[stop] for stop in stops if stop in names)}
     rule = stop_rule(tokenizer, [stop for stop in stops if stop not in names])

@@ -5,10 +5,13 @@ from datetime import datetime
 from pathlib import Path
 
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings, endings
+from puzzle.data.examples import Example, ExampleSet, load_examples
 from puzzle.data.prompts import Choose, PromptSet, PromptStream, load_prompts, no_columns, random_prompts
 from puzzle.data.reading import Reader
-from puzzle.data.tokenizers import Tokenizer, load_tokenizer
+from puzzle.data.stream import Stream
+from puzzle.data.tokenizers import Tokenizer, load_tokenizer, special_tokens
 from puzzle.errors import UserError
 
 
@@ -57,3 +60,41 @@ def prepare(
         return RunData(tokenizer, ends, stream, held_out)
     reader = Reader(tokenizer, load_tokenizer(config.reward.model), ends.eos, began)
     return RunData(tokenizer, ends, stream, held_out, None if reader.same else reader)
+
+
+@dataclass(frozen=True)
+class ExampleData:
+    """What a supervised run reads; `endings` are those that its model is saved with."""
+
+    tokenizer: Tokenizer
+    endings: Endings
+    train: Stream[Example]
+    held_out: ExampleSet | None
+
+
+def prepare_examples(config: SupervisedConfig, vocab_size: int, began: datetime | None = None) -> ExampleData:
+    """Load tokenizer and examples of a run, whose model has `vocab_size` tokens; chat templates take `began`
+    for now. Raises UserError."""
+    data, name = config.data, config.tokenizer
+    assert name is not None, "validated by the configuration"
+    assert data.examples is not None, "validated by the configuration"
+    tokenizer = load_tokenizer(name)
+    train = load_examples(Path(data.examples), data, tokenizer, began)
+    held_out = None
+    if data.eval_examples is not None:
+        held_out = load_examples(Path(data.eval_examples), data, tokenizer, began)
+    for examples in filter(None, (train, held_out)):
+        largest = max(max(s.tokens) for e in examples.examples for s in e.sequences)
+        if largest >= vocab_size:
+            limit = f"the model's vocabulary has {vocab_size}"
+            raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
+    folder = None if config.main.model is None else Path(config.main.model)
+    ends = endings(tokenizer, folder, learned=_last_said(tokenizer, train))
+    return ExampleData(tokenizer, ends, train.stream(config.batch, config.seed, data.shuffle), held_out)
+
+
+def _last_said(tokenizer: Tokenizer, examples: ExampleSet) -> set[int]:
+    """The special tokens that end all that is learned, if there is one: a model that has learned to say it
+    ends its answers with it."""
+    said = {s.tokens[stop - 1] for e in examples.examples for s in e.sequences for _, stop in s.spans}
+    return said if len(said) == 1 and said <= set(special_tokens(tokenizer).values()) else set()

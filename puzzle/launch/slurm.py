@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from puzzle.config.load import read_yaml
+from puzzle.config.document import read_yaml
 from puzzle.errors import UserError, terminate_as_exit
 from puzzle.files import lock
 from puzzle.files.path import ROOT

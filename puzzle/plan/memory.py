@@ -326,40 +326,42 @@ class Switched:
 def rank_memory(
     rank: int,
     uses: Sequence[Use],
-    generation: Use,
+    generation: Use | None,
     work: Work,
     switched: Switched,
     fused: bool,
 ) -> RankMemory:
-    """What `rank` needs. `generation` is the actor where it generates; `fused`: the trained models share a
-    pipeline."""
+    """What `rank` needs. `generation` is the actor where it generates, None where nothing does; `fused`: the
+    trained models share a pipeline."""
     resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
     steps = [_fused(trained, work, rank)] if fused else []
     if not fused:
         steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
     inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
-    made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
-    stages = {
-        # Offloaded states leave when the weights are there.
-        "switch": {"generation weights and staging": switched.filling, **states},
-        "generation": {
-            "generation weights": switched.weights,
-            "actor deferred all-gather": switched.deferred_gather,
-            **made,
-        },
-        "inference": {**lent, **inferred},
-        "training": {**states, **training, **_worst(steps)},
-    }
+    stages = {"inference": {**lent, **inferred}, "training": {**states, **training, **_worst(steps)}}
+    if generation is not None:
+        made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
+        stages = {
+            # Offloaded states leave when the weights are there.
+            "switch": {"generation weights and staging": switched.filling, **states},
+            "generation": {
+                "generation weights": switched.weights,
+                "actor deferred all-gather": switched.deferred_gather,
+                **made,
+            },
+            **stages,
+        }
     return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()))
 
 
-def kind_of_rank(rank: int, uses: Sequence[Use], generation: Use) -> tuple[int, ...]:
+def kind_of_rank(rank: int, uses: Sequence[Use], generation: Use | None) -> tuple[int, ...]:
     """Ranks of one kind need the same bytes, if the switch brings them as much: they differ in t alone, or in
     the replica of models that hold no optimizer states."""
     coords = [(use.trained, use.placement.coord_of(rank)) for use in uses]
     trained = [(coord.p, coord.d if trained else 0) for trained, coord in coords]
-    return (*(number for pair in trained for number in pair), generation.placement.coord_of(rank).p)
+    stage = () if generation is None else (generation.placement.coord_of(rank).p,)
+    return (*(number for pair in trained for number in pair), *stage)
 
 
 def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:

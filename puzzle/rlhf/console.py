@@ -1,7 +1,7 @@
 """What a person watching a run sees: a line per iteration, a bar with the time left, TensorBoard files."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Heading, metric or stage, format; what a run does not have is shown as a dash.
-_COLUMNS = (
+Columns = Sequence[tuple[str, str, str]]
+"""Heading, metric or stage, format; what a run does not have is shown as a dash."""
+POLICY: Columns = (
     ("reward", "reward", "8.3f"),
     ("KL", "kl", "8.4f"),
     ("tokens", "response_tokens", "8.0f"),
@@ -31,15 +32,33 @@ _COLUMNS = (
 )
 
 
+def supervised(model: str) -> Columns:
+    """The columns of a run in which `model` learns from examples."""
+    return (
+        ("loss", f"{model}_loss", "10.4f"),
+        ("accuracy", "accuracy", "10.3f"),
+        ("tokens", "tokens", "8.0f"),
+        ("grad norm", f"{model}_grad_norm", "11.3f"),
+        ("train s", "training", "8.2f"),
+        ("total s", "e2e", "8.2f"),
+    )
+
+
 class Reporter:
     """Shows the iterations of one run; used by one process. `console` is where it prints (stdout)."""
 
     def __init__(
-        self, out: Path, iterations: int, tensorboard: bool, done: int = 0, console: Console | None = None
+        self,
+        out: Path,
+        iterations: int,
+        tensorboard: bool,
+        done: int = 0,
+        console: Console | None = None,
+        columns: Columns = POLICY,
     ) -> None:
         """`iterations` planned, `done` of them before (resumed); TensorBoard files go to out/tensorboard."""
         self._console = console or Console(highlight=False)
-        self._iterations = iterations
+        self._iterations, self._columns = iterations, columns
         self._done = done
         self._began = time.monotonic()
         self._first = done
@@ -57,7 +76,7 @@ class Reporter:
         )
         self._task = self._bar.add_task("", total=iterations, completed=done)
         self._bar.start()
-        heads = "".join(f"{head:>{_width(form)}}" for head, _, form in _COLUMNS)
+        heads = "".join(f"{head:>{_width(form)}}" for head, _, form in self._columns)
         self._print(f"{'iteration':>10}{heads}{'left':>9}")
 
     def iteration(
@@ -69,7 +88,7 @@ class Reporter:
     ) -> None:
         """One finished iteration (counted from 0), with the fields of its record."""
         values = {**metrics, **stage_seconds, "e2e": e2e_seconds}
-        cells = "".join(_cell(values.get(name), form) for _, name, form in _COLUMNS)
+        cells = "".join(_cell(values.get(name), form) for _, name, form in self._columns)
         self._done = iteration + 1
         self._print(f"{f'{iteration + 1}/{self._iterations}':>10}{cells}{_clock(self._left()):>9}")
         self._bar.update(self._task, completed=self._done)

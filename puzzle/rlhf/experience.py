@@ -172,24 +172,3 @@ def minibatches(count: int, size: int, seed: int, iteration: int, epoch: int) ->
 
     order = sorted(range(count), key=place)
     return [order[start : start + size] for start in range(0, count, size)]
-
-
-def microbatches(
-    rows: Sequence[int], lengths: Sequence[int], size: int | None = None, tokens: int | None = None
-) -> list[list[int]]:
-    """Cut `rows`, in order, into runs of at most `size` rows and at most `tokens` tokens; a longer row
-    stands alone.
-
-    `lengths` are the tokens of each of `rows`. None sets no limit. Every stage of a pipeline knows the
-    lengths and comes to the same cut.
-    """
-    cut: list[list[int]] = []
-    held = 0
-    for row, length in zip(rows, lengths, strict=True):
-        full = not cut or len(cut[-1]) == size or (tokens is not None and held + length > tokens)
-        if full:
-            cut.append([])
-            held = 0
-        cut[-1].append(row)
-        held += length
-    return cut

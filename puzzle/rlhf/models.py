@@ -1,4 +1,4 @@
-"""The four models of a run, made from its configuration."""
+"""The models of a run, made from its configuration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from puzzle.config import memory_report as footprint
-from puzzle.config.resolve import RunPlan
-from puzzle.config.run import Role, TrainConfig
+from puzzle.config.base import Role, RunConfig
+from puzzle.config.resolve import Plan, RunPlan
 from puzzle.config.sections import OptimizerConfig
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
@@ -63,22 +63,42 @@ class OffloadPolicy:
 
 
 @dataclass(frozen=True)
-class Models:
-    """The models in use, by role; `trained` are those with an optimizer, the policy first."""
+class RunModels:
+    """The models in use, by role; `trained` are those with an optimizer, first the one that the run is
+    about."""
 
     by_role: Mapping[str, ModelRuntime]
     trained: Mapping[str, ModelRuntime]
-    generator: PolicyGenerator
     offload: OffloadPolicy
+
+    @property
+    def main(self) -> ModelRuntime:
+        """The model that the run is about."""
+        return next(iter(self.trained.values()))
+
+    def all(self) -> list[ModelRuntime]:
+        """Those in use."""
+        return list(self.by_role.values())
+
+    def runtimes(self) -> list[ModelRuntime]:
+        """Those in use, in every layout that they have."""
+        return self.all()
+
+
+@dataclass(frozen=True)
+class Models(RunModels):
+    """Those of a run whose policy, the first of them, generates."""
+
+    generator: PolicyGenerator
 
     @property
     def actor(self) -> ModelRuntime:
         """The policy."""
         return self.by_role["actor"]
 
-    def all(self) -> list[ModelRuntime]:
-        """Those in use."""
-        return list(self.by_role.values())
+    def runtimes(self) -> list[ModelRuntime]:
+        """Also the policy as it generates."""
+        return [*self.all(), self.generator.runtime]
 
 
 def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], float]:
@@ -98,14 +118,24 @@ def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], flo
 
 
 def build_models(plan: RunPlan, world: World) -> Models:
-    """Every model in use, with weights and, where it is trained, an optimizer. UserError naming the model."""
+    """`build_runtimes`, and the policy as it generates."""
+    made = build_runtimes(plan, world)
+    generator = build_policy_generator(plan, world, made.by_role["actor"])
+    return Models(made.by_role, made.trained, made.offload, generator)
+
+
+def build_runtimes(plan: Plan, world: World) -> RunModels:
+    """Every model in use, with weights and, where it is trained, an optimizer. UserError naming the model.
+
+    A trained model may lack a value head, which then starts at random.
+    """
     config, host = plan.config, _host_memory(plan, world)
     made: dict[str, ModelRuntime] = {}
     for role, model in plan.models.items():
         section, recompute = getattr(config, role), config.recompute and model.trained
         folder = Path(section.model or "")
         if section.model is not None:  # before memory is taken for what config.json alone says
-            hf.check_weights(folder, model.spec, new_head=role == "critic")
+            hf.check_weights(folder, model.spec, new_head=model.trained and model.spec.head == "value")
         runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[config.dtype], recompute)
         if config.compile:
             runtime.decoder.compile_layers()
@@ -113,20 +143,19 @@ def build_models(plan: RunPlan, world: World) -> Models:
         if section.model is None:
             initialise(runtime.decoder, seed, world.progress.tick)
         else:
-            head_seed = seed if role == "critic" else None
+            head_seed = seed if model.trained and model.spec.head == "value" else None
             loaded = hf.load(runtime.decoder, folder, head_seed, world.progress.tick)
             if world.rank == 0:
                 loaded.warn(folder)
         made[role] = runtime
     for role, model in plan.models.items():
         if model.trained:
-            made[role].split_backward = config.intra.split_backward
+            made[role].split_backward = config.split_backward
             made[role].attach_optimizer(_adamw(getattr(config, role).optimizer, plan.batch.all_steps))
         else:
             made[role].freeze()
-    generator = build_policy_generator(plan, world, made["actor"])
     trained: dict[str, ModelRuntime] = {role: made[role] for role in config.trained}
-    return Models(made, trained, generator, _offload_policy(config, world, made, host))
+    return RunModels(made, trained, _offload_policy(config, world, made, host))
 
 
 def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
@@ -140,25 +169,21 @@ def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
     )
 
 
-def _host_memory(plan: RunPlan, world: World) -> HostMemory:
+def _host_memory(plan: Plan, world: World) -> HostMemory:
     """What all that this rank offloads will need, known before any of it is there: moments come last."""
-    options = plan.config.offload
     ahead = 0
-    if options.optimizer or options.reference or options.reward:
+    if any(plan.config.offloads(role) for role in plan.models):
         ahead = footprint.estimate(plan, fused=world.device.type == "cuda")[world.rank].host
     return HostMemory(world.device, ahead, world.progress.tick)
 
 
 def _offload_policy(
-    config: TrainConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory
+    config: RunConfig, world: World, made: Mapping[str, ModelRuntime], host: HostMemory
 ) -> OffloadPolicy:
-    options, states, weights = config.offload, [], []
-    if options.optimizer:
-        for role in config.trained:
-            optimizer = made[role].optimizer
-            assert optimizer is not None
+    states, weights = [], []
+    for role in filter(config.offloads, made):
+        if (optimizer := made[role].optimizer) is not None:
             states.append(offload_states(host, optimizer))
-    for role in ("reference", "reward"):
-        if getattr(options, role):
+        else:
             weights.append(offload_weights(host, made[role].stage))
     return OffloadPolicy(world, states, weights)

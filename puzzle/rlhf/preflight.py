@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from puzzle.config import memory_report as footprint
-from puzzle.config.resolve import RunPlan
+from puzzle.config.resolve import Plan
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.runlog import folders
 
 
-def agree(plan: RunPlan, world: World) -> None:
+def agree(plan: Plan, world: World) -> None:
     """All ranks made the same plan, or the run would hang later: UserError with what differs."""
     hashes = world.gather(plan.hash)
     if len(set(hashes)) > 1:
@@ -26,7 +26,7 @@ def agree(plan: RunPlan, world: World) -> None:
         )
 
 
-def check_memory(plan: RunPlan, world: World) -> None:
+def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded."""
     if world.device.type == "cuda":
         limit = torch.cuda.get_device_properties(world.device).total_memory

@@ -1,4 +1,4 @@
-"""What a launcher runs as every process of `puzzle train`; it loads all that ranks need."""
+"""What a launcher runs as every process of a run; it loads all that ranks need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SupervisedConfig, config_of
 from puzzle.rlhf.rewards.weighted import unpickled_function
+from puzzle.rlhf.supervised.trainer import learn
 from puzzle.rlhf.trainer import train
 
 
@@ -26,5 +28,10 @@ def process(
     `moment` when it began, at first (ISO 8601), `reward` the callable that the configuration calls `given`,
     as `pickled_function` in base64; where this is the process that started the run, the callable itself.
     """
+    config = config_of(resolved)
+    if isinstance(config, SupervisedConfig):
+        learn(config, Path(out), resume, note, given, moment)
+        return
+    assert isinstance(config, TrainConfig), "the other kind of run"
     function = unpickled_function(base64.b64decode(reward)) if isinstance(reward, str) else reward
-    train(TrainConfig.model_validate(resolved), Path(out), resume, note, given, moment, function)
+    train(config, Path(out), resume, note, given, moment, function)

@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from puzzle import __version__
-from puzzle.config.resolve import RunPlan
-from puzzle.config.run import ModelConfig
+from puzzle.config.resolve import Plan
+from puzzle.config.run import TrainConfig
+from puzzle.config.sections import ModelConfig
 from puzzle.files.path import ROOT
 from puzzle.runlog import RunHeader
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
-def run_header(plan: RunPlan, hardware: dict[str, Any]) -> RunHeader:
+def run_header(plan: Plan, hardware: dict[str, Any]) -> RunHeader:
     """The header of a run; `hardware` adds what the engine knows of its devices."""
     config, log = plan.config, plan.config.log
     layouts = {
-        "training" if name == "actor" else name: {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
+        "training" if name == plan.main.role else name: {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}
         for name, layout in config.layouts().items()
     }
+    critic = config.critic if isinstance(config, TrainConfig) else None
     return RunHeader(
         run_id=uuid.uuid4().hex,
         figures=log.figures,
         cluster=log.cluster,
         variant=log.variant,
-        actor=log.actor or _name(config.actor),
-        critic=None if config.critic is None else log.critic or _name(config.critic),
+        actor=log.actor or _name(config.main),
+        critic=None if critic is None else log.critic or _name(critic),
         config={**config.resolved(), "global_batch_size": plan.batch.sequences},
         layouts=layouts,
         provenance=log.provenance,

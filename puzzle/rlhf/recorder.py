@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from puzzle.config.base import RunConfig
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import tokenizer_folder
@@ -31,9 +33,9 @@ from puzzle.files import durable
 from puzzle.model import hf
 from puzzle.plan.simulate.timeline import Timeline
 from puzzle.rlhf.algorithms.policy import Estimator, token_kl
-from puzzle.rlhf.console import Reporter
+from puzzle.rlhf.console import POLICY, Reporter, supervised
 from puzzle.rlhf.experience import Experience
-from puzzle.rlhf.models import Models
+from puzzle.rlhf.models import RunModels
 from puzzle.rlhf.scoring import Scores
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.record import Record
@@ -82,7 +84,7 @@ def repetition(responses: Sequence[Sequence[int]]) -> float:
     return 1.0 - sum(len(set(p)) for p in pairs) / total if total else 0.0
 
 
-def describe_rank(models: Models, world: World, peaks: Mapping[str, int] | None = None) -> Rank:
+def describe_rank(models: RunModels, world: World, peaks: Mapping[str, int] | None = None) -> Rank:
     """What this rank is and holds; `peaks` are bytes by stage."""
     coordinates = {m.name: {"t": m.coord.t, "p": m.coord.p, "d": m.coord.d} for m in models.all()}
     return Rank(
@@ -106,9 +108,9 @@ def device_bytes(device: torch.device) -> dict[str, int] | None:
     return {"reserved": torch.cuda.max_memory_reserved(device), "outside": max(0, outside)}
 
 
-def moved_bytes(models: Models, world: World) -> dict[str, int]:
+def moved_bytes(models: RunModels, world: World) -> dict[str, int]:
     """Bytes that this rank has put into messages and collectives, by kind; tensor-parallel ones per model."""
-    runtimes = {m.name: m for m in (*models.all(), models.generator.runtime)}
+    runtimes = {m.name: m for m in models.runtimes()}
     tensor = {f"tensor_parallel.{m.name}": m.tensor.moved for m in runtimes.values() if m.tensor.size > 1}
     return {**world.moved, **tensor}
 
@@ -139,7 +141,7 @@ class Recorder:
     """The log of a run. All ranks hold one; rank 0 writes."""
 
     def __init__(
-        self, out: Path, config: TrainConfig, world: World, header: RunHeader, resumed: Resumed | None = None
+        self, out: Path, config: RunConfig, world: World, header: RunHeader, resumed: Resumed | None = None
     ) -> None:
         """With `resumed`, the log that is there goes on."""
         self.out, self.config, self.world = out, config, world
@@ -149,9 +151,12 @@ class Recorder:
             self.writer = RunWriter(out, header, resumed is not None, world.progress.writing)
         done = 0 if resumed is None else resumed.done
         tensorboard = config.log.tensorboard
-        self.reporter = Reporter(out, config.iterations, tensorboard, done) if self.writer else None
-        if self.writer is not None and config.log.plots and not DRAWS:
-            self._warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
+        self.reporter = None
+        if self.writer is not None:
+            columns = supervised(config.trained[0]) if isinstance(config, SupervisedConfig) else POLICY
+            self.reporter = Reporter(out, config.iterations, tensorboard, done, columns=columns)
+            if config.log.plots and not DRAWS:
+                self._warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
         if self.writer is not None and resumed is not None:
             folder = None if resumed.folder is None else str(resumed.folder.relative_to(out))
             self.writer.write(Resume(done, folder))
@@ -259,9 +264,10 @@ class Recorder:
             gap = experience.logprobs_BS - experience.ref_logprobs_BS
             kl = torch.where(experience.mask_BS.to(gap.device), gap, 0.0).sum(1).tolist()
         rewards = scores.total_B.tolist()
+        named = isinstance(self.config, TrainConfig) and self.config.data.id_field is not None
         for row in range(min(len(experience), self.config.log.samples)):
             prompt = prompts[row // experience.samples]
-            prompt_id = prompt.index if self.config.data.id_field is None else prompt.id
+            prompt_id = prompt.id if named else prompt.index
             fields = {"reward": rewards[row], "prompt_id": prompt_id, "held_out": held_out}
             if scores.parts:
                 fields["rewards"] = {name: float(part[row]) for name, part in scores.parts.items()}
@@ -289,7 +295,7 @@ class Recorder:
                 pass
             return
         durable.make_folder(folder.parent)
-        with tokenizer_folder(self.config.data.tokenizer or self.config.actor.model, folder.parent) as files:
+        with tokenizer_folder(self.config.tokenizer, folder.parent) as files:
             more, generation, gate = endings.config, endings.generation, self.world.progress.writing
             hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
         self.write(Checkpoint(done, str(folder.relative_to(self.out))))

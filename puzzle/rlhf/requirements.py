@@ -3,16 +3,19 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from puzzle.config.base import RunConfig
 from puzzle.config.capabilities import missing
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SupervisedConfig
+from puzzle.data.examples import read_examples
 from puzzle.data.prompts import no_columns, read_rows
 from puzzle.errors import UserError
 from puzzle.rlhf.rewards.weighted import probe
 
 
-def check_packages(config: TrainConfig) -> None:
+def check_packages(config: RunConfig) -> None:
     """UserError for what the run asks for and this installation lacks."""
-    lacks = missing(config)
+    lacks = missing(config) if isinstance(config, TrainConfig) else []
     if lacks:
         raise UserError(f"this version does not have: {'; '.join(lacks)}")
     for role in config.trained:
@@ -20,9 +23,14 @@ def check_packages(config: TrainConfig) -> None:
             raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")
 
 
-def check_files(config: TrainConfig) -> None:
-    """UserError for prompt files that cannot be read and for a reward function that cannot be had or
-    asks for what they lack; a run finds the same before its log begins."""
+def check_files(config: RunConfig) -> None:
+    """UserError for files of prompts or examples that cannot be read and for a reward function that cannot be
+    had or asks for what they lack; a run finds the same before its log begins."""
+    if isinstance(config, SupervisedConfig):
+        for path in filter(None, (config.data.examples, config.data.eval_examples)):
+            read_examples(Path(path), config.data)
+        return
+    assert isinstance(config, TrainConfig), "the other kind of run"
     rewards = probe(config)
     try:
         choose = no_columns if rewards is None else rewards.columns

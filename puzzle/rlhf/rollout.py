@@ -20,9 +20,8 @@ from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.errors import UserError
-from puzzle.model.packing import PackedBatch, pack
-from puzzle.rlhf.balance import balanced, contiguous
-from puzzle.rlhf.experience import Experience, microbatches
+from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.microbatches import MicroBatches
 from puzzle.rlhf.rewards.batch import RewardBatch
 
 
@@ -171,57 +170,6 @@ def reward_sequences(
     return [
         reader(prompts[row // experience.samples], experience.responses[row], answered[row]) for row in rows
     ]
-
-
-class MicroBatches:
-    """The micro-batches of a replica's share of some rows of an experience, as packed batches.
-
-    `rows` are those of each of its micro-batches, `own` all of them, `all_rows` of every replica's.
-    `passes` is how many micro-batches every replica has, `tokens` how many tokens. Without
-    `algorithm.packing` the sequences of a micro-batch are padded to `widths`, else those are None.
-    """
-
-    def __init__(
-        self,
-        model: ModelRuntime,
-        rows: Sequence[int],
-        sequences: Sequence[Sequence[int]],
-        config: AlgorithmConfig,
-    ) -> None:
-        """`rows` are those of all replicas, `sequences` theirs, in their order."""
-        dp = model.placement.layout.dp
-        sizes = [len(sequence) for sequence in sequences]
-        shares = balanced(sizes, dp) if config.balance else contiguous(len(rows), dp)
-        limits = (config.microbatch, config.microbatch_tokens)
-        cuts = [microbatches(part, [sizes[i] for i in part], *limits) for part in shares]
-        self.passes = [len(cut) for cut in cuts]
-        self.tokens = [sum(sizes[i] for i in part) for part in shares]
-        self.own = [rows[i] for i in shares[model.coord.d]]
-        self.all_rows = [[[rows[i] for i in part] for part in cut] for cut in cuts]
-        self.rows = self.all_rows[model.coord.d]
-        self.batches: list[PackedBatch] = []
-        self.widths: list[int | None] = []
-        self._last: list[Tensor] = []
-        for part in cuts[model.coord.d]:
-            held = [sequences[i] for i in part]
-            lengths = torch.tensor([len(sequence) for sequence in held])
-            width = None if config.packing else int(lengths.max())
-            if width:
-                held = [[*sequence, *[0] * (width - len(sequence))] for sequence in held]
-            batch = pack(held, model.placement.layout.tp, model.world.device)
-            self.batches.append(batch)
-            self.widths.append(width)
-            starts = torch.tensor((0, *batch.lengths[:-1])).cumsum(0)
-            self._last.append((starts + lengths - 1).to(model.world.device))
-
-    def states_N(self, experience: Experience, index: int) -> Tensor:
-        """`Experience.states_N` of a micro-batch, on the device."""
-        states_N = experience.states_N(self.rows[index], self.widths[index])
-        return states_N.to(self.batches[index].tokens_T.device)
-
-    def last_rows(self, index: int) -> Tensor:
-        """int64 (sequences,): where each sequence of a micro-batch ends."""
-        return self._last[index]
 
 
 @dataclass(frozen=True)

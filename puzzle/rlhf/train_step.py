@@ -17,8 +17,8 @@ from puzzle.rlhf.algorithms.surrogate import Responses
 from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.first_step import FirstStep
 from puzzle.rlhf.fusion import FusedPipeline
+from puzzle.rlhf.microbatches import MicroBatches
 from puzzle.rlhf.models import Models
-from puzzle.rlhf.rollout import MicroBatches
 
 
 class LossInputs(NamedTuple):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.config import memory_report as footprint
-from puzzle.config.resolve import RunPlan, resolve
+from puzzle.config.resolve import Plan, RunPlan
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt, no_columns
-from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
 from puzzle.engine.runtime.stage_timer import StageClock
-from puzzle.engine.runtime.watchdog import Watch
 from puzzle.engine.runtime.world import World
-from puzzle.errors import UserError
 from puzzle.files.jsonio import Fields
-from puzzle.launch import local
 from puzzle.rlhf.algorithms import make_algorithm
 from puzzle.rlhf.algorithms.base import INFERRED
 from puzzle.rlhf.algorithms.correction import corrected
@@ -45,9 +39,8 @@ from puzzle.rlhf.metrics import (
 )
 from puzzle.rlhf.models import Models, build_models
 from puzzle.rlhf.overlong import overlong_metrics, shaped
-from puzzle.rlhf.preflight import agree, check_memory, give_up, refuse_replacing
-from puzzle.rlhf.provenance import run_header
-from puzzle.rlhf.recorder import Recorder, Resumed, describe_rank, experience_metrics, held_out_metrics
+from puzzle.rlhf.preflight import check_memory, give_up
+from puzzle.rlhf.recorder import Recorder, experience_metrics, held_out_metrics
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.weighted import WeightedRewards, function_rewards
 from puzzle.rlhf.rollout import (
@@ -64,10 +57,11 @@ from puzzle.rlhf.rollout import (
     texts,
 )
 from puzzle.rlhf.scoring import Scorer, Scores
+from puzzle.rlhf.session import Session, hold
 from puzzle.rlhf.tracer import Tracer
 from puzzle.rlhf.train_step import TrainStep
 from puzzle.rlhf.vocabulary import agree_on_vocabulary
-from puzzle.runlog.records import STAGES, Evaluation, Iteration
+from puzzle.runlog.records import STAGES, Iteration
 
 
 def train(
@@ -79,62 +73,32 @@ def train(
     moment: str | None = None,
     reward: Callable[..., Any] | None = None,
 ) -> None:
-    """One process of a run; all of them call this. With `resume`, the run in `out` goes on; `note`: why.
-
-    `given` is what the user gave of the configuration, `moment` when the run began (ISO 8601): chat templates
-    write that date, on every rank and after every resume. `reward` is the function that the configuration
-    calls `given`. Raises UserError for what the user can mend.
-    """
-    began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
+    """One process of a run, as `session.hold` says. `reward` is the function that the configuration calls
+    `given`. Raises UserError for what the user can mend."""
     rewards = function_rewards(config, give_up, reward)
+
+    def make(plan: Plan, began: datetime, world: World) -> Trainer:
+        assert isinstance(plan, RunPlan), "the plan of a TrainConfig"
+        sizes = [model.spec.vocab_size for model in plan.models.values()]
+        # Random tokens are read by every model as they are.
+        vocabulary = min(sizes) if config.data.random_tokens else sizes[0]
+        # Only the rank that calls the functions keeps what they read.
+        choose = no_columns if rewards is None or world.rank else rewards.columns
+        data = prepare(config, vocabulary, began, choose)
+        check_memory(plan, world)
+        world.progress.mark("loading models")
+        return Trainer(plan, data, build_models(plan, world), world, rewards)
+
     longest = 0.0 if rewards is None else rewards.longest
-    watch = Watch(config.launch.watchdog, local.report, out / "ranks", longest)
-    with World.start(config.device, watch=watch) as world:
-        try:
-            plan = resolve(config, max(world.gather(world.per_node)), given)
-            agree(plan, world)
-            sizes = [model.spec.vocab_size for model in plan.models.values()]
-            # Random tokens are read by every model as they are.
-            vocabulary = min(sizes) if config.data.random_tokens else sizes[0]
-            # Only the rank that calls the functions keeps what they read.
-            choose = no_columns if rewards is None or world.rank else rewards.columns
-            data = prepare(config, vocabulary, began, choose)
-            check_memory(plan, world)
-            world.progress.mark("loading models")
-            trainer = Trainer(plan, data, build_models(plan, world), world, rewards)
-            checkpoints = _checkpoints(config, out, trainer.models)
-            resumed = trainer.resume(checkpoints) if resume else None
-            if resumed is not None and note:
-                resumed = dataclasses.replace(resumed, notes=(note, *resumed.notes))
-            header = run_header(plan, {"device": _device_name(world), "processes": world.size})
-            header = dataclasses.replace(header, started=began.isoformat(timespec="seconds"))
-            with Recorder(out, config, world, header, resumed) as recorder:
-                trainer.run(recorder, checkpoints)
-        except torch.OutOfMemoryError as error:
-            ranks = footprint.estimate(plan, fused=world.device.type == "cuda")
-            print(footprint.table(ranks), file=sys.stderr)
-            reason = str(error).splitlines()[0].partition(". ")[0]
-            remedy = footprint.remedy(ranks[world.rank])
-            raise UserError(f"{reason} on rank {world.rank}; {remedy}") from error
-        finally:
-            if rewards is not None:
-                rewards.close()
+    held = None if rewards is None else closing(rewards)
+    hold(config, out, make, resume, note, given, moment, longest, held)
 
 
-def _checkpoints(config: TrainConfig, out: Path, models: Models) -> Checkpoints:
-    options = config.checkpoint
-    return Checkpoints(
-        out / "checkpoints", tuple(models.trained.values()), options.keep, options.asynchronous
-    )
-
-
-def _device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-
-
-class Trainer:
+class Trainer(Session):
     """The state that an iteration changes: weights, data position, KL coefficient, reward scale."""
 
+    config: TrainConfig
+    models: Models
     make_pipeline: MakePipeline = Pipeline
     """How models are run; another engine's trainer has its own."""
 
@@ -147,18 +111,15 @@ class Trainer:
         rewards: WeightedRewards | None,
     ) -> None:
         """`rewards` are those that are no model's."""
-        self.plan, self.config, self.data, self.models, self.world = plan, plan.config, data, models, world
-        config = plan.config
+        super().__init__(plan, models, world, data.endings)
+        self.plan, self.data, self.models = plan, data, models
+        self.config = config = plan.config
         self.kl_coef = config.algorithm.kl.coef
         self.algorithm = make_algorithm(config.algorithm)
         self.scores_seen = RunningMoments()
         self.params = sampling_params(config, data.endings.stop_ids)
         self.scorer = Scorer(world, config.reward, rewards)
         agree_on_vocabulary(config, data, models, data.reader is not None)
-        self.best = -math.inf
-        self.done = 0
-        self._saved = -1
-        self._peaks: dict[str, int] = {}
         self.training, self.inference = (
             FusedPipeline(
                 pipeline.fuse, [models.by_role[role] for role in pipeline.roles], self.make_pipeline
@@ -171,69 +132,31 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All but weights and optimizers that a later iteration depends on, as JSON values."""
         return {
+            **super().state(),
             "kl_coef": self.kl_coef,
             "scores_seen": dataclasses.asdict(self.scores_seen),
-            "best": self.best if math.isfinite(self.best) else None,
             "data": self.data.train.state(),
         }
 
-    def resume(self, checkpoints: Checkpoints) -> Resumed:
-        """Go on from the last whole checkpoint, or from the start where there never was one."""
-        restored = checkpoints.restore()
-        if restored is None:
-            refuse_replacing(checkpoints.folder, self.world)
-            return Resumed(notes=("there is no checkpoint to resume from: the run begins again",))
-        state = Fields(restored.state, f"{restored.folder}: state")
+    def restore(self, state: Fields) -> None:
+        """Go on where `state` was taken."""
+        super().restore(state)
         self.data.train.restore(state.section("data").values)
-        self.kl_coef, self.done = state.number("kl_coef"), restored.number
-        self._saved = restored.number
+        self.kl_coef = state.number("kl_coef")
         seen = state.section("scores_seen")
         names = [field.name for field in dataclasses.fields(RunningMoments)]
         self.scores_seen = RunningMoments(**{name: seen.number(name) for name in names})
-        self.best = -math.inf if state.values.get("best") is None else state.number("best")
-        return Resumed(restored.number, restored.folder, restored.notes)
 
-    def run(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
-        """All iterations, with evaluations and checkpoints between them."""
-        recorder.ranks(describe_rank(self.models, self.world, self._peaks))
-        if not self.done:
-            self._evaluate(0, recorder)
-        for iteration in range(self.done, self.config.iterations):
-            with recorder.profiled(iteration):
-                metrics = self.iteration(iteration, recorder)
-            self.done = done = iteration + 1
-            every = self.config.eval.every
-            if every and done % every == 0:
-                self._evaluate(done, recorder)
-            self._save(recorder, checkpoints)
-            recorder.sync()
-            stop = self.config.algorithm.kl_stop
-            if stop is not None and metrics["kl"] > stop:
-                recorder.note = f"KL {metrics['kl']:.4g} exceeded algorithm.kl_stop {stop:g}"
-                break
-        self.world.progress.mark("saving the models")
-        if self.config.checkpoint.save and self._saved != self.done:
-            self._begin_state(checkpoints)  # a run that has ended can go on, too
-        for role, model in self.models.trained.items():
-            name = "last" if model is self.models.actor else f"last-{role}"
-            recorder.save(model, name, self.done, self.data.endings)
-        checkpoints.wait()
-        recorder.states(checkpoints.finished())
-        recorder.ranks(describe_rank(self.models, self.world, self._peaks))
+    def stops(self, metrics: Mapping[str, float]) -> str | None:
+        """Where KL exceeds the limit that was set."""
+        limit = self.config.algorithm.kl_stop
+        if limit is None or not metrics["kl"] > limit:
+            return None
+        return f"KL {metrics['kl']:.4g} exceeded algorithm.kl_stop {limit:g}"
 
-    def _save(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
-        """Begin a checkpoint where one is due, log those that became complete."""
-        self.world.progress.mark("saving")
-        recorder.states(checkpoints.finished())
-        options = self.config.checkpoint
-        if options.save and options.every and self.done % options.every == 0:
-            self._begin_state(checkpoints)
-            if self.done < self.config.iterations:
-                recorder.save(self.models.actor, f"iteration-{self.done}", self.done, self.data.endings)
-
-    def _begin_state(self, checkpoints: Checkpoints) -> None:
-        checkpoints.save(self.done, self.state())
-        self._saved = self.done
+    def quality(self, metrics: Mapping[str, float]) -> float:
+        """The mean held-out reward."""
+        return metrics["reward"]
 
     def iteration(self, iteration: int, recorder: Recorder) -> dict[str, float]:
         """One iteration; its metrics, equal on every rank."""
@@ -263,7 +186,7 @@ class Trainer:
         metrics |= {**scores.metrics(), **step.metrics(), "kl_coef": self.kl_coef}
         self._adapt(metrics, len(experience))
         seconds, total = clock.seconds(STAGES)
-        self._peaks |= {stage: max(size, self._peaks.get(stage, 0)) for stage, size in clock.peaks.items()}
+        self.note_peaks(clock)
         longest = self.config.generation.max_new_tokens
         metrics |= response_metrics(experience, scores.total_B, prompts, self.data.endings, longest)
         metrics |= learning_metrics(experience) | learning_rates(self.models.trained)
@@ -362,14 +285,13 @@ class Trainer:
             observed = metrics["kl_response"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, observed, kl.target, responses, kl.horizon)
 
-    def _evaluate(self, done: int, recorder: Recorder) -> None:
+    def held_out(self, done: int, recorder: Recorder) -> dict[str, float] | None:
         """Held-out reward with noise that is the same at every evaluation.
 
         Prompts come in parts of a training batch, for which there is memory.
         """
-        if not self.config.eval.every or self.data.held_out is None:
-            return
-        self.world.progress.mark(f"evaluation after {done} iterations")
+        if self.data.held_out is None:
+            return None
         prompts, size = self.data.held_out.prompts, self.config.batch * self.config.generation.samples
         params = dataclasses.replace(
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
@@ -388,9 +310,5 @@ class Trainer:
         scores = self.scorer.finish(pending, model_B)
         require_finite(experience, {"reward: the score": scores.total_B[:, None]})
         self.scorer.spent()  # which is no iteration's
-        metrics = held_out_metrics(scores.total_B) | scores.metrics()
-        recorder.write(Evaluation(done, metrics))
         recorder.samples(done, experience, prompts, self._texts(experience, prompts), scores, held_out=True)
-        if self.config.checkpoint.best and metrics["reward"] > self.best:
-            recorder.save(self.models.actor, "best", done, self.data.endings)
-        self.best = max(self.best, metrics["reward"])
+        return held_out_metrics(scores.total_B) | scores.metrics()

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.config.load import build, keys, load_config, merge, parse_overrides, read_yaml
+from puzzle.config.document import read_yaml
+from puzzle.config.load import build, keys, load_config, merge, parse_overrides
 from puzzle.config.run import TRAINED, LayoutConfig, TrainConfig, TrainedConfig
 from puzzle.errors import UserError
 

@@ -34,7 +34,7 @@ from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.schedules import PipelineModel
 from puzzle.rlhf.balance import balanced, contiguous
-from puzzle.rlhf.experience import microbatches
+from puzzle.rlhf.microbatches import microbatches
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 from tests.plan.measures import peak_in_flight

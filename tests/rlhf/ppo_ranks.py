@@ -103,7 +103,7 @@ def run_case(world: World, case: Case) -> Watch:
     models = build_models(plan, world)
     watch = Watch()
     for model in models.trained.values():
-        _watch_gradients(model, watch)
+        watch_gradients(model, watch)
     if models.generator.switcher is not None:
         _watch_switches(models.generator.switcher, models.generator.runtime, watch)
     original = _break(models, case.break_)
@@ -168,7 +168,7 @@ def _watch_switches(switcher: Resharder, runtime: ModelRuntime, watch: Watch) ->
     switcher.verify = verify
 
 
-def _watch_gradients(model: ModelRuntime, watch: Watch) -> None:
+def watch_gradients(model: ModelRuntime, watch: Watch) -> None:
     """Copy the own rows' gradients of every step when their reduction is over, before clipping."""
     optimizer = model.optimizer
     assert optimizer is not None

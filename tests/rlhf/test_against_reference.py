@@ -13,7 +13,8 @@ from torch import Tensor
 from puzzle.engine.pipeline.model import share
 from puzzle.rlhf.algorithms import policy, ppo, scale
 from puzzle.rlhf.algorithms.surrogate import Surrogate
-from puzzle.rlhf.experience import Experience, microbatches, minibatches
+from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.microbatches import microbatches
 from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO
 from tests.reference.tiny import save_lm, save_value
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from puzzle.engine.pipeline.model import share
 from puzzle.model.packing import pack
-from puzzle.rlhf.experience import Experience, microbatches, minibatches
+from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.microbatches import microbatches
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
 

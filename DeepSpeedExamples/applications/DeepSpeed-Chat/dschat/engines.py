@@ -297,4 +297,4 @@ def build(plan: RunPlan, zero: ZeroOptions, world: World, hybrid: bool) -> Model
         made[role] = ZeroModel(role, spec, world, engine, rate)
     found: Any = made
     trained: dict[str, Any] = {role: found[role] for role in config.trained}
-    return Models(found, trained, PolicyGenerator(found["actor"]), OffloadPolicy(world))
+    return Models(found, trained, OffloadPolicy(world), PolicyGenerator(found["actor"]))

@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from puzzle.config.load import load_config, merge, parse_overrides, read_yaml
+from puzzle.config.document import read_yaml
+from puzzle.config.load import load_config, merge, parse_overrides
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.engine.runtime.identity import Identity, launched

@@ -1,0 +1,100 @@
+"""What the configuration of every run says, whatever it trains and by what."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator
+
+from puzzle.config.algorithm import PassesConfig
+from puzzle.config.sections import (
+    CheckpointConfig,
+    Count,
+    HeldOutConfig,
+    LaunchConfig,
+    LayoutConfig,
+    LogConfig,
+    ModelConfig,
+    Section,
+    Seed,
+    Sequences,
+    SourceConfig,
+)
+
+Role = Literal["actor", "critic", "reference", "reward"]
+ROLES: tuple[Role, ...] = get_args(Role)
+SOURCES = ("model", "init", "function", "url")
+
+
+class RunConfig(Section):
+    """A run: models on a layout, trained over iterations, evaluated and saved between them."""
+
+    seed: Seed = Field(0, description="of random weights, sampling and the order of the data")
+    iterations: Count = Field(100, description="of training")
+    batch: Sequences = Field(32, description="rows of the data per iteration")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where torch sees any")
+    compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
+    recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
+    layout: LayoutConfig = LayoutConfig()
+    data: SourceConfig = SourceConfig()
+    algorithm: PassesConfig = PassesConfig()
+    eval: HeldOutConfig = HeldOutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value in ("fp16", "float16", "half"):
+            raise ValueError("fp16 is not supported (it needs loss scaling); use bf16 or fp32")
+        return value
+
+    @classmethod
+    def task_name(cls) -> str:
+        """The command of such a run."""
+        return "train"
+
+    @property
+    def trained(self) -> tuple[Role, ...]:
+        """Roles with an optimizer; first the one that the run is about."""
+        raise NotImplementedError
+
+    @property
+    def minibatch(self) -> int:
+        """Rows per optimizer step, over all replicas."""
+        return self.batch
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.layout.world
+
+    @property
+    def split_backward(self) -> bool:
+        """Whether pipelines compute gradients of weights where they would idle."""
+        return False
+
+    @property
+    def main(self) -> ModelConfig:
+        """The model that the run is about."""
+        return getattr(self, self.trained[0])
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The folder of the tokenizer, or `bytes`; None where there is none."""
+        return self.data.tokenizer or self.main.model
+
+    def offloads(self, role: str) -> bool:
+        """Whether optimizer states of a role, or its weights where it is not trained, lie on the host where
+        they are not needed."""
+        return False
+
+    def layouts(self) -> dict[str, LayoutConfig]:
+        """Layout per model in use."""
+        return {role: getattr(self, role).layout for role in self.trained}
+
+    def resolved(self) -> dict[str, Any]:
+        """The complete configuration as plain JSON values, for the log."""
+        return self.model_dump(mode="json")

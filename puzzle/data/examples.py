@@ -1,0 +1,169 @@
+"""Examples of supervised training: read from files, turned into tokens with those that are learned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from puzzle.config.supervised import DialoguesConfig, ExamplesConfig
+from puzzle.data.masks import Labelled, label_chat, label_text
+from puzzle.data.records import records, refuse_broken, require
+from puzzle.data.stream import Stream
+from puzzle.data.tokenizers import Tokenizer
+from puzzle.errors import UserError
+
+Turns = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the data: `index` is its position in the file, `sequences` are what a loss compares or, if
+    it is one, learns."""
+
+    index: int
+    sequences: tuple[Labelled, ...]
+
+    def __len__(self) -> int:
+        """Tokens of all its sequences."""
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The usable examples of a file, in file order; `dropped` were too long."""
+
+    examples: tuple[Example, ...]
+    dropped: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any example's position, tokens or spans."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(repr((example.index, example.sequences)).encode())
+        return found.hexdigest()
+
+    def stream(self, batch: int, seed: int, shuffle: bool) -> Stream[Example]:
+        """Deals batches. UserError if there are fewer examples than a batch needs."""
+        return Stream(self.examples, self.digest, batch, seed, shuffle, "examples")
+
+
+def load_examples(
+    path: Path, data: ExamplesConfig, tokenizer: Tokenizer, now: datetime | None = None
+) -> ExampleSet:
+    """Read and tokenise the examples of `path`; UserError naming the place of what is wrong. `now` is the
+    time that chat templates write."""
+    kept, dropped = [], 0
+    for index, (place, record) in enumerate(read_examples(path, data)):
+        try:
+            sequences = sequences_of(record, data, tokenizer, now)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        longest = max(map(len, sequences))
+        if longest <= data.max_tokens:
+            kept.append(Example(index, sequences))
+            continue
+        if data.too_long == "refuse":
+            raise UserError(
+                f"{place}: the example has {longest} tokens, data.max_tokens is {data.max_tokens}; raise it,"
+                " or set data.too_long to drop"
+            )
+        dropped += 1
+    if not kept:
+        raise UserError(f"{path}: all {dropped} examples exceed data.max_tokens {data.max_tokens}")
+    return ExampleSet(tuple(kept), dropped)
+
+
+def read_examples(path: Path, data: ExamplesConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """Place and wanted fields of every row. UserError for what cannot be read or lacks a field."""
+    wanted: list[str] = []
+
+    def narrow(names: Collection[str], place: str) -> list[str]:
+        wanted[:] = fields_of(names, data)
+        require(wanted, names, place)
+        return wanted
+
+    if path.suffix in (".txt", ".text"):
+        raise UserError(f"{path}: examples must be .jsonl, .parquet or a Hugging Face dataset folder")
+    found = []
+    for place, record in records(path, data.prompt_field, narrow, "examples"):
+        require(wanted, record, place)
+        found.append((place, {name: record[name] for name in wanted}))
+    if not found:
+        raise UserError(f"{path}: holds no examples")
+    return found
+
+
+def fields_of(names: Collection[str], data: ExamplesConfig) -> list[str]:
+    """Which fields of a file's rows are read, whose first row has these."""
+    assert isinstance(data, DialoguesConfig), "the one kind of examples"
+    if data.messages_field in names:
+        return [data.messages_field]
+    return [data.prompt_field, data.response_field]
+
+
+def sequences_of(
+    record: Mapping[str, Any], data: ExamplesConfig, tokenizer: Tokenizer, now: datetime | None
+) -> tuple[Labelled, ...]:
+    """The sequences of one row. UserError without its place."""
+    assert isinstance(data, DialoguesConfig), "the one kind of examples"
+    if data.messages_field in record:
+        chat = turns_of(record[data.messages_field], data.messages_field)
+        return (_chat(chat, data, tokenizer, data.learn == "last", now),)
+    prompt, response = record[data.prompt_field], record[data.response_field]
+    last = data.learn == "last" or not isinstance(prompt, str)
+    return (answered(prompt, response, data, tokenizer, last, now),)
+
+
+def answered(
+    prompt: Any,
+    response: Any,
+    data: ExamplesConfig,
+    tokenizer: Tokenizer,
+    last: bool,
+    now: datetime | None,
+) -> Labelled:
+    """A prompt, text or the turns before, with its response, a text."""
+    response = text_of(response, "the response")
+    if isinstance(prompt, str) and not data.chat_template:
+        return label_text(tokenizer, text_of(prompt, data.prompt_field), response)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [*turns_of(asked, data.prompt_field), {"role": "assistant", "content": response}]
+    return _chat(turns, data, tokenizer, last, now)
+
+
+def _chat(
+    turns: Turns, data: ExamplesConfig, tokenizer: Tokenizer, last: bool, now: datetime | None
+) -> Labelled:
+    if not data.chat_template:
+        raise UserError("the example is a chat; set data.chat_template")
+    if data.system is not None and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": data.system}, *turns]
+    return label_chat(tokenizer, turns, last, now)
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text of a row that is not empty; UserError for anything else."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name} must be text, and not empty")
+    refuse_broken(name, value)
+    return value
+
+
+def turns_of(value: Any, name: str) -> Turns:
+    """The turns of a chat; UserError for anything else."""
+    listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    turns = [turn for turn in listed if isinstance(turn, Mapping)]
+    good = all(isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns)
+    if not turns or len(turns) != len(listed) or not good:
+        raise UserError(f"{name} must be turns with role and content")
+    for number, turn in enumerate(turns, 1):
+        refuse_broken(f"{name}: turn {number}", turn["content"])
+        if turn["role"] == "user" and not turn["content"].strip():
+            raise UserError(f"{name}: turn {number}, the user's, is empty")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

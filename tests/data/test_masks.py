@@ -1,0 +1,122 @@
+"""Which tokens of a chat are learned, against templates written in Python."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle.data.masks import Labelled, label_chat, label_text
+from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.errors import UserError
+from tests.data.templates import CHATML, FAMILIES, PLAIN, Pieces, tokenizer
+
+TEXT = st.text(alphabet="thecasn \n.é1", min_size=1, max_size=12).filter(lambda text: text.strip())
+CHATS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
+
+
+def messages(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": role, "content": said} for pair in pairs for role, said in zip(roles, pair, strict=True)]
+
+
+def expected(own, pieces: Pieces) -> tuple[list[int], list[bool]]:
+    """Tokens of the text, and whether each lies in what the assistant says; a token across a border does
+    not."""
+    text = "".join(piece for piece, _ in pieces)
+    said = [learned for piece, learned in pieces for _ in piece]
+    found = own(text, add_special_tokens=False, return_offsets_mapping=True)
+    owners = [number for number, (piece, _) in enumerate(pieces) for _ in piece]
+    mask = [len(set(owners[low:high])) == 1 and said[low] for low, high in found["offset_mapping"]]
+    return found["input_ids"], mask
+
+
+def mask_of(labelled: Labelled) -> list[bool]:
+    learned = set(labelled.learned)
+    return [place in learned for place in range(len(labelled))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=25, deadline=None)
+@given(pairs=CHATS)
+def test_what_the_assistant_says_is_learned_and_nothing_else(
+    family: str, pairs: list[tuple[str, str]]
+) -> None:
+    template, render = FAMILIES[family]
+    own = tokenizer(template, marked=False)
+    chat = messages(pairs)
+    tokens, mask = expected(own, render([(turn["role"], turn["content"]) for turn in chat]))
+    found = label_chat(own, chat)
+    assert list(found.tokens) == tokens
+    assert mask_of(found) == mask
+    last = label_chat(own, chat, last=True)
+    assert last.spans == found.spans[-1:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_marks_of_the_template_say_the_same(family: str) -> None:
+    chat = messages([("the cat", "sat on"), ("hello", "hi there.")])
+    template, _ = FAMILIES[family]
+    plain, marked = (label_chat(tokenizer(template, marked), chat) for marked in (False, True))
+    assert plain == marked
+    assert len(plain.spans) == 2
+
+
+def test_marks_decide_where_they_are() -> None:
+    """A template may leave out of its marks what no rule would: here the end of the turn."""
+    own = tokenizer(CHATML.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), True)
+    found = label_chat(own, messages([("the", "cat")]))
+    ((start, stop),) = found.spans
+    assert own.decode(found.tokens[start:stop]) == "cat"
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_but_its_last_turn_is_learned() -> None:
+    own = tokenizer(THINKING, marked=False)
+    chat = messages([("the", "cat"), ("on", "mat")])
+    with pytest.raises(UserError, match=r"turn 2.*give a template with \{% generation %\}.*learn to last"):
+        label_chat(own, chat)
+    last = label_chat(own, chat, last=True)
+    ((start, stop),) = last.spans
+    assert own.decode(last.tokens[start:stop]) == "<think>\n\n</think>\n\nmat<|im_end|>"
+
+
+def test_a_template_that_opens_turns_otherwise_than_it_writes_them_is_refused() -> None:
+    """Its generation prompt is in none of its chats: what a model would go on from is not what it learns."""
+    own = tokenizer(PLAIN.replace("%}Assistant:{% endif %}", "%}Reply:{% endif %}"), marked=False)
+    with pytest.raises(UserError, match="writes turn 2"):
+        label_chat(own, messages([("the", "cat")]))
+
+
+@pytest.mark.parametrize(
+    ("role", "words"), [("user", "no turn of the assistant"), ("assistant", "begins with")]
+)
+def test_chats_without_a_question_or_an_answer(role: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        label_chat(tokenizer(CHATML, marked=False), [{"role": role, "content": "the"}])
+
+
+def test_marks_that_mark_nothing_are_refused() -> None:
+    own = tokenizer(CHATML.replace("'assistant' %}{% gen", "'nobody' %}{% gen"), marked=True)
+    with pytest.raises(UserError, match="marks none of this chat"):
+        label_chat(own, messages([("the", "cat")]))
+
+
+def test_plain_text_is_learned_from_where_generation_goes_on() -> None:
+    own = byte_tokenizer()
+    found = label_text(own, "2+2=", "4")
+    assert found.tokens == (*own("2+2=4")["input_ids"], own.eos_token_id)
+    assert found.spans == ((4, 6),)
+    merging = tokenizer(CHATML, marked=False)
+    asked, whole = (merging(text)["input_ids"] for text in ("the c", "the cat"))
+    assert whole[: len(asked)] != asked, "the border is inside a token of the whole text"
+    found = label_text(merging, "the c", "at")
+    assert list(found.tokens) == [*asked, *merging("at")["input_ids"], merging.eos_token_id]
+    assert found.spans == ((len(asked), len(found.tokens)),)

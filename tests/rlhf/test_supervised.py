@@ -1,0 +1,129 @@
+"""Supervised training on real ranks against transformers: losses, gradients, packing, resuming."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from puzzle.data.examples import Example
+from puzzle.data.masks import Labelled
+from tests.helpers import run_ranks
+from tests.reference.tiny import save_lm
+from tests.rlhf import supervised_truth as truth
+from tests.rlhf.supervised_ranks import Case, Seen, run
+
+LAYOUTS = {
+    "tp2-pp2": {"tp": 2, "pp": 2, "dp": 1},
+    "pp4": {"tp": 1, "pp": 4, "dp": 1},
+    "dp4": {"tp": 1, "pp": 1, "dp": 4},
+    "tp2-dp2": {"tp": 2, "pp": 1, "dp": 2},
+}
+CLOSE = 1e-5
+
+
+def rows(count: int, seed: int) -> list[truth.Row]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(4, 14, (), generator=generator))
+        tokens = tuple(torch.randint(0, 259, (length,), generator=generator).tolist())
+        start = int(torch.randint(0, length - 2, (), generator=generator))
+        found.append((tokens, (start, int(torch.randint(start + 2, length + 1, (), generator=generator)))))
+    return found
+
+
+def examples(groups: list[list[truth.Row]]) -> tuple[Example, ...]:
+    made = [tuple(Labelled(tokens, (span,)) for tokens, span in group) for group in groups]
+    return tuple(Example(number, sequences) for number, sequences in enumerate(made))
+
+
+TRAIN = [[row] for row in rows(8, 1)]
+HELD_OUT = [[row] for row in rows(5, 2)]
+
+
+def sft(folder: Path, layout: dict[str, int], **changes: Any) -> Case:
+    algorithm = {"microbatch_tokens": 32, **changes.pop("algorithm", {})}
+    config = {
+        "task": "sft",
+        "iterations": 1,
+        "batch": 8,
+        "device": "cpu",
+        "layout": layout,
+        "actor": {"model": str(folder), "optimizer": {"grad_clip": None, "lr": 1e-3}},
+        "data": {"examples": "given", "tokenizer": "bytes", "max_tokens": 16, "shuffle": False},
+        "algorithm": {name: value for name, value in algorithm.items() if value is not None},
+        **changes,
+    }
+    return Case(config, examples(TRAIN), examples(HELD_OUT))
+
+
+def whole(seen: list[Seen], shapes: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradients of the first step, put together of what ranks own."""
+    found = {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
+    for one in seen:
+        for name, intervals, values in one.grads[0]:
+            found[name][tuple(slice(a, b) for a, b in intervals)] = values
+    return found
+
+
+def assert_close(seen: list[Seen], loss: float, grads: dict[str, Tensor], name: str) -> None:
+    for one in seen:
+        assert one.metrics[0][f"{name}_loss"] == pytest.approx(loss, rel=CLOSE, abs=CLOSE)
+    found = whole(seen, {key: value.shape for key, value in grads.items()})
+    for key, wanted in grads.items():
+        torch.testing.assert_close(
+            found[key], wanted, rtol=CLOSE, atol=CLOSE, msg=partial("{}: {}".format, key)
+        )
+
+
+def resuming(case: Case, folder: Path) -> list[Case]:
+    """Four steps, with a checkpoint after the second; and from there again."""
+    config = {**case.config, "iterations": 4, "batch": 3, "data": {**case.config["data"], "shuffle": True}}
+    return [replace(case, config=config, folder=str(folder), save_at=2)] * 2
+
+
+def assert_resumed(found: list[list[Seen]]) -> None:
+    """The last case went on from what the one before it saved, bitwise as that one itself did."""
+    for rank in found:
+        straight, resumed = rank[-2:]
+        assert len(straight.metrics) == 4
+        assert len(resumed.metrics) == 2
+        for name in straight.metrics[0].keys() - {"balance"}:
+            assert [m[name] for m in resumed.metrics] == [m[name] for m in straight.metrics[2:]], name
+        for (_, _, before), (_, _, after) in zip(straight.weights, resumed.weights, strict=True):
+            assert torch.equal(before, after)
+
+
+def test_sft_is_the_cross_entropy_of_transformers_in_every_layout(tmp_path: Path) -> None:
+    """And packed sequences are as sequences alone, whatever a pass holds; so is recomputation."""
+    folder = save_lm(tmp_path / "lm")
+    model = truth.causal(folder)
+    wanted = {
+        average: truth.gradients(model, lambda m, a=average: truth.cross_entropy(m, TRAIN, a))
+        for average in ("token", "sequence")
+    }
+    with torch.no_grad():
+        held_out = {a: float(truth.cross_entropy(model, HELD_OUT, a)) for a in wanted}
+    goes_on = resuming(sft(folder, LAYOUTS["tp2-dp2"]), tmp_path / "states")
+    cases = [
+        *(sft(folder, layout) for layout in LAYOUTS.values()),
+        sft(folder, LAYOUTS["tp2-dp2"], algorithm={"loss_average": "sequence"}),
+        sft(folder, LAYOUTS["pp4"], algorithm={"microbatch_tokens": None, "microbatch": 1}, recompute=True),
+        sft(folder, LAYOUTS["dp4"], algorithm={"microbatch_tokens": None, "microbatch": 2, "packing": False}),
+    ]
+    found = run_ranks(run, 4, 4, [*cases, *goes_on])
+    assert_resumed(found)
+    for number, case in enumerate(cases):
+        average = case.config["algorithm"].get("loss_average", "token")
+        seen = [rank[number] for rank in found]
+        assert_close(seen, *wanted[average], "actor")
+        assert seen[0].metrics[0]["tokens"] == sum(stop - max(1, start) for ((_, (start, stop)),) in TRAIN)
+        for one in seen:
+            assert one.evaluated is not None
+            assert one.evaluated["loss"] == pytest.approx(held_out[average], rel=CLOSE)
