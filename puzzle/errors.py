@@ -37,7 +37,7 @@ TIERS = {
     **dict.fromkeys(("numpy", "pandas", "matplotlib"), "plot"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"), "engine"),
     **dict.fromkeys(("pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"), "engine"),
-    **dict.fromkeys(("tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
+    **dict.fromkeys(("accelerate", "tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
     **dict.fromkeys(
         ("vaderSentiment", "ray", "triton", "requests", "urllib3", "dill", "argcomplete"), "engine"
     ),
@@ -59,7 +59,8 @@ EXTRAS = {
     **dict.fromkeys(("gguf", "sentencepiece", "google", "datasets", "pyarrow"), "formats"),
     **dict.fromkeys(("requests", "urllib3", "vaderSentiment"), "rewards"),
     **dict.fromkeys(("math_verify", "reasoning_gym"), "verifiers"),
-    "tensorboard": "trackers",
+    **dict.fromkeys(("accelerate", "tensorboard"), "trackers"),
+    **{name: name for name in ("wandb", "mlflow", "trackio")},
     "argcomplete": "completion",
     "ray": "ray",
     "deepspeed": "deepspeed",

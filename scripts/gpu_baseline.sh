@@ -45,7 +45,7 @@ actor: $actor
 critic: $critic
 reward: $critic
 checkpoint: {save: false}
-log: {samples: 4, tensorboard: false, plots: false, cluster: $name, actor: 7B, critic: $size, provenance: $provenance}
+log: {samples: 4, plots: false, cluster: $name, actor: 7B, critic: $size, provenance: $provenance}
 YAML
 
 # step NAME LIMIT COMMAND...: run with a limit, keep its output, note how it ended.

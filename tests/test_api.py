@@ -24,7 +24,7 @@ shape = dict(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_la
              num_attention_heads=2, max_position_embeddings=64)
 config = dict(iterations=3, batch=2, actor=dict(init=shape), generation=dict(max_new_tokens=6),
               data=dict(prompts="prompts.jsonl", tokenizer="bytes", max_prompt_tokens=16),
-              log=dict(tensorboard=False, plots=False))
+              log=dict(plots=False))
 most = 7.5
 def brief(responses):
     return [most - len(response) for response in responses]

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "generation": {"max_new_tokens": 12},
     "algorithm": {"minibatch": 8, "microbatch": 2, "old_logprobs": "recompute"},
     "checkpoint": {"save": False},
-    "log": {"samples": 0, "tensorboard": False, "plots": False},
+    "log": {"samples": 0, "plots": False},
 }
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"critic": {"init": TINY, "optimizer": {"lr": 1e-3, "eps": 1e-4}}},

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "generation": {"min_new_tokens": 256, "max_new_tokens": 256},
     "algorithm": {"microbatch": 4},
     "checkpoint": {"save": False},
-    "log": {"samples": 0, "tensorboard": False, "plots": False},
+    "log": {"samples": 0, "plots": False},
 }
 
 

@@ -126,8 +126,10 @@ def _under_present_names(arguments: Sequence[str]) -> list[str]:
             continue
         words[place] = f"--{'.'.join(present(key))}{equals}{renamed.values.get(value, value)}"
         if not equals and place + 1 < len(words):
-            words[place + 1] = renamed.values.get(words[place + 1], words[place + 1])
-        said.add(str(renamed))
+            value = words[place + 1]
+            words[place + 1] = renamed.values.get(value, value)
+        if value not in renamed.usual:
+            said.add(str(renamed))
     for text in sorted(said):
         print(f"note: the command line: {text}", file=sys.stderr)
     return words

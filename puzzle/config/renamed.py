@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,13 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Renamed:
-    """A key (or a section, with all below it) and its present name; `values` maps former words of it."""
+    """A key (or a section, with all below it) and its present name; `values` maps former words of it. Those
+    that are `usual` mean what is the default now."""
 
     old: Key
     new: Key
     values: Mapping[str, str] = field(default_factory=dict)
+    usual: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """For people: `ppo is now algorithm`."""
@@ -27,6 +30,12 @@ RENAMED = (
     Renamed(("ppo",), ("algorithm",)),
     Renamed(("switch", "fill"), ("switch", "source"), {"shards": "zero_shards"}),
     Renamed(("switch", "beside"), ("switch", "overlap")),
+    Renamed(
+        ("log", "tensorboard"),
+        ("log", "trackers"),
+        {"true": '["tensorboard"]', "false": "[]"},
+        usual=frozenset({"false"}),
+    ),
 )
 
 
@@ -48,8 +57,13 @@ def modernised(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Renamed]]:
         if above is None or name not in above:
             continue
         value, target = above[name], renamed.new[-1]
-        if isinstance(value, str):
-            value = renamed.values.get(value, value)
+        if isinstance(value, bool) and renamed.values:  # a list of words, by now
+            value = "true" if value else "false"
+            usual = value in renamed.usual
+            value = json.loads(renamed.values.get(value, value))
+        else:
+            usual = False
+            value = renamed.values.get(value, value) if isinstance(value, str) else value
         section = _copied(values, parents)
         other = section.get(target)
         if other is not None and not _mergeable(value, other):
@@ -58,7 +72,7 @@ def modernised(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Renamed]]:
             {**other, **value} if isinstance(other, Mapping) and isinstance(value, Mapping) else value
         )
         del section[name]
-        found.append(renamed)
+        found += [] if usual else [renamed]
     return values, found
 
 

@@ -313,7 +313,10 @@ class LogConfig(Section):
         "measured", description="rehearsal: a toy that proves plumbing, not speed"
     )
     samples: Natural = Field(64, description="samples written per iteration")
-    tensorboard: bool = Field(True, description="files for TensorBoard under OUT/tensorboard")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="what else gets the numbers (docs/trackers.md)"
+    )
+    project: Name = Field("puzzle", description="what trackers call a group of runs")
     plots: bool = Field(True, description="curves under OUT/plots at the end")
     trace: tuple[Natural, ...] = Field((), description="iterations of which a timeline is written")
     profile: tuple[Natural, ...] = Field((), description="iterations that torch's profiler records, per rank")

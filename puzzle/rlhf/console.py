@@ -1,10 +1,9 @@
-"""What a person watching a run sees: a line per iteration, a bar with the time left, TensorBoard files."""
+"""What a person watching a run sees: a line per iteration, a bar with the time left."""
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -49,20 +48,17 @@ class Reporter:
 
     def __init__(
         self,
-        out: Path,
         iterations: int,
-        tensorboard: bool,
         done: int = 0,
         console: Console | None = None,
         columns: Columns = POLICY,
     ) -> None:
-        """`iterations` planned, `done` of them before (resumed); TensorBoard files go to out/tensorboard."""
+        """`iterations` planned, `done` of them before (resumed)."""
         self._console = console or Console(highlight=False)
         self._iterations, self._columns = iterations, columns
         self._done = done
         self._began = time.monotonic()
         self._first = done
-        self._board = _board(out / "tensorboard", self._console) if tensorboard else None
         self._bar = Progress(
             TextColumn("iteration"),
             BarColumn(),
@@ -92,28 +88,15 @@ class Reporter:
         self._done = iteration + 1
         self._print(f"{f'{iteration + 1}/{self._iterations}':>10}{cells}{_clock(self._left()):>9}")
         self._bar.update(self._task, completed=self._done)
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"train/{name}", value, iteration)
-            for name, value in {**stage_seconds, "e2e": e2e_seconds}.items():
-                self._board.add_scalar(f"seconds/{name}", value, iteration)
-            self._board.flush()
 
     def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Held-out metrics after `iteration` iterations."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._print(f"  held out after {iteration} iterations: {shown}")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"held out/{name}", value, iteration)
-            self._board.flush()
 
     def close(self) -> None:
-        """Take the bar away and close the files; a second call does nothing."""
+        """Take the bar away; a second call does nothing."""
         self._bar.stop()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
 
     def __enter__(self) -> Self:
         return self
@@ -130,15 +113,6 @@ class Reporter:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
-
-
-def _board(folder: Path, console: Console) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        console.print("tensorboard is not installed: no TensorBoard files", markup=False)
-        return None
-    return SummaryWriter(log_dir=str(folder))
 
 
 def _width(form: str) -> int:

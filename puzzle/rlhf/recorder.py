@@ -37,10 +37,13 @@ from puzzle.rlhf.console import POLICY, Reporter, supervised
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import RunModels
 from puzzle.rlhf.scoring import Scores
+from puzzle.rlhf.trackers import Trackers
 from puzzle.runlog import RunHeader, RunWriter, load_runs
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Checkpoint, End, Evaluation, Iteration, Rank, Resume, Trace, Warned
 
+FAILED_SECONDS = 3.0
+"""So long trackers of a run that failed may send what they hold: other processes wait for its end."""
 DRAWS = find_spec("matplotlib") is not None
 """Whether this installation can draw curves (the extra `plot`)."""
 
@@ -150,11 +153,12 @@ class Recorder:
         if world.rank == 0:
             self.writer = RunWriter(out, header, resumed is not None, world.progress.writing)
         done = 0 if resumed is None else resumed.done
-        tensorboard = config.log.tensorboard
+        log, told = config.log, header.config
+        self.trackers = Trackers(log.trackers if self.writer else (), out, log.project, header.run_id, told)
         self.reporter = None
         if self.writer is not None:
             columns = supervised(config.trained[0]) if isinstance(config, SupervisedConfig) else POLICY
-            self.reporter = Reporter(out, config.iterations, tensorboard, done, columns=columns)
+            self.reporter = Reporter(config.iterations, done, columns=columns)
             if config.log.plots and not DRAWS:
                 self._warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
         if self.writer is not None and resumed is not None:
@@ -183,13 +187,18 @@ class Recorder:
         if self.writer is None:
             return
         if error is None:
+            for note in self.trackers.close():
+                self._warn(note)
             self.writer.write(End("completed", self.note))
             self._plot()
             return
         status, why = "failed", " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             status, why = "interrupted", "by a signal"
+        notes = self.trackers.close(FAILED_SECONDS)
         try:
+            for note in notes:
+                self._warn(note)
             self.writer.write(End(status, why))
         except UserError:
             return  # the disk is full: what stopped the run says so
@@ -205,12 +214,15 @@ class Recorder:
         for record in records:
             if record is not None:
                 self.writer.write(record)
-            with self.world.progress.writing:  # TensorBoard's files
-                if isinstance(record, Iteration):
-                    told = (record.stage_seconds, record.e2e_seconds, record.metrics)
-                    self.reporter.iteration(record.iteration, *told)
-                elif isinstance(record, Evaluation):
-                    self.reporter.evaluation(record.iteration, record.metrics)
+            if isinstance(record, Iteration):
+                told = (record.stage_seconds, record.e2e_seconds, record.metrics)
+                self.reporter.iteration(record.iteration, *told)
+                self.trackers.iteration(record)
+            elif isinstance(record, Evaluation):
+                self.reporter.evaluation(record.iteration, record.metrics)
+                self.trackers.evaluation(record)
+        for note in self.trackers.lost():
+            self._warn(note)
 
     def trace(self, iteration: int, timeline: Timeline) -> None:
         """Write an iteration's timeline for Perfetto into traces/."""

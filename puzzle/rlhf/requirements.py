@@ -9,8 +9,9 @@ from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.examples import read_examples
 from puzzle.data.prompts import no_columns, read_rows
-from puzzle.errors import UserError
+from puzzle.errors import UserError, lacking
 from puzzle.rlhf.rewards.weighted import probe
+from puzzle.rlhf.trackers import MODULES
 
 
 def check_packages(config: RunConfig) -> None:
@@ -18,6 +19,10 @@ def check_packages(config: RunConfig) -> None:
     lacks = missing(config) if isinstance(config, TrainConfig) else []
     if lacks:
         raise UserError(f"this version does not have: {'; '.join(lacks)}")
+    for tracker in config.log.trackers:
+        for module in MODULES[tracker]:
+            if find_spec(module) is None:
+                raise UserError(f"log.trackers: {tracker}: {lacking(module)}")
     for role in config.trained:
         if getattr(config, role).optimizer.backend == "apex" and find_spec("apex") is None:
             raise UserError(f"{role}.optimizer.backend: apex cannot be imported; install it, or choose torch")

@@ -9,7 +9,7 @@ from puzzle.runlog.past import past_of, read_lines
 from puzzle.runlog.records import Checkpoint, Iteration
 
 FILES = ("run.jsonl", "run.log", "samples.jsonl")
-FOLDERS = ("checkpoints", "ranks", "plots", "traces", "profiles", "tensorboard")
+FOLDERS = ("checkpoints", "ranks", "plots", "traces", "profiles", "trackers", "tensorboard")
 
 
 def states(checkpoints: Path) -> dict[int, Path]:

@@ -94,7 +94,7 @@ def configured(folders: dict[str, Path], zero: dict[str, Any], ppo: dict[str, An
         "generation": {"greedy": True, "max_new_tokens": 6, "temperature": 0.9, "decode_microbatch": 3},
         "algorithm": {"old_logprobs": "recompute", **ppo},
         "intra": {"fuse_training": False, "fuse_inference": False},
-        "log": {"variant": "dschat", "provenance": "rehearsal", "tensorboard": False, "plots": False},
+        "log": {"variant": "dschat", "provenance": "rehearsal", "plots": False},
         **{role: {"model": str(folder)} for role, folder in folders.items()},
     }
     for role in ("actor", "critic"):

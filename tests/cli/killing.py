@@ -32,7 +32,7 @@ data: {prompts: PROMPTS, tokenizer: bytes, max_prompt_tokens: 20}
 generation: {max_new_tokens: 6}
 algorithm: {minibatch: 2, reward_norm: true}
 checkpoint: {every: 1, keep: 2}
-log: {provenance: rehearsal, variant: tiny, tensorboard: false, plots: false}
+log: {provenance: rehearsal, variant: tiny, plots: false}
 """
 PATIENCE = 240.0
 """Seconds for a step forward on a machine that does other things."""

@@ -1,7 +1,6 @@
 import io
 import re
 
-import pytest
 from rich.console import Console
 
 from puzzle.config.resolve import resolve
@@ -22,18 +21,18 @@ METRICS = {
 }
 
 
-def show(tmp_path, terminal: bool, **options) -> str:
+def show(terminal: bool, **options) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=60, highlight=False)
-    with Reporter(tmp_path, 3, console=console, **options) as reporter:
+    with Reporter(3, console=console, **options) as reporter:
         for iteration in range(options.get("done", 0), 3):
             reporter.iteration(iteration, SECONDS, 3.75, METRICS)
         reporter.evaluation(3, {"reward": 0.5})
     return text.getvalue()
 
 
-def test_lines_without_a_terminal(tmp_path):
-    lines = show(tmp_path, terminal=False, tensorboard=False).splitlines()
+def test_lines_without_a_terminal():
+    lines = show(terminal=False).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[0].split() == [
@@ -73,27 +72,17 @@ def test_lines_without_a_terminal(tmp_path):
     assert lines[4:] == ["  held out after 3 iterations: reward 0.5"]
 
 
-def test_missing_and_tiny_numbers(tmp_path):
+def test_missing_and_tiny_numbers():
     text = io.StringIO()
-    with Reporter(tmp_path, 1, False, console=Console(file=text, width=40)) as reporter:
+    with Reporter(1, console=Console(file=text, width=40)) as reporter:
         reporter.iteration(0, SECONDS, 3.75, {"reward": -0.0004, "actor_loss": -0.00005})
     assert text.getvalue().splitlines()[1].split()[:7] == ["1/1", "0.000", "-", "-", "-", "-0.0001", "-"]
 
 
-def test_bar_on_a_terminal_and_after_a_resume(tmp_path):
-    shown = show(tmp_path, terminal=True, tensorboard=False, done=2)
+def test_bar_on_a_terminal_and_after_a_resume():
+    shown = show(terminal=True, done=2)
     assert re.search(r"iteration.*3/3", shown)
     assert "1/3" not in shown
-
-
-def test_tensorboard_files_hold_the_numbers(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    show(tmp_path, terminal=False, tensorboard=True)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [e.value for e in events.Scalars("train/reward")] == [0.25] * 3
-    assert [e.value for e in events.Scalars("seconds/training")] == [2.0] * 3
-    assert [(e.step, e.value) for e in events.Scalars("held out/reward")] == [(3, 0.5)]
 
 
 def test_header_and_log_of_a_run(tmp_path):

@@ -36,7 +36,7 @@ data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 40}
 generation: {max_new_tokens: 8}
 algorithm: {minibatch: 4, reward_norm: true, kl: {target: 0.1}}
 checkpoint: {every: 1, keep: 3}
-log: {provenance: rehearsal, variant: tiny, tensorboard: false, plots: false}
+log: {provenance: rehearsal, variant: tiny, plots: false}
 """
 RUN = ["train", "--config", "run.yaml", "--out"]
 START = "import sys; from puzzle.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -30,7 +30,7 @@ RUN: dict[str, Any] = {
     "iterations": 4,
     "batch": 4,
     "device": "cpu",
-    "log": {"tensorboard": False, "provenance": "rehearsal"},
+    "log": {"provenance": "rehearsal"},
     "checkpoint": {"every": 2, "best": True},
     "eval": {"every": 2},
 }

@@ -22,7 +22,7 @@ actor:
 reward: {function: "puzzle.rlhf.rewards:letter_share"}
 data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 24}
 generation: {max_new_tokens: 4}
-log: {tensorboard: false, plots: false}
+log: {plots: false}
 """
 SCORERS = """
 def fails(prompts, responses): raise RuntimeError("no such score")

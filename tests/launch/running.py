@@ -40,7 +40,6 @@ def config(**changes: Any) -> dict[str, Any]:
         "log": {
             "provenance": "rehearsal",
             "variant": "tiny",
-            "tensorboard": False,
             "plots": False,
             "samples": 0,
         },

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_actor_and_critic_load_in_transformers(tmp_path: Path) -> None:
-    options = ["--iterations", "1", "--eval.every", "0", "--log.plots", "false", "--log.tensorboard", "false"]
+    options = ["--iterations", "1", "--eval.every", "0", "--log.plots", "false"]
     prompts = ["--data.prompts", str(ROOT / "examples/prompts/sentiment-train.jsonl")]
     held_out = ["--data.eval_prompts", str(ROOT / "examples/prompts/sentiment-held-out.jsonl")]
     config = ["--config", str(ROOT / "examples/tiny.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"]

@@ -29,7 +29,7 @@ data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 16, shuffle:
 generation: {min_new_tokens: 4, max_new_tokens: 4}
 algorithm: {reward_clip: null}
 checkpoint: {save: false}
-log: {plots: false, tensorboard: false}
+log: {plots: false}
 """
 PLACES = {"a return": "returns_BS", "an advantage": "advantages_BS", "critic: a value": "values_BS"}
 

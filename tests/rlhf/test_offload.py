@@ -31,7 +31,7 @@ generation: {max_new_tokens: 4}
 eval: {every: 1}
 algorithm: {minibatch: 2, microbatch: 1}
 checkpoint: {every: 1}
-log: {plots: false, tensorboard: false}
+log: {plots: false}
 """
 ALL = [f"--offload.{what}=true" for what in ("optimizer", "reference", "reward")]
 SWITCHED = [

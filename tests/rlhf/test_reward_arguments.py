@@ -158,7 +158,7 @@ actor:
 data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 24, shuffle: false}
 generation: {max_new_tokens: 3, samples: 2}
 checkpoint: {save: false}
-log: {tensorboard: false, plots: false}
+log: {plots: false}
 """
 SCORERS = """
 def graded(ids, answer, prompts, finished, response_ids):

@@ -201,7 +201,7 @@ actor:
          num_attention_heads: 2, max_position_embeddings: 64}
 data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 24}
 generation: {max_new_tokens: 3, samples: 2}
-log: {tensorboard: false, plots: false}
+log: {plots: false}
 """
 BOTH = (
     '[{"function": "pooled:vowels", "weight": 2.0},'

@@ -238,7 +238,7 @@ actor:
 data: {prompts: prompts.txt, tokenizer: bytes, max_prompt_tokens: 24}
 generation: {max_new_tokens: 9}
 checkpoint: {save: false}
-log: {tensorboard: false, plots: false}
+log: {plots: false}
 """
 
 

@@ -34,7 +34,7 @@ data: {{prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 16}}
 generation: {{max_new_tokens: 4}}
 algorithm: {{minibatch: 2, microbatch: 1}}
 checkpoint: {{save: false}}
-log: {{plots: false, tensorboard: false}}
+log: {{plots: false}}
 """
 MIXED = [
     *("--actor.layout.tp", "2", "--actor.layout.pp", "2", "--critic.layout.pp", "2"),

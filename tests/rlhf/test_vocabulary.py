@@ -56,7 +56,7 @@ def run(out: str, actor: str, critic: str, reference: str, *more: str) -> int:
     words = ["train", "--out", out, "--iterations", "2", "--batch", "4", "--actor.model", f"actor-{actor}"]
     words += ["--critic.model", f"critic-{critic}", "--reference.model", f"actor-{reference}"]
     words += ["--data.prompts", "prompts.txt", "--data.max_prompt_tokens", "16", "--device", "cpu"]
-    words += ["--generation.max_new_tokens", "6", "--log.plots", "false", "--log.tensorboard", "false"]
+    words += ["--generation.max_new_tokens", "6", "--log.plots", "false"]
     if not more:
         more = ("--reward.function", "puzzle.rlhf.rewards:letter_share")
     return main([*words, *more])

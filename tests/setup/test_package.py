@@ -25,7 +25,6 @@ reward: {init: {vocab_size: 64, hidden_size: 16, intermediate_size: 32, num_hidd
                 num_attention_heads: 2, max_position_embeddings: 64}}
 data: {random_tokens: 4}
 generation: {max_new_tokens: 4}
-log: {tensorboard: false}
 """
 
 

@@ -143,5 +143,7 @@ def test_check_tells_missing_from_optional_and_other_versions(monkeypatch, capsy
     del installed["pydantic"]
     with pytest.raises(setup_env.SetupError, match="tier engine: pydantic; "):
         setup_env.check("engine")
-    with pytest.raises(setup_env.SetupError, match=r"tier dev: argcomplete, datasets, .*pydantic, .*ray"):
+    with pytest.raises(
+        setup_env.SetupError, match=r"tier dev: accelerate, argcomplete, datasets, .*pydantic, .*ray"
+    ):
         setup_env.check("dev")
