@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from puzzle.cli.simulated import lengths_of
 from puzzle.cli.workloads import workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.document import read_yaml
@@ -25,6 +26,7 @@ from puzzle.plan.predict.calibration import Calibration
 from puzzle.plan.predict.costs import Costs
 from puzzle.plan.predict.iteration import Seconds, predict
 from puzzle.plan.predict.job import Choice, Job, Role, Sizes
+from puzzle.plan.predict.lengths import Lengths
 from puzzle.plan.predict.search import Found, search
 from puzzle.spec.model import ModelSpec
 
@@ -65,6 +67,7 @@ class Ranking:
     plans: tuple[Ranked, ...]
     taken: int
     found: Found
+    lengths: Lengths | None = None
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
@@ -118,7 +121,13 @@ def given_in(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def rank_plans(
-    file: Path, overrides: Sequence[str], gpus: int, per_node: int, calibration: Calibration, top: int
+    file: Path,
+    overrides: Sequence[str],
+    gpus: int,
+    per_node: int,
+    calibration: Calibration,
+    top: int,
+    lengths: str | None = None,
 ) -> Ranking:
     """The `top` fastest plans of a configuration on `gpus` devices, each of them resolved and checked."""
     given = given_in(file, overrides)
@@ -126,6 +135,8 @@ def rank_plans(
     plain = resolve(load_given(TrainConfig, file, [*overrides, *flags(alone)])[0])
     costs = _on_nodes(calibration.costs, per_node)
     job = job_of(plain, gpus, per_node, calibration.memory_bytes)
+    told = lengths_of(lengths, plain.batch.response)
+    job = replace(job, work=replace(job.work, lengths=told))
     found = search(job, costs, MORE * top if job.exact else top)
     plans: list[Ranked] = []
     tight: RankMemory | None = None
@@ -140,7 +151,9 @@ def rank_plans(
             if memory.peak > calibration.memory_bytes:
                 tight = memory
                 continue
-        plans.append(Ranked(plan.choice, options, predict(workload_of(resolved), costs), memory))
+        plans.append(
+            Ranked(plan.choice, options, predict(replace(workload_of(resolved), lengths=told), costs), memory)
+        )
         if len(plans) == top:
             break
     if not plans:
@@ -149,7 +162,7 @@ def rank_plans(
     plans.sort(key=lambda plan: plan.seconds.total)
     tied = [plan for plan in plans if plan.seconds.total <= plans[0].seconds.total * (1 + TIED)]
     taken = min(tied, key=lambda plan: (plan.choice.complexity, plan.seconds.total))
-    return Ranking(tuple(plans), plans.index(taken), found)
+    return Ranking(tuple(plans), plans.index(taken), found, told)
 
 
 def _on_nodes(costs: Any, per_node: int) -> Costs:
@@ -198,6 +211,7 @@ def described(
         "per_node": per_node,
         "calibration": name,
         "engine": calibration.engine,
+        "mean_response": None if ranking.lengths is None else ranking.lengths.mean,
         "taken": ranking.taken,
         "plans": [
             {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from puzzle.cli import Parser, named
+from puzzle.cli.simulated import lengths_of, write_log
 from puzzle.cli.workloads import workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
 from puzzle.plan.memory import RankMemory
+from puzzle.plan.predict.bounds import bounds
 from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.iteration import predict
+from puzzle.plan.predict.lengths import Lengths
 from puzzle.plan.predict.rates import Rates
 from puzzle.plan.predict.tables import Tables
 
@@ -29,12 +33,20 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--calibration", required=True, metavar="C", help="a file, or a name such as published-orion"
     )
+    parser.add_argument(
+        "--lengths", metavar="L", help="fixed (default), exponential:MEAN, or a file of responses"
+    )
+    parser.add_argument("--log", type=named, metavar="DIR", help="write a log (simulated) and a trace there")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given, overrides = parser.parse_known_args(arguments)
     calibration = read_calibration(given.calibration)
     plan = resolve(load_config(given.config, overrides))
-    seconds = predict(workload_of(plan), calibration.costs)
     costs = calibration.costs
+    work = replace(workload_of(plan), lengths=lengths_of(given.lengths, plan.batch.response))
+    seconds = predict(work, costs)
+    limits = bounds(work, costs)
+    if given.log is not None:
+        write_log(given.log, plan, work, seconds, given.calibration, calibration)
     stages = {name: getattr(seconds, name) for name in STAGES}
     most = max(footprint.estimate(plan, fused=plan.config.device != "cpu"), key=lambda rank: rank.peak)
     if given.json:
@@ -42,15 +54,16 @@ def run(arguments: list[str]) -> int:
         numbers = {
             "memory": memory,
             "stages": stages,
+            "bounds": limits,
             "end_to_end": seconds.total,
             "rates": costs.values() if isinstance(costs, Rates) else None,
             "notes": costs.notes(),
         }
         print(json.dumps({**numbers, "calibration": given.calibration, "engine": calibration.engine}))
         return 0
-    lines = [f"{name:<12}{value:10.3f} s" for name, value in stages.items()]
+    lines = [f"{name:<12}{value:10.3f} s   {limits[name]}" for name, value in stages.items()]
     lines += [f"{'end to end':<12}{seconds.total:10.3f} s", _memory(most, calibration.memory_bytes)]
-    print("\n".join([*lines, *grounds(calibration)]))
+    print("\n".join([*lines, *grounds(calibration, work.lengths)]))
     return 0
 
 
@@ -63,7 +76,7 @@ def _memory(most: RankMemory, limit: int) -> str:
     return said if most.peak <= limit else f"{said}: TOO MUCH; {footprint.remedy(most)}"
 
 
-def grounds(calibration: Calibration) -> list[str]:
+def grounds(calibration: Calibration, lengths: Lengths | None) -> list[str]:
     """What a prediction rests on, and what it knows nothing of."""
     measured = isinstance(calibration.costs, Tables)
     runs = ", ".join(calibration.runs) or ("its parts" if measured else "no run: all constants are expected")
@@ -77,6 +90,10 @@ def grounds(calibration: Calibration) -> list[str]:
         found.append("no tensor-parallel run was measured: expect layouts with tp to be 6-9 % off")
     if calibration.costs.nodes is None:
         found.append("one rate for links inside nodes and between them")
-    found.append("all sequences at full length")
+    found.append(
+        "all sequences at full length"
+        if lengths is None
+        else f"prompts at full length, responses of {lengths.mean:.0f} tokens on average"
+    )
     found += [f"outside of what was measured: {note}" for note in calibration.costs.notes()]
     return found

@@ -13,7 +13,7 @@ from puzzle.cli.plan_predict import grounds
 from puzzle.config.memory_report import GIB
 from puzzle.files import durable
 from puzzle.files.limits import MOST_PROCESSES
-from puzzle.plan.predict.calibration import Calibration, read_calibration
+from puzzle.plan.predict.calibration import read_calibration
 
 MOST_PLANS = 100
 
@@ -30,13 +30,17 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--per-node", type=whole(1), default=8, metavar="N", help="devices of a machine")
     parser.add_argument("--top", type=whole(1, MOST_PLANS), default=TOP, metavar="K", help="plans to show")
     parser.add_argument("--calibration", default=DEFAULT, metavar="C", help="a file, or a name such as h200")
+    parser.add_argument(
+        "--lengths", metavar="L", help="fixed (default), exponential:MEAN, or a file of responses"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--out", type=new_file, metavar="FILE", help="write it for `puzzle train --plan FILE`"
     )
     given, overrides = parser.parse_known_args(arguments)
     began, calibration = time.perf_counter(), read_calibration(given.calibration)
-    ranking = rank_plans(given.config, overrides, given.gpus, given.per_node, calibration, given.top)
+    place = (given.gpus, given.per_node)
+    ranking = rank_plans(given.config, overrides, *place, calibration, given.top, given.lengths)
     took = time.perf_counter() - began
     values = described(ranking, given.gpus, given.per_node, given.calibration, calibration)
     if given.out is not None:
@@ -47,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     print(_table(ranking, values))
     found = ranking.found
     print(f"{found.choices} choices, {found.too_large} of those looked at too large; {took:.1f} s")
-    print("\n".join(_below(calibration)))
+    print("\n".join(["tp, pp, dp; * is taken", *grounds(calibration, ranking.lengths)]))
     return 0
 
 
@@ -76,7 +80,3 @@ def _table(ranking: Ranking, values: dict[str, Any]) -> str:
         )
         lines.append(f"{'':12}{row['why']}")
     return "\n".join(lines)
-
-
-def _below(calibration: Calibration) -> list[str]:
-    return ["tp, pp, dp; * is taken", *grounds(calibration)]

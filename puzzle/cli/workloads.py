@@ -58,6 +58,7 @@ def workload_of(plan: RunPlan) -> Workload:
         split=config.intra.split_backward,
         recompute=config.recompute,
         offload=config.offload.optimizer,
+        early_stop=config.generation.early_stop,
         graphs=config.generation.graphs and config.device != "cpu",
     )
 

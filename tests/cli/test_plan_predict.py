@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from puzzle.cli import main
+from puzzle.files import jsonio
 from puzzle.plan.predict.calibration import read_calibration
+from puzzle.plan.simulate.timeline import Timeline
+from puzzle.runlog.load import load_runs
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "logs" / "published"
@@ -94,6 +97,57 @@ def test_calibrating_writes_what_predict_reads(tmp_path: Path, capsys) -> None:
     assert read_calibration(str(out)) == read_calibration("published-phoenix")
     assert main([*given, "--use", "figure8/phoenix/none"]) == 2
     assert "--use figure8/phoenix/none: no such run; there are figure8/phoenix" in capsys.readouterr().err
+
+
+def test_a_prediction_is_a_log_that_says_so(config: Path, tmp_path: Path, capsys) -> None:
+    """Its stages are those that were printed, and its timeline takes as long; it is not mixed with others."""
+    out, lengths = tmp_path / "log", tmp_path / "responses.jsonl"
+    lengths.write_text('{"response_ids": [1, 2, 3]}\n40\n')
+    given = [
+        "plan",
+        "predict",
+        "--config",
+        str(config),
+        "--calibration",
+        "published-orion",
+        "--iterations",
+        "2",
+    ]
+    assert main([*given, "--lengths", str(lengths), "--log", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (run,) = load_runs(out).runs
+    assert (run.provenance, len(run.iterations)) == ("simulated", 2)
+    for one in run.iterations:
+        assert {**said["stages"], "other": 0.0} == pytest.approx(one.stage_seconds)
+    trace = Timeline.from_perfetto(jsonio.read(out / "traces" / "iteration-0.json"), "trace")
+    assert trace.rows == tuple(range(16))
+    assert trace.makespan == pytest.approx(said["end_to_end"], rel=0.01)
+    assert main([*given, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["stages"]
+    assert all(said["stages"][stage] < whole[stage] for stage in ("generation", "inference", "training"))
+    assert main([*given, "--lengths", str(lengths), "--log", str(out)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ("exponential", "give a mean from 1 to"),
+        ("exponential:-3", "give a mean from 1 to"),
+        ("never", "no such file; or give fixed, or exponential:MEAN"),
+        ("BAD", "responses.jsonl:2: must be a response with response_ids"),
+        ("EMPTY", "at least one of them"),
+    ],
+)
+def test_no_lengths_are_one_line(config: Path, tmp_path: Path, capsys, lengths: str, said: str) -> None:
+    file = tmp_path / "responses.jsonl"
+    file.write_text('3\n{"response": "a"}\n' if lengths == "BAD" else "")
+    told = str(file) if lengths.isupper() else lengths
+    given = ["plan", "predict", "--config", str(config), "--calibration", "published-orion"]
+    assert main([*given, "--lengths", told]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

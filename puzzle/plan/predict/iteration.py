@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from puzzle.plan.layout import Layout
 from puzzle.plan.memory import PREFILL_TOKENS, kv_bytes
 from puzzle.plan.predict.costs import Costs, Pass, replicas_apart
+from puzzle.plan.predict.lengths import Lengths, merged, stretches
 from puzzle.plan.predict.passes import decode_stages, stage_costs
 from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_least, training_makespan
 from puzzle.plan.predict.shares import local_share
@@ -27,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one iteration runs, all sequences at full length.
+    """What one iteration runs. Prompts count at full length, responses as `lengths` says.
 
     Attributes:
         actor: the policy as it trains; `generation` is the layout in which it generates.
@@ -40,6 +41,9 @@ class Workload:
         split, recompute: backwards are split; they compute their forwards again.
         graphs: decode passes are recorded and replayed, where the engine can.
         offload: optimizer states are on the host outside of training.
+        lengths: of responses; None: all are `response` long.
+        early_stop: sequences that have ended are decoded no longer.
+        slots: most sequences of a replica that are decoded at a time; None: all of them.
     """
 
     actor: Part
@@ -61,6 +65,14 @@ class Workload:
     recompute: bool = False
     graphs: bool = False
     offload: bool = False
+    lengths: Lengths | None = None
+    early_stop: bool = True
+    slots: int | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Of a sequence, on average."""
+        return self.prompt + (self.response if self.lengths is None else self.lengths.mean)
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,11 @@ def _cut(sequences: int, dp: int, size: int | None) -> tuple[int, int]:
     return each, -(-rows // each)
 
 
-def _pipeline(
+def pipeline_costs(
     parts: Sequence[Part], work: Workload, sequences: int, costs: Costs, trained: bool
 ) -> tuple[list[StageCosts], list[int]]:
     """Costs and numbers of micro-batches of models in one pipeline, which have logits at every position."""
-    length, found, counts = work.prompt + work.response, [], []
+    length, found, counts = round(work.tokens), [], []
     for part in parts:
         rows, count = _cut(sequences, part.layout.dp, work.microbatch)
         one = Pass(rows * length, length, rows * length, trained)
@@ -112,10 +124,11 @@ def _pipeline(
 def inference_seconds(work: Workload, costs: Costs) -> float:
     """Forward passes of the models that judge, together or one after the other."""
     if work.fuse_inference:
-        passes = forward_makespan(*_pipeline(work.inferred, work, work.sequences, costs, False))
+        passes = forward_makespan(*pipeline_costs(work.inferred, work, work.sequences, costs, False))
     else:
         passes = sum(
-            forward_makespan(*_pipeline([part], work, work.sequences, costs, False)) for part in work.inferred
+            forward_makespan(*pipeline_costs([part], work, work.sequences, costs, False))
+            for part in work.inferred
         )
     return passes + costs.fixed.stage_s
 
@@ -123,10 +136,11 @@ def inference_seconds(work: Workload, costs: Costs) -> float:
 def training_seconds(work: Workload, costs: Costs) -> float:
     """Passes and optimizer steps of all trained models."""
     if work.fuse_training:
-        passes = training_makespan(*_pipeline(work.trained, work, work.minibatch, costs, True))
+        passes = training_makespan(*pipeline_costs(work.trained, work, work.minibatch, costs, True))
     else:
         passes = sum(
-            training_makespan(*_pipeline([part], work, work.minibatch, costs, True)) for part in work.trained
+            training_makespan(*pipeline_costs([part], work, work.minibatch, costs, True))
+            for part in work.trained
         )
     return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
 
@@ -134,16 +148,17 @@ def training_seconds(work: Workload, costs: Costs) -> float:
 def training_bound(work: Workload, costs: Costs) -> float:
     """What `training_seconds` never falls below, in O(stages)."""
     if work.fuse_training:
-        passes = training_least(*_pipeline(work.trained, work, work.minibatch, costs, True))
+        passes = training_least(*pipeline_costs(work.trained, work, work.minibatch, costs, True))
     else:
         passes = sum(
-            training_least(*_pipeline([part], work, work.minibatch, costs, True)) for part in work.trained
+            training_least(*pipeline_costs([part], work, work.minibatch, costs, True))
+            for part in work.trained
         )
     return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
 
 
 def _steps(work: Workload, costs: Costs) -> float:
-    return sum(_step(part, costs) for part in work.trained[: work.stepped])
+    return sum(step_seconds(part, costs) for part in work.trained[: work.stepped])
 
 
 def _around_training(work: Workload, costs: Costs) -> float:
@@ -158,7 +173,7 @@ def _around_training(work: Workload, costs: Costs) -> float:
     return fixed.stage_s + 2 * moved * fixed.host_s_per_byte
 
 
-def _step(part: Part, costs: Costs) -> float:
+def step_seconds(part: Part, costs: Costs) -> float:
     """An optimizer step, and the sums and spreads over replicas around it."""
     layout = part.layout
     held = part.spec.parameters / (layout.tp * layout.pp)
@@ -175,14 +190,35 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     one = Pass(size * work.prompt, work.prompt, size)
     stages = stage_costs(spec, layout, one, costs)
     prefill = forward_makespan([StageCosts(stages.forward)], [count])
-    size, count = _cut(rows, 1, work.decode or share)
-    ring = decode_stages(spec, layout, size, work.prompt + work.response / 2, costs, work.graphs)
+    _, count = decode_cut(work)
     fixed = costs.fixed
     cache = kv_bytes(spec, layout, 0, rows, work.prompt + work.response, costs.item)
     before = fixed.map_s_per_byte * cache + fixed.stage_s
     if work.graphs:
         before += fixed.capture_s_per_bucket * count
-    return before + prefill + (work.response - 1) * ring.step(count)
+    return before + prefill + decode_seconds(work, costs)
+
+
+def decode_cut(work: Workload) -> tuple[int, int]:
+    """Sequences of a decode micro-batch of the largest replica, and how many there are."""
+    rows = -(-work.sequences // work.generation.dp)
+    return _cut(min(rows, work.slots or rows), 1, work.decode or -(-rows // work.generation.pp))
+
+
+def decode_seconds(work: Workload, costs: Costs) -> float:
+    """Steps of the ring: one per token but the first, with the sequences that are there."""
+    rows = -(-work.sequences // work.generation.dp)
+    size, count = decode_cut(work)
+    lengths = None if work.lengths is None else work.lengths.drawn(rows)
+    if lengths is None or not work.early_stop:
+        lengths = [work.response] * rows
+    total = 0.0
+    for stretch in merged(stretches(lengths, size * count)):
+        each = -(-stretch.active // count)
+        cached = work.prompt + stretch.grown
+        ring = decode_stages(work.actor.spec, work.generation, each, cached, costs, work.graphs)
+        total += stretch.steps * ring.step(-(-stretch.active // each))
+    return total
 
 
 def switch_seconds(work: Workload, costs: Costs) -> float:
