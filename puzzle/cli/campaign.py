@@ -16,15 +16,18 @@ from rich.console import Console
 
 from puzzle.campaign import runs as campaign
 from puzzle.campaign.experiments import TABLE, Experiment, Selection, expand, read_table
-from puzzle.campaign.forecast import forecast
+from puzzle.campaign.forecast import GPU_START_SECONDS, forecast
 from puzzle.campaign.machine import Machine, find_machine
 from puzzle.cli import Parser, filled, named, whole
+from puzzle.cli.workloads import workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
 from puzzle.config.resolve import resolve
 from puzzle.errors import UserError, lacking, terminate_as_exit
 from puzzle.files import lock
 from puzzle.launch import LAUNCHERS, Launcher, slurm
+from puzzle.plan.predict.calibration import read_calibration
+from puzzle.plan.predict.iteration import predict
 from puzzle.rlhf.requirements import check_files, check_packages
 
 MOST_REPEATS = 1000
@@ -56,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         _list(experiments, console)
         out = options.out or Path("outputs_from_exec_<time>")
         words = _submitted(arguments, out)
-        _ahead(experiments, console, slurm.submission(words, _largest(experiments), out) if submits else [])
+        submission = slurm.submission(words, _largest(experiments), out) if submits else []
+        _ahead(experiments, console, submission, options.calibration)
         return 0
     if find_spec("matplotlib") is None:
         raise UserError(f"what the runs measure is drawn: {lacking('matplotlib')}")
@@ -102,6 +106,9 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--out", type=named, metavar="DIR", help="default: the unfinished one, or a new one")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what cannot run yet")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
+    parser.add_argument(
+        "--calibration", metavar="C", help="with --dry-run: predict hours by it, as `puzzle plan predict`"
+    )
     parser.add_argument("--table", type=named, default=TABLE, metavar="FILE", help=f"default: {TABLE.name}")
     return parser.parse_args(arguments)
 
@@ -183,7 +190,9 @@ def _list(experiments: Sequence[Experiment], console: Console) -> None:
     console.print(f"{len(experiments)} runs, {able} can run; in brackets layouts as tp,pp,dp", markup=False)
 
 
-def _ahead(experiments: Sequence[Experiment], console: Console, submission: Sequence[str]) -> None:
+def _ahead(
+    experiments: Sequence[Experiment], console: Console, submission: Sequence[str], calibration: str | None
+) -> None:
     """Say what the campaign would ask for and take: the job, time and disk."""
 
     def say(text: str) -> None:
@@ -202,6 +211,27 @@ def _ahead(experiments: Sequence[Experiment], console: Console, submission: Sequ
             else "the speed of the published runs"
         )
         say(f"estimated, by {how}: {forecast(able)}")
+        if able[0].config.device == "cuda":
+            say(_predicted(able, calibration))
+
+
+def _predicted(experiments: Sequence[Experiment], name: str | None) -> str:
+    """Hours by the planner, which knows layouts; of its own engine's runs alone."""
+    if name is None:
+        return (
+            "predicted: not without --calibration C (a file of `puzzle bench calibrate`, or a name as h200)"
+        )
+    calibration = read_calibration(name)
+    ours = [one for one in experiments if one.config.log.variant != BASELINE]
+    seconds = sum(
+        GPU_START_SECONDS
+        + one.config.iterations * predict(workload_of(resolve(one.config)), calibration.costs).total
+        for one in ours
+    )
+    spread = f" (+-{calibration.spread:.0%})" if calibration.spread else ""
+    found = f"predicted, by {name} for {calibration.device}: {seconds / 3600:.2g} hours{spread}"
+    others = len(experiments) - len(ours)
+    return f"{found} for {len(ours)} runs" + (f", without {others} of the baseline" if others else "")
 
 
 def _summary(outcomes: Sequence[campaign.Outcome], out: Path, console: Console) -> int:

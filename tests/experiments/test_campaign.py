@@ -265,7 +265,10 @@ def test_a_login_node_is_told_how_to_reach_the_nodes(tmp_path, monkeypatch, caps
         (submitted,) = [line for line in lines if line.strip().startswith("sbatch ")]
         assert " --export=ALL " in submitted
         assert "--dry-run" not in submitted
-        assert re.search(r"estimated, .*: about \d+(\.\d+)? hours .*, \d+ MB of logs", lines[-1])
+        assert re.search(r"estimated, .*: about \d+(\.\d+)? hours .*, \d+ MB of logs", lines[-2])
+        assert lines[-1].startswith(
+            "predicted: not without --calibration C (a file of `puzzle bench calibrate`"
+        )
     monkeypatch.setattr(command, "has_cpu_torch", lambda: True)
     assert main(paper) == 2
     assert "UV_TORCH_BACKEND=cu130" in capsys.readouterr().err
@@ -273,6 +276,31 @@ def test_a_login_node_is_told_how_to_reach_the_nodes(tmp_path, monkeypatch, caps
     assert main(paper) == 2
     assert "sbatch refused the job" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_dry_run_predicts_hours_by_a_calibration(capsys):
+    """As the published runs took, by their own calibration; of more iterations more."""
+    figure8 = ["campaign", "--scale", "paper", "--cluster", "orion", "--only", "figure8", "--dry-run"]
+    said = []
+    for iterations in ("15", "30"):
+        more = ["--calibration", "published-orion", "--device-memory", "80GB", "--iterations", iterations]
+        assert main([*figure8, *more]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        found = re.fullmatch(
+            r"predicted, by published-orion for A800 80 GB, PCIe: ([0-9.]+) hours for 10 runs,"
+            " without 5 of the baseline",
+            last,
+        )
+        assert found, last
+        said.append(3600 * float(found[1]) - 10 * 13)
+    took = [
+        fmean(run.printed["e2e"][1:])
+        for run in load_runs(ROOT / "logs/published").runs
+        if "figure8" in run.figures and run.cluster == "orion" and run.variant in ("base", "opt")
+    ]
+    assert len(took) == 10
+    assert said[0] == pytest.approx(15 * sum(took), rel=0.1)
+    assert said[1] == pytest.approx(2 * said[0], rel=0.1)
 
 
 def test_the_forecast_is_near_what_the_published_runs_took():
