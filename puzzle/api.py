@@ -57,10 +57,14 @@ class RunFolder:
 
     @cached_property
     def iterations(self) -> pandas.DataFrame:
-        """A row per iteration (the index `iteration`): metrics by name, then `seconds.STAGE` and
-        `seconds.e2e`. NaN where an iteration lacks a metric."""
+        """A row per iteration (the index `iteration`): metrics by name, then `seconds.STAGE`, `seconds.e2e`
+        and `speed.NAME`. NaN where an iteration lacks a metric."""
         rows = [
-            {**one.metrics, **{f"seconds.{name}": value for name, value in _seconds(one).items()}}
+            {
+                **one.metrics,
+                **{f"seconds.{name}": value for name, value in _seconds(one).items()},
+                **{f"speed.{name}": value for name, value in (one.speed or {}).items()},
+            }
             for one in self.log.iterations
         ]
         return _frame(rows, [one.iteration for one in self.log.iterations])

@@ -141,6 +141,7 @@ class Trackers:
         """An iteration's metrics and seconds."""
         seconds = {f"seconds/{name}": value for name, value in record.stage_seconds.items()}
         metrics = {f"train/{name}": value for name, value in record.metrics.items()}
+        seconds |= {f"speed/{name}": value for name, value in (record.speed or {}).items()}
         self._log({**metrics, **seconds, "seconds/e2e": record.e2e_seconds}, record.iteration)
 
     def evaluation(self, record: Evaluation) -> None:

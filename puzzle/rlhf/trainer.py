@@ -190,9 +190,9 @@ class Trainer(Session):
         longest = self.config.generation.max_new_tokens
         metrics |= response_metrics(experience, scores.total_B, prompts, self.data.endings, longest)
         metrics |= learning_metrics(experience) | learning_rates(self.models.trained)
-        metrics |= speed_metrics(self.plan, experience, seconds, total, device_flops(self.world.device))
-        metrics |= memory_metrics(self.world, clock.peaks)
-        recorder.write(Iteration(iteration, seconds, total, metrics, self.scorer.spent()))
+        speed = speed_metrics(self.plan, experience, seconds, total, device_flops(self.world.device))
+        speed |= memory_metrics(self.world, clock.peaks)
+        recorder.write(Iteration(iteration, seconds, total, metrics, self.scorer.spent(), speed))
         recorder.write(self.models.generator.record(self.world, iteration))
         recorder.write(self.models.offload.record(iteration))
         recorder.samples(iteration, experience, prompts, self._texts(experience, prompts), scores)

@@ -175,18 +175,21 @@ class Stage(Record, kind="stage"):
 @dataclass(frozen=True)
 class Iteration(Record, kind="iteration"):
     """One iteration. Stages exclude each other and add up to `e2e_seconds`; a metric may be NaN.
-    `reward_seconds`: what reward functions computed, and what of it was waited for."""
+    `reward_seconds`: what reward functions computed, and what of it was waited for. `speed`: what another
+    machine or another time has otherwise; metrics are the same wherever a run is repeated."""
 
     iteration: Count
     stage_seconds: StageSeconds
     e2e_seconds: Seconds
     metrics: Metrics
     reward_seconds: SecondsByName | None = None
+    speed: Metrics | None = None
 
     def for_people(self) -> str:
         stages = {name: value for name, value in self.stage_seconds.items() if abs(value) >= 5e-4}
         parts = ", ".join(f"{name} {readable(value)}" for name, value in stages.items())
-        told = ", ".join(f"{n} {readable(self.metrics[n])}" for n in FOR_PEOPLE if n in self.metrics)
+        known = {**self.metrics, **(self.speed or {})}
+        told = ", ".join(f"{n} {readable(known[n])}" for n in FOR_PEOPLE if n in known)
         return f"iteration {self.iteration + 1}: {readable(self.e2e_seconds)} s ({parts}); {told}"
 
     def flaw(self) -> str | None:
