@@ -52,6 +52,8 @@ STEPS = 32
 """Decode passes that are timed."""
 MANY = 32
 """Rows of a decode pass: up to these launching may take longest, from these on the cache is worth knowing."""
+FEW = (16, 128)
+"""Positions of a head, beside those of training: prompts have logits at their ends alone."""
 LEAST = 1e-9
 """Seconds; differences of measurements may be less."""
 
@@ -171,7 +173,7 @@ def layers(bench: PiecesBench, world: World, found: Found, spec: ModelSpec, tp: 
     if spec.head == "lm":
         last = _stage(bench, world, spec, tp, 2)
         last.requires_grad_(True)
-        for tokens in sorted(bench.tokens):
+        for tokens in sorted({*FEW, *bench.tokens}):
             head = _head_row(bench, world, last, spec, tokens)
             found.heads.append(head)
             yield as_row("head", head)

@@ -106,6 +106,7 @@ def test_what_was_not_measured_is_said_or_refused() -> None:
     assert tables.notes() == ["a layer's pass: far more than the 2.12e+11 to 3.38e+12 that were measured"]
     with pytest.raises(UserError, match=r"rows of a decode pass: 2e\+04 is asked for, 1 to 256 were"):
         tables.decode(SPEC, 1, 20000, 64, True, False)
+    assert tables.layer(SPEC, 1, Pass(1, 512, 0), False).forward == pytest.approx(layer(512).infer_s)
     alone = replace(fresh(), collectives=())
     with pytest.raises(UserError, match="has no all_gather: take it again with at least 2 devices"):
         alone.layer(SPEC, 4, Pass(2048, 512, 0), False)

@@ -29,7 +29,7 @@ from puzzle.spec.flops import layer_matmul_flops
 from puzzle.spec.model import ModelSpec
 
 FAR, TOO_FAR = 4.0, 64.0
-"""Times beyond the least or the most that was measured: marked, refused."""
+"""Times beyond the least or the most that was measured: marked; beyond the most: refused."""
 
 
 @dataclass(frozen=True)
@@ -322,14 +322,14 @@ class Tables:
         return _by_rate(ordered, flops)
 
     def _range(self, what: str, asked: float, known: Sequence[float]) -> None:
+        """Less than was measured takes no less; how much more takes is known the less the further it is."""
         least, most = min(known), max(known)
-        off = max(least / max(asked, 1e-9), asked / most)
-        if off > TOO_FAR:
+        if asked / most > TOO_FAR:
             raise UserError(
                 f"{what}: {asked:.3g} is asked for, {least:.3g} to {most:.3g} were measured;"
                 " take a calibration with such sizes"
             )
-        if off > FAR:
+        if max(least / max(asked, 1e-9), asked / most) > FAR:
             side = "less" if asked < least else "more"
             self._mark(f"{what}: far {side} than the {least:.3g} to {most:.3g} that were measured")
 
