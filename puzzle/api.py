@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle.config.document import read_yaml
 from puzzle.config.load import given_config
 from puzzle.config.run import TrainConfig
+from puzzle.data import hub
 from puzzle.errors import UserError, describe, lacking
 from puzzle.launch import Launcher
 from puzzle.plan.cluster import Cluster
@@ -147,7 +148,7 @@ def run(
     """
     from puzzle.cli.train import start
 
-    made, given = _configured(config, reward, overrides or {})
+    made, given = hub.localised(*_configured(config, reward, overrides or {}))
     folder = Path(out) if out is not None else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"
     if on_iteration is not None and launcher != "local":
         raise UserError(f"on_iteration follows runs of the launcher local, not of {launcher}")

@@ -160,6 +160,7 @@ ROOMS = {
             "puzzle/spec",
             "puzzle/plan",
             "puzzle/config",
+            "puzzle/data",
             "puzzle/runlog",
             "puzzle/launch",
             "puzzle/cli",

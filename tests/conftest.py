@@ -6,6 +6,8 @@ import signal
 
 # Several processes share few cores; set before anything imports torch or numpy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test asks the Hugging Face Hub, whatever network there is; some have a hub of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 if shutil.which("nvidia-smi") is None:
     # Triton reads it when it is first imported, by whatever test comes first: its kernels run on CPUs then.
     os.environ["TRITON_INTERPRET"] = "1"

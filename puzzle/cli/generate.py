@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle.cli import Parser, filled, named, new_file, real, whole
 from puzzle.config.sections import DataConfig
 from puzzle.config.sources import folder_spec
+from puzzle.data import hub
 from puzzle.data.endings import endings
 from puzzle.data.prompts import Prompt, PromptRow, PromptSet, load_prompts, tokenise
 from puzzle.data.records import decoded, lines
@@ -48,7 +49,7 @@ class GenerateJob:
 def parser() -> Parser:
     """The command's arguments."""
     made = Parser(prog="puzzle generate", description="Answer prompts with a model folder.")
-    made.add_argument("model", type=named, help="Hugging Face model folder")
+    made.add_argument("model", type=named, help="Hugging Face model folder, or ORG/NAME on the Hub")
     made.add_argument(
         "--prompts", type=named, help=".jsonl, .json, .parquet, .txt or dataset folder; else stdin lines"
     )
@@ -80,6 +81,9 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
+    given.model = _local("model", given.model, "model")
+    if given.prompts is not None:
+        given.prompts = _local("--prompts", given.prompts, "dataset")
     # Before the tokenizer: transformers reads config.json too, and says less of what is wrong with it.
     spec = folder_spec("model", given.model, "lm")
     layout = Layout.even(given.tp, given.pp, given.dp, spec.num_layers)
@@ -105,6 +109,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     local.run("puzzle.cli.generate:work", (job,), layout.world)
     return 0
+
+
+def _local(key: str, path: Path, kind: hub.Kind) -> Path:
+    """A folder or file of this machine, fetched where it is a name on the Hub."""
+    name = hub.Name.of(str(path), kind)
+    return path if name is None else Path(hub.fetch(key, name, kind)[0])
 
 
 def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:

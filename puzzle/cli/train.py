@@ -19,6 +19,7 @@ from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
 from puzzle.config.load import go_on_as, keys, load_given, option_help, without_inherited
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
+from puzzle.data import hub
 from puzzle.engine.runtime.identity import launched
 from puzzle.errors import UserError
 from puzzle.files import durable, lock
@@ -64,6 +65,7 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
+    config, given = hub.localised(config, given, weights=not options.dry_run)
     plan = resolve(config, given=given)
     # A single process reads its files at once, and so do those of another launcher.
     if options.dry_run or (config.world > 1 and "RANK" not in os.environ):

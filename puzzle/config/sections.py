@@ -161,7 +161,9 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     """Where one model comes from and how it is laid out."""
 
-    model: Location | None = Field(None, description="Hugging Face model folder")
+    model: Location | None = Field(
+        None, description="Hugging Face model folder, or ORG/NAME on the Hub (docs/hub.md)"
+    )
     init: InitConfig | None = Field(None, description="random initialisation instead of a folder")
     layers: Layers | None = Field(None, description="keep only the first N layers")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the run's layout")

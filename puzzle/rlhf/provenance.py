@@ -49,7 +49,10 @@ def run_header(plan: Plan, hardware: dict[str, Any]) -> RunHeader:
 
 def _name(source: ModelConfig) -> str:
     if source.model is not None:
-        return Path(source.model).resolve().name
+        folder = Path(source.model).resolve()
+        if folder.parent.name == "snapshots":  # of the Hub's cache: models--ORG--NAME/snapshots/REVISION
+            return folder.parents[1].name.split("--", 2)[-1]
+        return folder.name
     assert source.init is not None
     return source.init.preset or f"{source.init.num_hidden_layers}x{source.init.hidden_size}"
 
