@@ -6,11 +6,15 @@ and device meet. In float32, with keyed noise, both must draw the same tokens an
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from puzzle.cli import Parser, whole
 from puzzle.config.load import build, merge
@@ -24,15 +28,20 @@ LIMIT = 2e-3
 """Largest difference of a metric, as a share of it where it is above 1. Attention and sums of other kernels
 differ by rounding, which two optimizer steps make larger."""
 COMPARED = ("reward", "response_length", "kl", "entropy", "actor_loss", "critic_loss", "actor_grad_norm")
-TINY: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 192}
+OPTIMIZER = {"lr": 1e-3, "eps": 1e-4}
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+}
 TINY |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 TINY |= {"max_position_embeddings": 128}
 DEFAULTS: dict[str, Any] = {
     "iterations": 2,
     "batch": 8,
     "dtype": "fp32",
-    "actor": {"init": TINY, "optimizer": {"lr": 1e-3, "eps": 1e-4}},
-    "reward": {"init": TINY},
+    "actor": {"optimizer": OPTIMIZER},
     "data": {"random_tokens": 16},
     "generation": {"max_new_tokens": 12},
     "algorithm": {"minibatch": 8, "microbatch": 2, "old_logprobs": "recompute"},
@@ -40,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "log": {"samples": 0, "plots": False},
 }
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "ppo": {"critic": {"init": TINY, "optimizer": {"lr": 1e-3, "eps": 1e-4}}},
+    "ppo": {"critic": {"optimizer": OPTIMIZER}},
     "grpo": {"batch": 4, "generation": {"samples": 2}},
 }
 """By the algorithm's name, what its configuration has beside the common one."""
@@ -54,20 +63,44 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
     options = parser.parse_args(arguments)
-    good = True
-    for name, own in ALGORITHMS.items():
-        common = merge(DEFAULTS, {"algorithm": {"name": name}}, own)
-        truth = _run(merge(common, {"device": "cpu"}))
-        for training, generation in pairs(options.world):
-            layouts = {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}}
-            found = _run(merge(common, {"device": options.device}, layouts))
-            place = f"{name} {','.join(map(str, training))} -> {','.join(map(str, generation))}"
-            for iteration, metric, gap in gaps(truth, found):
-                ok = gap <= LIMIT
-                good &= ok
-                line = f"{'ok  ' if ok else 'FAIL'} {place:<34} iteration {iteration} {metric:<18}"
-                print(f"{line}{gap:10.2g} (at most {LIMIT:g})", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        models = save_models(Path(folder))
+        good = True
+        for name, own in ALGORITHMS.items():
+            roles = {
+                role: {"model": path} for role, path in models.items() if role in ("actor", "reward", *own)
+            }
+            good &= _compare(name, merge(DEFAULTS, {"algorithm": {"name": name}}, own, roles), options)
     return 0 if good else 1
+
+
+def _compare(name: str, common: dict[str, Any], options: argparse.Namespace) -> bool:
+    good = True
+    truth = _run(merge(common, {"device": "cpu"}))
+    for training, generation in pairs(options.world):
+        layouts = {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}}
+        found = _run(merge(common, {"device": options.device}, layouts))
+        place = f"{name} {','.join(map(str, training))} -> {','.join(map(str, generation))}"
+        for iteration, metric, gap in gaps(truth, found):
+            ok = gap <= LIMIT
+            good &= ok
+            line = f"{'ok  ' if ok else 'FAIL'} {place:<34} iteration {iteration} {metric:<18}"
+            print(f"{line}{gap:10.2g} (at most {LIMIT:g})", flush=True)
+    return good
+
+
+def save_models(folder: Path) -> dict[str, str]:
+    """A model folder per role: weights that a run draws itself depend on the type of its device."""
+    found = {}
+    kinds = {"actor": AutoModelForCausalLM, "critic": AutoModelForSequenceClassification}
+    for seed, (role, kind) in enumerate((kinds | {"reward": AutoModelForSequenceClassification}).items()):
+        labels = {} if role == "actor" else {"num_labels": 1, "pad_token_id": 0}
+        torch.manual_seed(seed)
+        kind.from_config(AutoConfig.for_model(**TINY, **labels), dtype=torch.float32).save_pretrained(
+            folder / role
+        )
+        found[role] = str(folder / role)
+    return found
 
 
 def pairs(world: int) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
