@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from puzzle.config.algorithm import PassesConfig
 from puzzle.config.base import SOURCES, Role, RunConfig
 from puzzle.config.run import TrainConfig
-from puzzle.config.sections import Count, Location, Name, Sequences, SourceConfig, Tokens, TrainedConfig
+from puzzle.config.sections import (
+    Count,
+    Location,
+    Name,
+    Positive,
+    Sequences,
+    SourceConfig,
+    Tokens,
+    TrainedConfig,
+)
 
 
 class ExamplesConfig(SourceConfig):
@@ -141,7 +150,61 @@ class SFTConfig(SupervisedConfig):
         return ("actor",)
 
 
-SUPERVISED: dict[str, type[SupervisedConfig]] = {"sft": SFTConfig}
+class PairsConfig(ExamplesConfig):
+    """Pairs of answers to a prompt, of which one was preferred, and how they are read."""
+
+    chosen_field: Name = Field("chosen", description="of the preferred answer: text, or turns")
+    rejected_field: Name = Field("rejected", description="of the other one")
+    margin_field: Name | None = Field(None, description="of by how much more its score should be at least")
+
+
+class RewardModelConfig(SupervisedConfig):
+    """A reward model: its score of a preferred answer learns to exceed that of the other (Bradley and Terry
+    1952, as Ouyang et al. 2022, arXiv:2203.02155, section 3.5)."""
+
+    rows: ClassVar[int] = 2
+
+    task: Literal["reward-model"] = Field("reward-model", description="what the log calls the command")
+    reward: TrainedConfig = TrainedConfig()
+    data: PairsConfig = PairsConfig()
+
+    @classmethod
+    def roles(cls) -> tuple[Role, ...]:
+        """The reward model alone."""
+        return ("reward",)
+
+
+class DPOAlgorithm(PassesConfig):
+    """How strongly preferences move the actor away from where it began."""
+
+    beta: Positive = Field(0.1, description="weight of the implicit KL; less lets the actor go further")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of pairs taken to be the wrong way round"
+    )
+
+
+class DPOConfig(SupervisedConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). The reference is the actor as
+    the run found it: its log-probs are computed once, before the first step."""
+
+    rows: ClassVar[int] = 2
+
+    task: Literal["dpo"] = Field("dpo", description="what the log calls the command")
+    actor: TrainedConfig = TrainedConfig()
+    data: PairsConfig = PairsConfig()
+    algorithm: DPOAlgorithm = DPOAlgorithm()
+
+    @classmethod
+    def roles(cls) -> tuple[Role, ...]:
+        """The actor alone."""
+        return ("actor",)
+
+
+SUPERVISED: dict[str, type[SupervisedConfig]] = {
+    "sft": SFTConfig,
+    "reward-model": RewardModelConfig,
+    "dpo": DPOConfig,
+}
 """Schemas by their task."""
 
 

@@ -10,23 +10,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle.config.supervised import DialoguesConfig, ExamplesConfig
+from puzzle.config.supervised import DialoguesConfig, ExamplesConfig, PairsConfig
 from puzzle.data.masks import Labelled, label_chat, label_text
 from puzzle.data.records import records, refuse_broken, require
 from puzzle.data.stream import Stream
 from puzzle.data.tokenizers import Tokenizer
 from puzzle.errors import UserError
+from puzzle.files.jsonio import shown
+from puzzle.files.limits import LARGEST
 
 Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the data: `index` is its position in the file, `sequences` are what a loss compares or, if
-    it is one, learns."""
+    """One row of the data: `index` is its position in the file, `sequences` are what a loss learns: one, or a
+    pair of which the first was preferred, by `margin`. `reference` are sums of what a reference says of the
+    learned tokens of each, where a loss needs them."""
 
     index: int
     sequences: tuple[Labelled, ...]
+    margin: float = 0.0
+    reference: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """Tokens of all its sequences."""
@@ -45,7 +50,7 @@ class ExampleSet:
         """Changes with any example's position, tokens or spans."""
         found = hashlib.sha256()
         for example in self.examples:
-            found.update(repr((example.index, example.sequences)).encode())
+            found.update(repr((example.index, example.sequences, example.margin)).encode())
         return found.hexdigest()
 
     def stream(self, batch: int, seed: int, shuffle: bool) -> Stream[Example]:
@@ -62,11 +67,12 @@ def load_examples(
     for index, (place, record) in enumerate(read_examples(path, data)):
         try:
             sequences = sequences_of(record, data, tokenizer, now)
+            margin = margin_of(record, data)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         longest = max(map(len, sequences))
         if longest <= data.max_tokens:
-            kept.append(Example(index, sequences))
+            kept.append(Example(index, sequences, margin))
             continue
         if data.too_long == "refuse":
             raise UserError(
@@ -101,7 +107,12 @@ def read_examples(path: Path, data: ExamplesConfig) -> list[tuple[str, Mapping[s
 
 def fields_of(names: Collection[str], data: ExamplesConfig) -> list[str]:
     """Which fields of a file's rows are read, whose first row has these."""
-    assert isinstance(data, DialoguesConfig), "the one kind of examples"
+    if isinstance(data, PairsConfig):
+        # Answers may be whole chats, which need no prompt.
+        asked = [data.prompt_field] if data.prompt_field in names else []
+        margin = [] if data.margin_field is None else [data.margin_field]
+        return [*asked, data.chosen_field, data.rejected_field, *margin]
+    assert isinstance(data, DialoguesConfig), "the other kind of examples"
     if data.messages_field in names:
         return [data.messages_field]
     return [data.prompt_field, data.response_field]
@@ -111,13 +122,52 @@ def sequences_of(
     record: Mapping[str, Any], data: ExamplesConfig, tokenizer: Tokenizer, now: datetime | None
 ) -> tuple[Labelled, ...]:
     """The sequences of one row. UserError without its place."""
-    assert isinstance(data, DialoguesConfig), "the one kind of examples"
+    if isinstance(data, PairsConfig):
+        return tuple(
+            _judged(record, name, data, tokenizer, now) for name in (data.chosen_field, data.rejected_field)
+        )
+    assert isinstance(data, DialoguesConfig), "the other kind of examples"
     if data.messages_field in record:
         chat = turns_of(record[data.messages_field], data.messages_field)
         return (_chat(chat, data, tokenizer, data.learn == "last", now),)
     prompt, response = record[data.prompt_field], record[data.response_field]
     last = data.learn == "last" or not isinstance(prompt, str)
     return (answered(prompt, response, data, tokenizer, last, now),)
+
+
+def margin_of(record: Mapping[str, Any], data: ExamplesConfig) -> float:
+    """By how much the first of a pair was preferred; UserError for what is no finite number."""
+    if not isinstance(data, PairsConfig) or data.margin_field is None:
+        return 0.0
+    value = record[data.margin_field]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise UserError(f"{data.margin_field} must be a number, found {shown(value)}")
+    return float(value)
+
+
+def _judged(
+    record: Mapping[str, Any], name: str, data: PairsConfig, tokenizer: Tokenizer, now: datetime | None
+) -> Labelled:
+    """One answer of a pair with what it answers, up to its end, of which the answer is learned.
+
+    A text and turns that begin with the assistant's answer the row's prompt; other turns are a whole chat.
+    """
+    answer = record[name]
+    if isinstance(answer, str):
+        if data.prompt_field not in record:
+            raise UserError(f"no field {data.prompt_field!r}, which {name} answers")
+        return answered(record[data.prompt_field], answer, data, tokenizer, True, now).ended
+    turns = turns_of(answer, name)
+    if turns[0]["role"] == "assistant" and data.prompt_field in record:
+        turns = [*_asked(record[data.prompt_field], data.prompt_field), *turns]
+    if turns[-1]["role"] != "assistant":
+        raise UserError(f"{name} must end with the assistant's turn")
+    return _chat(turns, data, tokenizer, True, now).ended
+
+
+def _asked(prompt: Any, name: str) -> Turns:
+    """A prompt as the turns before an answer."""
+    return turns_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, name)
 
 
 def answered(
@@ -132,8 +182,7 @@ def answered(
     response = text_of(response, "the response")
     if isinstance(prompt, str) and not data.chat_template:
         return label_text(tokenizer, text_of(prompt, data.prompt_field), response)
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [*turns_of(asked, data.prompt_field), {"role": "assistant", "content": response}]
+    turns = [*_asked(prompt, data.prompt_field), {"role": "assistant", "content": response}]
     return _chat(turns, data, tokenizer, last, now)
 
 

@@ -31,6 +31,11 @@ class Labelled:
         return len(self.tokens)
 
     @property
+    def ended(self) -> Labelled:
+        """Without what follows the last learned token."""
+        return Labelled(self.tokens[: self.spans[-1][1]], self.spans)
+
+    @property
     def learned(self) -> list[int]:
         """Positions of the tokens that are learned: the first token follows nothing."""
         return [place for start, stop in self.spans for place in range(max(1, start), stop)]

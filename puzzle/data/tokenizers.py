@@ -112,20 +112,6 @@ def byte_tokenizer() -> Tokenizer:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
 
 
-@contextmanager
-def tokenizer_folder(name: str | None, scratch: Path | None = None) -> Generator[Path | None]:
-    """A folder with the files of tokenizer `name` while the context lasts; None where there is none.
-
-    It may be made for this, in `scratch`, where whoever goes on after a kill finds it (`durable.settle`).
-    """
-    if name != BYTES:
-        yield None if name is None else Path(name)
-        return
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", suffix=".partial", dir=scratch) as folder:
-        byte_tokenizer().save_pretrained(folder)
-        yield Path(folder)
-
-
 def bare(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text` alone: special tokens only where it names them."""
     with foreign("the tokenizer refuses a text"):

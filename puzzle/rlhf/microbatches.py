@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from puzzle.config.algorithm import PassesConfig
 from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.rlhf.balance import balanced, contiguous
 
@@ -102,3 +104,11 @@ class MicroBatches:
     def last_rows(self, index: int) -> Tensor:
         """int64 (sequences,): where each sequence of a micro-batch ends."""
         return self._last[index]
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a model is asked without learning: micro-batches, and how results make the answer for all rows."""
+
+    input: PipelineInput
+    answer: Callable[[list[Tensor]], Tensor]

@@ -23,7 +23,8 @@ from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
-from puzzle.data.tokenizers import tokenizer_folder
+from puzzle.data.saving import padding, tokenizer_folder
+from puzzle.data.tokenizers import load_tokenizer
 from puzzle.engine.checkpoint.checkpoint import Saved
 from puzzle.engine.checkpoint.export import whole_tensors
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -307,8 +308,12 @@ class Recorder:
                 pass
             return
         durable.make_folder(folder.parent)
-        with tokenizer_folder(self.config.tokenizer, folder.parent) as files:
-            more, generation, gate = endings.config, endings.generation, self.world.progress.writing
+        tokenizer, more, pad = self.config.tokenizer, endings.config, None
+        if model.spec.head == "value" and tokenizer is not None:
+            pad = padding(load_tokenizer(tokenizer), endings.eos)
+            more = {**more, "pad_token_id": pad}
+        with tokenizer_folder(tokenizer, folder.parent, pad) as files:
+            generation, gate = endings.generation, self.world.progress.writing
             hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
         self.write(Checkpoint(done, str(folder.relative_to(self.out))))
         self._prune()

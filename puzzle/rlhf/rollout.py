@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
 from puzzle.errors import UserError
 from puzzle.rlhf.experience import Experience
-from puzzle.rlhf.microbatches import MicroBatches
+from puzzle.rlhf.microbatches import Computation, MicroBatches
 from puzzle.rlhf.rewards.batch import RewardBatch
 
 
@@ -170,14 +170,6 @@ def reward_sequences(
     return [
         reader(prompts[row // experience.samples], experience.responses[row], answered[row]) for row in rows
     ]
-
-
-@dataclass(frozen=True)
-class Computation:
-    """What a model is asked in inference: its micro-batches, and how results make the answer for all rows."""
-
-    input: PipelineInput
-    answer: Callable[[list[Tensor]], Tensor]
 
 
 def compute_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from puzzle.cli import main
 from puzzle.runlog import load_runs
@@ -58,6 +59,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data |= {"max_tokens": 64, "chat_template": True}
     actor = {"init": INIT, "optimizer": {"lr": 0.01}}
     Path("sft.yaml").write_text(json.dumps({**RUN, "actor": actor, "data": data}))
+    asked = [{"role": "user", "content": "the cat"}, {"role": "user", "content": "hello"}]
+    pairs = [
+        {
+            "prompt": [turn],
+            "chosen": [turn, {"role": "assistant", "content": f"the mat {n}"}],
+            "rejected": f"{n} hello",
+        }
+        for turn in asked
+        for n in range(6)
+    ]
+    lines("pairs.jsonl", pairs[2:] + pairs[:1])
+    lines("held-pairs.jsonl", pairs)
+    data |= {"examples": "pairs.jsonl", "eval_examples": "held-pairs.jsonl"}
+    run = {**RUN, "iterations": 12, "eval": {"every": 4}}
+    Path("pairs.yaml").write_text(json.dumps({**run, "reward": actor, "data": data}))
+    Path("dpo.yaml").write_text(json.dumps({**run, "actor": actor, "data": data}))
     return tmp_path
 
 
@@ -157,6 +174,78 @@ def test_prompts_with_responses_of_three_kinds_of_files() -> None:
         assert sft(f"o-{name}", *options) == 0
         losses.append(load_runs(Path(f"o-{name}")).runs[0].iterations[0].metrics["actor_loss"])
     assert len(set(losses)) == 1
+
+
+def conversation(row: dict[str, Any], answer: str) -> list[dict[str, str]]:
+    """A chat of the pairs above as transformers' template takes it."""
+    said = row[answer]
+    return said if isinstance(said, list) else [*row["prompt"], {"role": "assistant", "content": said}]
+
+
+@pytest.mark.usefixtures("folder")
+def test_transformers_and_training_read_the_reward_model() -> None:
+    """A batch of its classifier, padded on the right, gives scores with the accuracy and gap that were
+    logged; PPO takes it for its reward."""
+    assert main(["reward-model", "--config", "pairs.yaml", "--out", "o"]) == 0
+    (run,) = load_runs(Path("o")).runs
+    assert run.evaluations[-1].metrics["accuracy"] == 1.0
+    assert run.evaluations[-1].metrics["score_gap"] > run.evaluations[0].metrics["score_gap"] + 1
+    folder = "o/checkpoints/last"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    own: Any = AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == own.pad_token_id != own.convert_tokens_to_ids("<|im_end|>")
+    rows = [json.loads(line) for line in Path("held-pairs.jsonl").read_text().splitlines()]
+    scores = []
+    for answer in ("chosen", "rejected"):
+        # The template's line break behind the end of a turn is no part of what is scored.
+        chats = [own.apply_chat_template(conversation(row, answer), tokenize=False).rstrip() for row in rows]
+        scores.append(model(**own(chats, add_special_tokens=False, padding=True, return_tensors="pt")).logits)
+    gap = (scores[0] - scores[1])[:, 0]
+    assert bool((gap > 0).all())
+    assert run.evaluations[-1].metrics["score_gap"] == pytest.approx(float(gap.detach().mean()), rel=1e-5)
+    lines("prompts.jsonl", [{"prompt": "the cat"}] * 4)
+    assert sft("s", "--iterations", "1") == 0
+    train = {**RUN, "iterations": 1, "actor": {"model": "s/checkpoints/last"}, "reward": {"model": folder}}
+    train |= {"data": {"prompts": "prompts.jsonl", "chat_template": True, "max_prompt_tokens": 32}}
+    train |= {"generation": {"max_new_tokens": 4}, "eval": {}, "checkpoint": {}}
+    Path("train.yaml").write_text(json.dumps(train))
+    assert main(["train", "--config", "train.yaml", "--out", "t"]) == 0
+
+
+@pytest.mark.usefixtures("folder")
+def test_dpo_learns_to_prefer() -> None:
+    """Before the first step the actor is the reference: no implicit reward, all pairs half right."""
+    assert main(["dpo", "--config", "dpo.yaml", "--out", "o"]) == 0
+    (run,) = load_runs(Path("o")).runs
+    first, last = run.evaluations[0].metrics, run.evaluations[-1].metrics
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["score_gap"] == pytest.approx(0, abs=1e-5)
+    assert last["accuracy"] == 1.0
+    assert last["chosen_reward"] > last["rejected_reward"] + 1
+
+
+BAD_PAIRS = [
+    ({"chosen_field": "better"}, "pairs.jsonl:1: no field 'better'; it has prompt, chosen, rejected"),
+    ({"margin_field": "prompt"}, "pairs.jsonl:1: prompt must be a number, found"),
+    ({"examples": "bare.jsonl"}, "bare.jsonl:1: no field 'prompt', which chosen answers"),
+    ({"examples": "open.jsonl"}, "open.jsonl:1: chosen must end with the assistant's turn"),
+]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("changes", "words"), BAD_PAIRS)
+def test_bad_pairs_are_refused_in_one_line(
+    changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines("bare.jsonl", [{"chosen": "the cat", "rejected": "hello"}])
+    lines("open.jsonl", [{"chosen": CHAT[:1], "rejected": CHAT}])
+    for command, file in (("reward-model", "pairs.yaml"), ("dpo", "dpo.yaml")):
+        config = json.loads(Path(file).read_text())
+        config["data"] |= changes
+        Path(file).write_text(json.dumps(config))
+        refused(lambda c=command, f=file: main([c, "--config", f, "--out", "o"]), words, capsys)
+        assert not Path("o").exists()
 
 
 OPTIONS = [

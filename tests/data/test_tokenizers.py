@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from puzzle.data import tokenizers
 from puzzle.data.clock import at
+from puzzle.data.saving import padding, tokenizer_folder
 from puzzle.data.tokenizers import (
     TextStream,
     byte_tokenizer,
@@ -23,12 +24,13 @@ from puzzle.data.tokenizers import (
     load_tokenizer,
     render,
     response_text,
+    special_tokens,
     standard_error_kept,
     stop_rule,
-    tokenizer_folder,
 )
 from puzzle.errors import UserError
 from puzzle.files import durable
+from tests.data import templates
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -354,3 +356,23 @@ def test_plain_stop_texts_hear_no_special_tokens() -> None:
     assert [stream.add(token)[0] for token in (ids[0], bos, ids[1])] == ["a", "", "b"]
     stream = TextStream(tokenizer, special=True)
     assert [stream.add(token)[0] for token in (ids[0], bos, ids[1])] == ["a", "<bos>", "b"]
+
+
+def test_padding_is_no_token_that_ends_a_sequence(tmp_path: Path) -> None:
+    """The tokenizer's own if it can be, else another special token; the saved folder says so."""
+    own = templates.tokenizer(templates.CHATML, marked=False)
+    ids = special_tokens(own)
+    own.pad_token = "<|im_end|>"
+    assert padding(own, [ids["</s>"]]) == ids["<|im_end|>"]
+    other = padding(own, [ids["<|im_end|>"], ids["</s>"]])
+    assert other is not None
+    assert other in set(ids.values()) - {ids["<|im_end|>"], ids["</s>"]}
+    assert padding(own, ids.values()) is None
+    own.save_pretrained(tmp_path / "own")
+    with tokenizer_folder(str(tmp_path / "own"), tmp_path, other) as folder:
+        assert folder is not None
+        saved = load_tokenizer(str(folder))
+    assert saved.pad_token_id == other
+    assert saved.chat_template == own.chat_template
+    text = "the cat sat<|im_end|>"
+    assert saved(text)["input_ids"] == own(text)["input_ids"]

@@ -17,6 +17,7 @@ from puzzle.data.prepare import ExampleData
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.runtime.world import World
+from puzzle.model import hf
 from puzzle.model.weights import boxes
 from puzzle.rlhf.models import build_runtimes
 from puzzle.rlhf.supervised.trainer import SupervisedTrainer
@@ -26,13 +27,15 @@ from tests.rlhf.ppo_ranks import Boxes, Recorder, Watch, watch_gradients
 @dataclass(frozen=True)
 class Case:
     """A configuration as plain values, examples to learn from in their order, held-out ones. With `folder`,
-    a checkpoint is written there after `save_at` iterations, and what it holds is gone on from."""
+    a checkpoint is written there after `save_at` iterations, and what it holds is gone on from. `begin`: the
+    model of that folder begins the first step, whatever the run began with."""
 
     config: dict[str, Any]
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...] = ()
     folder: str = ""
     save_at: int = 0
+    begin: str = ""
 
 
 @dataclass
@@ -67,6 +70,8 @@ def run_case(world: World, case: Case) -> Seen:
     checkpoints = Checkpoints(Path(case.folder), (models.main,)) if case.folder else None
     if checkpoints is not None:
         trainer.resume(checkpoints)
+    if case.begin:
+        hf.load(models.main.decoder, Path(case.begin))
     seen.evaluated = trainer.held_out(0, recorder)
     for iteration in range(trainer.done, config.iterations):
         seen.metrics.append(trainer.iteration(iteration, recorder))

@@ -35,6 +35,23 @@ def score(model: Any, row: Row) -> Tensor:
     return model(torch.tensor([row[0]])).logits[0, 0]
 
 
+def bradley_terry(model: Any, pairs: Sequence[Sequence[Row]], margins: Sequence[float]) -> Tensor:
+    """-log sigmoid of the scores' difference less the margin, the mean over pairs."""
+    gaps = [score(model, a) - score(model, b) - m for (a, b), m in zip(pairs, margins, strict=True)]
+    return -torch.stack([F.logsigmoid(gap) for gap in gaps]).mean()
+
+
+def dpo(model: Any, before: Any, pairs: Sequence[Sequence[Row]], beta: float, wrong: float) -> Tensor:
+    """The mean over pairs of Rafailov et al.'s loss with a share of pairs the wrong way round."""
+    losses = []
+    for a, b in pairs:
+        with torch.no_grad():
+            known = logprobs(before, a).sum() - logprobs(before, b).sum()
+        gap = beta * (logprobs(model, a).sum() - logprobs(model, b).sum() - known)
+        losses.append((wrong - 1) * F.logsigmoid(gap) - wrong * F.logsigmoid(-gap))
+    return torch.stack(losses).mean()
+
+
 def gradients(model: Any, loss: Callable[[Any], Tensor]) -> tuple[float, dict[str, Tensor]]:
     """The loss and its gradient of every parameter by name."""
     value = loss(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from puzzle.data.examples import Example
 from puzzle.data.masks import Labelled
 from tests.helpers import run_ranks
-from tests.reference.tiny import save_lm
+from tests.reference.tiny import save_lm, save_value
 from tests.rlhf import supervised_truth as truth
 from tests.rlhf.supervised_ranks import Case, Seen, run
 
@@ -38,13 +40,16 @@ def rows(count: int, seed: int) -> list[truth.Row]:
     return found
 
 
-def examples(groups: list[list[truth.Row]]) -> tuple[Example, ...]:
+def examples(groups: list[list[truth.Row]], margins: Sequence[float] = ()) -> tuple[Example, ...]:
     made = [tuple(Labelled(tokens, (span,)) for tokens, span in group) for group in groups]
-    return tuple(Example(number, sequences) for number, sequences in enumerate(made))
+    return tuple(
+        Example(number, sequences, margins[number] if margins else 0.0)
+        for number, sequences in enumerate(made)
+    )
 
 
 TRAIN = [[row] for row in rows(8, 1)]
-HELD_OUT = [[row] for row in rows(5, 2)]
+HELD_OUT = [[row] for row in rows(9, 2)]  # more than a batch: one replica alone has the last one
 
 
 def sft(folder: Path, layout: dict[str, int], **changes: Any) -> Case:
@@ -61,6 +66,21 @@ def sft(folder: Path, layout: dict[str, int], **changes: Any) -> Case:
         **changes,
     }
     return Case(config, examples(TRAIN), examples(HELD_OUT))
+
+
+PAIRS = [list(pair) for pair in zip(rows(6, 3), rows(6, 4), strict=True)]
+HELD_OUT_PAIRS = [list(pair) for pair in zip(rows(7, 5), rows(7, 6), strict=True)]
+MARGINS = (0.0, 0.5, 1.0, -0.25, 0.0, 2.0)
+
+
+def preferring(task: str, folder: Path, layout: dict[str, int], **changes: Any) -> Case:
+    """A run that learns from pairs."""
+    case = sft(folder, layout, **changes)
+    config = {**case.config, "task": task, "batch": 6}
+    if task == "reward-model":
+        config["reward"] = config.pop("actor")
+    margins = MARGINS if task == "reward-model" else ()
+    return Case(config, examples(PAIRS, margins), examples(HELD_OUT_PAIRS))
 
 
 def whole(seen: list[Seen], shapes: dict[str, Any]) -> dict[str, Tensor]:
@@ -94,7 +114,7 @@ def assert_resumed(found: list[list[Seen]]) -> None:
         straight, resumed = rank[-2:]
         assert len(straight.metrics) == 4
         assert len(resumed.metrics) == 2
-        for name in straight.metrics[0].keys() - {"balance"}:
+        for name in straight.metrics[0].keys() - {"tokens_per_device_second"}:
             assert [m[name] for m in resumed.metrics] == [m[name] for m in straight.metrics[2:]], name
         for (_, _, before), (_, _, after) in zip(straight.weights, resumed.weights, strict=True):
             assert torch.equal(before, after)
@@ -127,3 +147,57 @@ def test_sft_is_the_cross_entropy_of_transformers_in_every_layout(tmp_path: Path
         for one in seen:
             assert one.evaluated is not None
             assert one.evaluated["loss"] == pytest.approx(held_out[average], rel=CLOSE)
+
+
+def assert_pairs(found: dict[str, float], scores: list[tuple[float, float]]) -> None:
+    """Accuracy, its interval and the gap of the scores of pairs."""
+    share = sum(a > b for a, b in scores) / len(scores)
+    assert found["accuracy"] == pytest.approx(share)
+    interval = binomtest(round(share * len(scores)), len(scores)).proportion_ci(method="wilson")
+    assert found["accuracy_ci95"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-4)
+    assert found["score_gap"] == pytest.approx(
+        sum(a - b for a, b in scores) / len(scores), rel=CLOSE, abs=CLOSE
+    )
+
+
+def test_bradley_terry_and_dpo_are_those_of_transformers_in_every_layout(tmp_path: Path) -> None:
+    """In four layouts, with pairs in passes together, alone, and padded; a head that the folder lacks is the
+    same in every layout; resumed runs go on bitwise."""
+    judge, folder = save_value(tmp_path / "judge"), save_lm(tmp_path / "lm")
+    later = save_lm(tmp_path / "later", seed=8)  # DPO learns something only where actor and reference differ
+    kinds = list(LAYOUTS.values())
+    apart = {"microbatch_tokens": None, "microbatch": 1, "packing": False}
+    judging = [
+        *(preferring("reward-model", judge, layout) for layout in kinds),
+        preferring("reward-model", judge, LAYOUTS["pp4"], algorithm=apart, recompute=True),
+    ]
+    options = {"beta": 0.3, "label_smoothing": 0.1}
+    choosing = [
+        *(preferring("dpo", folder, layout, algorithm=options) for layout in kinds),
+        preferring("dpo", folder, LAYOUTS["dp4"], algorithm={**options, **apart}),
+    ]
+    fresh = [preferring("reward-model", folder, LAYOUTS[name]) for name in ("tp2-pp2", "dp4")]
+    cases = [*judging, *(replace(case, begin=str(later)) for case in choosing), *fresh]
+    goes_on = resuming(preferring("dpo", folder, LAYOUTS["tp2-dp2"], algorithm=options), tmp_path / "states")
+    found = run_ranks(run, 4, 4, [*cases, *goes_on])
+    assert_resumed(found)
+    model = truth.classifier(judge)
+    wanted = truth.gradients(model, lambda m: truth.bradley_terry(m, PAIRS, MARGINS))
+    for number in range(len(judging)):
+        seen = [rank[number] for rank in found]
+        assert_close(seen, *wanted, "reward")
+    with torch.no_grad():
+        scores = [(float(truth.score(model, a)), float(truth.score(model, b))) for a, b in PAIRS]
+        held_out = [(float(truth.score(model, a)), float(truth.score(model, b))) for a, b in HELD_OUT_PAIRS]
+        unseen = float(truth.bradley_terry(model, HELD_OUT_PAIRS, [0.0] * 7))
+    assert_pairs(found[0][0].metrics[0], scores)
+    for rank in found:
+        assert rank[0].evaluated is not None
+        assert_pairs(rank[0].evaluated, held_out)
+        assert rank[0].evaluated["loss"] == pytest.approx(unseen, rel=CLOSE)
+    actor, before = truth.causal(later), truth.causal(folder)
+    wanted = truth.gradients(actor, lambda m: truth.dpo(m, before, PAIRS, 0.3, 0.1))
+    for number in range(len(judging), len(judging) + len(choosing)):
+        assert_close([rank[number] for rank in found], *wanted, "actor")
+    one, other = ([rank[number] for rank in found] for number in (-4, -3))
+    assert one[0].metrics[0]["reward_loss"] == pytest.approx(other[0].metrics[0]["reward_loss"], rel=CLOSE)

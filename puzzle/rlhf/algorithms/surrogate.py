@@ -31,11 +31,15 @@ class Responses(NamedTuple):
         rows_N, columns_N = (index.to(device) for index in mask_RS.nonzero().unbind(1))
         return Responses(rows_N, columns_N, lengths_R.double().to(device), max(lengths))
 
-    def mean(self, x_N: Tensor) -> Tensor:
-        """(N,), the dtype of x: the mean of each token's response. Bitwise the same every time."""
+    def sums(self, x_N: Tensor) -> Tensor:
+        """float64 (R,): the sum of each response. Bitwise the same every time."""
         table_RS = x_N.new_zeros((len(self.lengths_R), self.longest), dtype=torch.float64)
         table_RS[self.rows_N, self.columns_N] = x_N.double()
-        return (table_RS.sum(1) / self.lengths_R)[self.rows_N].to(x_N.dtype)
+        return table_RS.sum(1)
+
+    def mean(self, x_N: Tensor) -> Tensor:
+        """(N,), the dtype of x: the mean of each token's response. Bitwise the same every time."""
+        return (self.sums(x_N) / self.lengths_R)[self.rows_N].to(x_N.dtype)
 
 
 class Surrogate(NamedTuple):

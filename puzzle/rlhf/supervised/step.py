@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from puzzle.config.algorithm import PassesConfig
 from puzzle.data.examples import Example
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
+from puzzle.model.decoder import Decoder
 from puzzle.rlhf.algorithms.base import total
-from puzzle.rlhf.microbatches import MicroBatches
+from puzzle.rlhf.algorithms.surrogate import Responses
+from puzzle.rlhf.microbatches import Computation, MicroBatches
 from puzzle.rlhf.supervised.objectives import Objective, Places, Totals
 
 
@@ -51,11 +53,12 @@ class ExamplePass:
         passes: PassesConfig,
     ) -> None:
         """The loss is the share of these examples in the mean over `totals`."""
-        self.objective, self.model, self.totals = objective, model, totals
+        self.objective, self.model, self.totals, self.examples = objective, model, totals, examples
         self.sequences = Sequences(examples)
         rows = self.sequences.rows
         tokens = [sequence.tokens for sequence in rows]
-        self.cut = MicroBatches(model, range(len(rows)), tokens, passes, len(examples[0].sequences))
+        self.together = len(examples[0].sequences)
+        self.cut = MicroBatches(model, range(len(rows)), tokens, passes, self.together)
         self.sums: dict[str, Tensor] = {}
         # Ready before the pipeline starts, which a copy from the host would stop.
         self._places = [self._of(i) for i in range(len(self.cut.rows))] if model.stage.last else []
@@ -65,6 +68,20 @@ class ExamplePass:
         """For `Pipeline.train` or `Pipeline.infer`."""
         return PipelineInput(self.model, self.cut.batches, self._loss, max(self.cut.passes))
 
+    def scored(self, output: Callable[[Decoder, Tensor, Places], Tensor]) -> Computation:
+        """What `output` makes of each sequence, (R,) of a micro-batch: float32 (rows,) for all of them, those
+        of an example one after the other, equal on every rank."""
+        model, count = self.model, len(self.sequences.rows)
+
+        def output_fn(index: int, hidden: Tensor) -> Tensor:
+            return output(model.decoder, hidden, self._places[index])
+
+        def answer(results: list[Tensor]) -> Tensor:
+            own = torch.cat(results) if model.owns_results and results else None
+            return model.collect(own, self.cut.own, (count,))
+
+        return Computation(PipelineInput(model, self.cut.batches, output_fn, max(self.cut.passes)), answer)
+
     @property
     def balance(self) -> float:
         """Tokens of the replica that has most, over those of the average one."""
@@ -73,10 +90,11 @@ class ExamplePass:
     def _of(self, index: int) -> Places:
         part, device = self.cut.rows[index], self.model.world.device
         return Places(
-            [self.sequences.rows[row] for row in part],
+            [self.examples[row // self.together] for row in part[:: self.together]],
             self.cut.states_N(self.sequences, index),
             self.sequences.targets_N(part).to(device),
             self.cut.last_rows(index),
+            Responses.of([len(self.sequences.rows[row].learned) for row in part], device),
         )
 
     def _loss(self, index: int, hidden: Tensor) -> Tensor:
