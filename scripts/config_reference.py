@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SUPERVISED
 from puzzle.files.limits import LARGEST, MOST
@@ -115,7 +116,7 @@ def page() -> str:
     """The whole page."""
     known: set[type[BaseModel]] = set()
     parts = [HEAD, *chapter(TrainConfig, "The run", known)]
-    for task, schema in SUPERVISED.items():
+    for task, schema in {**SUPERVISED, "evaluate": EvaluationConfig}.items():
         parts += chapter(schema, f"`puzzle {task}`", known)
     return "\n".join(parts)
 

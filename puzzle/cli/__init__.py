@@ -21,6 +21,7 @@ COMMANDS = {
     "sft": "train a model to say what the assistant says in examples",
     "reward-model": "train a model to score preferred answers higher",
     "dpo": "train a model to say preferred answers, without a reward model",
+    "evaluate": "score a model's answers to prompts",
     "generate": "answer prompts with a model folder",
     "prompts": "write prompts whose answers can be judged",
     "convert": "turn a GGUF file into a Hugging Face model folder",

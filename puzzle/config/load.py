@@ -159,6 +159,11 @@ def build(data: Mapping[str, Any], place: Callable[[Key], str]) -> TrainConfig:
 
 
 def build_as(schema: type[Config], data: Mapping[str, Any], place: Callable[[Key], str]) -> Config:
+    """The same for any run."""
+    return validated(schema, data, place)
+
+
+def validated(schema: type[Any], data: Mapping[str, Any], place: Callable[[Key], str]) -> Any:
     """The same for any schema."""
     sections = {key for key, is_section in keys(schema) if is_section and key[-1] != "init"}
     try:

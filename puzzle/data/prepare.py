@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from puzzle.config.reward import RewardConfig
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings, endings
@@ -56,10 +57,18 @@ def prepare(
             raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
     stream = PromptStream(train, config.batch, config.seed, data.shuffle)
     ends = endings(tokenizer, folder, config.generation.stop)
-    if config.reward.model is None:
-        return RunData(tokenizer, ends, stream, held_out)
-    reader = Reader(tokenizer, load_tokenizer(config.reward.model), ends.eos, began)
-    return RunData(tokenizer, ends, stream, held_out, None if reader.same else reader)
+    return RunData(tokenizer, ends, stream, held_out, reader_of(config.reward, tokenizer, ends, began))
+
+
+def reader_of(
+    reward: RewardConfig, tokenizer: Tokenizer, ends: Endings, began: datetime | None
+) -> Reader | None:
+    """What makes a reward model's ids of those of `tokenizer`; None where they are the same, or there is
+    none."""
+    if reward.model is None:
+        return None
+    reader = Reader(tokenizer, load_tokenizer(reward.model), ends.eos, began)
+    return None if reader.same else reader
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ from pathlib import Path
 import torch
 
 from puzzle.config import memory_report as footprint
-from puzzle.config.base import Role, RunConfig
+from puzzle.config.base import RunConfig
 from puzzle.config.resolve import Plan, RunPlan
-from puzzle.config.sections import OptimizerConfig
+from puzzle.config.sections import ModelConfig, OptimizerConfig
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.offload import HostMemory, Offload, offload_states, offload_weights
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.model import hf
 from puzzle.model.weights import initialise
+from puzzle.plan.run import ModelPlan
 from puzzle.rlhf.policy_generator import PolicyGenerator, build_policy_generator
 from puzzle.runlog import records
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROLE_SEEDS: dict[Role, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
+ROLE_SEEDS: dict[str, int] = {"actor": 1, "critic": 2, "reference": 1, "reward": 3}
 """Added to the run's seed for random weights: the reference starts as the actor does."""
 
 
@@ -133,20 +134,7 @@ def build_runtimes(plan: Plan, world: World) -> RunModels:
     made: dict[str, ModelRuntime] = {}
     for role, model in plan.models.items():
         section, recompute = getattr(config, role), config.recompute and model.trained
-        folder = Path(section.model or "")
-        if section.model is not None:  # before memory is taken for what config.json alone says
-            hf.check_weights(folder, model.spec, new_head=model.trained and model.spec.head == "value")
-        runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[config.dtype], recompute)
-        if config.compile:
-            runtime.decoder.compile_layers()
-        seed = config.seed + ROLE_SEEDS[role]
-        if section.model is None:
-            initialise(runtime.decoder, seed, world.progress.tick)
-        else:
-            head_seed = seed if model.trained and model.spec.head == "value" else None
-            loaded = hf.load(runtime.decoder, folder, head_seed, world.progress.tick)
-            if world.rank == 0:
-                loaded.warn(folder)
+        runtime = load_model(model, section, world, config.dtype, config.seed, recompute, config.compile)
         made[role] = runtime
     for role, model in plan.models.items():
         if model.trained:
@@ -156,6 +144,33 @@ def build_runtimes(plan: Plan, world: World) -> RunModels:
             made[role].freeze()
     trained: dict[str, ModelRuntime] = {role: made[role] for role in config.trained}
     return RunModels(made, trained, _offload_policy(config, world, made, host))
+
+
+def load_model(
+    model: ModelPlan,
+    source: ModelConfig,
+    world: World,
+    dtype: str,
+    seed: int,
+    recompute: bool = False,
+    compiled: bool = False,
+) -> ModelRuntime:
+    """One model with its weights from `source`, or drawn from `seed` and its role."""
+    role, folder = model.role, Path(source.model or "")
+    new_head = model.trained and model.spec.head == "value"
+    if source.model is not None:  # before memory is taken for what config.json alone says
+        hf.check_weights(folder, model.spec, new_head=new_head)
+    runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[dtype], recompute)
+    if compiled:
+        runtime.decoder.compile_layers()
+    seed += ROLE_SEEDS[role]
+    if source.model is None:
+        initialise(runtime.decoder, seed, world.progress.tick)
+    else:
+        loaded = hf.load(runtime.decoder, folder, seed if new_head else None, world.progress.tick)
+        if world.rank == 0:
+            loaded.warn(folder)
+    return runtime
 
 
 def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.config.algorithm import PassesConfig
+from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.run import AlgorithmConfig, GenerationConfig, TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
@@ -25,7 +27,7 @@ from puzzle.rlhf.microbatches import Computation, MicroBatches
 from puzzle.rlhf.rewards.batch import RewardBatch
 
 
-def sampling_params(config: TrainConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
+def sampling_params(config: TrainConfig | EvaluationConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
     """How the run draws responses."""
     g = config.generation
     return SamplingParams(
@@ -197,7 +199,7 @@ def compute_tokens(
 
 
 def compute_scores(
-    model: ModelRuntime, sequences: Sequence[Sequence[int]], config: AlgorithmConfig
+    model: ModelRuntime, sequences: Sequence[Sequence[int]], config: PassesConfig
 ) -> Computation:
     """float32 (B,): the reward head's output at the last token of each sequence.
 

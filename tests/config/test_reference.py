@@ -4,6 +4,7 @@ import pytest
 from config_reference import PAGE, page, section_of
 from pydantic import BaseModel
 
+from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.load import keys
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SUPERVISED
@@ -13,7 +14,7 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/config_reference.py"
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, *SUPERVISED.values()])
+@pytest.mark.parametrize("schema", [TrainConfig, *SUPERVISED.values(), EvaluationConfig])
 def test_every_key_says_what_it_is(schema: type[BaseModel]) -> None:
     silent = []
     for key, is_section in keys(schema):

@@ -98,13 +98,14 @@ SPECIAL = [
 
 
 @cache
-def _core() -> Tokenizer:
+def _core(words: bool) -> Tokenizer:
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     core.decoder = decoders.ByteLevel()
     texts = [
         "the cat sat on the mat\n\nHuman: hello Assistant: hi there\n",
         "user assistant system\n\n\n",
+        "cat\n\n" * 20,
     ] * 4
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet)
@@ -112,9 +113,10 @@ def _core() -> Tokenizer:
     return core
 
 
-def tokenizer(template: str, marked: bool) -> Any:
-    """A byte-level BPE tokenizer with this template, whose marks are taken out if it is not `marked`."""
-    made = PreTrainedTokenizerFast(tokenizer_object=_core(), eos_token="</s>", bos_token="<s>")
+def tokenizer(template: str, marked: bool, words: bool = True) -> Any:
+    """A byte-level BPE tokenizer with this template, whose marks are taken out if it is not `marked`. Without
+    `words`, tokens may reach from letters to line breaks."""
+    made = PreTrainedTokenizerFast(tokenizer_object=_core(words), eos_token="</s>", bos_token="<s>")
     marks = ("{% generation %}", "{% endgeneration %}")
     for mark in marks if not marked else ():
         template = template.replace(mark, "")

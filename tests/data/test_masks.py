@@ -38,12 +38,12 @@ def mask_of(labelled: Labelled) -> list[bool]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=25, deadline=None)
-@given(pairs=CHATS)
+@given(pairs=CHATS, words=st.booleans())
 def test_what_the_assistant_says_is_learned_and_nothing_else(
-    family: str, pairs: list[tuple[str, str]]
+    family: str, pairs: list[tuple[str, str]], words: bool
 ) -> None:
     template, render = FAMILIES[family]
-    own = tokenizer(template, marked=False)
+    own = tokenizer(template, marked=False, words=words)
     chat = messages(pairs)
     tokens, mask = expected(own, render([(turn["role"], turn["content"]) for turn in chat]))
     found = label_chat(own, chat)
@@ -51,6 +51,24 @@ def test_what_the_assistant_says_is_learned_and_nothing_else(
     assert mask_of(found) == mask
     last = label_chat(own, chat, last=True)
     assert last.spans == found.spans[-1:]
+
+
+@pytest.mark.parametrize(("family", "said"), [("chatml", "\n\nthe"), ("plain", "the cat")])
+def test_a_token_across_a_border_is_not_learned(family: str, said: str) -> None:
+    """A line break that the answer begins with may be one token with the template's before it, one behind it
+    one with its last letter."""
+    template, render = FAMILIES[family]
+    own = tokenizer(template, marked=False, words=False)
+    chat = messages([("the", said)])
+    pieces = render([(turn["role"], turn["content"]) for turn in chat])
+    owners = [number for number, (piece, _) in enumerate(pieces) for _ in piece]
+    text = "".join(piece for piece, _ in pieces)
+    offsets = own(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    across = [place for place, (low, high) in enumerate(offsets) if len(set(owners[low:high])) > 1]
+    mask = mask_of(label_chat(own, chat))
+    assert mask == expected(own, pieces)[1]
+    assert not any(mask[place] for place in across)
+    assert any(mask[place + 1] or mask[place - 1] for place in across), "one is at the border of the answer"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,6 +35,14 @@ def exact_answer(responses: Sequence[str], answer: Sequence[Any]) -> list[float]
     ]
 
 
+def said_answer(response: str) -> str:
+    """The answer of a response in one spelling, as `exact_answer` finds and compares it; of a response
+    without a box or a number, all of it."""
+    found = _boxed(response) or _last_number(response) or response
+    number = _number(found)
+    return _plain(found) if number is None else str(number)
+
+
 def _expected(right: Any) -> str:
     text = str(right).rpartition("####")[2]
     return _boxed(text) or text

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.reward import RewardPart
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
@@ -24,6 +25,10 @@ GRACE_SECONDS = 30.0
 """So much longer than `reward.timeout` is waited for a part, which ends itself."""
 GIVEN = "given"
 """In the place of a function's name: the callable that Python hands over."""
+
+
+Rewarded = TrainConfig | EvaluationConfig
+"""What has a section `reward`."""
 
 
 class Reward(Protocol):
@@ -136,7 +141,7 @@ class WeightedRewards:
 
 
 def function_rewards(
-    config: TrainConfig, give_up: Callable[[str], None] = end, given: Callable[..., Any] | None = None
+    config: Rewarded, give_up: Callable[[str], None] = end, given: Callable[..., Any] | None = None
 ) -> WeightedRewards | None:
     """The run's rewards that are no model; None where there are none. UserError for what they lack.
 
@@ -157,7 +162,7 @@ def function_rewards(
 
 
 def _reward(
-    config: TrainConfig, part: RewardPart, give_up: Callable[[str], None], given: Callable[..., Any] | None
+    config: Rewarded, part: RewardPart, give_up: Callable[[str], None], given: Callable[..., Any] | None
 ) -> Reward:
     options, notice = config.reward, config.launch.watchdog
     if part.url is not None:
@@ -205,13 +210,13 @@ def unpickled_function(pickled: bytes) -> Callable[..., Any]:
     return dill.loads(pickled)
 
 
-def runs_users_code(config: TrainConfig) -> bool:
+def runs_users_code(config: Rewarded) -> bool:
     """Whether the trainer's own process calls a named function that is not this project's."""
     names = [part.function for part in config.reward.parts if part.function not in (None, GIVEN)]
     return config.reward.workers == 0 and any(not name.startswith(OURS) for name in names if name)
 
 
-def probe(config: TrainConfig) -> WeightedRewards | None:
+def probe(config: Rewarded) -> WeightedRewards | None:
     """The rewards of a run as far as they can be had before it: those that Python gives are left out. To be
     closed. A user's module is imported in a process of its own, for it may end its process."""
     parts = tuple(part for part in config.reward.parts if part.function != GIVEN)
