@@ -128,6 +128,7 @@ def rank_plans(
     calibration: Calibration,
     top: int,
     lengths: str | None = None,
+    without: Sequence[str] = (),
 ) -> Ranking:
     """The `top` fastest plans of a configuration on `gpus` devices, each of them resolved and checked."""
     given = given_in(file, overrides)
@@ -136,7 +137,7 @@ def rank_plans(
     costs = _on_nodes(calibration.costs, per_node)
     job = job_of(plain, gpus, per_node, calibration.memory_bytes)
     told = lengths_of(lengths, plain.batch.response)
-    job = replace(job, work=replace(job.work, lengths=told))
+    job = replace(job, work=replace(job.work, lengths=told), without=frozenset(without))
     found = search(job, costs, MORE * top if job.exact else top)
     plans: list[Ranked] = []
     tight: RankMemory | None = None

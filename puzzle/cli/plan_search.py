@@ -14,6 +14,7 @@ from puzzle.config.memory_report import GIB
 from puzzle.files import durable
 from puzzle.files.limits import MOST_PROCESSES
 from puzzle.plan.predict.calibration import read_calibration
+from puzzle.plan.predict.job import IDEAS
 
 MOST_PLANS = 100
 
@@ -33,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lengths", metavar="L", help="fixed (default), exponential:MEAN, or a file of responses"
     )
+    parser.add_argument("--without", nargs="+", default=[], choices=IDEAS, help="what no plan shall have")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--out", type=new_file, metavar="FILE", help="write it for `puzzle train --plan FILE`"
@@ -40,7 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     given, overrides = parser.parse_known_args(arguments)
     began, calibration = time.perf_counter(), read_calibration(given.calibration)
     place = (given.gpus, given.per_node)
-    ranking = rank_plans(given.config, overrides, *place, calibration, given.top, given.lengths)
+    ranking = rank_plans(
+        given.config, overrides, *place, calibration, given.top, given.lengths, given.without
+    )
     took = time.perf_counter() - began
     values = described(ranking, given.gpus, given.per_node, given.calibration, calibration)
     if given.out is not None:

@@ -16,7 +16,7 @@ from puzzle.plan.predict.calibration import read_calibration
 from puzzle.plan.predict.costs import Fixed
 from puzzle.plan.predict.footprints import generation_footprint, together, training_footprint, uses_of
 from puzzle.plan.predict.iteration import Part, Workload, predict
-from puzzle.plan.predict.job import Choice, Job, Role, Sizes
+from puzzle.plan.predict.job import IDEAS, Choice, Job, Role, Sizes
 from puzzle.plan.predict.rates import NAMES
 from puzzle.plan.predict.search import predicted, search, sizes
 from puzzle.plan.reshard.plan import plan_switch
@@ -110,6 +110,26 @@ def test_the_best_of_all_choices_are_found(memory: int) -> None:
     for plan in found.plans:
         assert plan.seconds == predicted(of, plan.choice, RATES)
         assert plan.memory <= memory
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_what_no_plan_shall_have_none_has(idea: str) -> None:
+    """Leaving it out is never faster."""
+    for memory in (1 << 40, 400 << 20):
+        of = job(4, memory)
+        found = search(replace(of, without=frozenset({idea})), RATES, 100).plans
+        assert found
+        for plan in found:
+            choice = plan.choice
+            has = {
+                "switch": choice.training != choice.generation,
+                "fusion": choice.fuse_training or choice.fuse_inference,
+                "split": choice.split,
+                "recompute": choice.recompute,
+                "offload": choice.offload,
+            }
+            assert not has[idea]
+        assert found[0].seconds.total >= search(of, RATES, 1).plans[0].seconds.total * 0.994
 
 
 def test_nothing_that_fits_is_said() -> None:

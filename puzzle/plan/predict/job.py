@@ -9,6 +9,9 @@ from puzzle.plan.layout import Layout
 from puzzle.plan.predict.iteration import Workload
 from puzzle.spec.model import ModelSpec
 
+IDEAS = ("switch", "fusion", "split", "recompute", "offload")
+"""What a plan may do beside cutting models up: generate in another layout, share pipelines between models,
+split backwards, compute forwards again, keep optimizer states on the host."""
 Sizes = tuple[int, int, int]
 """tp, pp, dp."""
 
@@ -33,6 +36,7 @@ class Job:
         layout: how a model is cut into (tp, pp, dp).
         fused, compiled, itemsize: as of `memory.Use`.
         staging: bytes that a switch may hold beside the weights it brings.
+        without: of `IDEAS`, what no plan shall have.
         exact: whether the caller will plan the switch: then what a rank has of its weights is taken off.
     """
 
@@ -49,6 +53,7 @@ class Job:
     compiled: bool
     staging: int
     exact: bool
+    without: frozenset[str] = frozenset()
 
     @property
     def actor(self) -> Role:

@@ -8,6 +8,7 @@ of one another the simplest stays.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,6 +76,8 @@ def search(job: Job, costs: Costs, top: int) -> Found:
         for one in generations:
             if training.inference + trained + one.seconds > cutoff:
                 break
+            if "switch" in job.without and one.sizes != training.choice.training:
+                continue
             most = together(job, held, one.footprint)
             if most > job.memory:
                 too_large += 1
@@ -164,7 +167,7 @@ def _trainings(job: Job, costs: Costs) -> Iterator[_Training]:
             plain = Choice(laid, laid, microbatch)
             work = workload(job, plain)
             inference, fused = inference_seconds(work, costs), False
-            if laid[1] > 1 and len(job.inferred) > 1:
+            if laid[1] > 1 and len(job.inferred) > 1 and "fusion" not in job.without:
                 together = inference_seconds(replace(work, fuse_inference=True), costs)
                 fused = together < inference * (1 - ALIKE)
                 inference = min(inference, together) if fused else inference
@@ -188,11 +191,15 @@ def _microbatches(rows: int) -> list[int]:
 def _options(job: Job, pp: int) -> Iterator[dict[str, bool]]:
     """Those that change something: one stage has no bubble to fill."""
     several, stages = len(job.trained) > 1, pp > 1
-    for fuse in (False, True) if several and stages else (False,):
-        for split, recompute in ((False, False), (True, False), (False, True)):
-            if split and not stages:
+
+    def both(idea: str, useful: bool = True) -> tuple[bool, ...]:
+        return (False, True) if useful and idea not in job.without else (False,)
+
+    for fuse in both("fusion", several and stages):
+        for split, recompute in itertools.product(both("split", stages), both("recompute")):
+            if split and recompute:
                 continue
-            for offload in (False, True):
+            for offload in both("offload"):
                 yield {"fuse_training": fuse, "split": split, "recompute": recompute, "offload": offload}
 
 
