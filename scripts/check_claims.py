@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # The checkout's own, from any folder.
-from puzzle.campaign.experiments import Selection, expand, read_table  # noqa: E402
-from puzzle.config import memory_report  # noqa: E402
-from puzzle.config.resolve import resolve  # noqa: E402
-from puzzle.config.run import TrainConfig  # noqa: E402
+from puzzle.errors import exit_code  # noqa: E402
 from puzzle.runlog import Run, load_runs  # noqa: E402
+
+if TYPE_CHECKING:
+    from puzzle.config.run import TrainConfig
 
 Values = Callable[[], Sequence[float]]
 SLOT = re.compile(r"\{[^{}]*\}")
@@ -166,11 +167,16 @@ def environment_bytes(tier: str) -> float:
 @cache
 def planned(scale: str, devices: int | None = None) -> list[TrainConfig]:
     """The runs of RUNME-b at a scale."""
+    from puzzle.campaign.experiments import Selection, expand, read_table
+
     return [one.config for one in expand(read_table(), Selection(scale, devices=devices))]
 
 
 def largest_gib(scale: str, *devices: int | None) -> float:
     """The fullest rank of all runs of our engine, by the memory report."""
+    from puzzle.config import memory_report
+    from puzzle.config.resolve import resolve
+
     configs = [config for n in devices or (None,) for config in planned(scale, n)]
     ours = [resolve(config) for config in configs if config.log.variant != "dschat"]
     ranks = [rank for plan in ours for rank in memory_report.estimate(plan, fused=True)]
@@ -380,4 +386,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
