@@ -36,7 +36,10 @@ OURS = ("puzzle", "dschat", "tests")
 TIERS = {
     **dict.fromkeys(("numpy", "pandas", "matplotlib"), "plot"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"), "engine"),
-    **dict.fromkeys(("pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"), "engine"),
+    **dict.fromkeys(
+        ("jinja2", "markupsafe", "pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"),
+        "engine",
+    ),
     **dict.fromkeys(("accelerate", "tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
     **dict.fromkeys(
         ("vaderSentiment", "ray", "triton", "requests", "urllib3", "dill", "argcomplete"), "engine"

@@ -119,6 +119,11 @@ ROOMS = {
         ("puzzle/errors.py", "puzzle/files", "puzzle/spec", "puzzle/config", "puzzle/launch"),
         HEAVY,
     ),
+    "puzzle/report": Room(
+        "a page about runs: HTML in one file, and Markdown",
+        ("puzzle/errors.py", "puzzle/config", "puzzle/runlog"),
+        HEAVY,
+    ),
     "puzzle/cli": Room(
         "the commands, imported when they run",
         (
@@ -134,6 +139,7 @@ ROOMS = {
             "puzzle/launch",
             "puzzle/rlhf",
             "puzzle/campaign",
+            "puzzle/report",
             "plotting",
         ),
     ),

@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "turn a GGUF file into a Hugging Face model folder",
     "plan": "plan switches and shared pipelines, predict iterations, without devices",
     "bench": "measure and check on the devices of this host",
+    "report": "write a page about runs: curves, stages, memory, samples",
     "campaign": "run the experiments of the figures, then draw them",
 }
 

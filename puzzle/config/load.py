@@ -146,6 +146,15 @@ def option_help(schema: Schema = TrainConfig) -> str:
     return "\n".join(lines)
 
 
+def defaults(schema: Schema = TrainConfig) -> dict[str, Any]:
+    """What every key is where nothing is given, by dotted key."""
+    return {
+        ".".join(key): _field(key, schema).get_default(call_default_factory=True)
+        for key, is_section in keys(schema)
+        if not is_section
+    }
+
+
 def _field(key: Key, model: Schema) -> FieldInfo:
     for part in key[:-1]:
         model = _section(model.model_fields[part].annotation) or model

@@ -19,6 +19,7 @@ COMMANDS = [
     ["puzzle", "bench", "check", "--world", "2"],
     ["puzzle", "bench", "fuse"],
     ["puzzle", "campaign", "--dry-run"],
+    ["puzzle", "report", "out"],
     [str(ROOT / "DeepSpeedExamples/applications/DeepSpeed-Chat/main.py"), "--out", "out/chat"],
 ]
 # Runs each command in this one process, where the packages of the richer tiers cannot be imported.

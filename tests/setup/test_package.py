@@ -97,6 +97,9 @@ def test_an_installed_package_trains(installed: Installed, tmp_path: Path) -> No
     assert [one["iteration"] for one in records if one["record"] == "iteration"] == [0, 1]
     assert records[-1]["status"] == "completed"
     assert (tmp_path / "out/plots/curves.png").exists()
+    done = installed.run(tmp_path, "puzzle", "report", "out")
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "out/report.html").read_text()
     origin = "import puzzle, sys; sys.exit(print(puzzle.__file__))"
     found = installed.run(tmp_path, "python", "-c", origin).stdout.strip()
     assert Path(found).is_relative_to(installed.python.parents[1])

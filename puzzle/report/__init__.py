@@ -1,0 +1,1 @@
+"""A page that tells what runs did: self-contained HTML, and Markdown."""
