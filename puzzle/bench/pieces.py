@@ -88,7 +88,14 @@ class PiecesBench(harness.Bench):
         "350m",
     )
     dtype: harness.Dtype = "bf16"
-    tokens: Annotated[Sequence[int], _sizes("of a micro-batch of training")] = (512, 1024, 2048, 4096, 8192)
+    tokens: Annotated[Sequence[int], _sizes("of a micro-batch of training")] = (
+        512,
+        1024,
+        2048,
+        4096,
+        8192,
+        16384,
+    )
     length: harness.Length = 512
     rows: Annotated[Sequence[int], _sizes("of a decode pass")] = (1, 8, 16, 32, 64, 128, 256)
     prompts: Annotated[Sequence[int], _sizes("cached tokens of decode passes, before theirs")] = (64, 512)
@@ -102,7 +109,7 @@ class PiecesBench(harness.Bench):
     compile: Annotated[bool, option(help="time layers through torch.compile")] = False
     engine: Annotated[str, option(help="commit or name of the engine; default: this checkout's")] = ""
     seconds: Annotated[float, option(type=real(0), metavar="S", help="begin nothing after so long")] = 150.0
-    repeats: harness.Repeats = 3
+    repeats: harness.Repeats = 7
     timeout: ClassVar[float] = 120.0
 
 

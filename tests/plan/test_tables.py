@@ -11,7 +11,9 @@ from puzzle.errors import UserError
 from puzzle.plan.layout import Layout
 from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.costs import Fixed, Nodes, Pass, layer_products
+from puzzle.plan.predict.iteration import Part, Workload, pipeline_costs
 from puzzle.plan.predict.passes import decode_stages, stage_costs
+from puzzle.plan.predict.rates import LOGIT_BYTES
 from puzzle.plan.predict.tables import (
     CollectiveRow,
     DecodeRow,
@@ -24,6 +26,7 @@ from puzzle.plan.predict.tables import (
 from puzzle.spec.published import published
 
 SPEC = published("7b")
+RATES = read_calibration("published-orion").rates
 SHAPE = Shape.of(SPEC)
 
 
@@ -84,6 +87,17 @@ def test_rows_are_met_and_what_lies_between_them_is_between() -> None:
     assert not tables.notes()
 
 
+def test_less_work_takes_no_longer() -> None:
+    """A row that a disturbed host made long gives way to those of more work."""
+    long = replace(layer(1024), forward_s=1.0, infer_s=1.0)
+    rows = [layer(512), long, layer(2048), layer(8192)]
+    tables = replace(fresh(), layers=tuple(rows), marks={})
+    one = Pass(1024, 512, 0, trained=True)
+    assert tables.layer(SPEC, 1, one, False).forward == pytest.approx(layer(2048).forward_s)
+    sent = (MessageRow(1 << 10, True, 1.0), *TABLES.messages)
+    assert replace(fresh(), messages=sent).send(1 << 10, False) == pytest.approx(1e-5)
+
+
 def test_decode_is_linear_in_rows_and_in_cached_tokens() -> None:
     tables = fresh()
     for rows, cached in ((1, 64), (32, 512), (100, 64), (100, 300), (300, 700)):
@@ -126,6 +140,36 @@ def test_another_tp_is_a_cut_layer_and_its_collectives() -> None:
     between = apart.layer(SPEC, 16, one, True).forward
     cut = apart.layer(SPEC, 1, Pass(256, 512, 0, trained=True), False).forward
     assert between == pytest.approx(cut + 4 * (1e-4 + 15 / 16 * 2 * 4096 * 4096 / 1e10), rel=1e-3)
+
+
+def test_logits_are_made_at_answers_alone_by_this_engine() -> None:
+    """Half of the positions, so that the head takes half; of the published engine all have logits."""
+    part = Part(SPEC, Layout.even(1, 1, 1, 32))
+    work = Workload(
+        actor=part,
+        generation=part.layout,
+        trained=(part,),
+        inferred=(part,),
+        stepped=1,
+        sequences=8,
+        minibatch=8,
+        steps=1,
+        prompt=256,
+        response=256,
+        microbatch=4,
+    )
+    head = HeadRow(4096, 32000, 1, 1024, 0.1, 1.0, 2.0)
+    twice = replace(head, tokens=2048, infer_s=0.2, forward_s=2.0, backward_s=4.0)
+    tables = replace(fresh(), heads=(head, twice))
+    (stages,), (count,) = pipeline_costs([part], work, 8, tables, True)
+    row = layer(2048)
+    assert count == 2
+    assert stages.forward == pytest.approx((32 * row.forward_s + 1.0,))
+    (theirs,), _ = pipeline_costs([part], work, 8, RATES, True)
+    (ours,), _ = pipeline_costs([part], work, 8, replace(RATES, this_engine=True), True)
+    gone = theirs.forward[0] - ours.forward[0]
+    per_position = 2 * 4096 * 32000 / RATES.products + 32000 * LOGIT_BYTES / RATES.memory
+    assert gone == pytest.approx(1024 * per_position)
 
 
 def test_stages_are_made_of_them() -> None:

@@ -88,8 +88,8 @@ class Calibration:
         if costs.fixed != Fixed():
             values["fixed"] = asdict(costs.fixed)
         if isinstance(costs, Rates):
-            if costs.replays:
-                values["replays"] = True
+            if costs.this_engine:
+                values["this_engine"] = True
             values["rates"] = {name: _short(value) for name, value in costs.values().items()}
         else:
             values["tables"] = {
@@ -149,7 +149,7 @@ def _costs(fields: Fields) -> Rates | Tables:
     if unknown := [key for key in rates if key not in NAMES]:
         raise UserError(f"{rates.place}: {unknown[0]} is no constant; there are {', '.join(NAMES)}")
     found = {name: rates.number(name, least=SMALLEST, most=LARGEST) for name in NAMES}
-    return replace(Rates.of(found), nodes=nodes, fixed=fixed, replays=fields.flag("replays", False))
+    return replace(Rates.of(found), nodes=nodes, fixed=fixed, this_engine=fields.flag("this_engine", False))
 
 
 def _nodes(found: Fields) -> Nodes:

@@ -93,6 +93,12 @@ class Costs(Protocol):
         ...
 
     @property
+    def this_engine(self) -> bool:
+        """Whether decode passes can be recorded, and logits are made at answers alone: not in the published
+        engine."""
+        ...
+
+    @property
     def fixed(self) -> Fixed:
         """What comes beside passes."""
         ...

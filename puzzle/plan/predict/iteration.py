@@ -110,11 +110,13 @@ def _cut(sequences: int, dp: int, size: int | None) -> tuple[int, int]:
 def pipeline_costs(
     parts: Sequence[Part], work: Workload, sequences: int, costs: Costs, trained: bool
 ) -> tuple[list[StageCosts], list[int]]:
-    """Costs and numbers of micro-batches of models in one pipeline, which have logits at every position."""
+    """Costs and numbers of micro-batches of models in one pipeline; logits are made at every position, or at
+    answers alone."""
     length, found, counts = round(work.tokens), [], []
+    headed = length - work.prompt if costs.this_engine else length
     for part in parts:
         rows, count = _cut(sequences, part.layout.dp, work.microbatch)
-        one = Pass(rows * length, length, rows * length, trained)
+        one = Pass(rows * length, length, rows * headed, trained)
         how = {"recompute": work.recompute, "split": work.split and trained}
         found.append(stage_costs(part.spec, part.layout, one, costs, **how))
         counts.append(count)

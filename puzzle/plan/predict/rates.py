@@ -36,7 +36,7 @@ LOGIT_BYTES = 14
 class Rates:
     """Constants, all positive. Rates are per device; seconds of the host are what issuing work takes it.
 
-    `nodes`, `fixed` and `replays` are no constants of a fit; `replays`: the engine can record decode passes.
+    `nodes`, `fixed` and `this_engine` are no constants of a fit; `this_engine`: not the published one.
     """
 
     products: float
@@ -67,7 +67,7 @@ class Rates:
     """Bytes that an optimizer step moves per parameter of a rank."""
     nodes: Nodes | None = None
     fixed: Fixed = field(default_factory=Fixed)
-    replays: bool = False
+    this_engine: bool = False
 
     item = ITEM
 
@@ -123,7 +123,7 @@ class Rates:
         cache = self.kv_reads * ITEM * rows * cached * kv_columns / self.memory
         exchange = 2 * self.all_reduce(tp, ITEM * rows * spec.hidden_size, across)
         host = self.layer_host + (self.collective_host if tp > 1 else 0.0)
-        host = 0.0 if graphs and self.replays else host
+        host = 0.0 if graphs and self.this_engine else host
         return DecodeSeconds(products + cache + exchange + self.floor, host)
 
     def decode_head(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> tuple[float, float]:
@@ -149,7 +149,7 @@ class Rates:
         return "  ".join(f"{name} {value:.3g}" for name, value in self.values().items())
 
 
-NAMES = tuple(one.name for one in fields(Rates) if one.name not in ("nodes", "fixed", "replays"))
+NAMES = tuple(one.name for one in fields(Rates) if one.name not in ("nodes", "fixed", "this_engine"))
 
 
 def layer_bytes(spec: ModelSpec, one: Pass, tp: int) -> float:

@@ -154,6 +154,8 @@ class Tables:
     nodes: Nodes | None = None
     marks: dict[str, None] = field(default_factory=dict, compare=False, repr=False)
 
+    this_engine = True
+
     @property
     def tensor_parallel(self) -> bool:
         """Whether layers were measured with tp of at least 2."""
@@ -253,7 +255,7 @@ class Tables:
         self._range("cached tokens", cached, lengths)
         values = []
         for length in lengths:
-            points = sorted((row.rows, of(row)) for row in found if row.cached == length)
+            points = _no_longer((row.rows, of(row)) for row in found if row.cached == length)
             values.append((length, max(0.0, _linear(points, rows))))
         return max(0.0, _linear(values, cached))
 
@@ -271,14 +273,14 @@ class Tables:
         if nearest != ranks:
             self._mark(f"collectives of {ranks} ranks were not measured: at the rate of {nearest}")
         scale = (all_reduced if op == "all_reduce" else gathered)(nearest, 1.0)
-        points = sorted((row.bytes * scale, row.s) for row in known if row.ranks == nearest)
+        points = _no_longer((row.bytes * scale, row.s) for row in known if row.ranks == nearest)
         return max(points[0][1], _linear(points, moved))
 
     def send(self, nbytes: float, across: bool, *, decode: bool = False) -> float:
         """As measured, of decode passes as of others."""
         if across and self.nodes is not None:
             return self.nodes.small + nbytes / self.nodes.message
-        points = sorted((row.bytes, row.s) for row in self.messages if row.same_node)
+        points = _no_longer((row.bytes, row.s) for row in self.messages if row.same_node)
         if not points:
             raise UserError("the calibration has no messages: take it again with at least 2 devices")
         return max(points[0][1], _linear(points, nbytes))
@@ -317,7 +319,7 @@ class Tables:
 
     def _at_flops(self, points: Iterable[tuple[float, float]], flops: float, what: str) -> float:
         """Seconds of a pass of `flops`; below what was measured no less than the smallest pass."""
-        ordered = sorted(points)
+        ordered = _no_longer(points)
         self._range(what, flops, [flops for flops, _ in ordered])
         return _by_rate(ordered, flops)
 
@@ -341,6 +343,15 @@ def _flops(shape: Shape, tokens: int, length: int) -> float:
     """As `costs.layer_products`."""
     spec = ModelSpec("llama", 2, shape.hidden, shape.ffn, 1, shape.heads, shape.kv_heads, shape.head_dim)
     return layer_products(spec, Pass(tokens, length, 0)) if tokens else layer_matmul_flops(spec)
+
+
+def _no_longer(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """In ascending order, and none longer than one of more work: hosts are disturbed, the least says most."""
+    least, found = math.inf, []
+    for amount, seconds in sorted(points, reverse=True):
+        least = min(least, seconds)
+        found.append((amount, least))
+    return found[::-1]
 
 
 def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
