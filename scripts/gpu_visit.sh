@@ -1,6 +1,8 @@
 #!/bin/bash
 # What needs GPUs, in one visit: bash scripts/gpu_visit.sh OUTDIR [PART...]
-# Parts: check switch fuse memory save layouts single (docs/performance.md); all that the host's GPUs allow by default.
+# Parts: check switch fuse memory save layouts single rollout (docs/performance.md); by default all but the last one that the
+# host's GPUs allow. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
+# an older checkout of this repository, to time its generation beside this one's.
 # Steps have time limits of their own and go on after failures; logs lie in OUTDIR, a table of results comes last.
 # SECONDS_LEFT (default 590) bounds the visit; steps that no longer fit are skipped and say so.
 set -u
@@ -83,7 +85,7 @@ part_save() {
 part_layouts() {
     local half=$((gpus / 2)) layout
     for layout in "$gpus,1,1" "$half,2,1" "1,$gpus,1" "1,1,$gpus"; do
-        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --batches 128 --modes graphs \
+        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences 128 --modes graphs \
             --lengths fixed exponential --repeats 3 --out "$rows"
     done
 }
@@ -93,11 +95,62 @@ part_single() {
     [ "$gpus" -lt 2 ] && wait
     {
         on 1 bench generate.log 240 "generate 7B" generate --out "$rows"
-        on 1 bench generate.log 90 "early stop" generate --batches 128 --modes graphs --lengths exponential --repeats 3 --out "$rows"
+        on 1 bench generate.log 90 "early stop" generate --sequences 128 --modes graphs --lengths exponential --repeats 3 --out "$rows"
     } &
     [ "$gpus" -lt 3 ] && wait
     on 2 bench adamw.log 200 "7B with AdamW" train --optimizer --modes compile --repeats 3 --out "$rows" &
     wait
+}
+
+# The jobs of part_rollout, each on a GPU of its own where there are several.
+long=(generate --modes graphs --arms early --repeats 1 --lengths exponential --out "$rows")
+
+rollout_fixed() {
+    on 0 bench rollout-fixed.log 100 "fixed lengths" generate --sequences 16 32 64 128 256 --modes graphs --out "$rows"
+    [ -z "${OLD:-}" ] || PYTHONPATH=$OLD on 0 bench rollout-old.log 100 "fixed lengths, before" generate \
+        --batches 16 32 64 128 256 --modes graphs
+    on 0 bench rollout-check.log 100 "queue and pages give the same tokens" check --models llama,qwen2
+}
+
+rollout_groups() {
+    on 1 bench rollout-groups.log 60 "64 prompts of 8 samples" generate --sequences 512 --samples 8 --prompt 1024 \
+        --modes graphs --out "$rows"
+    on 1 bench rollout-groups.log 60 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
+}
+
+rollout_varied() {
+    on 2 bench rollout-varied.log 120 "1024 of exponential lengths" "${long[@]}" --sequences 1024 --prompt 64-1024 \
+        --new 2048 --mean 512
+}
+
+rollout_long() {
+    on 3 bench rollout-long.log 200 "2048 of at most 8k" "${long[@]}" --sequences 2048 --prompt 256-1024 --new 7168 --mean 512
+}
+
+part_rollout() {
+    # A cache takes what memory is free: one job at a time on a GPU.
+    {
+        rollout_fixed
+        [ "$gpus" -ge 4 ] || rollout_varied
+    } &
+    [ "$gpus" -gt 1 ] || wait
+    {
+        rollout_groups
+        [ "$gpus" -ge 4 ] || rollout_long
+    } &
+    if [ "$gpus" -ge 4 ]; then
+        rollout_varied &
+        rollout_long &
+    fi
+    wait
+    [ "$gpus" -ge 4 ] || return 0
+    local layout
+    for layout in 4,1,1 2,2,1 1,4,1 1,1,4; do
+        bench rollout-layouts.log 60 "generate on $layout" generate --layout "$layout" --sequences 128 --modes graphs --out "$rows"
+        bench rollout-layouts.log 60 "a queue on $layout" "${long[@]}" --layout "$layout" --sequences 512 --at-a-time 128 \
+            --prompt 64-256 --new 512
+    done
+    bench rollout-check.log 100 "the same tokens on $gpus GPUs" check --world "$gpus" --models llama
 }
 
 {

@@ -20,8 +20,9 @@ from puzzle.bench import device, kernels
 from puzzle.bench.harness import Bench, Row, Sizes, option
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import whole
-from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.decode_ring import generate
 from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
@@ -32,9 +33,12 @@ from puzzle.files.limits import MOST_PROCESSES
 from puzzle.model import hf
 from puzzle.model.weights import boxes
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.pages import whole_pages
 
 STEPS = 3
 NEW_TOKENS = 12
+PAGE = 16
+"""Positions of a page of the cache, so that answers have several."""
 COMPILED = ("llama", "qwen3")
 MARGIN = 1e-4
 """Two right implementations may choose different tokens whose logits are closer than this."""
@@ -280,13 +284,20 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     runtime = _runtime(folder, placement, world, FULL)
     rows = runtime.rows(len(truth.texts))
     requests = [Request(truth.texts[row], row) for row in rows]
+    pages = whole_pages(max(map(len, truth.texts)), NEW_TOKENS, PAGE)
     # One token of every other answer: rows leave their micro-batch at different steps.
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     for mode in ("eager", "graphs"):
-        with ModelRunner(runtime.decoder, graphs=mode == "graphs") as passes:
-            for ends, stop_ids in (("", ()), (", early ends", stops)):
+        with ModelRunner(runtime.decoder, graphs=mode == "graphs", page=PAGE) as passes:
+            for ends, stop_ids, most, few in (
+                ("", (), None, None),
+                (", early ends", stops, None, None),
+                (", a queue", stops, 2, None),
+                (", few pages", (), None, 1 + pages),
+            ):
                 params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
-                answers = generate(runtime.decoder, requests, params, runtime.executor, passes=passes)
+                how: dict[str, Any] = {"passes": passes, "most": most, "pages": few}
+                answers = generate(runtime.decoder, requests, params, runtime.executor, **how)
                 margins = [
                     truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
                     for row, answer in zip(rows, answers, strict=True)

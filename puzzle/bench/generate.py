@@ -1,7 +1,7 @@
 """`puzzle bench generate` and `transformers`: prefill and decoding of random prompts.
 
-Beside the least time that memory allows; with responses of exponential lengths, early stop beside decoding
-to the end; and a model folder beside transformers' own generation.
+Beside the least time that memory allows; with responses of various lengths, early stop beside decoding to
+the end; and a model folder beside transformers' own generation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,65 +21,110 @@ from torch import Tensor
 
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
-from puzzle.cli import named
-from puzzle.engine.generate.decode_ring import Request, StopRule, Tally, generate
-from puzzle.engine.generate.model_runner import ModelRunner, cache_bytes, fitting_rows
+from puzzle.cli import named, whole
+from puzzle.engine.generate.decode_ring import Tally, generate
+from puzzle.engine.generate.model_runner import ModelRunner, cache_bytes
+from puzzle.engine.generate.requests import Request, StopRule
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
+from puzzle.files.limits import MOST_TOKENS
 from puzzle.model import hf
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup
 from puzzle.plan.layout import Coord, Layout
+from puzzle.plan.memory import Use, generation_passes
+from puzzle.plan.pages import PREFILL_TOKENS
 
 ARMS = {"early stop": True, "to the end": False}
 Answer = Callable[[], list[list[int]]]
+Given = tuple[list[int], list[int]]
+"""Tokens of every sequence's prompt, and of its response."""
+
+
+def span(text: str) -> tuple[int, int]:
+    """The ends of "64-1024", or 256 twice for "256"."""
+    least, _, most = text.partition("-")
+    ends = whole(1, MOST_TOKENS)(least), whole(1, MOST_TOKENS)(most or least)
+    if ends[0] > ends[1]:
+        raise ValueError(text)
+    return ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateBench(harness.LayoutBench):
     """Time prefill and decoding of random prompts, drawn at temperature 1."""
 
-    batches: Annotated[Sequence[int], harness.count(nargs="+", help="of all replicas")] = (32, 64, 128, 256)
-    prompt: Annotated[int, harness.tokens(help="tokens of a prompt")] = 256
-    ragged: Annotated[bool, option(help="prompts of an eighth of that to all of it")] = False
+    sequences: Annotated[Sequence[int], harness.count(nargs="+", help="of all replicas")] = (32, 64, 128, 256)
+    at_a_time: Annotated[int | None, harness.count(help="of a replica; default: as many as fit")] = None
+    samples: Annotated[int, harness.count(help="sequences of each prompt")] = 1
+    prompt: Annotated[tuple[int, int], option(type=span, metavar="N or N-M", help="tokens of a prompt")] = (
+        256,
+        256,
+    )
     new: Annotated[int, harness.tokens(help="most new tokens of a sequence")] = 256
+    mean: Annotated[int | None, harness.tokens(help="of exponential lengths; default: a quarter of new")] = (
+        None
+    )
     modes: Annotated[Sequence[str], harness.several("eager", "graphs")] = ("eager", "graphs")
-    lengths: Annotated[Sequence[str], harness.several("fixed", "exponential")] = ("fixed",)
+    lengths: Annotated[
+        Sequence[str], option(nargs="+", help="fixed, exponential or FILE: a number of new tokens in a line")
+    ] = ("fixed",)
+    arms: Annotated[Sequence[str], harness.several("early", "late", text="not of fixed lengths")] = (
+        "early",
+        "late",
+    )
     repeats: harness.Repeats = 5
+
+    def check(self) -> None:
+        for lengths in self.lengths:
+            self.given(1, lengths)
 
     def measure(self, world: World) -> Iterator[Row]:
         subject = Subject(self, world)
-        for batch, mode, lengths in itertools.product(self.batches, self.modes, self.lengths):
-            found = subject.fixed(mode, batch) if lengths == "fixed" else subject.exponential(mode, batch)
-            yield found | {"mode": mode, "lengths": lengths}
+        for count, mode, lengths in itertools.product(self.sequences, self.modes, self.lengths):
+            found = (subject.fixed if lengths == "fixed" else subject.varied)(
+                mode, self.given(count, lengths)
+            )
+            yield found | {"sequences": count, "mode": mode, "lengths": lengths}
 
-    def prompts(self, batch: int) -> list[int]:
-        """Tokens of each prompt."""
-        generator = torch.Generator().manual_seed(batch)
-        least = max(1, self.prompt // 8) if self.ragged else self.prompt
-        return torch.randint(least, self.prompt + 1, (batch,), generator=generator).tolist()
-
-    def responses(self, batch: int) -> list[int]:
-        """Tokens of each response: exponential with a mean of a quarter of `new`, cut at `new`."""
-        drawn = torch.empty(batch).exponential_(4 / self.new, generator=torch.Generator().manual_seed(batch))
-        return drawn.ceil().clamp(1, self.new).int().tolist()
+    def given(self, count: int, lengths: str) -> Given:
+        """What `count` sequences read and write. UserError for a file without such numbers."""
+        generator = torch.Generator().manual_seed(count)
+        prompts = torch.randint(
+            self.prompt[0], self.prompt[1] + 1, (-(-count // self.samples),), generator=generator
+        )
+        read = prompts.repeat_interleave(self.samples)[:count].tolist()
+        if lengths == "fixed":
+            return read, [self.new] * count
+        if lengths == "exponential":
+            rate = 1 / (self.mean or self.new / 4)
+            drawn = torch.empty(count).exponential_(rate, generator=torch.Generator().manual_seed(count))
+            return read, drawn.ceil().clamp(1, self.new).int().tolist()
+        wanted = _numbers(Path(lengths), self.new)
+        return read, [wanted[row % len(wanted)] for row in range(count)]
 
     def line(self, row: Row) -> str:
-        batch = f"batch {row['batch']:>4} in {row['waves']}  {'ragged ' * self.ragged}{self.prompt}+"
-        what = f"generate {self.title}  {row['mode']:<6}  {batch}"
-        if row["lengths"] == "exponential":
+        least, most = self.prompt
+        asked = f"{row['sequences']:>4} sequences" + f" ({self.samples} of a prompt)" * (self.samples > 1)
+        read = f"{least}-{most}" if least < most else str(most)
+        what = f"generate {self.title}  {row['mode']:<6}  {asked}  {read}+"
+        floor = row["decode_floor_s"]
+        if row["lengths"] != "fixed":
             arms = "  ".join(
                 f"{name} {arm['median_s']:.3f} s {arm['tokens_per_s']:.0f} tokens/s (useful"
-                f" {arm['useful_share']:.2f}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s)"
+                f" {arm['useful_share']:.2f}, prefilled {arm['prefilled_tokens']}, put back"
+                f" {arm['put_back']}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s)"
                 for name, arm in row["arms"].items()
             )
-            return f"{what}exponential, at most {self.new}  {arms}  {row['ratio']:.2f} x"
-        share = row["decode_floor_s"] / row["decode_s"] if row["decode_s"] > 0 else math.nan
+            ratio = f"  {row['ratio']:.2f} x" if "ratio" in row else ""
+            ends = f"{row['lengths']}, {row['tokens']} tokens, at most {self.new}"
+            return f"{what}{ends}  {arms}  floor {floor:.3f} s{ratio}{_peak(row)}"
+        share = floor / row["decode_s"] if row["decode_s"] > 0 else math.nan
         return (
             f"{what}{self.new}  {row['tokens_per_s']:8.0f} tokens/s  prefill {row['prefill_s']:.3f} s"
-            f"  decode {row['decode_s']:.3f} s  floor {row['decode_floor_s']:.3f} s ({share:.0%})"
-            f"{device.gib(row['peak_bytes'])}"
+            f"  ({row['prefilled_tokens']} tokens)  decode {row['decode_s']:.3f} s  floor {floor:.3f} s"
+            f" ({share:.0%}){_peak(row)}"
         )
 
 
@@ -88,89 +133,121 @@ class Subject:
 
     def __init__(self, bench: GenerateBench, world: World) -> None:
         self.bench, self.world = bench, world
-        self.runtime = harness.random_model("model", bench.spec, bench.layout, world, bench.dtype)
+        # Published shapes have few positions; weights do not depend on how many.
+        positions = max(bench.spec.max_positions, bench.prompt[1] + bench.new)
+        spec = replace(bench.spec, max_positions=positions)
+        self.runtime = harness.random_model("model", spec, bench.layout, world, bench.dtype)
         self.runtime.freeze()
         self.bandwidth = device.copy_bandwidth(world)
         with ModelRunner(self.runtime.decoder) as warm:
-            self._seconds(warm, min(bench.batches), 2)
+            count = min(bench.sequences)
+            self._seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
 
-    def fixed(self, mode: str, batch: int) -> Row:
+    def fixed(self, mode: str, given: Given) -> Row:
         """Responses of one length."""
-        new, sizes = self.bench.new, self._waves(batch)
+        new, (read, _), tally = self.bench.new, given, Tally()
         device.reset_peak(self.world.device)
         captured: Row = {}
         with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
             if passes.graphs:
-                first = self._seconds(passes, sizes[0], new)
+                first = self._seconds(passes, given, new)
                 captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
-                captured["first_wave_s"] = first
-            prefill = sum(self._seconds(passes, size, 1) for size in sizes)
-            total = sum(self._seconds(passes, size, new) for size in sizes)
+                captured["first_run_s"] = first
+            prefill = self._seconds(passes, (read, [1] * len(read)), 1, tally=tally)
+            total = self._seconds(passes, given, new)
+            predicted = self._predicted(passes, given)
         return captured | {
-            "batch": batch,
-            "waves": len(sizes),
+            "predicted_bytes": predicted,
             "total_s": total,
             "prefill_s": prefill,
+            "prefilled_tokens": tally.prefilled,
             "decode_s": total - prefill,
-            "decode_floor_s": sum(self._floor(size) for size in sizes),
-            "tokens_per_s": batch * new / total,
+            "decode_floor_s": self._floor(given, -1),
+            "tokens_per_s": sum(given[1]) / total,
             "copy_bytes_per_s": self.bandwidth,
             "peak_bytes": device.peak_bytes(self.world),
         }
 
-    def exponential(self, mode: str, batch: int) -> Row:
-        """Responses of exponential lengths, both ways in alternation.
+    def varied(self, mode: str, given: Given) -> Row:
+        """Responses of various lengths, with early stop and without in alternation.
 
         As in PPO, every run makes its cache and records its graphs; `capture_s` is the seconds of the latter.
-        A first run of each warms up.
+        A first run of each warms up, unless there is to be one only.
         """
-        waves = [self.bench.responses(size) for size in self._waves(batch)]
+        bench, tokens = self.bench, sum(given[1])
 
         def once(early_stop: bool) -> Row:
             tally = Tally()
             with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
-                how = {"early_stop": early_stop, "tally": tally}
-                seconds = sum(self._seconds(passes, len(w), self.bench.new, w, **how) for w in waves)
+                seconds = self._seconds(passes, given, bench.new, tally=tally, early_stop=early_stop)
                 found = {"seconds": seconds, "capture_s": passes.capture_seconds, "captures": passes.captures}
+                found["predicted_bytes"] = self._predicted(passes, given)
+            found |= {"prefilled_tokens": tally.prefilled, "put_back": tally.put_back}
             return found | {"useful_share": self._share(tally)}
 
-        arms: dict[str, Row] = {}
+        device.reset_peak(self.world.device)
+        asked = {name: early for name, early in ARMS.items() if ("early" if early else "late") in bench.arms}
+        warm = int(bench.repeats > 1)
         runs = device.alternated(
-            {n: partial(once, early) for n, early in ARMS.items()}, 1 + self.bench.repeats
+            {n: partial(once, early) for n, early in asked.items()}, warm + bench.repeats
         )
-        for name, (_, *timed) in runs.items():
+        arms: dict[str, Row] = {}
+        for name, every in runs.items():
+            timed = every[warm:]
             arms[name] = timed[-1] | {key: [run[key] for run in timed] for key in ("seconds", "capture_s")}
             arms[name]["median_s"] = median(arms[name]["seconds"])
-            arms[name]["tokens_per_s"] = sum(map(sum, waves)) / arms[name]["median_s"]
-        early, late = (arm["median_s"] for arm in arms.values())
-        found = {"batch": batch, "waves": len(waves), "tokens": sum(map(sum, waves)), "arms": arms}
-        return found | {"saved_s": late - early, "ratio": late / early}
+            arms[name]["tokens_per_s"] = tokens / arms[name]["median_s"]
+        found: Row = {"tokens": tokens, "arms": arms, "decode_floor_s": self._floor(given)}
+        found |= {"copy_bytes_per_s": self.bandwidth, "peak_bytes": device.peak_bytes(self.world)}
+        if len(arms) == len(ARMS):
+            early, late = (arm["median_s"] for arm in arms.values())
+            found |= {"saved_s": late - early, "ratio": late / early}
+        return found
 
-    def _seconds(
-        self, passes: ModelRunner, batch: int, new: int, lengths: Sequence[int] | None = None, **how: Any
-    ) -> float:
-        """Seconds to answer `batch` prompts with `new` tokens each, or with `lengths`, at most `new`."""
-        bench, runtime = self.bench, self.runtime
-        generator = torch.Generator().manual_seed(batch)
-        shape = (batch, bench.prompt)
-        prompts = torch.randint(0, bench.spec.vocab_size, shape, generator=generator).tolist()
-        sizes, rows = bench.prompts(batch), runtime.rows(batch)
-        requests = [Request(prompts[row][: sizes[row]], row) for row in rows]
-        wanted = [new if lengths is None else lengths[row] for row in rows]
+    def _seconds(self, passes: ModelRunner, given: Given, new: int, **how: Any) -> float:
+        """Seconds to answer prompts of the lengths given with responses of those given, at most `new`."""
+        bench, runtime, (read, wanted) = self.bench, self.runtime, given
+        generator = torch.Generator().manual_seed(len(read))
+        count = -(-len(read) // bench.samples)
+        prompts = torch.randint(0, bench.spec.vocab_size, (count, max(read)), generator=generator).tolist()
+        rows = runtime.rows(len(read))
+        requests = []
+        for row in rows:
+            number, sample = divmod(row, bench.samples)
+            requests.append(Request(prompts[number][: read[row]], number, sample))
         params = SamplingParams(max_new_tokens=new)
-        stop = None if lengths is None else _ends(wanted)
+        stop = None if min(wanted) == new else _ends([wanted[row] for row in rows])
         found: list[int] = []
 
         def answer() -> None:
             made = generate(
-                runtime.decoder, requests, params, runtime.executor, passes=passes, stop=stop, **how
+                runtime.decoder,
+                requests,
+                params,
+                runtime.executor,
+                passes=passes,
+                most=bench.at_a_time,
+                stop=stop,
+                **how,
             )
             found.extend(len(response.tokens) for response in made)
 
         (seconds,) = device.measure(self.world, answer, 1)
-        if found != wanted:
+        if found != [wanted[row] for row in rows]:
             raise RuntimeError("responses do not have the lengths that they were given")
         return seconds
+
+    def _predicted(self, passes: ModelRunner, given: Given) -> int:
+        """Bytes of the weights, the cache and the largest pass, as `plan.memory` counts them, of the rank
+        that needs most."""
+        decoder, cache = self.runtime.decoder, passes.cache
+        fused = decoder.device.type == "cuda"
+        use = Use("model", decoder.spec, self.runtime.placement, decoder.dtype.itemsize, fused=fused)
+        tokens = min(sum(given[0]), max(PREFILL_TOKENS, *given[0]))
+        beside = generation_passes(use, self.runtime.coord.p, tokens, max(passes.groups))
+        weights = sum(p.nbytes for p in decoder.parameters())
+        held = 0 if cache is None else cache.k.nbytes + cache.v.nbytes
+        return int(device.most(self.world, weights + held + sum(beside.values())))
 
     def _share(self, tally: Tally) -> float:
         """Drawn tokens that responses keep, as a share of those drawn by all replicas."""
@@ -178,34 +255,45 @@ class Subject:
         kept, drawn = self.world.sum(own * self.runtime.owns_results).tolist()
         return kept / drawn
 
-    def _waves(self, batch: int) -> list[int]:
-        """How many prompts run at once, one after the other: as many as every rank's cache has room for."""
-        tokens, replicas = self.bench.prompt + self.bench.new, self.bench.layout[2]
-        fits = fitting_rows(self.runtime.decoder, tokens)
-        if fits is None:
-            return [batch]
-        largest = -int(device.most(self.world, -fits * replicas))
-        if largest < replicas:
-            raise UserError(f"no sequence of {tokens} tokens fits beside the weights")
-        waves = -(-batch // largest)
-        return [batch // waves + (i < batch % waves) for i in range(waves)]
+    def _floor(self, given: Given, more: int = 0) -> float:
+        """Seconds to read the weights in every decode step, and in it the keys and values of every sequence.
 
-    def _floor(self, batch: int) -> float:
-        """Seconds to read the weights and the live keys and values once in every decode step.
-
-        Stages work one after the other, so their times add up; a stage's slowest rank counts. Embeddings are
-        not read whole.
+        There are as many steps as the longest response has tokens (and `more`), or as tokens for each of the
+        sequences at a time. Stages work one after the other, so their times add up; a stage's slowest rank
+        counts. Embeddings are not read whole.
         """
-        runtime, new = self.runtime, self.bench.new
+        runtime, (read, wanted) = self.runtime, given
         weights = sum(p.nbytes for p in runtime.decoder.parameters())
         if runtime.decoder.first and not (runtime.spec.tied and runtime.decoder.last):
             weights -= runtime.decoder.embed.nbytes
-        lengths = self.bench.prompts(batch)
-        places = sum(lengths[row] + step for row in runtime.rows(batch) for step in range(1, new))
-        read = (new - 1) * weights + places * cache_bytes(runtime.decoder)
-        seconds = self.world.gather((runtime.coord.p, read / self.bandwidth))
+        rows = runtime.rows(len(read))
+        at_a_time = min(len(rows), self.bench.at_a_time or len(rows)) or 1
+        steps = max((wanted[row] for row in rows), default=0) + more
+        steps = max(steps, sum(wanted[row] + more for row in rows) / at_a_time)
+        places = sum(sum(range(read[row] - more, read[row] + wanted[row])) for row in rows)
+        seconds = self.world.gather(
+            (runtime.coord.p, (steps * weights + places * cache_bytes(runtime.decoder)) / self.bandwidth)
+        )
         stages = {p: max(s for q, s in seconds if q == p) for p, _ in seconds}
         return sum(stages.values())
+
+
+def _peak(row: Row) -> str:
+    """The measured peak, where there is one, and the predicted one."""
+    arms = row["arms"].values() if "arms" in row else [row]
+    predicted = max(arm["predicted_bytes"] for arm in arms)
+    return f"{device.gib(row['peak_bytes'])} (predicted {predicted / 2**30:.1f})" if row["peak_bytes"] else ""
+
+
+def _numbers(path: Path, most: int) -> list[int]:
+    """Whole numbers from 1 to `most`, one in a line. UserError for anything else."""
+    try:
+        found = [int(line) for line in path.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--lengths {path}: {error}; give fixed, exponential or a file of numbers") from None
+    if not found or not all(1 <= number <= most for number in found):
+        raise UserError(f"--lengths {path}: give numbers from 1 to {most} (--new), one in a line")
+    return found
 
 
 def _ends(lengths: Iterable[int]) -> StopRule:

@@ -111,14 +111,16 @@ def _fused(device: torch.device) -> Found:
                 None,
             )
             freq = 1e-4 ** (torch.arange(0, dim, 2, device=device) / dim)
-            kept = KVCache(*torch.randn((2, 1, rows, groups, 300, dim), device=device, dtype=BF16))
-            batch = DecodeBatch(places, places, 300)
-            slots = kept.slots(0, batch.rows_T, batch)
+            kept = KVCache(*torch.randn((2, 1, groups, 3 * rows, 128, dim), device=device, dtype=BF16))
+            batch, table = DecodeBatch(places, places, 300), torch.randperm(3 * rows, device=device)
+            table = table.view(rows, 3).int()
+            into = table.gather(1, places[:, None] // 128)[:, 0].long() * 128 + places % 128
+            slots = kept.at(into, table).slots(0)
             turn = rotation(places, freq, BF16)
-            got = ours.decode(qkv, *turn, *weights, EPS, slots, window)
+            got = ours.decode(qkv, *turn, *weights, EPS, slots, places, window)
             q, k, v = plain.heads(qkv, groups, *turn, *weights, EPS)
             slots.write(k, v)
-            wide = (x.double() for x in (q, *kept.read(0, batch)))
+            wide = (x.double() for x in (q, *slots.read(300)))
             expected = decode_attention(*wide, batch.mask(window)).flatten(1)
             name = f"kernel: decode {groups * queries}/{groups} x {dim}, {rows} rows"
             yield name, _relative(got, expected), 1e-2

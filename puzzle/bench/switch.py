@@ -24,7 +24,8 @@ from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
 from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
-from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.decode_ring import generate
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.reshard.resharder import Resharder

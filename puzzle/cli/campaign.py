@@ -168,7 +168,7 @@ def _checked(experiment: Experiment, machine: Machine) -> Experiment:
         if config.device == "cuda" and machine.total is not None and config.world > machine.total:
             raise UserError(f"{config.world} GPUs where there are {machine.total}")
         if config.device == "cuda" and machine.memory is not None and config.log.variant != BASELINE:
-            footprint.require(footprint.estimate(plan, fused=True), machine.memory)
+            footprint.require(footprint.estimate(plan, True, machine.memory), machine.memory)
     except UserError as error:
         return replace(experiment, lacks=(str(error),))
     if config.device == "cuda" and has_cpu_torch():

@@ -24,11 +24,11 @@ from puzzle.launch import local
 from puzzle.plan.layout import Layout, Placement
 
 if TYPE_CHECKING:
-    from puzzle.engine.generate.decode_ring import Response
+    from puzzle.engine.generate.requests import Response
     from puzzle.engine.pipeline.model import ModelRuntime
 
 Answers = list[tuple[int, "list[Response]"]]
-"""Where a replica's share of a batch begins, and its responses."""
+"""Where a replica's share of the prompts begins, and its responses."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ def _prompts(path: Path | None, data: DataConfig, tokenizer: Tokenizer) -> Promp
 
 def work(job: GenerateJob) -> None:
     """What every process does; rank 0 prints, and writes the file once all is there."""
-    from puzzle.engine.generate.decode_ring import Request, check_room, generate
+    from puzzle.engine.generate.decode_ring import generate
     from puzzle.engine.generate.model_runner import ModelRunner
+    from puzzle.engine.generate.requests import Request, check_room
     from puzzle.engine.generate.sampling import SamplingParams
     from puzzle.engine.runtime.world import World
 
@@ -148,22 +149,20 @@ def work(job: GenerateJob) -> None:
         check_room(requests, params.max_new_tokens, runtime.spec.max_positions)
         terminal = Terminal(tokenizer, job) if world.rank == 0 else None
         with ModelRunner(runtime.decoder) as passes:
-            for start in range(0, len(requests), job.batch):
-                part = requests[start : start + job.batch]
-                rows = runtime.rows(len(part))
-                answers = generate(
-                    runtime.decoder,
-                    [part[row] for row in rows],
-                    params,
-                    runtime.executor,
-                    passes=passes,
-                    stop=rule,
-                    watch=terminal.watch if terminal is not None and len(requests) == 1 else None,
-                )
-                found = world.gather((rows.start, answers) if runtime.owns_results else None)
-                if terminal is not None:
-                    terminal.show(start, [own for own in found if own is not None])
+            rows = runtime.rows(len(requests))
+            answers = generate(
+                runtime.decoder,
+                [requests[row] for row in rows],
+                params,
+                runtime.executor,
+                passes=passes,
+                most=-(-job.batch // job.layout[2]),
+                stop=rule,
+                watch=terminal.watch if terminal is not None and len(requests) == 1 else None,
+            )
+        found = world.gather((rows.start, answers) if runtime.owns_results else None)
         if terminal is not None:
+            terminal.show([own for own in found if own is not None])
             terminal.write()
 
 
@@ -214,10 +213,10 @@ class Terminal:
         self._say(self._text[self._shown : certain])
         self._shown = certain
 
-    def show(self, start: int, answers: Answers) -> None:
-        """The responses to a batch whose first prompt is `start`."""
+    def show(self, answers: Answers) -> None:
+        """The responses to all prompts."""
         rows = [answer for _, part in sorted(answers, key=lambda own: own[0]) for answer in part]
-        for prompt, answer in zip(self.job.prompts[start:], rows, strict=False):
+        for prompt, answer in zip(self.job.prompts, rows, strict=True):
             text = response_text(self.tokenizer, answer.tokens, self.job.stop, prompt.tokens, prompt.lead)
             line = {"prompt": prompt.text, "response": text, "response_ids": answer.tokens}
             self._lines.append(json.dumps(line | {"logprobs": answer.logprobs}, ensure_ascii=False))

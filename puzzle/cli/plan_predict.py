@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> int:
     if given.log is not None:
         write_log(given.log, plan, work, seconds, given.calibration, calibration)
     stages = {name: getattr(seconds, name) for name in STAGES}
-    most = max(footprint.estimate(plan, fused=plan.config.device != "cpu"), key=lambda rank: rank.peak)
+    ranks = footprint.estimate(plan, plan.config.device != "cpu", calibration.memory_bytes)
+    most = max(ranks, key=lambda rank: rank.peak)
     if given.json:
         memory = {"rank": most.rank, "stage": most.worst, "bytes": most.peak, "of": calibration.memory_bytes}
         numbers = {

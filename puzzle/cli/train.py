@@ -71,7 +71,7 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
     if options.dry_run or (config.world > 1 and "RANK" not in os.environ):
         check_files(config)
     if options.dry_run or memory is not None:
-        ranks = footprint.estimate(plan, fused=config.device != "cpu")
+        ranks = footprint.estimate(plan, config.device != "cpu", memory)
     if options.dry_run:
         print(json.dumps(config.resolved(), indent=2))
         print(plan.table(), file=sys.stderr)

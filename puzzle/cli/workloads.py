@@ -59,6 +59,8 @@ def workload_of(plan: RunPlan) -> Workload:
         recompute=config.recompute,
         offload=config.offload.optimizer,
         early_stop=config.generation.early_stop,
+        slots=config.generation.max_sequences,
+        samples=config.generation.samples,
         graphs=config.generation.graphs and config.device != "cpu",
     )
 

@@ -15,9 +15,11 @@ from puzzle.plan.memory import (
     Use,
     Work,
     deferred_gather_bytes,
+    fitting_pages,
     kind_of_rank,
     rank_memory,
 )
+from puzzle.plan.pages import KEPT_FREE, Cache
 
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
@@ -35,7 +37,7 @@ REMEDIES = {
     "one layer": "lower algorithm.microbatch (or microbatch_tokens),"
     " or generation.prefill_microbatch where it generates",
     "deferred all-gather": "raise {model}.layout.tp or pp instead of dp",
-    "cache": "lower batch or generation.max_new_tokens, or raise generation.layout.tp or pp",
+    "cache": "lower generation.max_sequences or max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
 }
 # The end of a resident term's name, the option that takes it to the host, and the stage that needs it.
@@ -75,16 +77,29 @@ def _uses(plan: Plan, fused: bool) -> list[Use]:
     ]
 
 
-def estimate(plan: Plan, fused: bool) -> list[RankMemory]:
-    """Every rank's memory. `fused`: norms are single kernels, as on CUDA."""
+def estimate(plan: Plan, fused: bool, limit: int | None = None) -> list[RankMemory]:
+    """Every rank's memory. `fused`: norms are single kernels, as on CUDA. Where `limit` bytes of a device do
+    not hold all sequences of a replica at full length, the cache has as many pages as they do hold, and those
+    of the longest sequence at least."""
+    found = _estimate(plan, fused, None)
+    if limit is None or not isinstance(plan, RunPlan):
+        return found
+    if all(rank.total("generation") <= (1 - KEPT_FREE) * limit for rank in found):
+        return found
+    return _estimate(plan, fused, fitting_pages(_estimate(plan, fused, 0), limit))
+
+
+def _estimate(plan: Plan, fused: bool, pages: int | None) -> list[RankMemory]:
     uses, batch = _uses(plan, fused), plan.batch
     switched, generation = [Switched()] * plan.world, None
-    prefill = decode = None
+    prefill = decode = most = None
+    samples = 1
     if isinstance(plan, RunPlan):
         switched, placement = _switched(plan, uses[0])
         generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
         prefill = plan.config.generation.prefill_microbatch
         decode = plan.config.generation.decode_microbatch
+        samples, most = plan.config.generation.samples, plan.config.generation.max_sequences
     work = Work(
         batch.sequences,
         batch.minibatch,
@@ -94,6 +109,8 @@ def estimate(plan: Plan, fused: bool) -> list[RankMemory]:
         prefill,
         decode,
         plan.config.algorithm.microbatch_tokens,
+        samples,
+        most,
     )
     shared = plan.training.may_share
     known: dict[object, RankMemory] = {}
@@ -101,7 +118,7 @@ def estimate(plan: Plan, fused: bool) -> list[RankMemory]:
     for rank in range(plan.world):
         kind = (kind_of_rank(rank, uses, generation), switched[rank])
         if kind not in known:
-            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], shared)
+            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], shared, pages)
         found.append(replace(known[kind], rank=rank))
     return found
 
@@ -139,10 +156,19 @@ def table(ranks: Sequence[RankMemory]) -> str:
     lines.append(f"rank {most.rank} in {most.worst}:")
     terms = {**most.resident, **most.stages[most.worst]}
     lines += [f"{size / GIB:>12.2f}  {name}" for name, size in terms.items() if size]
+    lines += [_together(most.cache)] if most.cache is not None else []
     host = max(rank.host for rank in ranks)
     if host:
         lines.append(f"offloaded to host memory: up to {host / GIB:.2f} per rank")
     return "\n".join(lines)
+
+
+def _together(cache: Cache) -> str:
+    """How many sequences are generated at a time."""
+    room = f"in {cache.pages} pages, {cache.pages * cache.page_bytes / GIB:.2f} GiB"
+    if cache.together < cache.rows:
+        room += f", {cache.together} of them at full length: short ones leave room for more, the others wait"
+    return f"generation: up to {cache.rows} sequences of a replica at a time {room}"
 
 
 def require(ranks: Sequence[RankMemory], limit: int) -> None:

@@ -213,6 +213,9 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Sequences | None = Field(None, description="sequences per prefill micro-batch")
     decode_microbatch: Sequences | None = Field(None, description="sequences per decode micro-batch")
+    max_sequences: Sequences | None = Field(
+        None, description="of a replica at a time; the others wait (as many as memory holds)"
+    )
     graphs: bool = Field(True, description="replay decode passes as CUDA graphs (not on a CPU)")
     early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")

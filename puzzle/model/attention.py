@@ -8,7 +8,7 @@ Suffixes: T packed tokens, B rows, S positions of a row, H query heads, K key/va
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puzzle.model.packing import DecodeBatch, PackedBatch
+from puzzle.model.packing import PackedBatch
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -27,60 +27,74 @@ except ImportError:
     _VARLEN, _VARLEN_KEYS = None, frozenset()
 
 
-class Slots(NamedTuple):
-    """Where the first n keys and values of a pass go: a layer's (B, K, S, h); int64 rows, positions (n,)."""
+COPIED = 1 << 26
+"""Most bytes of pages that lie in memory twice while they are copied."""
 
-    k_BKSh: Tensor
-    v_BKSh: Tensor
-    rows: Tensor
-    positions: Tensor
+
+class Slots(NamedTuple):
+    """A layer's keys and values, (K, pages, page, h) each, as a pass uses them.
+
+    `places` (int64, n): where those of its first n tokens go, counted through all pages. `table` (int32, B x
+    most pages of a row): for a decode pass, the pages of its rows in the order of their positions.
+    """
+
+    k_KPSh: Tensor
+    v_KPSh: Tensor
+    places: Tensor
+    table_BP: Tensor | None = None
 
     def write(self, k_TKh: Tensor, v_TKh: Tensor) -> None:
-        """Store them."""
-        count = len(self.rows)
-        self.k_BKSh[self.rows, :, self.positions[:count]] = k_TKh[:count]
-        self.v_BKSh[self.rows, :, self.positions[:count]] = v_TKh[:count]
+        """Store them; a dummy segment behind the first n tokens is left out."""
+        count = len(self.places)
+        self.k_KPSh.flatten(1, 2)[:, self.places] = k_TKh[:count].transpose(0, 1)
+        self.v_KPSh.flatten(1, 2)[:, self.places] = v_TKh[:count].transpose(0, 1)
+
+    def read(self, reach: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, reach, h) of the first `reach` positions of every row."""
+        assert self.table_BP is not None
+        pages = self.table_BP[:, : -(-reach // self.k_KPSh.shape[2])]
+        return self._rows(self.k_KPSh, pages)[:, :, :reach], self._rows(self.v_KPSh, pages)[:, :, :reach]
+
+    @staticmethod
+    def _rows(x_KPSh: Tensor, pages: Tensor) -> Tensor:
+        held = x_KPSh.index_select(1, pages.flatten())
+        return held.view(x_KPSh.shape[0], len(pages), -1, x_KPSh.shape[3]).transpose(0, 1)
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one stage, (layers, B, K, S, h) each; row b holds one sequence, left-aligned.
+    """Keys and values of one stage in pages: (layers, K, pages, page, h) each.
 
-    Sequence i of a batch is row i, or row `order[i]` (int64) if there is an order.
+    The positions of a sequence lie in the pages that its row of a block table names (PagedAttention, Kwon
+    et al. 2023): memory follows the tokens that exist, and sequences that begin alike share pages. `places`
+    and `table` are those of a pass (`at`).
     """
 
     k: Tensor
     v: Tensor
-    order: Tensor | None = None
+    places: Tensor | None = None
+    table: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> KVCache:
-        """The same memory, rows [start, stop) alone."""
-        return KVCache(self.k[:, start:stop], self.v[:, start:stop])
+    @property
+    def page(self) -> int:
+        """Positions of a page."""
+        return self.k.shape[3]
 
-    def pick(self, rows: Sequence[int]) -> KVCache:
-        """The same memory for a batch whose sequence i is row `rows[i]`."""
-        start = rows[0]
-        if list(rows) == list(range(start, start + len(rows))):
-            return self.rows(start, start + len(rows))
-        return KVCache(self.k, self.v, torch.tensor(rows).to(self.k.device, non_blocking=True))
+    def at(self, places: Tensor, table: Tensor | None = None) -> KVCache:
+        """The same memory for a pass; `places` and `table` as in `Slots`."""
+        return KVCache(self.k, self.v, places, table)
 
-    def slots(self, layer: int, rows_T: Tensor, batch: PackedBatch | DecodeBatch) -> Slots:
-        """Where a layer's keys and values of a batch go; a dummy segment is left out."""
-        return Slots(self.k[layer], self.v[layer], rows_T, batch.positions_T)
+    def slots(self, layer: int) -> Slots:
+        """What a layer of the pass uses."""
+        assert self.places is not None
+        return Slots(self.k[layer], self.v[layer], self.places, self.table)
 
-    def rows_of(self, batch: PackedBatch | DecodeBatch) -> Tensor:
-        """int64: the row of each token of the batch."""
-        return batch.rows_T if self.order is None else self.order[batch.rows_T]
-
-    def read(self, layer: int, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, reach, h) of the rows of `batch`."""
-        rows = len(batch.tokens_T)
-        return self.k[layer, :rows, :, : batch.reach], self.v[layer, :rows, :, : batch.reach]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of row `source` over row `target`, in every layer."""
-        self.k[:, target, :, :length] = self.k[:, source, :, :length]
-        self.v[:, target, :, :length] = self.v[:, source, :, :length]
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy pages `sources` over pages `targets` (int64 each), in every layer, some at a time."""
+        some = max(1, COPIED // self.k[0, :, 0].nbytes)
+        for memory in (*self.k, *self.v):
+            for source, target in zip(sources.split(some), targets.split(some), strict=True):
+                memory[:, target] = memory[:, source]
 
 
 def packed_attention(

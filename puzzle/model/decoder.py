@@ -45,7 +45,6 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
-        self.rows = None if self.cache is None else self.cache.rows_of(self.batch)
         self.mask = None
         if isinstance(self.batch, DecodeBatch) and self.pointwise.decode is None:
             self.mask = self.batch.mask(self.spec.sliding_window)
@@ -54,8 +53,8 @@ class Pass:
         """Attention (T, H h) of a layer of the stage; keys and values go into the cache if there is one."""
         rotation, norms = (self.cos, self.sin), (layer.q_norm, layer.k_norm, layer.eps)
         slots, batch, window = None, self.batch, self.spec.sliding_window
-        if self.cache is not None and self.rows is not None:
-            slots = self.cache.slots(layer.index, self.rows, batch)
+        if self.cache is not None:
+            slots = self.cache.slots(layer.index)
         if self.pointwise.decode is None:
             q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms)
             if slots is not None:
@@ -63,12 +62,12 @@ class Pass:
         elif isinstance(batch, PackedBatch):
             q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms, slots)
         else:
-            return self.pointwise.decode(qkv, *rotation, *norms, slots, window)
+            return self.pointwise.decode(qkv, *rotation, *norms, slots, batch.positions_T, window)
         if isinstance(batch, PackedBatch):
             return packed_attention(q, k, v, batch, window).flatten(1)
-        assert self.cache is not None
+        assert slots is not None
         assert self.mask is not None
-        return decode_attention(q, *self.cache.read(layer.index, batch), self.mask).flatten(1)
+        return decode_attention(q, *slots.read(batch.reach), self.mask).flatten(1)
 
 
 class Layer(nn.Module):
@@ -187,10 +186,10 @@ class Decoder(nn.Module):
         """Fuse what no kernel of ours computes between matrices and attention (`Pointwise.compiled`)."""
         self.pointwise = Pointwise.compiled()
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty key/value cache for this stage: `rows` sequences of up to `capacity` tokens."""
+    def new_cache(self, pages: int, page: int) -> KVCache:
+        """An empty key/value cache for this stage: `pages` pages of `page` tokens each."""
         layers, kv_heads = len(self.layers), max(1, self.spec.num_kv_heads // self.layout.tp)
-        shape = (layers, rows, kv_heads, capacity, self.spec.head_dim)
+        shape = (layers, kv_heads, pages, page, self.spec.head_dim)
         return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv"))
 
     def forward(self, x: Tensor, batch: PackedBatch | DecodeBatch, cache: KVCache | None = None) -> Tensor:
@@ -198,8 +197,8 @@ class Decoder(nn.Module):
 
         Returns hidden states, normed on the last stage.
 
-        Hidden states of a packed batch are this rank's (T/tp, D), of a decode batch all (B, D). With a
-        cache, sequence i of the batch is its row i.
+        Hidden states of a packed batch are this rank's (T/tp, D), of a decode batch all (B, D). A cache says
+        where keys and values go (`KVCache.at`).
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
         pointwise = self.pointwise

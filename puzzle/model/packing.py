@@ -74,14 +74,6 @@ class PackedBatch:
         return F.pad(rows + self.positions_T[: len(rows)], (0, self.total - len(rows)))
 
     @cached_property
-    def rows_T(self) -> Tensor:
-        """int64 (sum of lengths,): the sequence of each token; the dummy segment's tokens have none."""
-        lengths = torch.tensor(self.lengths)
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(
-            self.tokens_T.device, non_blocking=True
-        )
-
-    @cached_property
     def last_rows(self) -> Tensor:
         """int64 (sequences,): row of each sequence's last token."""
         return (self.cu_seqlens[1 : len(self.lengths) + 1] - 1).long()
@@ -89,16 +81,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """One new token for each of the first B rows of a cache; the longest row reaches to `reach` with it."""
+    """One new token for each of B rows of a cache; the longest row reaches to `reach` with it."""
 
     tokens_T: Tensor
     positions_T: Tensor
     reach: int
-
-    @cached_property
-    def rows_T(self) -> Tensor:
-        """int64 (B,): the row of each token."""
-        return torch.arange(len(self.tokens_T), device=self.tokens_T.device)
 
     def mask(self, window: int | None) -> Tensor:
         """bool (B, 1, 1, reach): cached positions that a row's new token sees, the last `window` if given."""

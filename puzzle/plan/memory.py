@@ -1,45 +1,24 @@
-"""Device bytes of every rank, from shapes alone: what always lies there, and what each stage adds.
-
-Activations are the tensors that the operations of `model.decoder` save for their backward passes, counted one
-by one for full-length sequences; a schedule says for how many micro-batches at once. Suffixes in formulas:
-T tokens of a pass, S = T/tp, D hidden, Q = H h/tp query columns, R = K h/tp key columns, F ffn columns/tp.
-"""
+"""Device bytes of every rank, from shapes alone: what always lies there, and what each stage adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.activations import FP32, Activations, Use, storages, worst
+from puzzle.plan.layout import Coord, Layout
+from puzzle.plan.pages import (
+    CPU_PAGE,
+    KEPT_FREE,
+    PAGE,
+    PREFILL_TOKENS,
+    Cache,
+    kv_bytes,
+    wanted_pages,
+    whole_pages,
+)
 from puzzle.plan.pipeline.schedules import in_flight
-from puzzle.plan.shards import local_params
 from puzzle.spec.model import ModelSpec
-
-FP32 = 4
-LOGITS_BLOCK = 1 << 24
-"""Most fp32 logits in one tensor (`model.logprobs.BLOCK`)."""
-PREFILL_TOKENS = 8192
-"""Tokens after which a prefill pass is full (`engine.generate.PREFILL_TOKENS`)."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA);
-    `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
-    is not trained, are on the host where they are not needed. `split`: pipelines compute weights' gradients
-    apart (`intra.split_backward`)."""
-
-    name: str
-    spec: ModelSpec
-    placement: Placement
-    itemsize: int
-    trained: bool = False
-    recompute: bool = False
-    fused: bool = True
-    compiled: bool = False
-    offload: bool = False
-    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +26,8 @@ class Work:
     """What one iteration runs, for full-length sequences. Counts are of sequences over all replicas, but for
     `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit, or for the latter
     two an even share per stage). `microbatch_tokens` limits passes by tokens instead: many short sequences
-    may fill one."""
+    may fill one. `samples` sequences have a prompt in common; a replica generates at most `most` at a time
+    (None: all)."""
 
     batch: int
     minibatch: int
@@ -57,6 +37,8 @@ class Work:
     prefill: int | None = None
     decode: int | None = None
     microbatch_tokens: int | None = None
+    samples: int = 1
+    most: int | None = None
 
     @property
     def length(self) -> int:
@@ -66,12 +48,14 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank by term: `resident` ones always, a stage's in it. `host`: what is offloaded."""
+    """Bytes of one rank by term: `resident` ones always, a stage's in it. `host`: what is offloaded; `cache`
+    is that of the stage `generation`."""
 
     rank: int
     resident: Mapping[str, int]
     stages: Mapping[str, Mapping[str, int]]
     host: int = 0
+    cache: Cache | None = None
 
     def total(self, stage: str) -> int:
         """Resident bytes and those of a stage."""
@@ -94,21 +78,15 @@ class RankMemory:
         return max(terms.items(), key=lambda term: term[1])
 
 
-@lru_cache
-def _storages(spec: ModelSpec, layout: Layout, p: int) -> tuple[tuple[int, int], ...]:
-    """Rows and elements per row of a stage's storages, which are alike for all t and d."""
-    return tuple((param.rows, param.row_size) for param in local_params(spec, layout, Coord(0, p, 0)))
-
-
 def weight_bytes(spec: ModelSpec, layout: Layout, coord: Coord, itemsize: int) -> int:
     """The storages of a coordinate, vocabulary padding included."""
-    return itemsize * sum(rows * size for rows, size in _storages(spec, layout, coord.p))
+    return itemsize * sum(rows * size for rows, size in storages(spec, layout, coord.p))
 
 
 def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
     """ZeRO-1: moments, and fp32 masters where weights are not fp32, of the replica's own rows."""
     dp, own = use.placement.layout.dp, 0
-    for rows, size in _storages(use.spec, use.placement.layout, coord.p):
+    for rows, size in storages(use.spec, use.placement.layout, coord.p):
         chunk = -(-rows // dp)
         own += size * max(0, min(chunk, rows - coord.d * chunk))
     return {"moments": 2 * FP32 * own, "masters": 0 if use.itemsize == FP32 else FP32 * own}
@@ -131,113 +109,7 @@ def deferred_gather_bytes(use: Use, coord: Coord) -> int:
 
 def _chunk(use: Use, coord: Coord) -> int:
     layout = use.placement.layout
-    return sum(-(-rows // layout.dp) * size for rows, size in _storages(use.spec, layout, coord.p))
-
-
-def kv_bytes(spec: ModelSpec, layout: Layout, p: int, rows: int, capacity: int, itemsize: int) -> int:
-    """Keys and values of `rows` sequences of up to `capacity` tokens on stage p."""
-    kv_heads = max(1, spec.num_kv_heads // layout.tp)
-    return 2 * itemsize * layout.stage_layers[p] * rows * kv_heads * capacity * spec.head_dim
-
-
-class Activations:
-    """What one micro-batch of `tokens` tokens, `answers` of them answers, costs on a stage."""
-
-    def __init__(self, use: Use, p: int, tokens: int, answers: int) -> None:
-        spec, layout = use.spec, use.placement.layout
-        self.use, self.p, self.answers, self.item = use, p, answers, use.itemsize
-        self.T = -(-tokens // layout.tp) * layout.tp
-        self.S = self.T // layout.tp
-        self.D, self.F = spec.hidden_size, spec.intermediate_size // layout.tp
-        self.heads = spec.num_heads // layout.tp
-        self.kv_heads = max(1, spec.num_kv_heads // layout.tp)
-        self.Q, self.R = self.heads * spec.head_dim, self.kv_heads * spec.head_dim
-        self.rows = -(-spec.vocab_size // layout.tp) if spec.head == "lm" else spec.num_labels
-        self.first, self.last = p == 0, p == layout.pp - 1
-
-    def norm(self, rows: int, width: int) -> int:
-        """What a norm saves but for the result: its input, and the factor of each row.
-
-        Step by step it is computed in fp32: a converted input, and the result before the weight.
-        """
-        saved = self.item if self.use.fused else 2 * FP32
-        return rows * width * saved + rows * FP32
-
-    def layer(self) -> int:
-        """What one layer saves: two norms and their results, queries, keys, values, attention's result with
-        a factor per head, gate and up, the activated gate (kernels compute it again), the product."""
-        norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
-        columns = 2 * (self.Q + self.R)
-        if not self.use.fused or self.use.spec.qk_norm:
-            columns += self.Q + self.R  # values are a view of all columns of their product, so that it stays
-        attention = self.T * (columns * self.item + self.heads * FP32)
-        if self.use.spec.qk_norm:
-            attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
-        return (
-            norms
-            + attention
-            + self.T * (3 if self.use.fused or self.use.compiled else 4) * self.F * self.item
-        )
-
-    def saved(self) -> int:
-        """From a forward to its backward pass on this stage."""
-        layers = self.use.placement.layout.stage_layers[self.p]
-        rotation = 2 * self.T * self.use.spec.head_dim * self.item
-        total = rotation + layers * (self.S * self.D * self.item if self.use.recompute else self.layer())
-        if self.first:
-            total += self.T * (8 if self.use.placement.layout.tp == 1 else 9)
-        if not self.last:
-            return total + self.S * self.D * self.item
-        total += self.norm(self.S, self.D)
-        if self.use.spec.head == "value":
-            return total + self.S * self.D * FP32
-        return total + self.answers * (self.D * self.item + 6 * FP32)
-
-    def deferred(self) -> int:
-        """Between the parts of a split backward: what the four matrices of every layer multiplied, and the
-        gradients of their results. Matrices that lie by rows see the whole pass's."""
-        width = 2 * self.Q + 2 * self.R + 3 * self.F + 2 * self.D
-        layer = self.item * (2 * self.S * self.D + self.T * width)
-        return self.use.placement.layout.stage_layers[self.p] * layer
-
-    def held(self, before: int, between: int) -> int:
-        """Of `before` micro-batches before their backward and, where that is split, of `between` waiting for
-        their weights' gradients; right after the first part of a backward they are one less and one more."""
-        saved, deferred = self.saved(), self.deferred()
-        if not self.use.split or self.use.placement.layout.pp == 1:
-            return before * saved
-        return before * saved + between * deferred + max(0, deferred - saved)
-
-    def logits(self) -> int:
-        """Blocks of fp32 logits, the gradients of the head and of what it reads; only on the last stage."""
-        if not self.last or self.use.spec.head == "value":
-            return 0
-        block = FP32 * min(LOGITS_BLOCK, self.answers * self.rows)
-        if not self.use.trained:
-            return 2 * block
-        gradients = self.answers * self.D * (FP32 + self.item) + self.rows * self.D * self.item
-        return max(2 * block, block + block * self.item // FP32 + gradients)
-
-    def transient(self) -> int:
-        """Of one layer in its backward pass: two widths of the ffn more than what it saved and frees, hidden
-        states, a layer to recompute; the gradient of the largest weight, unless its product adds it up."""
-        layout = self.use.placement.layout
-        largest = 0
-        if not self.use.fused and self.item != FP32:
-            largest = max(rows * size for rows, size in _storages(self.use.spec, layout, self.p)) * self.item
-        hidden = self.T * self.D if layout.tp > 1 else 0
-        gradients = (2 * self.T * self.F + 2 * self.S * self.D + hidden) * self.item
-        return gradients + largest + (self.layer() if self.use.recompute else 0)
-
-    def passing(self) -> dict[str, int]:
-        """What comes and goes in a backward pass."""
-        return _worst([{"logits": self.logits()}, {"one layer": self.transient()}])
-
-    def forward(self) -> int:
-        """Of a pass without gradients: a layer's hidden states, and the widest it has at a time."""
-        ffn, attention = (3 if self.use.fused else 4) * self.F, 3 * self.Q + 3 * self.R
-        gathered = self.T * self.D if self.use.placement.layout.tp > 1 else 0
-        return self.item * (4 * self.S * self.D + gathered + self.T * max(ffn, attention))
+    return sum(-(-rows // layout.dp) * size for rows, size in storages(use.spec, layout, coord.p))
 
 
 def _limited(rows: int, limit: int | None) -> int:
@@ -285,31 +157,48 @@ def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
         left, waiting = left - held, waiting - later
         terms[f"{use.name} activations"] = one.held(held, later)
         passing.append(_named(use, one.passing()))
-    return terms | _worst(passing)
+    return terms | worst(passing)
 
 
 def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
     """A pass without gradients."""
     one, _ = largest_pass(use, work, p, work.batch)
-    return _worst([{"one layer": one.forward()}, {"logits": one.logits()}])
+    return worst([{"one layer": one.forward()}, {"logits": one.logits()}])
 
 
-def _generation(use: Use, work: Work, p: int) -> dict[str, int]:
-    """The cache of all responses of a replica; a prefill pass, later the logits of a decode pass.
+def generation_passes(use: Use, p: int, tokens: int, rows: int) -> dict[str, int]:
+    """The larger of a prefill pass of `tokens` tokens and, later, the logits of a decode pass of `rows` rows.
 
     Without a kernel, a draw holds about four tensors of logits' shape: logits, noise, their sum,
-    probabilities. Passes take an even share per stage where no limit is given.
+    probabilities.
     """
-    layout = use.placement.layout
-    rows = -(-work.batch // layout.dp)
-    even = -(-rows // layout.pp)
-    most = max(1, PREFILL_TOKENS // work.prompt)
-    one = Activations(use, p, work.prompt * min(_limited(rows, work.prefill or even), most), 0)
-    logits = (1 if use.fused else 4) * FP32 * _limited(rows, work.decode or even) * one.rows
-    return {
-        "kv cache": kv_bytes(use.spec, layout, p, rows, work.length, use.itemsize),
-        **_worst([{"one layer": one.forward()}, {"logits": logits if one.last else 0}]),
-    }
+    one = Activations(use, p, tokens, 0)
+    logits = (1 if use.fused else 4) * FP32 * rows * one.rows
+    return worst([{"one layer": one.forward()}, {"logits": logits if one.last else 0}])
+
+
+def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple[dict[str, int], Cache]:
+    """The cache of the sequences that a replica generates at a time, and passes over them. Passes take an
+    even share per stage where no limit is given.
+
+    With `pages` the cache has no more than so many: a sequence may be put back, and is then prefilled with
+    its own tokens.
+    """
+    layout, page = use.placement.layout, PAGE if use.fused else CPU_PAGE
+    count = -(-work.batch // layout.dp)
+    rows = _limited(count, work.most)
+    columns = whole_pages(work.prompt, work.response, page)
+    alike = layout.dp == 1 or count % work.samples == 0
+    prompts = -(-count // work.samples) if alike else -(-(count - 1) // work.samples) + 1
+    samples = [count // prompts + (i < count % prompts) for i in range(prompts)]
+    wanted = wanted_pages([(work.prompt, n) for n in samples], work.response, page, rows)
+    held = wanted if pages is None else max(columns, min(pages, wanted))
+    longest = work.prompt if held == wanted else work.length
+    size = min(_limited(prompts, work.prefill or -(-prompts // layout.pp)), max(1, PREFILL_TOKENS // longest))
+    decode = _limited(rows, work.decode or -(-rows // layout.pp))
+    cache = Cache(held + 1, kv_bytes(use.spec, layout, p, page, use.itemsize), rows, columns)
+    passes = generation_passes(use, p, longest * size, decode)
+    return {"kv cache": cache.pages * cache.page_bytes, **passes}, cache
 
 
 @dataclass(frozen=True)
@@ -330,18 +219,21 @@ def rank_memory(
     work: Work,
     switched: Switched,
     fused: bool,
+    pages: int | None = None,
 ) -> RankMemory:
     """What `rank` needs. `generation` is the actor where it generates, None where nothing does; `fused`: the
-    trained models share a pipeline."""
+    trained models share a pipeline; the cache has at most `pages` pages (None: for all at full length)."""
     resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
     steps = [_fused(trained, work, rank)] if fused else []
     if not fused:
         steps += [_named(use, _training(use, work, use.placement.coord_of(rank).p)) for use in trained]
-    inferred = _worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
-    stages = {"inference": {**lent, **inferred}, "training": {**states, **training, **_worst(steps)}}
+    inferred = worst([_named(use, _passing(use, work, use.placement.coord_of(rank).p)) for use in uses])
+    stages = {"inference": {**lent, **inferred}, "training": {**states, **training, **worst(steps)}}
+    cache = None
     if generation is not None:
-        made = _named(generation, _generation(generation, work, generation.placement.coord_of(rank).p))
+        terms, cache = _generation(generation, work, generation.placement.coord_of(rank).p, pages)
+        made = _named(generation, terms)
         stages = {
             # Offloaded states leave when the weights are there.
             "switch": {"generation weights and staging": switched.filling, **states},
@@ -352,7 +244,18 @@ def rank_memory(
             },
             **stages,
         }
-    return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()))
+    return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()), cache)
+
+
+def fitting_pages(ranks: Sequence[RankMemory], limit: int) -> int:
+    """Pages beside `NOBODY`'s that every rank has room for in `limit` bytes while it generates, with the
+    passes of sequences that are put back."""
+    found = []
+    for rank in ranks:
+        assert rank.cache is not None
+        others = rank.total("generation") - rank.cache.pages * rank.cache.page_bytes
+        found.append(int((1 - KEPT_FREE) * limit - others) // rank.cache.page_bytes - 1)
+    return max(0, min(found))
 
 
 def kind_of_rank(rank: int, uses: Sequence[Use], generation: Use | None) -> tuple[int, ...]:
@@ -382,8 +285,3 @@ def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:
 
 def _named(use: Use, terms: Mapping[str, int]) -> dict[str, int]:
     return {f"{use.name} {name}": size for name, size in terms.items()}
-
-
-def _worst(cases: Sequence[dict[str, int]]) -> dict[str, int]:
-    """Of things that follow one another, the one that needs most."""
-    return max(cases, key=lambda terms: sum(terms.values()))

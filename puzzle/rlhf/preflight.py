@@ -30,7 +30,7 @@ def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded."""
     if world.device.type == "cuda":
         limit = torch.cuda.get_device_properties(world.device).total_memory
-        footprint.require(footprint.estimate(plan, fused=True), limit)
+        footprint.require(footprint.estimate(plan, True, limit), limit)
 
 
 def refuse_replacing(checkpoints: Path, world: World) -> None:

@@ -17,7 +17,8 @@ from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
 from puzzle.data.reading import Reader
 from puzzle.data.tokenizers import Tokenizer, response_text
-from puzzle.engine.generate.decode_ring import Request, Tally, generate
+from puzzle.engine.generate.decode_ring import Tally, generate
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import PipelineInput
@@ -69,6 +70,7 @@ def rollout(
         actor.executor,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
+        most=generation.max_sequences,
         graphs=generation.graphs,
         early_stop=generation.early_stop,
         stop=endings.rule,

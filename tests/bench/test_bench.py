@@ -39,7 +39,7 @@ def test_training_rows_fit_together(tmp_path: Path) -> None:
 
 def test_generation_counts_every_token(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    options = ["--batches", "3", "--prompt", "4", "--new", "3", "--out", str(out)]
+    options = ["--sequences", "3", "--prompt", "4", "--new", "3", "--out", str(out)]
     assert main(["bench", "generate", *SMALL, *options]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["mode"] for row in rows] == ["eager", "graphs"]
@@ -47,11 +47,34 @@ def test_generation_counts_every_token(tmp_path: Path) -> None:
         assert row["tokens_per_s"] == pytest.approx(9 / row["total_s"])
         assert row["decode_s"] == pytest.approx(row["total_s"] - row["prefill_s"])
         assert row["decode_floor_s"] > 0
+        assert row["prefilled_tokens"] == 3 * 3
+
+
+def test_generation_of_groups_in_few_rows_with_lengths_from_a_file(tmp_path: Path) -> None:
+    """Three prompts of two samples: each prompt is read once, but for its last token."""
+    out, lengths = tmp_path / "rows.jsonl", tmp_path / "lengths.txt"
+    lengths.write_text("3\n1\n5\n")
+    options = ["--sequences", "6", "--samples", "2", "--at-a-time", "2", "--prompt", "4-9", "--new", "5"]
+    options += ["--modes", "eager", "--repeats", "1", "--arms", "early", "--lengths", str(lengths)]
+    assert main(["bench", "generate", *SMALL, *options, "--out", str(out)]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["tokens"] == 2 * (3 + 1 + 5)
+    assert 3 * 3 <= row["arms"]["early stop"]["prefilled_tokens"] <= 3 * 8
+    assert row["decode_floor_s"] > 0
+    assert "ratio" not in row
+
+
+@pytest.mark.parametrize("text", ["", "0\n", "9\n", "x\n"])
+def test_a_file_without_lengths(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lengths.txt").write_text(text)
+    options = ["--sequences", "2", "--new", "8", "--lengths", str(tmp_path / "lengths.txt")]
+    assert main(["bench", "generate", *SMALL, *options]) == 2
+    assert "--lengths" in capsys.readouterr().err
 
 
 def test_early_stop_draws_what_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    options = ["--batches", "5", "--prompt", "4", "--new", "8", "--repeats", "1", "--modes", "eager"]
+    options = ["--sequences", "5", "--prompt", "4", "--new", "8", "--repeats", "1", "--modes", "eager"]
     assert main(["bench", "generate", *SMALL, *options, "--lengths", "exponential", "--out", str(out)]) == 0
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     early, whole = row["arms"]["early stop"], row["arms"]["to the end"]

@@ -71,7 +71,7 @@ OPTIONS = [
     (["bench", "train", *BENCH, "--layers", "25"], "350m has 16"),
     (["bench", "train", *BENCH, "--layout", "3,1,1"], "tp=3 does not divide"),
     (["bench", "train", *BENCH, "--out", "absent/x"], "no folder absent"),
-    (["bench", "generate", *BENCH, "--batches", "0"], "from 1 to 1048576"),
+    (["bench", "generate", *BENCH, "--sequences", "0"], "from 1 to 1048576"),
     (["bench", "fuse", "--actor", "350m", "--critic", "350m", "--layout", "1,30,1"], "pp=30 is more than"),
     (["bench", "switch", *BENCH, "--pairs", "1,1,2:1,1,2", "--rate-bytes", "0"], "from 1 to"),
     (["bench", "overlap", *BENCH, "--pairs", "3,1,1:1,1,3"], "tp=3 does not divide"),

@@ -53,12 +53,12 @@ def test_a_configuration_is_predicted_as_its_published_run(config: Path, capsys)
 
 
 def test_what_does_not_fit_is_said(config: Path, capsys) -> None:
-    """The dry run's table has the same rank and bytes."""
+    """The dry run's table for such a device has the same rank and bytes."""
     given = ["--config", str(config), "--layout.pp", "2", "--generation.layout.pp", "1"]
     predicted = ["plan", "predict", *given, "--calibration", "published-orion"]
     assert main([*predicted, "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
-    assert main(["train", *given, "--dry-run"]) == 0
+    assert main(["train", *given, "--dry-run", "--device-memory", "80GB"]) == 2
     assert f"rank {memory['rank']} in {memory['stage']}:" in capsys.readouterr().err
     assert memory["bytes"] > memory["of"] == 80_000_000_000
     assert main(predicted) == 0

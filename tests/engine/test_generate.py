@@ -1,12 +1,16 @@
 """Generation against transformers: greedy tokens, keyed draws, log-probs, ends of sequences, tensor ranks."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from puzzle.engine.generate import decode_ring as generation
-from puzzle.engine.generate.decode_ring import Request, Tally, generate
+from puzzle.engine.generate.decode_ring import Tally, generate
+from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.requests import Request, RequestStates
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
@@ -169,9 +173,7 @@ def test_books_end_by_stop_ids_rules_and_lengths():
         params = SamplingParams(min_new_tokens=least, max_new_tokens=most, stop_ids=ids)
         seen = []
         asked = [Request([1], i) for i in range(9)]
-        books = generation.RequestStates(
-            asked, params, enough(60), lambda i, token, seen=seen: seen.append((i, token))
-        )
+        books = RequestStates(asked, params, enough(60), lambda i, token, seen=seen: seen.append((i, token)))
         for step in range(12):
             books.write(range(9), [row[step] for row in drawn], [-float(row[step]) for row in drawn])
         truth = []
@@ -193,7 +195,7 @@ def test_books_end_by_stop_ids_rules_and_lengths():
 )
 def test_whether_a_response_may_be_shorter(ids, rule, least, expected):
     params = SamplingParams(stop_ids=ids, min_new_tokens=least, max_new_tokens=8)
-    assert generation.RequestStates([Request([1])], params, rule).may_end == expected
+    assert RequestStates([Request([1])], params, rule).may_end == expected
 
 
 def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):
@@ -236,17 +238,27 @@ def test_tensor_ranks_agree_with_transformers(variant, tp, greedy, tmp_path):
     check(Oracle(folder, params).agreement(results[0]))
 
 
+def grouped():
+    """Three samples of four prompts, in which pages of four positions are filled, partly filled or empty."""
+    generator = torch.Generator().manual_seed(9)
+    texts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (9, 1, 11, 4)]
+    return [Request(text, number, sample, 5) for number, text in enumerate(texts) for sample in range(3)]
+
+
 def ring_rank(rank, folder, layout, cases, few):
     world = World(rank, layout.world, torch.device("cpu"))
     placement = Placement.default(layout)
     runtime = ModelRuntime("actor", hf.read_spec(folder), placement, world)
     hf.load(runtime.decoder, folder)
-    asked = requests()[: few or None]
-    share = runtime.rows(len(asked))
     found = []
     for params, options in cases:
+        told = dict(options)
+        asked = (grouped() if told.pop("grouped", False) else requests())[: few or None]
+        rule, passes = told.pop("rule", None), ModelRunner(runtime.decoder, page=told.pop("page", None))
+        told["stop"] = None if rule is None else enough(rule)
+        share = runtime.rows(len(asked))
         answers = generate(
-            runtime.decoder, asked[share.start : share.stop], params, runtime.executor, **options
+            runtime.decoder, asked[share.start : share.stop], params, runtime.executor, passes=passes, **told
         )
         found.append((share.start, answers))
     return found
@@ -302,13 +314,91 @@ def test_rings_agree_with_transformers(variant, shape, tmp_path):
         (drawn, {"prefill": 3, "decode": 2, "lookahead": 1}),
         (drawn, {"prefill": 1, "decode": 3}),
         (drawn, {"decode": 8, "lookahead": 1}),
+        (drawn, {"most": 1}),
+        (drawn, {"most": 3, "lookahead": 1, "page": 4}),
+        (drawn, {"most": 5, "prefill": 1, "decode": 1, "early_stop": False}),
+        (drawn, {"pages": 12, "page": 4}),
     ]
-    first, *others = in_layout(folder, layout, cases)
+    queued = [(params, {**how, "grouped": True}) for params, how in QUEUED]
+    first, *others = in_layout(folder, layout, cases + queued)
+    others, groups = others[: len(cases) - 1], others[len(cases) - 1 :]
+    check_queued(folder, groups)
     check(Oracle(folder, greedy).agreement(first))
     oracle = Oracle(folder, drawn)
     for found in others:
         check(oracle.agreement(found))
     assert len({len(response.tokens) for response in others[0]}) > 2
+
+
+ENDING = SamplingParams(
+    temperature=0.8, max_new_tokens=24, min_new_tokens=3, seed=6, stop_ids=(3, 40, 77, 150, 201, 240)
+)
+QUEUED = [
+    (ENDING, {"rule": 2000, "page": 4}),
+    (ENDING, {"rule": 2000, "page": 4, "most": 1, "lookahead": 1}),
+    (ENDING, {"rule": 2000, "page": 4, "most": 3, "decode": 2, "prefill": 1}),
+    (ENDING, {"rule": 2000, "page": 4, "most": 3, "early_stop": False, "lookahead": 1}),
+    (ENDING, {"rule": 2000, "page": 4, "pages": 9}),
+    (ENDING, {"rule": 2000, "page": 4, "pages": 13, "most": 5, "lookahead": 1}),
+]
+"""Few rows, few pages (nine hold the longest sequence): stop ids, a stop rule, least lengths, groups."""
+
+
+def check_queued(folder, found):
+    """The tokens of every request alone, in its own cache."""
+    decoder = stage(folder)
+    alone = [generate(decoder, [request], ENDING, stop=enough(2000))[0] for request in grouped()]
+    lengths = {len(response.tokens) for response in alone}
+    assert min(lengths) >= 3
+    assert len(lengths) > 3
+    assert len(found) == len(QUEUED)
+    for answers in found:
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+        assert [answer.finished for answer in answers] == [answer.finished for answer in alone]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 2)])
+def test_tokens_do_not_depend_on_who_waits(shape, tmp_path):
+    """Layouts without pipelines; those with them have the same cases beside transformers."""
+    folder = save_variant(tmp_path / "model", "qwen2")
+    queued = [(params, {**how, "grouped": True}) for params, how in QUEUED]
+    check_queued(folder, list(in_layout(folder, Layout.even(*shape, 4), queued)))
+
+
+@pytest.mark.parametrize("most", [2, 3, None])
+def test_greedy_tokens_of_a_queue_are_those_of_transformers_generate(most, tmp_path):
+    folder = save_variant(tmp_path / "model", "llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    params = SamplingParams(greedy=True, max_new_tokens=NEW, stop_ids=(9, 41))
+    passes = ModelRunner(stage(folder), page=4)
+    found = generate(passes.decoder, grouped(), params, passes=passes, most=most, pages=most and 8 * most)
+    for request, response in zip(grouped(), found, strict=True):
+        ids = torch.tensor([list(request.prompt)])
+        how = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": [9, 41], "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        assert response.tokens == made[0, len(request.prompt) :].tolist()
+
+
+def test_samples_of_a_prompt_are_prefilled_once(tmp_path):
+    """But for their last token, which every sample reads by itself."""
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    params, tally, apart = SamplingParams(max_new_tokens=3), Tally(), Tally()
+    generate(decoder, grouped(), params, most=4, tally=tally)
+    assert tally.prefilled == 8 + 0 + 10 + 3
+    generate(decoder, requests(), params, most=4, tally=apart)
+    assert apart.prefilled == sum(LENGTHS) - len(LENGTHS)
+    assert (apart.put_back, tally.put_back) == (0, 0)
+
+
+def test_few_pages_put_sequences_back(tmp_path):
+    """What the cases of QUEUED with few pages are there for."""
+    decoder = stage(save_variant(tmp_path / "model", "qwen2"))
+    for how, wanted in ((QUEUED[3][1], 0), (QUEUED[4][1], 1), (QUEUED[5][1], 1)):
+        told: dict[str, Any] = dict(how)
+        tally = Tally()
+        passes, rule = ModelRunner(decoder, page=told.pop("page")), enough(told.pop("rule"))
+        generate(decoder, grouped(), ENDING, passes=passes, stop=rule, tally=tally, **told)
+        assert min(tally.put_back, 1) == wanted
 
 
 def test_a_replica_without_requests_stands_by(tmp_path):

@@ -10,15 +10,21 @@ import pytest
 import torch
 
 from puzzle.engine.generate import model_runner as engine_passes
-from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.decode_ring import generate
 from puzzle.engine.generate.model_runner import ModelRunner, Sampled, bucket
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.errors import UserError
+from puzzle.model.decoder import Decoder
 from puzzle.model.noise import row_seeds
+from puzzle.plan import memory
+from puzzle.plan.layout import Placement
+from puzzle.plan.pages import KEPT_FREE
 from tests.model.tiny import stage
 from tests.reference.tiny import save_lm
 
-CAPACITY = 48
+PAGES, COLUMNS = 24, 3
 
 
 def seeds_of(ids: list[int], seed: int = 3) -> list[int]:
@@ -31,41 +37,62 @@ def drawn(out: Sampled | torch.Tensor) -> tuple[list[int], list[float]]:
     return out.fetch().lists()
 
 
+class Filled:
+    """A runner whose sequences are placed by hand, each with pages of its own."""
+
+    def __init__(self, decoder: Decoder, groups: tuple[int, ...], prompts: list[list[int]], **how: Any):
+        self.passes, self.prompts = ModelRunner(decoder), prompts
+        self.passes.start(groups, PAGES, COLUMNS, SamplingParams(**how))
+        self.pages = iter(torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).add(1).tolist())
+        self.got: list[list[tuple[int, float]]] = [[] for _ in prompts]
+
+    def fill(self, rows: list[int], who: list[int]) -> None:
+        """Cache prompts but for their last tokens, which the rows read next."""
+        tables = [[next(self.pages) for _ in range(COLUMNS)] for _ in who]
+        parts = [
+            Prefill(self.prompts[i][:-1], table[: -(-len(self.prompts[i][:-1]) // 16)])
+            for i, table in zip(who, tables, strict=True)
+            if len(self.prompts[i]) > 1
+        ]
+        if parts:
+            self.passes.prefill(parts)
+        joins = [
+            Join(row, i, self.prompts[i][-1], len(self.prompts[i]) - 1, 0, table)
+            for row, i, table in zip(rows, who, tables, strict=True)
+        ]
+        self.passes.join(joins, seeds_of(who))
+
+    def note(self, who: list[int], out: Sampled | torch.Tensor) -> None:
+        for i, token, logprob in zip(who, *drawn(out), strict=True):
+            self.got[i].append((token, logprob))
+
+
 def test_rows_in_any_order_with_refill_and_moves(tmp_path: Path) -> None:
     """Six prompts through four rows in two groups; every token and log-prob is that of the prompt alone."""
     decoder = stage(save_lm(tmp_path / "model"))
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (5, 9, 1, 14, 7, 3)]
+    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (5, 19, 1, 34, 7, 3)]
     params = SamplingParams(max_new_tokens=12, seed=3)
     alone = [generate(decoder, [Request(p, i)], params)[0] for i, p in enumerate(prompts)]
 
-    passes = ModelRunner(decoder)
-    passes.start((3, 1), CAPACITY, params)
-    got: list[list[tuple[int, float]]] = [[] for _ in prompts]
-
-    def note(who: list[int], out: Sampled | torch.Tensor) -> None:
-        for i, token, logprob in zip(who, *drawn(out), strict=True):
-            got[i].append((token, logprob))
-
-    def fill(rows: list[int], who: list[int]) -> None:
-        note(who, passes.prefill(rows, [prompts[i] for i in who], seeds_of(who)))
-
-    fill([2, 0, 3], [0, 1, 3])
-    fill([1], [2])
+    filled = Filled(decoder, (3, 1), prompts, max_new_tokens=12, seed=3)
+    passes = filled.passes
+    filled.fill([2, 0, 3], [0, 1, 3])
+    filled.fill([1], [2])
     order = [1, 2, 0]
     for _ in range(4):
-        note(order, passes.decode(0, 3))
-        note([3], passes.decode(1, 1))
-    passes.park([1])  # prompt 2 leaves, prompt 0 takes its row, then row 2 is filled anew
-    passes.move(2, 1, len(prompts[0]) + len(got[0]) - 1)
-    note([1, 0], passes.decode(0, 2))
-    fill([2], [4])
-    fill([3], [5])
+        filled.note(order, passes.decode(0, 3))
+        filled.note([3], passes.decode(1, 1))
+    passes.move([(2, 1)], [2])  # prompt 2 leaves, prompt 0 takes its row, then row 2 is filled anew
+    filled.note([1, 0], passes.decode(0, 2))
+    filled.fill([2], [4])
+    passes.move([(2, 0), (0, 2)], [])  # at once
+    filled.fill([3], [5])
     for _ in range(6):
-        note([1, 0, 4], passes.decode(0, 3))
-        note([5], passes.decode(1, 1))
-    assert [len(part) for part in got] == [12, 12, 5, 5, 7, 7]
-    for part, truth in zip(got, alone, strict=True):
+        filled.note([4, 0, 1], passes.decode(0, 3))
+        filled.note([5], passes.decode(1, 1))
+    assert [len(part) for part in filled.got] == [11, 11, 4, 4, 6, 6]
+    for part, truth in zip(filled.got, alone, strict=True):
         assert [token for token, _ in part] == truth.tokens[: len(part)]
         logprobs = torch.tensor([logprob for _, logprob in part])
         torch.testing.assert_close(logprobs, torch.tensor(truth.logprobs[: len(part)]), rtol=0, atol=1e-5)
@@ -75,7 +102,8 @@ def test_inactive_rows_change_nothing_and_stay_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where passes have as many rows as a bucket: what stands behind the sequences in use has no
-    place, is never moved on, and may be filled at any time."""
+    place, writes to nobody's page alone, though its line of the block table names others', and may be filled
+    at any time."""
     decoder = stage(save_lm(tmp_path / "model"))
     prompts = [[5, 9, 200], [7, 7, 31, 99], [250, 1], [11, 12, 13, 14, 15]]
     params = SamplingParams(max_new_tokens=10, seed=3)
@@ -88,34 +116,29 @@ def test_inactive_rows_change_nothing_and_stay_where_they_are(
         self.graph = cast(Any, SimpleNamespace(replay=replay))
 
     monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", record)
-    passes = ModelRunner(decoder)
-    passes.start((5,), CAPACITY, params)
+    filled = Filled(decoder, (5,), prompts, max_new_tokens=10, seed=3)
+    passes = filled.passes
     passes.graphs = True
-    got: list[list[int]] = [[] for _ in prompts]
-
-    def note(who: list[int], out: Sampled | torch.Tensor) -> None:
-        for i, token in zip(who, drawn(out)[0], strict=True):
-            got[i].append(token)
-
-    note([0, 1, 2], passes.prefill([0, 1, 2], prompts[:3], seeds_of([0, 1, 2])))
+    filled.fill([0, 1, 2], [0, 1, 2])
+    with torch.inference_mode():
+        passes.table[3:] = passes.table[0]
     for _ in range(4):
-        note([0, 1, 2], passes.decode(0, 3))
+        filled.note([0, 1, 2], passes.decode(0, 3))
         assert passes.state[1].tolist() == [
-            *(len(prompts[i]) + len(got[i]) - 1 for i in range(3)),
+            *(len(prompts[i]) + len(filled.got[i]) - 1 for i in range(3)),
             engine_passes.INACTIVE,
             engine_passes.INACTIVE,
         ]
-    note(
-        [3], passes.prefill([3], prompts[3:], seeds_of([3]))
-    )  # where an inactive row was computed four times
+    filled.fill([3], [3])  # where an inactive row was computed four times
     for _ in range(3):
-        note([0, 1, 2, 3], passes.decode(0, 4))
-    passes.move(3, 0, len(prompts[3]) + len(got[3]) - 1)
+        filled.note([0, 1, 2, 3], passes.decode(0, 4))
+    passes.move([(3, 0)], [3])
     assert passes.state[1, 3] == engine_passes.INACTIVE
     for _ in range(2):
-        note([3, 1, 2], passes.decode(0, 3))
+        filled.note([3, 1, 2], passes.decode(0, 3))
     assert passes.state[1, 3:].tolist() == [engine_passes.INACTIVE] * 2
-    assert [len(part) for part in got] == [8, 10, 10, 6]
+    assert [len(part) for part in filled.got] == [7, 9, 9, 5]
+    got = [[token for token, _ in part] for part in filled.got]
     assert got == [truth[: len(part)] for part, truth in zip(got, alone, strict=True)]
 
 
@@ -130,7 +153,7 @@ def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", count)
     passes = ModelRunner(stage(save_lm(tmp_path / "model")))
-    passes.start((11, 3), CAPACITY, SamplingParams())
+    passes.start((11, 3), PAGES, COLUMNS, SamplingParams())
     passes.graphs = True
     passes.record(leaving=False)
     assert recorded == [11, 3]
@@ -145,21 +168,55 @@ def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: 
     assert sorted(recorded) == alone
 
 
-def test_a_batch_that_does_not_fit_is_told_what_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_sequences_than_the_cache_holds_wait_and_one_too_long_is_told(tmp_path: Path) -> None:
     decoder = stage(save_lm(tmp_path / "model"))
-    prompts = [Request([1] * n, n) for n in (2, 6, 4)]
+    prompts = [Request([1] * n, n) for n in (2, 6, 40, 4)]
     params = SamplingParams(max_new_tokens=5)
-    cache = ModelRunner(decoder)
-    cache.start((2,), 11, params)
-    assert cache.cache is not None
-    free = cache.cache.k.nbytes + cache.cache.v.nbytes  # room for two of the longest
-    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: free)
-    with pytest.raises(UserError, match=r"for 3 sequences of 11 tokens .*: 2 of a replica's sequences do;"):
-        generate(decoder, prompts, params)
-    assert len(generate(decoder, prompts[:2], params)) == 2
-    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: free - 1)
-    with pytest.raises(UserError, match=r": 1 of a replica's sequences do;"):
-        generate(decoder, prompts[:2], params)
+    whole = generate(decoder, prompts, params)
+    # The longest one caches 44 tokens: three pages of 16.
+    few = generate(decoder, prompts, params, pages=3)
+    assert [r.tokens for r in few] == [r.tokens for r in whole]
+    words = r"prompt 2 \(40 tokens\) and 5 new tokens does not fit .* room for 32 tokens; lower max_new"
+    with pytest.raises(UserError, match=words):
+        generate(decoder, prompts, params, pages=2)
+
+
+def test_pages_are_as_many_as_the_fullest_device_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: this rank's memory, a kept cache, and what other ranks of the run say."""
+    passes = ModelRunner(stage(save_lm(tmp_path / "model")))
+    passes.start((2,), 10, 3, SamplingParams())
+    assert passes.cache is not None
+    page = (passes.cache.k.nbytes + passes.cache.v.nbytes) // 11
+    world, others = SimpleNamespace(device=torch.device("cpu")), [-(1 << 60)]
+    world.max = lambda x: torch.maximum(x, torch.tensor(others[-1]))
+    use = memory.Use("model", passes.decoder.spec, Placement.default(passes.decoder.layout), 4)
+    beside = sum(memory.generation_passes(use, 0, 40, 2).values())
+    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: beside + 8 * page - 1)
+
+    def fitting(wanted: int) -> int:
+        return engine_passes.fitting_pages(passes, wanted, cast(Any, world), 40, 2)
+
+    assert fitting(12) == 12  # a CPU has what is wanted
+    passes.decoder = cast(Any, Cuda(passes.decoder))
+    assert fitting(10) == 10  # the kept cache has them
+    assert fitting(0) == 1 << 60  # a replica without requests holds up nobody
+    assert passes.cache is not None
+    assert fitting(11) == 6  # it was given back; one page is nobody's
+    assert passes.cache is None
+    others.append(-4)
+    assert fitting(11) == 4
+
+
+class Cuda:
+    """A decoder that says that it is on a GPU."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self.device = decoder, torch.device("cuda")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
 
 
 @pytest.mark.parametrize("lends", [True, False])
@@ -178,7 +235,7 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700 - kept[-1], 1000))
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
     device = torch.device("cuda", 0)
-    most = int(700 - 1000 * engine_passes.KEPT_FREE)
+    most = int(700 - 1000 * KEPT_FREE)
     for enough, gives_back in ((1, not lends), (most, not lends), (most + 1, True)):
         kept[:] = [500]
         assert engine_passes.cache_memory(device, enough) == most
@@ -189,23 +246,25 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
 
 
 def test_a_cache_is_kept_while_it_is_large_enough(tmp_path: Path) -> None:
-    """For more rows or longer sequences there is a new one; `release` gives it back."""
+    """For more pages there is a new one, for more rows or longer ones a new block table; `release` gives both
+    back."""
     passes, params = ModelRunner(stage(save_lm(tmp_path / "model"))), SamplingParams()
-    passes.start((2, 1), 20, params)
-    for groups, capacity, kept, shape in (
-        ((2, 1), 20, True, (3, 20)),
-        ((1, 1), 19, True, (3, 20)),
-        ((2, 2), 20, False, (4, 20)),
-        ((4,), 21, False, (4, 21)),
-        ((4,), 21, True, (4, 21)),
+    passes.start((2, 1), 20, 2, params)
+    for groups, pages, columns, kept, shape in (
+        ((2, 1), 20, 2, True, (21, 3, 2)),
+        ((1, 1), 19, 1, True, (21, 3, 2)),
+        ((2, 2), 20, 2, True, (21, 4, 2)),
+        ((4,), 20, 3, True, (21, 4, 3)),
+        ((4,), 21, 3, False, (22, 4, 3)),
+        ((4,), 21, 3, True, (22, 4, 3)),
     ):
         before = passes.cache
-        passes.start(groups, capacity, params)
+        passes.start(groups, pages, columns, params)
         assert passes.cache is not None
         assert (passes.cache is before) == kept
-        assert (passes.cache.k.shape[1], passes.cache.k.shape[3]) == shape
-        assert passes.state.shape == (4, shape[0])
-        assert passes.state[1].tolist() == [engine_passes.INACTIVE] * shape[0]
+        assert (passes.cache.k.shape[2], *passes.table.shape) == shape
+        assert passes.state.shape == (4, shape[1])
+        assert passes.state[1].tolist() == [engine_passes.INACTIVE] * shape[1]
     passes.release()
     assert passes.cache is None
 

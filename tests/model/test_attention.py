@@ -77,48 +77,52 @@ def test_the_varlen_kernel_is_asked_for_the_same(monkeypatch, keys, window):
 
 
 LENGTHS = (3, 1, 4)
+TABLES = torch.tensor([[4, 1, 0], [2, 6, 0], [5, 7, 3]], dtype=torch.int32)
+"""Pages of two positions for three sequences, one more than they fill."""
 
 
-def filled(order, layers=2):
-    """A cache of four rows with the keys and values of three sequences in those of `order`, in layer 1; of
-    every sequence queries, keys and values (3, positions, 4, 8), the last one not yet written."""
+def filled(layers=2):
+    """A cache of eight pages with the keys and values of three sequences, in layer 1; of every sequence
+    queries, keys and values (3, positions, 4, 8), the last one not yet written."""
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randn(3, n + 1, 4, 8, generator=generator) for n in LENGTHS]
-    cache = KVCache(*torch.full((2, layers, 4, 2, 6, 8), torch.nan))
+    cache = KVCache(*torch.full((2, layers, 2, 8, 2, 8), torch.nan))
     batch = pack([[1] * n for n in LENGTHS], 5)
     dummy = torch.full((batch.total - sum(LENGTHS), 2, 8), 9.0)
     k, v = (torch.cat([*(s[i, :-1, :2] for s in sequences), dummy]) for i in (1, 2))
-    rows = cache.pick(order)
-    rows.slots(1, rows.rows_of(batch), batch).write(k, v)
+    places = [int(t[p // 2]) * 2 + p % 2 for t, n in zip(TABLES, LENGTHS, strict=True) for p in range(n)]
+    cache.at(torch.tensor(places)).slots(1).write(k, v)
     return cache, sequences
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 3], [2, 0, 3], [3, 2, 1], [0, 2, 1]])
-def test_a_cache_holds_what_a_pass_wrote_in_the_rows_that_it_named_alone(order):
-    cache, sequences = filled(order)
+def test_a_cache_holds_what_a_pass_wrote_in_its_places_alone(monkeypatch):
+    cache, sequences = filled()
     for held, which in ((cache.k, 1), (cache.v, 2)):
         expected = torch.full_like(held, torch.nan)
-        for row, s, n in zip(order, sequences, LENGTHS, strict=True):
-            expected[1, row, :, :n] = s[which, :-1, :2].transpose(0, 1)
+        for table, s, n in zip(TABLES, sequences, LENGTHS, strict=True):
+            for p in range(n):
+                expected[1, :, table[p // 2], p % 2] = s[which, p, :2]
         assert torch.equal(held.nan_to_num(1e9), expected.nan_to_num(1e9))
-    cache.move(order[2], order[0], 2)
-    for held in (cache.k, cache.v):
-        assert torch.equal(held[1, order[0], :, :2], held[1, order[2], :, :2])
-        assert torch.equal(held[1, order[0], :, 2].isnan(), torch.zeros(2, 8, dtype=torch.bool))
-        assert held[1, order[0], :, 3:].isnan().all()
-        assert held[1, order[2], :, :4].isfinite().all()
-        assert not torch.equal(held[1, order[0], :, 2], held[1, order[2], :, 2])
+    copied = [held.clone() for held in (cache.k, cache.v)]
+    for held in copied:
+        held[:, :, [6, 0]] = held[:, :, [5, 4]]
+    monkeypatch.setattr(attention, "COPIED", 1)
+    cache.copy(torch.tensor([5, 4]), torch.tensor([6, 0]))
+    for held, expected in zip((cache.k, cache.v), copied, strict=True):
+        assert torch.equal(held.nan_to_num(1e9), expected.nan_to_num(1e9))
 
 
 @pytest.mark.parametrize("window", [None, 1, 2])
 def test_a_new_token_sees_what_its_row_has_cached(window):
-    """Rows 1 to 3 of the cache; two query heads share a key head."""
-    cache, sequences = filled([1, 2, 3])
-    held, where = cache.rows(1, 4), torch.tensor(LENGTHS)
+    """Rows whose pages lie in any order; two query heads share a key head."""
+    cache, sequences = filled()
+    where = torch.tensor(LENGTHS)
     step = DecodeBatch(where, where, reach=5)
     q, k, v = (torch.stack([s[i, -1] for s in sequences]) for i in range(3))
-    held.slots(1, held.rows_of(step), step).write(k[:, :2], v[:, :2])
-    keys, values = (x.nan_to_num(1e3) for x in held.read(1, step))  # behind a row's end lies anything
+    places = torch.tensor([int(t[n // 2]) * 2 + n % 2 for t, n in zip(TABLES, LENGTHS, strict=True)])
+    held = cache.at(places, TABLES).slots(1)
+    held.write(k[:, :2], v[:, :2])
+    keys, values = (x.nan_to_num(1e3) for x in held.read(5))  # behind a row's end lies anything
     assert keys.shape == (3, 2, 5, 8)
     got = decode_attention(q, keys, values, step.mask(window))
     for row, s, n in zip(got, sequences, LENGTHS, strict=True):
@@ -127,4 +131,4 @@ def test_a_new_token_sees_what_its_row_has_cached(window):
         k, v = (s[i, :, :2].repeat_interleave(2, 1) for i in (1, 2))
         torch.testing.assert_close(row[None], textbook(s[0, -1:], k, v, seen), rtol=1e-5, atol=1e-6)
     assert cache.k[0].isnan().all()
-    assert cache.k[1, 0].isnan().all()
+    assert cache.k[1, :, 0].isnan().all()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from puzzle.cli.convert import convert, packaged_gguf, run
-from puzzle.engine.generate.decode_ring import Request, generate
+from puzzle.engine.generate.decode_ring import generate
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.errors import UserError
 from puzzle.model.gguf import GgufModel

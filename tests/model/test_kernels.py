@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from puzzle.engine.generate.model_runner import ModelRunner, Sampled
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose
+from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention
 from puzzle.model.kernels import flash_decode
@@ -129,17 +130,15 @@ def qkv_of(
     ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (3, 8, 20, False)]
 )
 def test_heads_and_their_way_into_the_cache(dtype, groups, queries, dim, norms):
-    """Rows of the cache in any order; a dummy segment is stored nowhere."""
+    """Places of the cache in any order; a dummy segment is stored nowhere."""
     batch = pack([[1] * n for n in (4, 1, 6)], 4)
     qkv, weights = qkv_of(batch.total, groups, queries, dim, dtype, norms)
     turn = rotation(batch.positions_T, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
-    plain, ours = (KVCache(*torch.full((2, 1, 5, groups, 9, dim), 7.0, dtype=dtype)) for _ in "ab")
+    plain, ours = (KVCache(*torch.full((2, 1, groups, 5, 4, dim), 7.0, dtype=dtype)) for _ in "ab")
     expected = pointwise.heads(qkv, groups, *turn, *weights, EPS)
-    order = [3, 0, 2]
-    held = plain.pick(order)
-    held.slots(0, held.rows_of(batch), batch).write(*expected[1:])
-    held = ours.pick(order)
-    got = fused.heads(qkv, groups, *turn, *weights, EPS, held.slots(0, held.rows_of(batch), batch))
+    places = torch.tensor([12, 13, 14, 15, 3, 0, 1, 2, 19, 17, 18])
+    plain.at(places).slots(0).write(*expected[1:])
+    got = fused.heads(qkv, groups, *turn, *weights, EPS, ours.at(places).slots(0))
     for a, b in zip((*got, ours.k, ours.v), (*expected, plain.k, plain.v), strict=True):
         close(a, b, dtype)
     close(fused.heads(qkv, groups, *turn, *weights, EPS)[0], expected[0], dtype)
@@ -152,25 +151,39 @@ def test_heads_and_their_way_into_the_cache(dtype, groups, queries, dim, norms):
     ("groups", "queries", "dim", "norms"), [(4, 1, 64, False), (2, 3, 24, True), (1, 8, 10, False)]
 )
 def test_decode_attention_reads_live_places(monkeypatch, parts, window, dtype, groups, queries, dim, norms):
-    """What lies behind a row's end is NaN: read, it would show."""
+    """Pages of 64 positions in any order. What a row does not see is NaN: read, it would show."""
     monkeypatch.setattr(flash_decode, "_parts", lambda *_: parts)
     places = torch.tensor([0, 150, 63, 64, 17])
     qkv, weights = qkv_of(len(places), groups, queries, dim, dtype, norms)
     turn = rotation(places, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
-    shape = (2, 1, len(places), groups, 160, dim)
-    plain = KVCache(*random(shape, dtype, 8))
-    ours = KVCache(plain.k.clone(), plain.v.clone())
-    for row, place in enumerate(places):
-        ours.k[:, row, :, place:], ours.v[:, row, :, place:] = torch.nan, torch.nan
+    table = torch.tensor([[9, 0, 0], [4, 1, 7], [3, 0, 0], [2, 8, 0], [5, 6, 0]], dtype=torch.int32)
+    plain = KVCache(*random((2, 1, groups, 10, 64, dim), dtype, 8))
+    into = torch.stack([table[row, p // 64] * 64 + p % 64 for row, p in enumerate(places)]).long()
+    ours = KVCache(*(torch.full_like(plain.k, torch.nan) for _ in "kv"))
+    for row, place in enumerate(places.tolist()):
+        for p in range(max(0, place + 1 - window) if window else 0, place):
+            here = (..., int(table[row, p // 64]), p % 64, slice(None))
+            ours.k[here], ours.v[here] = plain.k[here], plain.v[here]
     batch = DecodeBatch(places, places, 160)
     q, k, v = pointwise.heads(qkv, groups, *turn, *weights, EPS)
-    plain.slots(0, batch.rows_T, batch).write(k, v)
-    expected = decode_attention(q, *plain.read(0, batch), batch.mask(window)).flatten(1)
-    got = flash_decode.attend(qkv, *turn, *weights, EPS, ours.slots(0, batch.rows_T, batch), window)
+    held = plain.at(into, table).slots(0)
+    held.write(k, v)
+    expected = decode_attention(q, *held.read(160), batch.mask(window)).flatten(1)
+    held = ours.at(into, table).slots(0)
+    got = flash_decode.attend(qkv, *turn, *weights, EPS, held, places, window)
     close(got, expected, dtype)
     for mine, theirs in ((ours.k, plain.k), (ours.v, plain.v)):
-        stored = torch.stack([cache[0, b, :, p] for b, p in enumerate(places) for cache in (mine, theirs)])
-        close(stored[::2], stored[1::2], dtype)
+        stored = [memory.flatten(2, 3)[:, :, into] for memory in (mine, theirs)]
+        close(*stored, dtype)
+
+
+@pytest.mark.parametrize("page", [8, 24])
+def test_pages_that_a_kernel_cannot_read(page):
+    cache = KVCache(*torch.zeros(2, 1, 2, 3, page, 16))
+    held = cache.at(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)).slots(0)
+    given = (torch.zeros(1, 2 * 3 * 16), *torch.zeros(2, 1, 16), None, None, EPS, held)
+    with pytest.raises(ValueError, match=f"pages of {page} positions"):
+        flash_decode.attend(*given, torch.zeros(1, dtype=torch.int64), None)
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -246,8 +259,9 @@ def test_a_cpu_takes_no_kernel_though_triton_is_there(monkeypatch, tmp_path: Pat
         monkeypatch.setattr(module, name, refuse)
     pointwise.kernels.cache_clear()
     passes = ModelRunner(stage(save_variant(tmp_path / "model", "llama")))
-    passes.start((2,), 20, SamplingParams())
-    passes.prefill([0, 1], [[1, 2], [3]], [4, 5])
+    passes.start((2,), 4, 2, SamplingParams())
+    passes.prefill([Prefill([1, 2], [3])])
+    passes.join([Join(0, 0, 5, 2, 0, [3]), Join(1, 1, 6, 0, 0, [1])], [4, 5])
     passes.decode(0, 2)
     assert not passes.graphs
 
@@ -261,15 +275,19 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     folder = save_variant(tmp_path / "model", variant)
     params = SamplingParams(max_new_tokens=4, seed=5)
     generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (3, 11, 7)]
+    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (3, 13, 7)]
     seeds = row_seeds(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
     found = []
     for with_kernels in (False, True):
         monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
         passes = ModelRunner(decoder)
-        passes.start((4,), 20, params)
-        outs = [passes.prefill([2, 0, 1], prompts, seeds), *(passes.decode(0, 3) for _ in range(3))]
+        passes.start((4,), 8, 2, params)
+        tables = [[7, 1], [3, 5], [2, 8]]
+        passes.prefill([Prefill(p[:-1], table[:1]) for p, table in zip(prompts, tables, strict=True)])
+        told = zip([2, 0, 1], prompts, tables, strict=True)
+        passes.join([Join(row, 0, p[-1], len(p) - 1, 0, table) for row, p, table in told], seeds)
+        outs = [passes.decode(0, 3) for _ in range(6)]
         found.append([out.fetch().lists() for out in outs if isinstance(out, Sampled)])
     for plain, ours in zip(*found, strict=True):
         assert ours[0] == plain[0]

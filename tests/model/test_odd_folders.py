@@ -210,7 +210,7 @@ def test_weights_lie_where_the_stage_does_and_every_storage_ticks(tmp_path) -> N
     assert {p.dtype for p in there.parameters()} == {torch.bfloat16}
     cache = there.new_cache(3, 20)
     assert (cache.k.device.type, cache.k.dtype) == ("meta", torch.bfloat16)
-    assert cache.k.shape == cache.v.shape == (4, 3, 2, 20, 8)
+    assert cache.k.shape == cache.v.shape == (4, 2, 3, 20, 8)
     decoder, ticks = whole(spec), []
     tensors = {tensor.name: torch.ones(tensor.shape) for tensor in spec.tensors()}
     fill(decoder, tensors.__getitem__, lambda: ticks.append(1))

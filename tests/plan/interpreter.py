@@ -56,6 +56,7 @@ class Player:
         self.state = [defaultdict(str) for _ in self.lists]  # of each optimizer
         self.norms = [[] for _ in self.lists]
         self.cache = [defaultdict(int) for _ in self.lists]
+        self.prefilled = [set() for _ in self.lists]
         self.tokens = defaultdict(list)
 
     def advance(self, stage: int) -> bool:
@@ -152,28 +153,30 @@ class Player:
 
     def generate_pass(self, s: int, a: Action) -> None:
         spec, name, m, t = self.spec[a.model], a.model, a.microbatch, a.step
-        start, end = (spec.prefill if a.op is Op.PREFILL else spec.decode)[m]
+        joined = [sum(map(len, spec.prefills[:n])) for n in range(len(spec.prefills) + 1)]
         if s > 0:
             x = self.take(s, ("in", name, "activation", m, t))
-        elif a.op is Op.PREFILL:
-            x = [("prompt", q) for q in range(start, end)]
+        elif a.op is Op.PREFILL or t == 1:
+            x = ("asked", m)
         elif self.last:
             x = self.take(s, ("in", name, "tokens", m, t - 1))
         else:
-            x = [self.tokens[q][-1] if self.tokens[q] else "no prompt" for q in range(start, end)]
-        want = [("prompt", q) if t == 0 else (q, t - 1) for q in range(start, end)]
-        need(x == want, f"wrong input {x}")
-        for q in range(start, end):
-            need(self.cache[s][q] == t, "keys and values are missing")
-            self.cache[s][q] += 1
+            x = self.tokens[m][-1] if self.tokens[m] else "nothing"
+        need(x == (("asked", m) if t <= 1 else (m, t - 1)), f"wrong input {x}")
+        if a.op is Op.PREFILL:
+            # Whoever joins is known when all micro-batches have ended the round before.
+            done = min(self.cache[s][j] for j in range(len(spec.decode)))
+            need(m < joined[min(done + 1, spec.rounds)], "a prefill before it is known who joins")
+            self.prefilled[s].add(m)
+        else:
+            need(self.cache[s][m] == t - 1, "keys and values are missing")
+            need(self.prefilled[s].issuperset(range(joined[t])), "prefilled keys and values are missing")
+            self.cache[s][m] += 1
         if s < self.last:
             self.buffers[s]["out", name, "activation", m, t] = x
-            return
-        for q in range(start, end):
-            self.tokens[q].append((q, t))
-        for j, (a0, b0) in enumerate(spec.decode):
-            if a0 < end and start < b0 and all(len(self.tokens[q]) == t + 1 for q in range(a0, b0)):
-                self.buffers[s]["out", name, "tokens", j, t] = [(q, t) for q in range(a0, b0)]
+        elif a.op is Op.DECODE:
+            self.tokens[m].append((m, t))
+            self.buffers[s]["out", name, "tokens", m, t] = (m, t)
 
     def final(self) -> None:
         for s, actions in enumerate(self.lists):
@@ -188,12 +191,11 @@ class Player:
             )
         for spec in self.spec.values():
             if isinstance(spec, RingSpec):
-                for q in range(spec.decode[-1][1]):
-                    need(self.tokens[q] == [(q, t) for t in range(spec.rounds + 1)], "tokens are missing")
-                    if self.last:
-                        j = next(j for j, (a, b) in enumerate(spec.decode) if a <= q < b)
-                        got = self.buffers[0].get(("in", spec.model, "tokens", j, spec.rounds), ())
-                        need((q, spec.rounds) in got, "last tokens are not collected")
+                for j in range(len(spec.decode)):
+                    need(self.tokens[j] == [(j, t + 1) for t in range(spec.rounds)], "tokens are missing")
+                    if self.last and spec.rounds:
+                        got = self.buffers[0].get(("in", spec.model, "tokens", j, spec.rounds))
+                        need(got == (j, spec.rounds), "last tokens are not collected")
                 continue
             for s in range(self.last + 1):
                 xs = [self.hidden(s, spec.model, m) for m in range(spec.microbatches)]

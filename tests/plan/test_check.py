@@ -28,8 +28,8 @@ def built(draw: st.DrawFn) -> Schedule:
         case "forward":
             return forward_only(p, m)
         case "ring":
-            ring = Ring(p, m, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-            return ring.unrolled(draw(st.integers(0, 3)))
+            ring, passes = Ring(p, m, draw(st.integers(1, 3))), st.lists(st.just(1), max_size=2).map(tuple)
+            return ring.unrolled(tuple(draw(st.lists(passes, min_size=1, max_size=3))))
         case "inference":
             return schedules.forward_only([ACTOR, CRITIC], p)
         case _:
@@ -238,24 +238,23 @@ def test_transfers_in_the_wrong_place_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "words"),
+    ("prefills", "decode", "words"),
     [
-        (((0, 2), (2, 4)), ((0, 4),), []),
-        (((0, 2), (2, 3)), ((0, 4),), ["prefill covers 3 sequences, decode 4"]),
-        (((0, 2), (3, 4)), ((0, 4),), ["prefill micro-batches ((0, 2), (3, 4)) do not cut the batch"]),
-        (((0, 4),), ((0, 2), (2, 2), (2, 4)), ["decode micro-batches ((0, 2), (2, 2), (2, 4)) do not"]),
-        (((1, 4),), ((0, 4),), ["prefill micro-batches ((1, 4),) do not cut the batch"]),
-        ((), (), ["prefill covers 0 sequences, decode 0"]),
+        (((2, 2),), (4,), []),
+        (((2, 0),), (4,), ["prefill micro-batches of (2, 0) sequences"]),
+        (((2,), (-1,)), (4,), ["prefill micro-batches of (2, -1) sequences"]),
+        (((2, 2),), (0,), ["decode micro-batches of (0,) sequences"]),
+        (((2, 2),), (), ["a ring without decode micro-batches"]),
     ],
 )
-def test_micro_batches_of_a_generation_cut_its_batch(prefill: tuple, decode: tuple, words: list[str]) -> None:
-    ring = Ring(1, 4, 2, 4).unrolled(1)
-    # Behind a model that is only asked, which has nothing to cut.
-    specs = (PipelineSpec("critic", 1), replace(ring.specs[0], prefill=prefill, decode=decode))
+def test_micro_batches_of_a_generation_have_sequences(
+    prefills: tuple, decode: tuple, words: list[str]
+) -> None:
+    ring = Ring(1, 4, 4).unrolled(((2, 2),))
+    # Behind a model that is only asked, which has no such thing.
+    specs = (PipelineSpec("critic", 1), replace(ring.specs[0], prefills=prefills, decode=decode))
     lists = ((Action(Op.FORWARD, "critic", 0), *ring.actions[0]),)
-    found = check(replace(ring, actions=lists, specs=specs))
-    assert len(found) == len(words)
-    assert all(line.startswith(start) for line, start in zip(found, words, strict=True))
+    assert check(replace(ring, actions=lists, specs=specs)) == words
 
 
 def test_specs() -> None:
@@ -267,6 +266,6 @@ def test_specs() -> None:
         "stage 0: forward actor 1 is in no spec"
     ]
     assert "two specs" in check(replace(schedule, specs=schedule.specs * 2))[0]
-    ring = Ring(2, 4, 2, 2).unrolled(1)
-    holes = replace(ring.specs[0], decode=((0, 2), (3, 4)))
-    assert "do not cut the batch" in check(replace(ring, specs=(holes,)))[0]
+    ring = Ring(2, 4, 2).unrolled(((1,),))
+    none = replace(ring.specs[0], decode=())
+    assert "without decode micro-batches" in check(replace(ring, specs=(none,)))[0]

@@ -17,7 +17,6 @@ from puzzle.cli import main
 from puzzle.config import memory_report as footprint
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
-from puzzle.engine.generate import decode_ring
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
 from puzzle.engine.pipeline.stage import StageRun
@@ -30,6 +29,7 @@ from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.weights import initialise
 from puzzle.plan import memory
+from puzzle.plan.activations import LOGITS_BLOCK
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.schedules import PipelineModel
@@ -103,7 +103,7 @@ def held(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict
     moments = [t for state in optimizer.adam.state.values() for t in state.values() if t.dim()]
     buffers = {id(t): t for b in optimizer.buckets for t in (b.grads, b.shard) if t is not None}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in buffers.values()}
-    cache = model.decoder.new_cache(3, 20)
+    cache = model.decoder.new_cache(3, 20)  # pages and their positions
     return {
         "weights": sum(p.nbytes for p in weights),
         "masters": sum(m.nbytes for m in masters),
@@ -133,7 +133,7 @@ def test_resident_bytes_are_those_of_real_tensors(layout: Layout, changes: dict,
             "weights": memory.weight_bytes(spec, layout, coord, dtype.itemsize),
             **memory.state_bytes(use, coord),
             "gradients": memory.gradient_bytes(use, coord),
-            "kv": memory.kv_bytes(spec, layout, coord.p, 3, 20, dtype.itemsize),
+            "kv": memory.kv_bytes(spec, layout, coord.p, 3 * 20, dtype.itemsize),
         }
 
 
@@ -345,7 +345,8 @@ def test_a_rank_holds_what_its_models_need_and_a_stage_what_comes_beside() -> No
         assert held.stages["switch"] == {"generation weights and staging": 5}
         made = held.stages["generation"]
         assert (made["generation weights"], made["actor deferred all-gather"]) == (3, 7)
-        assert made["generation kv cache"] == 2 * 2 * 4 * 8 * 1 * 32 * 8
+        # Nine pages of 128 positions: one for each sequence, and one that is nobody's.
+        assert made["generation kv cache"] == 2 * 2 * 4 * 1 * 8 * 9 * 128
         assert held.stages["training"].items() >= gradients.items()
         assert list(held.stages["inference"]) in ([f"{u.name} {what}"] for u in plain for what in WHAT)
         for stage, terms in held.stages.items():
@@ -367,8 +368,7 @@ WHAT = ("one layer", "logits")
 
 def test_limits_are_those_of_who_keeps_them() -> None:
     """Rooms of torch, from which plans import nothing."""
-    assert memory.LOGITS_BLOCK == logprobs.BLOCK
-    assert memory.PREFILL_TOKENS == decode_ring.PREFILL_TOKENS
+    assert LOGITS_BLOCK == logprobs.BLOCK
 
 
 def test_logits_of_a_pass_are_two_blocks_or_one_beside_the_gradients_made_of_it() -> None:
@@ -406,7 +406,8 @@ def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
             p = layout.coord(rank).p
             layer = memory.Activations(use, p, 24 * rows, 0).forward()
             logits = (1 if fused else 4) * 4 * share * vocabulary if p == 1 else 0
-            assert held["generation kv cache"] == 2 * 2 * 2 * 5 * 2 * 32 * 8
+            # 31 positions: a page of 128 for each sequence, or two of 16; and one that is nobody's.
+            assert held["generation kv cache"] == 2 * 2 * 2 * 2 * 8 * (6 * 128 if fused else 11 * 16)
             terms = {name: n for name, n in held.items() if name.endswith(WHAT)}
             assert list(terms.values()) == [max(layer, logits)]
 

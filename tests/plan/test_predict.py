@@ -136,8 +136,8 @@ def test_a_decode_step_is_that_of_the_ring(pp: int, count: int, device: list[int
     """With a host that takes no time: what a further round adds to a ring in virtual time."""
     stages = DecodeStages((0.0,) * pp, tuple(map(float, device[:pp])), 0.0)
     costs = {**uniform(["actor"]).seconds["actor"], "prefill": 0.0, "decode": stages.device}
-    ring, table = Ring(pp, count, 1, 1), CostTable({"actor": costs})
-    rounds = [makespan(ring.unrolled(n), table) for n in (14, 17)]
+    ring, table = Ring(pp, count, 1), CostTable({"actor": costs})
+    rounds = [makespan(ring.unrolled(((),) * n), table) for n in (14, 17)]
     assert (rounds[1] - rounds[0]) / 3 == pytest.approx(stages.step(count))
 
 

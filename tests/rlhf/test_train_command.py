@@ -96,16 +96,17 @@ def test_the_log_proves_layouts_and_schedules(folder: Path) -> None:
         assert "tensor_parallel.critic" not in moved
     stages = {record["name"]: record for record in run.stages}
     expected = {
-        # The last of four rounds finds that all have four tokens.
-        "generation": Ring(2, 4, 2, 2).unrolled(4),
+        # The last of five rounds brings the fourth tokens to the second stage.
+        "generation": Ring(2, 4, 2).unrolled(((1, 1), *[()] * 4)),
         "inference.reference": forward_only(1, 4, "reference"),
         "inference.critic": forward_only(2, 2, "critic"),
         "training.actor": one_f_one_b(2, 2, "actor", optimizer=True),
         "training.critic": one_f_one_b(2, 1, "critic", optimizer=True),
     }
     assert stages.keys() == expected.keys()
-    pairs = {"prefill": 2, "prefill_sequences": 2, "decode": 2, "decode_sequences": 2}
-    assert stages["generation"]["microbatches"] == {**pairs, "rounds": 4}
+    # Two prompts, each in a pass of its own, of two samples.
+    pairs = {"prefill": 2, "prefill_sequences": 1, "decode": 2, "decode_sequences": 2}
+    assert stages["generation"]["microbatches"] == {**pairs, "rounds": 5}
     assert len(run.stages) == len(stages)
     for name, schedule in expected.items():
         found = stages[name]

@@ -7,11 +7,13 @@ when it wants to (`Sampled.fetch`): a step late, or at the end.
 
 A graph holds addresses and shapes, not lengths. Rows are rounded up to buckets, one graph each, by inactive
 rows: these have no sequence, and what passes compute and write for them is never read.
+
+Keys and values lie in pages; a row's are named by its line of a block table on the device. So a sequence
+changes its row without its keys and values, and sequences with one prompt share its pages.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +21,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from puzzle.engine.generate.pages import NOBODY
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, draw
+from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.engine.reshard.resharder import lends_pages
-from puzzle.errors import UserError
+from puzzle.engine.runtime.world import World
 from puzzle.model.attention import KVCache
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import DecodeBatch, pack
-from puzzle.model.parallel import gather_tokens
+from puzzle.plan.layout import Placement
+from puzzle.plan.memory import Use, generation_passes
+from puzzle.plan.pages import CPU_PAGE, KEPT_FREE, PAGE, kv_bytes
 
 INACTIVE = -1
 """The position of a row without a sequence."""
-
-KEPT_FREE = 0.02
-"""Share of the device's memory that the cache leaves for activations of passes."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,18 @@ class Fetched:
 class ModelRunner:
     """The passes of `decoder`. Every rank of a tensor group makes the same calls in the same order.
 
-    The cache rows are cut into groups, the decode micro-batches; in each, the sequences in use come first and
+    The rows are cut into groups, the decode micro-batches; in each, the sequences in use come first and
     the rows behind them are inactive. The cache and the graphs are kept until `release`; graphs are dropped
     when `start` finds the weights at other addresses or other groups or ways to draw. `captures` counts
     recordings, `capture_seconds` is their time.
     """
 
-    def __init__(self, decoder: Decoder, graphs: bool = True) -> None:
-        """Without `graphs`, or on a CPU, every pass is launched step by step."""
+    def __init__(self, decoder: Decoder, graphs: bool = True, page: int | None = None) -> None:
+        """Without `graphs`, or on a CPU, every pass is launched step by step. `page` is positions of a page
+        (None: as `plan.pages` says); on CUDA a power of two, 16 or more."""
         self.decoder = decoder
         self.graphs = graphs and decoder.device.type == "cuda"
+        self.page = page or (PAGE if decoder.device.type == "cuda" else CPU_PAGE)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
         self._recorded: dict[tuple[int, int], CudaGraphDecode] = {}
@@ -94,19 +99,19 @@ class ModelRunner:
         self.pool = None
 
     @torch.inference_mode()
-    def start(self, groups: Sequence[int], capacity: int, params: SamplingParams) -> None:
-        """Make ready for sequences of up to `capacity` tokens in decode micro-batches of `groups` rows each.
-
-        All rows are inactive. UserError if the cache does not fit the device (it says what does).
-        """
+    def start(self, groups: Sequence[int], pages: int, columns: int, params: SamplingParams) -> None:
+        """Make ready for decode micro-batches of `groups` rows each, in `pages` pages besides `NOBODY`, of
+        which a row has at most `columns`. All rows are inactive."""
         decoder, rows = self.decoder, sum(groups)
         kept = self.cache
-        if kept is None or kept.k.shape[1] < rows or kept.k.shape[3] < capacity:
+        if kept is None or kept.k.shape[2] <= pages:
             self.release()
-            check_fit(decoder, rows, capacity)
-            self.cache = decoder.new_cache(rows, capacity)
+            self.cache = decoder.new_cache(1 + pages, self.page)
+        if kept is not self.cache or self.table.shape[0] < rows or self.table.shape[1] < columns:
+            self._forget()
             # token, position, tokens sampled, row seed of the noise
             self.state = torch.zeros((4, rows), dtype=torch.int64, device=decoder.device)
+            self.table = torch.zeros((rows, columns), dtype=torch.int32, device=decoder.device)
         addresses = tuple(weight.data_ptr() for weight in decoder.parameters())
         least = params.min_new_tokens if params.stop_ids else 0
         drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
@@ -121,34 +126,56 @@ class ModelRunner:
             self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
 
     @torch.inference_mode()
-    def prefill(
-        self,
-        rows: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        row_seeds: Sequence[int],
-        x: Tensor | None = None,
-    ) -> Sampled | Tensor:
-        """Cache `prompts` in the cache rows `rows` and draw each one's first token.
+    def prefill(self, prefills: Sequence[Prefill], x: Tensor | None = None) -> Tensor:
+        """Cache the tokens of `prefills` in their pages; hidden states (T/tp, D) to hand on.
 
-        The last stage gives `Sampled`, others hidden states (T/tp, D) to hand on. `x` are the hidden states
-        received, on all stages but the first; `row_seeds` the rows' `noise.row_seeds`.
+        `x` are the hidden states received, on all stages but the first.
         """
         assert self.cache is not None
         decoder = self.decoder
-        batch = pack(prompts, decoder.layout.tp, decoder.device)
-        hidden = decoder(batch.tokens_T if x is None else x, batch, self.cache.pick(rows))
-        lengths = [len(prompt) for prompt in prompts]
-        fresh = torch.tensor([[0] * len(rows), lengths, [0] * len(rows), list(row_seeds)])
-        fresh = fresh.to(decoder.device, non_blocking=True)
-        out: Sampled | Tensor = hidden
-        if decoder.last:
-            chosen = gather_tokens(hidden, decoder.group)[batch.last_rows]
-            packed = draw(decoder.logits(chosen), fresh[3], fresh[2], self.params, self.shard)
-            fresh[0] = packed[0]
-            out = Sampled(packed)
-        fresh[2] += 1
-        self.state[:, torch.tensor(rows).to(decoder.device, non_blocking=True)] = fresh
-        return out
+        batch = pack([part.tokens for part in prefills], decoder.layout.tp, decoder.device)
+        inner = torch.arange(self.page)
+        places = torch.cat(
+            [
+                (torch.tensor(part.pages)[:, None] * self.page + inner).flatten()[: len(part.tokens)]
+                for part in prefills
+            ]
+        )
+        places = places.to(decoder.device, non_blocking=True)
+        return decoder(batch.tokens_T if x is None else x, batch, self.cache.at(places))
+
+    @torch.inference_mode()
+    def copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, target) of the cache."""
+        assert self.cache is not None
+        if pages:
+            self.cache.copy(*self._put_there(list(zip(*pages, strict=True))))
+
+    @torch.inference_mode()
+    def extend(self, pages: Sequence[tuple[int, int, int]]) -> None:
+        """(row, column, page): the row goes on in that page."""
+        if pages:
+            rows, columns, numbers = self._put_there(list(zip(*pages, strict=True)))
+            self.table[rows, columns] = numbers.int()
+
+    @torch.inference_mode()
+    def join(self, joins: Sequence[Join], row_seeds: Sequence[int]) -> None:
+        """What rows decode from now on, and what keys their noise (`noise.row_seeds`)."""
+        if not joins:
+            return
+        told = [
+            (join.row, join.token, join.position, join.drawn, seed)
+            for join, seed in zip(joins, row_seeds, strict=True)
+        ]
+        fresh = self._put_there(list(zip(*told, strict=True)))
+        self.state[:, fresh[0]] = fresh[1:]
+        width = max(len(join.pages) for join in joins)
+        pages = self._put_there([[*join.pages, *[NOBODY] * (width - len(join.pages))] for join in joins])
+        self.table[fresh[0], :width] = pages.int()
+
+    def _put_there(self, numbers: Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
+        """int64 on the device, which is not waited for."""
+        return torch.tensor(numbers, dtype=torch.int64).to(self.decoder.device, non_blocking=True)
 
     @torch.inference_mode()
     def decode(self, group: int, active: int, x: Tensor | None = None) -> Sampled | Tensor:
@@ -183,21 +210,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def put(self, tokens: Tensor, rows: Sequence[int]) -> None:
-        """On the first of several stages: the ids (n,) that the last stage drew for `rows`."""
-        self.state[0, torch.tensor(rows).to(tokens.device, non_blocking=True)] = tokens.long()
+        """On the first of several stages: the ids (n,) that the last stage drew for `rows`; -1: for none."""
+        kept = [i for i, row in enumerate(rows) if row >= 0]
+        if len(kept) < len(rows):
+            tokens, rows = tokens[self._put_there(kept)], [rows[i] for i in kept]
+        self.state[0, self._put_there(rows)] = tokens.long()
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
-        """The sequence of row `source`, `length` cached tokens long, goes on in row `target`."""
-        assert self.cache is not None
-        self.cache.move(source, target, length)
-        self.state[:, target] = self.state[:, source]
-        self.state[1, source] = INACTIVE
-
-    @torch.inference_mode()
-    def park(self, rows: Sequence[int]) -> None:
-        """These rows have no sequence any more."""
-        self.state[1, torch.tensor(rows).to(self.state.device, non_blocking=True)] = INACTIVE
+    def move(self, moves: Sequence[tuple[int, int]], parked: Sequence[int]) -> None:
+        """The sequence of each row (source, target) goes on in another one; `parked` have none any more."""
+        if moves:
+            sources, targets = self._put_there(list(zip(*moves, strict=True)))
+            self.state[:, targets] = self.state[:, sources]
+            self.table[targets] = self.table[sources]
+        if parked:
+            self.state[1, self._put_there(parked)] = INACTIVE
 
     def __enter__(self) -> ModelRunner:
         """Keep cache and graphs as long as the block."""
@@ -226,7 +253,11 @@ class CudaGraphDecode:
         assert passes.cache is not None
         decoder = passes.decoder
         self.passes, self.decoder = passes, decoder
-        self.state, self.cache = passes.state[:, start:stop], passes.cache.rows(start, stop)
+        self.state, self.table, self.cache = (
+            passes.state[:, start:stop],
+            passes.table[start:stop],
+            passes.cache,
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inbox: Tensor | None = None
         if not decoder.first:
@@ -255,11 +286,13 @@ class CudaGraphDecode:
     def _pass(self) -> Tensor:
         """Sampled tokens (2, B) or hidden states (B, D); the rows' state goes a step on."""
         token_B, position_B, count_B, row_seed_B = self.state
-        at_B = position_B.clamp(min=0)  # a inactive row writes over its own first position
+        at_B, page = position_B.clamp(min=0), self.cache.page
+        pages_B = self.table.gather(1, (at_B // page)[:, None])[:, 0]
+        places_B = torch.where(position_B >= 0, pages_B, NOBODY).long() * page + at_B % page
         # Kernels read lengths on the device; without them the host may wait.
-        reach = self.cache.k.shape[3] if at_B.is_cuda else int(at_B.max()) + 1
-        batch = DecodeBatch(token_B, at_B, reach)
-        out = self.decoder(token_B if self.inbox is None else self.inbox, batch, self.cache)
+        reach = self.table.shape[1] * page if at_B.is_cuda else int(at_B.max()) + 1
+        batch, cache = DecodeBatch(token_B, at_B, reach), self.cache.at(places_B, self.table)
+        out = self.decoder(token_B if self.inbox is None else self.inbox, batch, cache)
         if self.decoder.last:
             out = draw(self.decoder.logits(out), row_seed_B, count_B, self.passes.params, self.passes.shard)
             token_B.copy_(out[0])
@@ -293,7 +326,7 @@ class CudaGraphDecode:
 def bucket(rows: int) -> int:
     """Rows of the smallest graph for `rows`: a power of two, beyond 256 a step of an eighth of one.
 
-    To record a graph takes as long as several passes; a inactive row takes little: nothing is cached for it,
+    To record a graph takes as long as several passes; an inactive row takes little: nothing is cached for it,
     and up to 256 rows or so products take the time of reading the weights.
     """
     power = 1 << (rows - 1).bit_length()
@@ -301,24 +334,26 @@ def bucket(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def check_fit(decoder: Decoder, rows: int, capacity: int) -> None:
-    """UserError if the cache of `rows` sequences of `capacity` tokens exceeds the device's free memory."""
-    fits = fitting_rows(decoder, capacity, rows)
-    if fits is not None and rows > fits:
-        raise UserError(
-            f"a key/value cache for {rows} sequences of {capacity} tokens does not fit beside the weights:"
-            f" {fits} of a replica's sequences do; lower the batch or max_new_tokens, or use more ranks"
-        )
+def fitting_pages(passes: ModelRunner, wanted: int, world: World, tokens: int, rows: int) -> int:
+    """Pages that the memory of every rank holds, besides the weights, prefill passes of `tokens` tokens and
+    decode passes of `rows` rows; all ranks of the run ask.
 
-
-def fitting_rows(decoder: Decoder, capacity: int, enough: float = math.inf) -> int | None:
-    """How many sequences of `capacity` tokens fit the free memory of the device; None on a CPU.
-
-    Where `enough` do, it may be more than that.
+    A cache that is there is given back, unless it has as many as are wanted. On a CPU as many as are wanted.
     """
-    size = cache_bytes(decoder) * capacity
-    memory = cache_memory(decoder.device, enough * size)
-    return None if memory is None else memory // size
+    decoder = passes.decoder
+    if decoder.device.type != "cuda":
+        return wanted
+    if not wanted:
+        held = 1 << 60
+    elif passes.cache is not None and passes.cache.k.shape[2] > wanted:
+        held = passes.cache.k.shape[2] - 1
+    else:
+        passes.release()
+        use = Use("model", decoder.spec, Placement.default(decoder.layout), decoder.dtype.itemsize)
+        beside = sum(generation_passes(use, decoder.coord.p, tokens, rows).values())
+        size = cache_bytes(decoder) * passes.page
+        held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1
+    return -int(world.max(torch.tensor(-held, device=world.device)))
 
 
 def cache_memory(device: torch.device, enough: float) -> int | None:
@@ -344,6 +379,4 @@ def _room(device: torch.device, unused: int) -> int:
 
 def cache_bytes(decoder: Decoder) -> int:
     """Bytes of the keys and values of one token on this stage."""
-    spec = decoder.spec
-    kv_heads = max(1, spec.num_kv_heads // decoder.layout.tp)
-    return 2 * len(decoder.layers) * kv_heads * spec.head_dim * decoder.dtype.itemsize
+    return kv_bytes(decoder.spec, decoder.layout, decoder.coord.p, 1, decoder.dtype.itemsize)

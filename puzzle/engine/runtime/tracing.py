@@ -148,15 +148,15 @@ def stage_records(world: World, clock: Clock) -> list[dict[str, Any]]:
 
 
 def _rings(schedule: Schedule) -> dict[str, Any]:
-    """How many micro-batches a decode ring has, of how many sequences, and its rounds."""
+    """How many micro-batches a decode ring has, of at most how many sequences, and its rounds."""
     for spec in schedule.specs:
         if isinstance(spec, RingSpec):
             return {
                 "microbatches": {
-                    "prefill": len(spec.prefill),
-                    "prefill_sequences": spec.prefill[0][1],
+                    "prefill": len(spec.passes),
+                    "prefill_sequences": max(spec.passes, default=0),
                     "decode": len(spec.decode),
-                    "decode_sequences": spec.decode[0][1],
+                    "decode_sequences": spec.decode[0],
                     "rounds": spec.rounds,
                 }
             }

@@ -4,8 +4,8 @@ cache, and one query per head against what its row has cached, and no more.
 
 Lengths are read on the device: the launch is the same whatever they are, as a CUDA graph asks. Where rows
 and kv heads are too few to fill the device, a row's positions are cut into parts that a second kernel joins
-(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, S
-positions, h head_dim.
+(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, P pages, S positions
+of a page, h head_dim.
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ def attend(
     k_norm: Tensor | None,
     eps: float,
     slots: Slots,
+    position_B: Tensor,
     window: int | None,
 ) -> Tensor:
     """(B, H h) for the columns of `qkv` (B, (H + 2 K) h), interleaved by kv group as in `pointwise.heads`.
 
-    Line b is row b of the cache. Its new key and value go to `slots.positions[b]`; the query sees the
-    `window` last positions up to there (all if None).
+    Line b is row b of `slots.table_BP`, its new token is at `position_B` (int64). Its key and value go to
+    `slots.places[b]`; the query sees the `window` last positions up to there (all if None). ValueError unless
+    a page has a power of two of positions, 16 or more.
     """
-    k_BKSh, v_BKSh, _, position_B = slots
-    rows, groups, capacity, dim = k_BKSh.shape
+    k_KPSh, v_KPSh, place_B, table_BP = slots
+    groups, _, page, dim = k_KPSh.shape
+    if table_BP is None or page < 16 or page & (page - 1):
+        raise ValueError(f"no decode pass over pages of {page} positions")
+    rows, capacity = len(table_BP), table_BP.shape[1] * page
     queries = qkv.shape[1] // (groups * dim) - 2
     out = qkv.new_empty((rows, groups * queries * dim))
     parts = _parts(rows * groups, capacity, qkv.device)
@@ -47,12 +52,12 @@ def attend(
         scratch = qkv.new_empty((parts, rows * groups * queries, dim + 2), dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(dim))
     # 32 KiB of keys under way while the block before them is used; an H100 is busy with that.
-    block = max(16, min(128, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
+    block = max(16, min(128, page, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
     _attend[(rows * groups, parts)](
-        *(qkv, cos, sin, q_weight, k_weight, k_BKSh, v_BKSh, position_B, scratch),
-        *(rows, k_BKSh.stride(0), k_BKSh.stride(1), eps, 1.4426950408889634 / dim**0.5),
-        *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block),
+        *(qkv, cos, sin, q_weight, k_weight, k_KPSh, v_KPSh, position_B, place_B, table_BP, scratch),
+        *(rows, k_KPSh.stride(0), table_BP.stride(0), eps, 1.4426950408889634 / dim**0.5),
+        *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block, page),
         *(window or 0, parts, q_norm is not None),
         num_warps=4,
     )
@@ -87,10 +92,12 @@ def _attend(
     k_ptr,
     v_ptr,
     position_ptr,
+    place_ptr,
+    table_ptr,
     to_ptr,
     rows,
-    row_stride,
     group_stride,
+    table_stride,
     eps,
     scale,
     GROUPS: tl.constexpr,
@@ -99,21 +106,21 @@ def _attend(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """One kv head of a row, one part of its positions. Softmax in base 2, in float32.
+    """One kv head of a row, one part of its positions. Softmax in base 2, in float32: maxima m, weights n.
 
     Its queries go through the matrix units together, filled up with zeros to the size that these ask for. A
     single one does, too: the copies into shared memory that feed the units keep the memory busiest.
     """
-    row = (tl.program_id(0) // GROUPS).to(tl.int64)
-    group = tl.program_id(0) % GROUPS
-    part = tl.program_id(1)
+    row, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    part, table = tl.program_id(1), table_ptr + row * table_stride
     d = tl.arange(0, WIDTH)
     position = tl.load(position_ptr + row).to(tl.int32)
-    start, stop = _part(position, part, PARTS, WINDOW, BLOCK)
+    first, start, stop = _part(position, part, PARTS, WINDOW, BLOCK)
     owner = part == 0  # has the new token
     heads_ptr = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM)
     cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
@@ -121,29 +128,31 @@ def _attend(
     element = k_ptr.dtype.element_ty
     key = _turned(heads_ptr + QUERIES * DIM, 1, k_norm_ptr, cos, sin, eps, 1, DIM, WIDTH, NORM, element)
     value = tl.load(heads_ptr + (QUERIES + 1) * DIM + d, mask=d < DIM, other=0.0)
-    k_ptr += row * row_stride + group * group_stride
-    v_ptr += row * row_stride + group * group_stride
+    k, v = k_ptr + group.to(tl.int64) * group_stride, v_ptr + group.to(tl.int64) * group_stride
     if owner:
-        tl.store(k_ptr + position * DIM + d, tl.sum(key, 0), mask=d < DIM)
-        tl.store(v_ptr + position * DIM + d, value, mask=d < DIM)
+        place = tl.load(place_ptr + row) * DIM
+        tl.store(k + place + d, tl.sum(key, 0), mask=d < DIM)
+        tl.store(v + place + d, value, mask=d < DIM)
     q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
-    tops = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
-    totals = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
-    sums = totals[:, None] * value.to(tl.float32)[None, :]
-    tops, totals, sums = _over(q, k_ptr, v_ptr, start, stop, scale, tops, totals, sums, DIM, WIDTH, BLOCK)
+    m = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
+    n = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
+    out = n[:, None] * value.to(tl.float32)[None, :]
+    m, n, out = _over(q, k, v, table, first, start, stop, scale, m, n, out, DIM, WIDTH, BLOCK, PAGE, WINDOW)
     line = ((part * rows + row) * GROUPS + group) * QUERIES
-    _put(to_ptr, line, tops, totals, sums, QUERIES, PADDED, DIM, WIDTH, PARTS)
+    _put(to_ptr, line, m, n, out, QUERIES, PADDED, DIM, WIDTH, PARTS)
 
 
 @triton.jit
 def _part(position, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The cached positions of a part, the first and the one behind the last."""
+    """The first position that is seen, and those of a part: the first, in whole blocks, and the one behind
+    the last."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(position + 1 - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(position - first, PARTS), BLOCK) * BLOCK
-    start = first + part * share
-    return start, tl.minimum(start + share, position)
+    begin = first // BLOCK * BLOCK
+    share = tl.cdiv(tl.cdiv(position - begin, PARTS), BLOCK) * BLOCK
+    start = begin + part * share
+    return first, start, tl.minimum(start + share, position)
 
 
 @triton.jit
@@ -151,6 +160,8 @@ def _over(
     q,
     k_ptr,
     v_ptr,
+    table_ptr,
+    first,
     start,
     stop,
     scale,
@@ -160,19 +171,31 @@ def _over(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """Queries' maxima, weights and weighted sums of values, those of positions [start, stop) added."""
+    """Queries' maxima, weights and weighted sums of values, those of positions [start, stop) added.
+
+    A block lies in one page, whose number is loaded a block ahead: no copy waits for it.
+    """
     d = tl.arange(0, WIDTH)
+    inner = tl.arange(0, BLOCK)
+    here = inner[:, None] * DIM + d[None, :]
+    page = tl.load(table_ptr + start // PAGE, mask=start < stop, other=0).to(tl.int64)
     for at in tl.range(start, stop, BLOCK, num_stages=2):
-        n = at + tl.arange(0, BLOCK)
-        inside = (n < stop)[:, None] & (d < DIM)[None, :]
-        here = n[:, None] * DIM + d[None, :]
-        keys = tl.load(k_ptr + here, mask=inside, other=0.0)
-        values = tl.load(v_ptr + here, mask=inside, other=0.0)
+        n = at + inner
+        seen = n < stop
+        if WINDOW > 0:
+            seen = seen & (n >= first)
+        inside = seen[:, None] & (d < DIM)[None, :]
+        begin = (page * PAGE + at % PAGE) * DIM
+        page = tl.load(table_ptr + (at + BLOCK) // PAGE, mask=at + BLOCK < stop, other=0).to(tl.int64)
+        keys = tl.load(k_ptr + begin + here, mask=inside, other=0.0)
+        values = tl.load(v_ptr + begin + here, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        s = tl.where((n < stop)[None, :], s, -1e30)
+        s = tl.where(seen[None, :], s, -1e30)
         highest = tl.maximum(tops, tl.max(s, 1))
-        weights = tl.where((n < stop)[None, :], tl.exp2(s - highest[:, None]), 0.0)
+        weights = tl.where(seen[None, :], tl.exp2(s - highest[:, None]), 0.0)
         fade = tl.exp2(tops - highest)
         totals = totals * fade + tl.sum(weights, 1)
         sums = tl.dot(weights.to(q.dtype), values, sums * fade[:, None], input_precision="ieee")

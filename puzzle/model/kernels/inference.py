@@ -49,15 +49,15 @@ def heads(
     queries = grouped.shape[2] - 2
     q = qkv.new_empty((tokens, kv_groups * queries, head_dim))
     k = qkv.new_empty((tokens, kv_groups, head_dim))
-    k_to, v_to, rows_T, positions_T = slots or (k, k, cos, cos)
-    count = len(rows_T) if slots else 0
+    k_to, v_to, places_T, _ = slots or (k, k, cos, None)
+    count = len(places_T) if slots else 0
     every = kv_groups * (queries + 2)
     block = min(16, triton.next_power_of_2(every))
     half = triton.next_power_of_2(head_dim // 2)
     if tokens:
         _heads[(tokens, triton.cdiv(every, block))](
             *(qkv, cos, sin, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm, q, k),
-            *(k_to, v_to, rows_T, positions_T, count, k_to.stride(0), k_to.stride(-3), k_to.stride(-2)),
+            *(k_to, v_to, places_T, count, k_to.stride(0)),
             *(eps, every, queries, head_dim, q_norm is not None, slots is not None, block, half),
             num_warps=warps(2 * block * half),
         )
@@ -124,12 +124,9 @@ def _heads(
     k_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    rows_ptr,
-    positions_ptr,
+    places_ptr,
     count,
-    row_stride,
     group_stride,
-    position_stride,
     eps,
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -167,8 +164,7 @@ def _heads(
     _both(k_ptr + (token * groups + group)[:, None] * DIM + d[None, :], turned_a, turned_b, half, is_key)
     if CACHED:
         if token < count:
-            into = tl.load(rows_ptr + token) * row_stride + tl.load(positions_ptr + token) * position_stride
-            into = into + group[:, None] * group_stride + d[None, :]
+            into = tl.load(places_ptr + token) * DIM + group[:, None].to(tl.int64) * group_stride + d[None, :]
             _both(k_cache_ptr + into, turned_a, turned_b, half, is_key)
             _both(v_cache_ptr + into, raw_a, raw_b, half, inside & (part > QUERIES)[:, None])
 

@@ -85,7 +85,7 @@ class Message(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Action:
     """One action of a stage. Transfers alone have `payload` and `peer` (a stage); the optimizer's actions
-    have microbatch -1; `step` counts decode steps (0 is the prefill)."""
+    have microbatch -1; `step` counts decode steps from 1 (it is 0 elsewhere; prefill passes are numbered)."""
 
     op: Op
     model: str
@@ -137,13 +137,23 @@ class PipelineSpec:
 
 @dataclass(frozen=True)
 class RingSpec:
-    """What a decode ring does: the sequences [start, end) of every prefill and decode micro-batch. Every
-    sequence gets `1 + rounds` tokens: one from its prefill and one per decode round."""
+    """What a decode ring does. `decode`: the rows of every decode micro-batch; a round draws one token for
+    each row in use. `prefills`: for every round, the sequences of each prefill pass right before it: what
+    they read joins the rows in use with that round."""
 
     model: str
-    prefill: tuple[tuple[int, int], ...]
-    decode: tuple[tuple[int, int], ...]
-    rounds: int
+    decode: tuple[int, ...]
+    prefills: tuple[tuple[int, ...], ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often every decode micro-batch goes round."""
+        return len(self.prefills)
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Sequences of every prefill pass, by the number of its action."""
+        return tuple(size for before in self.prefills for size in before)
 
 
 @dataclass(frozen=True, repr=False)

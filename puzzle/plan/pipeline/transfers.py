@@ -24,7 +24,8 @@ Flow = Callable[[int, Action], tuple[list[Message], list[Message]]]
 
 def flow_of(schedule: Schedule) -> Flow:
     """What the passes of a schedule need and yield, by the specs of a schedule."""
-    rings = {w.model: ring_flow(schedule.num_stages, w) for w in schedule.specs if isinstance(w, RingSpec)}
+    named = [spec.model for spec in schedule.specs if isinstance(spec, RingSpec)]
+    rings = {model: ring_flow(schedule.num_stages, model) for model in named}
     pipeline = pipeline_flow(schedule.num_stages)
     return lambda stage, action: rings.get(action.model, pipeline)(stage, action)
 
@@ -48,29 +49,22 @@ def pipeline_flow(num_stages: int) -> Flow:
     return flow
 
 
-def ring_flow(num_stages: int, generation: RingSpec) -> Flow:
+def ring_flow(num_stages: int, model: str) -> Flow:
     """A decode ring: hidden states go down the pipeline; the token ids that step n sampled for a decode
-    micro-batch go from the last stage straight to the first, whose step n + 1 needs them. The first tokens
-    of a decode micro-batch leave after the last prefill micro-batch that it shares sequences with. With
-    one stage nothing is sent."""
+    micro-batch go from the last stage straight to the first, whose step n + 1 needs them. The first step
+    reads what was asked, which all stages know, so a prefill yields no tokens. With one stage nothing is
+    sent."""
     pipeline = pipeline_flow(num_stages)
     last = num_stages - 1
-    first_tokens = defaultdict(list)
-    for j, (start, end) in enumerate(generation.decode):
-        covering = [i for i, (a, b) in enumerate(generation.prefill) if a < end and start < b]
-        first_tokens[max(covering)].append(j)
 
-    def tokens(microbatches: Iterable[int], step: int) -> list[Message]:
-        channel = Channel(last, 0, Payload.TOKENS)
-        return [Message(channel, generation.model, j, step) for j in microbatches]
+    def tokens(microbatch: int, step: int) -> list[Message]:
+        return [Message(Channel(last, 0, Payload.TOKENS), model, microbatch, step)] if step else []
 
     def flow(stage: int, action: Action) -> tuple[list[Message], list[Message]]:
         needs, yields = pipeline(stage, action)
-        if num_stages > 1 and action.op is Op.DECODE and stage == 0:
-            needs = tokens([action.microbatch], action.step - 1)
-        if num_stages > 1 and stage == last:
-            prefilled = first_tokens.get(action.microbatch, [])
-            yields = tokens([action.microbatch] if action.op is Op.DECODE else prefilled, action.step)
+        if num_stages > 1 and action.op is Op.DECODE:
+            needs = tokens(action.microbatch, action.step - 1) if stage == 0 else needs
+            yields = tokens(action.microbatch, action.step) if stage == last else yields
         return needs, yields
 
     return flow

@@ -106,4 +106,14 @@ def uses_of(job: Job, choice: Choice) -> list[Use]:
 
 def _work(job: Job, microbatch: int | None, decode: int | None) -> Work:
     work = job.work
-    return Work(work.sequences, work.minibatch, work.prompt, work.response, microbatch, work.prefill, decode)
+    return Work(
+        work.sequences,
+        work.minibatch,
+        work.prompt,
+        work.response,
+        microbatch,
+        work.prefill,
+        decode,
+        samples=work.samples,
+        most=work.slots,
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puzzle.plan.layout import Layout
-from puzzle.plan.memory import PREFILL_TOKENS, kv_bytes
+from puzzle.plan.pages import PREFILL_TOKENS, kv_bytes
 from puzzle.plan.predict.costs import Costs, Pass, replicas_apart
 from puzzle.plan.predict.lengths import Lengths, merged, stretches
 from puzzle.plan.predict.passes import decode_stages, stage_costs
@@ -44,6 +44,7 @@ class Workload:
         lengths: of responses; None: all are `response` long.
         early_stop: sequences that have ended are decoded no longer.
         slots: most sequences of a replica that are decoded at a time; None: all of them.
+        samples: sequences of a prompt, which is prefilled once.
     """
 
     actor: Part
@@ -68,6 +69,7 @@ class Workload:
     lengths: Lengths | None = None
     early_stop: bool = True
     slots: int | None = None
+    samples: int = 1
 
     @property
     def tokens(self) -> float:
@@ -187,14 +189,17 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     mapping the cache and recording graphs take."""
     spec, layout = work.actor.spec, work.generation
     rows = -(-work.sequences // layout.dp)
-    share = -(-rows // layout.pp)
-    size, count = _cut(rows, 1, min(work.prefill or share, max(1, PREFILL_TOKENS // work.prompt)))
+    prompts = -(-rows // work.samples)
+    share = -(-prompts // layout.pp)
+    size, count = _cut(prompts, 1, min(work.prefill or share, max(1, PREFILL_TOKENS // work.prompt)))
     one = Pass(size * work.prompt, work.prompt, size)
     stages = stage_costs(spec, layout, one, costs)
     prefill = forward_makespan([StageCosts(stages.forward)], [count])
     _, count = decode_cut(work)
     fixed = costs.fixed
-    cache = kv_bytes(spec, layout, 0, rows, work.prompt + work.response, costs.item)
+    cache = kv_bytes(
+        spec, layout, 0, min(rows, work.slots or rows) * (work.prompt + work.response), costs.item
+    )
     before = fixed.map_s_per_byte * cache + fixed.stage_s
     if work.graphs:
         before += fixed.capture_s_per_bucket * count

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 
 from puzzle.plan.pipeline.actions import (
     GRADIENTS,
@@ -67,14 +67,11 @@ def _spec_faults(schedule: Schedule) -> Iterator[str]:
     for spec in schedule.specs:
         if not isinstance(spec, RingSpec):
             continue
-        ends = []
-        for kind, ranges in (("prefill", spec.prefill), ("decode", spec.decode)):
-            ends.append(ranges[-1][1] if ranges else 0)
-            borders = [0, *(end for _, end in ranges)]
-            if [start for start, _ in ranges] != borders[:-1] or borders != sorted(set(borders)):
-                yield f"{kind} micro-batches {ranges} do not cut the batch"
-        if ends[0] != ends[1] or not ends[0]:
-            yield f"prefill covers {ends[0]} sequences, decode {ends[1]}"
+        if not spec.decode:
+            yield "a ring without decode micro-batches"
+        for kind, sizes in (("prefill", spec.passes), ("decode", spec.decode)):
+            if any(size < 1 for size in sizes):
+                yield f"{kind} micro-batches of {sizes} sequences"
 
 
 def _well_formed(schedule: Schedule) -> Iterator[str]:
@@ -93,7 +90,7 @@ def _passes(spec: PipelineSpec | RingSpec) -> list[Action]:
         backward = [Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if spec.split else [Op.BACKWARD]
         ops = [Op.FORWARD, *backward] if spec.backward else [Op.FORWARD]
         return [Action(op, spec.model, m) for op in ops for m in range(spec.microbatches)]
-    prefills = [Action(Op.PREFILL, spec.model, i) for i in range(len(spec.prefill))]
+    prefills = [Action(Op.PREFILL, spec.model, i) for i in range(len(spec.passes))]
     steps, microbatches = range(1, spec.rounds + 1), range(len(spec.decode))
     return prefills + [Action(Op.DECODE, spec.model, j, step=t) for t in steps for j in microbatches]
 
@@ -101,7 +98,8 @@ def _passes(spec: PipelineSpec | RingSpec) -> list[Action]:
 def _before(spec: PipelineSpec | RingSpec, action: Action) -> list[Action]:
     """The passes of the same stage that a pass depends on: a backward on its forward and, so that sums of
     gradients are bitwise the same in every order of models, on the backward before, and so its second part
-    on the first; a decode step on its keys and values."""
+    on the first; a decode step on its keys and values, from the step before and from the prefill passes of
+    its round; such a pass on the round before, which says whose rows have come free."""
     model, m = spec.model, action.microbatch
     if isinstance(spec, PipelineSpec):
         if action.op is Op.FORWARD:
@@ -109,11 +107,17 @@ def _before(spec: PipelineSpec | RingSpec, action: Action) -> list[Action]:
         first = Op.BACKWARD_INPUT if action.op is Op.BACKWARD_WEIGHT else Op.FORWARD
         return [Action(first, model, m), *([Action(action.op, model, m - 1)] if m else [])]
     if action.op is Op.PREFILL:
-        return []
-    if action.step > 1:
-        return [Action(Op.DECODE, model, m, step=action.step - 1)]
-    start, end = spec.decode[m]
-    return [Action(Op.PREFILL, model, i) for i, (a, b) in enumerate(spec.prefill) if a < end and start < b]
+        before = _round_of(spec, m) - 1
+        return [Action(Op.DECODE, model, j, step=before) for j in range(len(spec.decode)) if before]
+    joined = [i for i in range(len(spec.passes)) if _round_of(spec, i) == action.step]
+    step = [Action(Op.DECODE, model, m, step=action.step - 1)] if action.step > 1 else []
+    return [*step, *(Action(Op.PREFILL, model, i) for i in joined)]
+
+
+def _round_of(spec: RingSpec, number: int) -> int:
+    """The round (from 1) before which a prefill pass stands."""
+    ends = accumulate(map(len, spec.prefills))
+    return next(step for step, end in enumerate(ends, 1) if number < end)
 
 
 class _Stage:

@@ -1,0 +1,150 @@
+"""What the passes of a model save and need, in bytes, from shapes alone.
+
+Activations are the tensors that the operations of `model.decoder` save for their backward passes, counted one
+by one for full-length sequences; a schedule says for how many micro-batches at once. Suffixes in formulas:
+T tokens of a pass, S = T/tp, D hidden, Q = H h/tp query columns, R = K h/tp key columns, F ffn columns/tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.shards import local_params
+from puzzle.spec.model import ModelSpec
+
+FP32 = 4
+LOGITS_BLOCK = 1 << 24
+"""Most fp32 logits in one tensor (`model.logprobs.BLOCK`)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA);
+    `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
+    is not trained, are on the host where they are not needed. `split`: pipelines compute weights' gradients
+    apart (`intra.split_backward`)."""
+
+    name: str
+    spec: ModelSpec
+    placement: Placement
+    itemsize: int
+    trained: bool = False
+    recompute: bool = False
+    fused: bool = True
+    compiled: bool = False
+    offload: bool = False
+    split: bool = False
+
+
+@lru_cache
+def storages(spec: ModelSpec, layout: Layout, p: int) -> tuple[tuple[int, int], ...]:
+    """Rows and elements per row of a stage's storages, which are alike for all t and d."""
+    return tuple((param.rows, param.row_size) for param in local_params(spec, layout, Coord(0, p, 0)))
+
+
+class Activations:
+    """What one micro-batch of `tokens` tokens, `answers` of them answers, costs on a stage."""
+
+    def __init__(self, use: Use, p: int, tokens: int, answers: int) -> None:
+        spec, layout = use.spec, use.placement.layout
+        self.use, self.p, self.answers, self.item = use, p, answers, use.itemsize
+        self.T = -(-tokens // layout.tp) * layout.tp
+        self.S = self.T // layout.tp
+        self.D, self.F = spec.hidden_size, spec.intermediate_size // layout.tp
+        self.heads = spec.num_heads // layout.tp
+        self.kv_heads = max(1, spec.num_kv_heads // layout.tp)
+        self.Q, self.R = self.heads * spec.head_dim, self.kv_heads * spec.head_dim
+        self.rows = -(-spec.vocab_size // layout.tp) if spec.head == "lm" else spec.num_labels
+        self.first, self.last = p == 0, p == layout.pp - 1
+
+    def norm(self, rows: int, width: int) -> int:
+        """What a norm saves but for the result: its input, and the factor of each row.
+
+        Step by step it is computed in fp32: a converted input, and the result before the weight.
+        """
+        saved = self.item if self.use.fused else 2 * FP32
+        return rows * width * saved + rows * FP32
+
+    def layer(self) -> int:
+        """What one layer saves: two norms and their results, queries, keys, values, attention's result with
+        a factor per head, gate and up, the activated gate (kernels compute it again), the product."""
+        norms = 2 * (self.norm(self.S, self.D) + self.S * self.D * self.item)
+        columns = 2 * (self.Q + self.R)
+        if not self.use.fused or self.use.spec.qk_norm:
+            columns += self.Q + self.R  # values are a view of all columns of their product, so that it stays
+        attention = self.T * (columns * self.item + self.heads * FP32)
+        if self.use.spec.qk_norm:
+            attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
+        return (
+            norms
+            + attention
+            + self.T * (3 if self.use.fused or self.use.compiled else 4) * self.F * self.item
+        )
+
+    def saved(self) -> int:
+        """From a forward to its backward pass on this stage."""
+        layers = self.use.placement.layout.stage_layers[self.p]
+        rotation = 2 * self.T * self.use.spec.head_dim * self.item
+        total = rotation + layers * (self.S * self.D * self.item if self.use.recompute else self.layer())
+        if self.first:
+            total += self.T * (8 if self.use.placement.layout.tp == 1 else 9)
+        if not self.last:
+            return total + self.S * self.D * self.item
+        total += self.norm(self.S, self.D)
+        if self.use.spec.head == "value":
+            return total + self.S * self.D * FP32
+        return total + self.answers * (self.D * self.item + 6 * FP32)
+
+    def deferred(self) -> int:
+        """Between the parts of a split backward: what the four matrices of every layer multiplied, and the
+        gradients of their results. Matrices that lie by rows see the whole pass's."""
+        width = 2 * self.Q + 2 * self.R + 3 * self.F + 2 * self.D
+        layer = self.item * (2 * self.S * self.D + self.T * width)
+        return self.use.placement.layout.stage_layers[self.p] * layer
+
+    def held(self, before: int, between: int) -> int:
+        """Of `before` micro-batches before their backward and, where that is split, of `between` waiting for
+        their weights' gradients; right after the first part of a backward they are one less and one more."""
+        saved, deferred = self.saved(), self.deferred()
+        if not self.use.split or self.use.placement.layout.pp == 1:
+            return before * saved
+        return before * saved + between * deferred + max(0, deferred - saved)
+
+    def logits(self) -> int:
+        """Blocks of fp32 logits, the gradients of the head and of what it reads; only on the last stage."""
+        if not self.last or self.use.spec.head == "value":
+            return 0
+        block = FP32 * min(LOGITS_BLOCK, self.answers * self.rows)
+        if not self.use.trained:
+            return 2 * block
+        gradients = self.answers * self.D * (FP32 + self.item) + self.rows * self.D * self.item
+        return max(2 * block, block + block * self.item // FP32 + gradients)
+
+    def transient(self) -> int:
+        """Of one layer in its backward pass: two widths of the ffn more than what it saved and frees, hidden
+        states, a layer to recompute; the gradient of the largest weight, unless its product adds it up."""
+        layout = self.use.placement.layout
+        largest = 0
+        if not self.use.fused and self.item != FP32:
+            largest = max(rows * size for rows, size in storages(self.use.spec, layout, self.p)) * self.item
+        hidden = self.T * self.D if layout.tp > 1 else 0
+        gradients = (2 * self.T * self.F + 2 * self.S * self.D + hidden) * self.item
+        return gradients + largest + (self.layer() if self.use.recompute else 0)
+
+    def passing(self) -> dict[str, int]:
+        """What comes and goes in a backward pass."""
+        return worst([{"logits": self.logits()}, {"one layer": self.transient()}])
+
+    def forward(self) -> int:
+        """Of a pass without gradients: a layer's hidden states, and the widest it has at a time."""
+        ffn, attention = (3 if self.use.fused else 4) * self.F, 3 * self.Q + 3 * self.R
+        gathered = self.T * self.D if self.use.placement.layout.tp > 1 else 0
+        return self.item * (4 * self.S * self.D + gathered + self.T * max(ffn, attention))
+
+
+def worst(cases: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Of things that follow one another, the terms of the one that needs most."""
+    return max(cases, key=lambda terms: sum(terms.values()))
