@@ -6,7 +6,8 @@ import re
 
 import check_claims
 import pytest
-from check_claims import ROOT, SLOT, Claim, every_claim, fault, flat, uncovered
+from check_claims import ROOT, every_claim, fault, flat, uncovered
+from claims.claim import SLOT, Claim
 
 CLAIMS = every_claim()
 
@@ -26,11 +27,12 @@ def test_a_wrong_digit_is_found(page: str) -> None:
         assert len(values) == len(SLOT.findall(claim.text)) > 0, "every slot has a value"
         for wrong in range(len(values)):
             changed = list(values)
-            changed[wrong] += type(changed[wrong])(7)
+            value = values[wrong]
+            changed[wrong] = f"{value}7" if isinstance(value, str) else value + 7
             other = Claim(page, claim.text, lambda changed=changed: changed)
             found = fault(claim, text.replace(said, other.rendered()))
             assert found is not None
-            assert found.endswith(f"; the logs: {said}")
+            assert found.endswith(said)
 
 
 def test_a_claim_that_its_page_does_not_make_is_found() -> None:

@@ -1,0 +1,164 @@
+"""Numbers out of the shipped logs."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from claims.claim import Values
+from puzzle.runlog import Run, load_runs
+
+if TYPE_CHECKING:
+    from puzzle.config.run import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+VISIT = ROOT / "logs/bench/2026-11-29-4xh200"
+
+
+@cache
+def run(folder: str) -> Run:
+    """The only run under a folder of `logs`."""
+    (found,) = load_runs(ROOT / "logs" / folder).runs
+    return found
+
+
+def seconds(folder: str, stage: str | None = None, first: int = 1) -> float:
+    """Mean seconds of an iteration, or of a stage of it, without those before iteration `first`."""
+    late = [one for one in run(folder).iterations if one.iteration >= first]
+    return fmean(one.e2e_seconds if stage is None else one.stage_seconds[stage] for one in late)
+
+
+def held_out(folder: str, iteration: int) -> tuple[float, float]:
+    """The held-out reward after so many iterations, and half its 95 % interval."""
+    (found,) = (one.metrics for one in run(folder).evaluations if one.iteration == iteration)
+    return found["reward"], found["reward_ci95"]
+
+
+def learnt(folder: str, iterations: int) -> list[float]:
+    """Held-out reward before and after, each with half its interval, and the gain."""
+    before, after = held_out(folder, 0), held_out(folder, iterations)
+    return [*before, *after, after[0] - before[0]]
+
+
+def iterations_seconds(folder: str, count: int) -> float:
+    """End-to-end seconds of the first `count` iterations together."""
+    return sum(one.e2e_seconds for one in run(folder).iterations[:count])
+
+
+def wall_seconds(folder: str) -> float:
+    """From the log's first record to its last."""
+    lines = (ROOT / "logs" / folder / "run.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["time"] - json.loads(lines[0])["time"]
+
+
+def right_answers(file: str) -> float:
+    """The share of held-out sums that a file of responses answers rightly: its last number is the sum."""
+    rows = [json.loads(line) for line in (ROOT / "logs/learning/arithmetic" / file).read_text().splitlines()]
+    asked = (ROOT / "examples/prompts/arithmetic-held-out.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in asked]
+    numbers = [re.findall(r"\d+", row["response"]) for row in rows]
+    return fmean(bool(n) and n[-1] == answer for n, answer in zip(numbers, answers, strict=True))
+
+
+def added() -> list[float]:
+    """Held-out share of right sums before GRPO, and the least and most after it, of three seeds."""
+    folders = [f"learning/arithmetic/grpo-{seed}" for seed in range(3)]
+    after = [held_out(folder, 30)[0] for folder in folders]
+    return [fmean(held_out(folder, 0)[0] for folder in folders), min(after), max(after)]
+
+
+def usage(command: str, index: int) -> dict[str, float]:
+    """The `index`th use of a command in logs/usage.jsonl."""
+    rows = [json.loads(line) for line in (ROOT / "logs/usage.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["command"] == [command]][index]
+
+
+def environment_bytes(tier: str) -> float:
+    """What a tier of env.sh takes on disk."""
+    rows = [json.loads(line) for line in (ROOT / "logs/environments.jsonl").read_text().splitlines()]
+    return next(row["bytes"] for row in rows if row["tier"] == tier)
+
+
+@cache
+def planned(scale: str, devices: int | None = None) -> list[TrainConfig]:
+    """The runs of RUNME-b at a scale."""
+    from puzzle.campaign.experiments import Selection, expand, read_table
+
+    return [one.config for one in expand(read_table(), Selection(scale, devices=devices))]
+
+
+def largest_gib(scale: str, *devices: int | None) -> float:
+    """The fullest rank of all runs of our engine, by the memory report."""
+    from puzzle.config import memory_report
+    from puzzle.config.resolve import resolve
+
+    configs = [config for n in devices or (None,) for config in planned(scale, n)]
+    ours = [resolve(config) for config in configs if config.log.variant != "dschat"]
+    ranks = [rank for plan in ours for rank in memory_report.estimate(plan, fused=True)]
+    return max(rank.peak for rank in ranks) / 2**30
+
+
+def baseline(name: str) -> float:
+    """Seconds per iteration of DeepSpeed-Chat's or our run on two H200."""
+    return seconds(f"baseline/2xh200/{name}")
+
+
+def against(name: str) -> Values:
+    """Seconds of a run of the baseline, and how many times ours that is."""
+    return lambda: (baseline(name), baseline(name) / baseline("opt"))
+
+
+def stages_of(folder: str) -> Values:
+    """Seconds per iteration, then of generation, inference and training."""
+    return lambda: [seconds(folder), *(seconds(folder, s) for s in ("generation", "inference", "training"))]
+
+
+def third(folder: str) -> list[float]:
+    """Of a run's third iteration: end to end, generation (with what comes before), inference, training."""
+    one = run(f"bench/2026-11-30-4xh200/{folder}").iterations[2]
+    generation = one.stage_seconds["generation"] + one.stage_seconds["switch"]
+    return [one.e2e_seconds, generation, one.stage_seconds["inference"], one.stage_seconds["training"]]
+
+
+def training_peak(folder: str) -> float:
+    """GiB of the fullest rank in training."""
+    ranks = run(f"bench/2026-11-30-4xh200/{folder}").ranks
+    return max(one["peak_bytes"]["training"] for one in ranks if "peak_bytes" in one) / 2**30
+
+
+def campaign_log(file: str) -> list[int]:
+    """How many runs the last lines of a campaign say were run, and in how many seconds."""
+    text = (ROOT / "logs" / file).read_text()
+    return [
+        int(re.findall(pattern, text, re.MULTILINE)[-1]) for pattern in (r"^(\d+) run$", r"duration: (\d+) s")
+    ]
+
+
+def verl(critic: str, *parts: str) -> float:
+    """Mean seconds of those parts of verl's steps after the first."""
+    lines = (ROOT / f"logs/peers/verl-4xh200/7b-{critic}.jsonl").read_text().splitlines()[1:]
+    steps = [json.loads(line)["data"] for line in lines]
+    return fmean(sum(float(step[f"timing_s/{part}"]) for part in parts) for step in steps)
+
+
+def generated() -> tuple[list[int], list[int]]:
+    """Tokens per second by sequences: ours, and vLLM's without log-probabilities."""
+    ours = re.findall(r"(\d+) tokens/s", (VISIT / "generate.log").read_text())
+    rows = [json.loads(line) for line in (VISIT / "vllm.jsonl").read_text().splitlines()]
+    return [int(value) for value in ours], [row["tok_s"] for row in rows if row["logprobs"] is None]
+
+
+def switched(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
+    """Milliseconds of a switch on four GPUs: floor, messages, peer copies, Megatron-core, gather-all."""
+    text = "".join((VISIT / name).read_text() for name in ("results.jsonl", "megatron.jsonl"))
+    rows = [row for row in map(json.loads, text.splitlines()) if row["bench"] == "switch"]
+    rows = [row for row in rows if (tuple(row["from"]), tuple(row["to"])) == pair]
+    rows = [row for row in rows if row.get("nccl_p2p_disable") in (None, "0")]
+    ways = {row["way"]: row for row in rows}
+    order = ("planned", "planned, peer", "megatron-core 0.16.1", "gather-all")
+    floor = ways["planned"]["least_floor_seconds"]
+    return [1e3 * value for value in (floor, *(ways[way]["kept_seconds"] for way in order))]

@@ -1,0 +1,309 @@
+"""The claims of every page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from claims.claim import Claim
+from claims.logs import (
+    added,
+    campaign_log,
+    environment_bytes,
+    generated,
+    held_out,
+    iterations_seconds,
+    largest_gib,
+    learnt,
+    planned,
+    right_answers,
+    run,
+    seconds,
+    stages_of,
+    switched,
+    third,
+    training_peak,
+    usage,
+    verl,
+    wall_seconds,
+)
+
+FOUR = "baseline/4xh200/"
+SEARCH = "baseline/4xh200-search/"
+VERL_PARTS = {
+    "generation": ("gen",),
+    "weights into generation's layout": ("update_weights",),
+    "log-probs, reference, values, advantages": ("old_log_prob", "ref", "values", "adv"),
+    "training, actor and critic": ("update_critic", "update_actor"),
+}
+OUR_PARTS = ("generation", "switch", "inference", "training")
+OURS = {"350m": f"{FOUR}350m-opt-141-221", "7b": f"{FOUR}7b-opt-141-221"}
+
+
+def times(others: Sequence[tuple[float, str]]) -> list[float]:
+    """Seconds of others, each with how many times ours of the same critic that is."""
+    return [number for value, critic in others for number in (value, value / seconds(OURS[critic]))]
+
+
+def readme() -> list[Claim]:
+    """Of the first page."""
+    page = "README.md"
+    claims = [
+        Claim(
+            page,
+            "({:.1f} GB on disk for RUNME-a; {:.1f} GB for the rest with torch's CPU build",
+            lambda: [environment_bytes(tier) / 1e9 for tier in ("plot", "baseline")],
+        ),
+        Claim(
+            page,
+            "({:d} runs, {:d} of them of the baseline; all figures)",
+            lambda: [
+                len(planned("cpu")),
+                sum(config.log.variant == "dschat" for config in planned("cpu")),
+            ],
+        ),
+        Claim(
+            page,
+            "at most {:.0f} GiB of a GPU on 1, 2, 4 and 8 GPUs, estimated",
+            lambda: [largest_gib("node", 1, 2, 4, 8)],
+        ),
+        Claim(page, "as above | at most {:.0f} GiB of a GPU, estimated", lambda: [largest_gib("paper")]),
+        Claim(
+            page,
+            "{:d} runs in {:d} s (`logs/bench/2026-11-22-2xh200-f/runme-b.log`)",
+            lambda: campaign_log("bench/2026-11-22-2xh200-f/runme-b.log"),
+        ),
+        Claim(
+            page,
+            "| `./RUNME-a.sh` | 2 MB | {:.1f} GB | {:.0f} s; {:.0f} s the first time",
+            lambda: [
+                usage("./RUNME-a.sh", 1)["peak_bytes"] / 1e9,
+                *(usage("./RUNME-a.sh", i)["seconds"] for i in (1, 0)),
+            ],
+        ),
+        Claim(
+            page,
+            "| 3 MB | {:.1f} GB | {:.0f} s, its environment from a cache",
+            lambda: [
+                usage("./RUNME-b.sh", 0)["peak_bytes"] / 1e9,
+                usage("./RUNME-b.sh", 0)["seconds"],
+            ],
+        ),
+        Claim(page, "| PUZZLE | {:.2f} | {:.2f} |", lambda: [seconds(OURS[critic]) for critic in OURS]),
+        Claim(
+            page,
+            "its defaults | {:.2f}, **{:.2f}** | {:.2f}, **{:.2f}** |",
+            lambda: times([(verl(critic, "step"), critic) for critic in OURS]),
+        ),
+        Claim(
+            page,
+            "samples match its weights | {:.2f}, **{:.2f}** | {:.2f}, **{:.2f}** |",
+            lambda: times([(seconds(f"{FOUR}{critic}-ds-plain"), critic) for critic in OURS]),
+        ),
+        Claim(
+            page,
+            "reference on the host) | | {:.2f}, **{:.2f}** |",
+            lambda: times([(seconds(f"{FOUR}7b-ds-published"), "7b")]),
+        ),
+        Claim(page, "learns to add: {:.1f} to {:.2f} - {:.2f} held out", added),
+        Claim(
+            page,
+            "a time limit of 530 s stopped the runs in their {:.0f}th iteration",
+            lambda: [min(len(run(f"learning/sentiment-ppo/seed-{s}").iterations) for s in range(3)) + 1],
+        ),
+    ]
+    for seed in range(3):
+        folder = f"learning/sentiment-ppo/seed-{seed}"
+        claims.append(
+            Claim(
+                page,
+                f"| {seed} | {{:.3f}} +- {{:.3f}} | {{:.3f}} +- {{:.3f}} | {{:.3f}} | {{:.0f}} |",
+                lambda folder=folder: [*learnt(folder, 32), iterations_seconds(folder, 32)],
+            )
+        )
+    return claims
+
+
+def baseline_page() -> list[Claim]:
+    """Of the comparison with DeepSpeed-Chat."""
+    rows = {
+        "checkpointing, reference on the host |": ("2xh200/dschat-published", ""),
+        "| **ZeRO-2, transformers' generate** (2 iterations) |": ("2xh200/dschat-plain", "**"),
+        "Engine with CUDA graphs |": ("2xh200/dschat-graphs", ""),
+        "replicas throughout (1,1,2) |": ("2xh200/base", ""),
+        "generates as 2,1,1, shared pipelines |": ("2xh200-search/opt-gathered", ""),
+        "| **PUZZLE**, generation filled from ZeRO shards |": ("2xh200/opt", "**"),
+    }
+    return [
+        Claim(
+            "docs/baseline.md",
+            f"{words} {bold}{{:.2f}}{bold} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
+            stages_of(f"baseline/{folder}"),
+        )
+        for words, (folder, bold) in rows.items()
+    ]
+
+
+def algorithms_page() -> list[Claim]:
+    """Of what the algorithms learn, and of GRPO on GPUs."""
+    page, claims = "docs/algorithms.md", []
+    for name in ("grpo", "rloo", "ppo"):
+        for seed in range(3):
+            folder = f"learning/arithmetic/{name}-{seed}"
+            claims.append(
+                Claim(
+                    page,
+                    f"| {seed} | {{:.3f}} +- {{:.3f}} | {{:.3f}} +- {{:.3f}} | {{:.3f}} | {{:.0f}} |",
+                    lambda folder=folder: [*learnt(folder, 30), wall_seconds(folder)],
+                )
+            )
+    answered = ("before.jsonl", "after-grpo-0.jsonl", "after-rloo-0.jsonl", "after-ppo-0.jsonl")
+    claims.append(
+        Claim(
+            page,
+            "answers {:.3f} of the held-out sums rightly before training,"
+            " {:.3f} after GRPO, {:.3f} after RLOO and {:.3f} after PPO",
+            lambda: [right_answers(file) for file in answered],
+        )
+    )
+    sentiment = {
+        name: [f"learning/sentiment-algorithms/{name}-{s}" for s in range(3)] for name in ("grpo", "ppo")
+    }
+    claims.append(
+        Claim(
+            page,
+            "from {:.3f}, {:.3f}, {:.3f} to {:.3f}, {:.3f}, {:.3f} (GRPO)"
+            " and {:.3f}, {:.3f}, {:.3f} (PPO) after 24 iterations",
+            lambda: [
+                *(held_out(folder, 0)[0] for folder in sentiment["grpo"]),
+                *(held_out(folder, 24)[0] for name in ("grpo", "ppo") for folder in sentiment[name]),
+            ],
+        )
+    )
+    for layouts, folder in {
+        "1,4,1 -> 2,2,1": "grpo-141-221", "2,1,2 -> 4,1,1": "grpo-212-411", "1,1,4 -> 1,1,4": "grpo-114-114",
+    }.items():  # fmt: skip
+        claims.append(
+            Claim(
+                page,
+                f"| {layouts} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
+                lambda folder=folder: [*third(folder), training_peak(folder)],
+            )
+        )
+    for tokens in (4096, 8192, 16384, 32768):
+        said = " (the default)" if tokens == 16384 else ""
+        claims.append(
+            Claim(
+                page,
+                f"{tokens}{said} {{:.2f}}, {{:.2f}}",
+                lambda tokens=tokens: [
+                    one.stage_seconds["inference"] + one.stage_seconds["training"]
+                    for one in run(f"bench/2026-11-30-4xh200/tokens-{tokens}").iterations[1:3]
+                ],
+            )
+        )
+    return claims
+
+
+def bars(*values: float) -> list[str | float]:
+    """Each value behind its bar of two characters a second."""
+    return [part for value in values for part in ("=" * round(2 * value), value)]
+
+
+def peers_page() -> list[Claim]:
+    """Of other systems on four GPUs."""
+    page, claims = "docs/peers.md", []
+    for words, critic, folder in (
+        ("trains as 1,1,4, generates as 4,1,1, filled from ZeRO shards", "350m", f"{SEARCH}350m-opt-114-411"),
+        ("1,1,4 throughout", "350m", f"{FOUR}350m-base-114"),
+        ("trains as 2,1,2, generates as 4,1,1, filled from ZeRO shards", "7b", f"{SEARCH}7b-212-411"),
+        ("1,4,1 throughout", "7b", f"{FOUR}7b-base-141"),
+        ("| ZeRO-2, transformers' `generate`", "350m", f"{FOUR}350m-ds-plain"),
+        ("| ZeRO-2, transformers' `generate`", "7b", f"{FOUR}7b-ds-plain"),
+        ("its samples do not match its weights", "7b", f"{FOUR}7b-ds-published"),
+    ):
+        faster = "|" if "filled" in words else "{:.2f} |"
+        claims.append(
+            Claim(
+                page,
+                f"{words} | {{:d}} | {{:.2f}} | {faster}",
+                lambda critic=critic, folder=folder, faster=faster: [
+                    len(run(folder).iterations) - 1,
+                    seconds(folder),
+                    *([] if faster == "|" else [seconds(folder) / seconds(OURS[critic])]),
+                ],
+            )
+        )
+    for critic, said, count in (("350m", "7B/350M", 4), ("7b", "7B/7B", 3)):
+        claims += [
+            Claim(
+                page,
+                f"| {said} | PUZZLE | trains as 1,4,1{' (tp,pp,dp)' if critic == '350m' else ''},"
+                " generates as 2,2,1, shared pipelines | {:d} | {:.2f} | |",
+                lambda critic=critic: [
+                    len(run(OURS[critic]).iterations) - 1,
+                    seconds(OURS[critic]),
+                ],
+            ),
+            Claim(
+                page,
+                f"| | verl + vLLM | FSDP | {count} | {{:.2f}} | {{:.2f}} |",
+                lambda critic=critic: [
+                    verl(critic, "step"),
+                    verl(critic, "step") / seconds(OURS[critic]),
+                ],
+            ),
+        ]
+        claims.append(
+            Claim(
+                page,
+                f"{said} PUZZLE |{{}}| {{:.2f}} s verl + vLLM |{{}}| {{:.2f}} s"
+                " DeepSpeed-Chat |{}| {:.2f} s",
+                lambda critic=critic: bars(
+                    seconds(OURS[critic]),
+                    verl(critic, "step"),
+                    seconds(f"{FOUR}{critic}-ds-plain"),
+                ),
+            )
+        )
+    for words, parts in VERL_PARTS.items():
+        stage = OUR_PARTS[list(VERL_PARTS).index(words)]
+        claims.append(
+            Claim(
+                page,
+                f"| {words} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
+                lambda parts=parts, stage=stage: [
+                    number
+                    for critic in ("350m", "7b")
+                    for number in (seconds(OURS[critic], stage), verl(critic, *parts))
+                ],
+            )
+        )
+    claims += [
+        Claim(page, "| PUZZLE | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[0]),
+        Claim(page, "| vLLM | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[1]),
+        Claim(
+            page,
+            "| ratio | {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |",
+            lambda: [a / b for a, b in zip(*generated(), strict=True)],
+        ),
+    ]
+    for pair in (
+        ((1, 4, 1), (2, 2, 1)),
+        ((1, 4, 1), (4, 1, 1)),
+        ((2, 2, 1), (4, 1, 1)),
+        ((1, 4, 1), (1, 1, 4)),
+    ):
+        ends = " -> ".join(",".join(map(str, layout)) for layout in pair)
+        claims.append(
+            Claim(
+                page,
+                f"| {ends} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
+                lambda pair=pair: switched(pair),
+            )
+        )
+    return claims
+
+
+def every_claim() -> list[Claim]:
+    """All of them, by page."""
+    return [*readme(), *baseline_page(), *algorithms_page(), *peers_page()]
