@@ -66,10 +66,8 @@ UNMEASURED = [
     (r"\| \d+-\d+ GPUs|1-8 GPUs|on 32 GPUs|32 GPUs were", "sizes of scales"),
     (r"verl 0\.9\.1 \+ vLLM 0\.26\.0|7B|350M|13B|H200|95 %|1\.96|UTF-8", "what was run"),
     (r"(takes )?[23] MB( \||,)", "what the files of a folder take, rounded up"),
-    (
-        r"ZeRO-3|2-core host|64 sequences of 256 \+ 256 tokens|(after|of) 32 iterations|(all )?80,? (held-out|good)",
-        "the work",
-    ),
+    (r"ZeRO-3|2-core host|64 sequences of 256 \+ 256 tokens, bf16", "the work"),
+    (r"(after|of) 32 iterations|(all )?80,? (held-out|good)", "the work"),
     (r"\(seed 0; |12-year-old|Apache-2\.0", "a seed, what a model wrote, the licence"),
 ]
 """What is no measured number on a page, and why; removed in this order."""
