@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "logs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "logs").glob("*.md")])
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -98,6 +101,33 @@ def test_examples_of_rewards_run(
             json.loads(line) for line in (tmp_path / f"runs/{run}/samples.jsonl").read_text().splitlines()
         ]
         assert len(rows) == 2 * 4
+
+
+def test_the_guide_s_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Page after page and block after block in one folder, as a reader would; those of `bash` are for other
+    machines."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(ROOT / "scripts/bin"), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("first-run", "your-task", "after"):
+        page = ROOT / f"docs/guide/{name}.md"
+        names: dict[str, Any] = {}
+        for language, block in FENCES.findall(page.read_text("utf-8")):
+            if language == "sh":
+                done = subprocess.run(["bash", "-ec", block], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+            elif language == "python":
+                exec(compile(block, page.name, "exec"), names)
+        printed = capsys.readouterr().out
+        for shown in blocks(page, "text"):
+            assert shown in printed
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) > 10
+    log = (tmp_path / "runs/first/run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in log if '"record":"iteration"' in line] == [0, 1, 2]
+    assert (tmp_path / "runs/first/report.html").exists()
 
 
 def test_the_example_of_an_algorithm_runs() -> None:
