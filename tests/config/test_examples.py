@@ -1,10 +1,14 @@
 import json
 from pathlib import Path
+from runpy import run_path
+from typing import Any
 
 import pytest
 
-from puzzle.config.load import load_config
+from puzzle.config.load import load_config, load_given
 from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import RewardModelConfig, SFTConfig
 from puzzle.data.prepare import prepare
 from puzzle.rlhf.requirements import check_files
 from puzzle.rlhf.rewards import exact_answer
@@ -76,3 +80,33 @@ def test_examples_of_sums_ask_for_their_model_alone(monkeypatch, name):
     assert config.batch * config.generation.samples == 64
     assert config.reward.function == f"{exact_answer.__module__.rpartition('.')[0]}:exact_answer"
     assert exact_answer([" 37", " 38"], ["37", "37"]) == [1.0, 0.0]
+
+
+def test_the_three_steps_fit_one_another(tmp_path, monkeypatch):
+    """Each step reads what the one before wrote; what is held out asks about other things."""
+    folder = ROOT / "examples/three-steps"
+    monkeypatch.chdir(tmp_path)
+    made = run_path(str(folder / "data.py"))
+    made["main"](Path("runs/three-steps/data"))
+    things = made["THINGS"]
+    steps: dict[str, Any] = {
+        task: load_given(schema, folder / f"{task}.yaml")[0]
+        for task, schema in (("sft", SFTConfig), ("reward-model", RewardModelConfig), ("ppo", TrainConfig))
+    }
+    for config in steps.values():
+        check_files(config)
+        assert config.data.system == "Answer in one sentence."
+    assert steps["sft"].actor.model == "models/smollm2"
+    tuned = "runs/three-steps/sft/checkpoints/last"
+    assert steps["reward-model"].reward.model == steps["ppo"].actor.model == tuned
+    assert steps["ppo"].reward.model == "runs/three-steps/reward/checkpoints/last"
+    for name in ("chats", "pairs", "prompts"):
+        asked = {}
+        for kind in ("", "-held-out"):
+            text = Path(f"runs/three-steps/data/{name}{kind}.jsonl").read_text()
+            asked[kind] = {thing for thing in things if f" {thing}" in text}
+        assert len(asked[""]) > 40
+        assert len(asked["-held-out"]) > 20
+        assert not asked[""] & asked["-held-out"]
+    rows = [json.loads(line) for line in Path("runs/three-steps/data/pairs.jsonl").read_text().splitlines()]
+    assert {row["preference"] for row in rows} == {"synthetic"}
