@@ -51,7 +51,7 @@ SHALLOW, DEEP = 2, 6
 STEPS = 32
 """Decode passes that are timed."""
 MANY = 32
-"""Rows of a decode pass: up to these launching may take longest, from these on the cache is worth knowing."""
+"""Rows of a decode pass up to which launching may take longest."""
 FEW = (16, 128)
 """Positions of a head, beside those of training: prompts have logits at their ends alone."""
 LEAST = 1e-9
@@ -266,8 +266,7 @@ def _head_row(bench: PiecesBench, world: World, stage: Decoder, spec: ModelSpec,
 def decodes(bench: PiecesBench, world: World, found: Found, spec: ModelSpec, tp: int) -> Iterator[Row]:
     """Decode passes by rows and cached tokens: a layer is what a deeper model takes more.
 
-    Only many rows read much of a cache, and only few wait for the host to launch: other rows follow from
-    what is measured.
+    Only few rows wait for the host to launch: what others take launched follows.
     """
     deep, shallow = (Answers(bench, world, replace(spec, num_layers=n), tp) for n in (DEEP, SHALLOW))
     short, *longer = sorted(bench.prompts)
@@ -280,8 +279,6 @@ def decodes(bench: PiecesBench, world: World, found: Found, spec: ModelSpec, tp:
     launched = (LEAST, LEAST)
     cuda = world.device.type == "cuda"
     for prompt, rows in [(p, r) for p in (short, *longer) for r in sorted(bench.rows)]:
-        if prompt > short and rows < MANY and len(bench.rows) > 2:
-            continue
         passes = measured(rows, prompt, cuda)
         if cuda and prompt == short and rows <= MANY:
             launched = measured(rows, prompt, False)

@@ -229,12 +229,10 @@ def decode_seconds(work: Workload, costs: Costs) -> float:
 
 
 def switch_seconds(work: Workload, costs: Costs) -> float:
-    """What a rank lacks of its weights of generation, by messages at the one rate that is known of them; room
-    for them all."""
+    """What a rank lacks of its weights of generation, by messages at the one rate that is known of them."""
     source, destination = work.actor.layout, work.generation
     if source == destination:
         return 0.0
     held = costs.item * work.actor.spec.parameters / (destination.tp * destination.pp)
     across = costs.nodes is not None and source.world > costs.nodes.devices
-    brought = costs.send((1 - local_share(source, destination)) * held, across)
-    return brought + costs.fixed.map_s_per_byte * held + costs.fixed.stage_s
+    return costs.send((1 - local_share(source, destination)) * held, across) + costs.fixed.stage_s
