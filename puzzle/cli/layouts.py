@@ -103,6 +103,7 @@ def options_of(choice: Choice, given: Mapping[str, Any]) -> Options:
     found["recompute"] = choice.recompute
     found["offload.optimizer"] = choice.offload
     found["generation.decode_microbatch"] = choice.decode
+    found["generation.max_sequences"] = choice.slots
     for key, plain in (("switch.source", "gathered"), ("switch.overlap", "nothing")):
         if _at(given, key) not in (None, plain):
             found[key] = plain

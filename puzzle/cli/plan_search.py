@@ -74,6 +74,7 @@ def _table(ranking: Ranking, values: dict[str, Any]) -> str:
                 ("recompute", choice.recompute),
                 ("offloaded optimizer", choice.offload),
                 (f"decode micro-batches of {choice.decode}", choice.decode is not None),
+                (f"{choice.slots} sequences of a replica at a time", choice.slots is not None),
             )
             if on
         ]

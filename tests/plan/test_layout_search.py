@@ -86,13 +86,15 @@ def every_choice(of: Job) -> Iterator[Choice]:
             continue
         for decode, (split, recompute, fuse, infer, offload) in itertools.product(decodes, flags):
             yield Choice(train, generate, size, fuse, infer, split, recompute, offload, decode)
+        for slots in (-(-rows // 2), -(-rows // 4), -(-rows // 8)):
+            yield Choice(train, generate, size, slots=slots)
 
 
 def brute_force(of: Job) -> dict[tuple[Sizes, Sizes], float]:
     """The least seconds of each pair of layouts, by what fits."""
     found: dict[tuple[Sizes, Sizes], float] = {}
     for choice in every_choice(of):
-        footprint = generation_footprint(of, cut(SPEC, choice.generation), choice.decode)
+        footprint = generation_footprint(of, cut(SPEC, choice.generation), choice.decode, choice.slots)
         if together(of, training_footprint(of, choice), footprint) <= of.memory:
             pair = (choice.training, choice.generation)
             found[pair] = min(found.get(pair, 1e9), predicted(of, choice, RATES).total)
@@ -224,6 +226,22 @@ def test_more_memory_never_shrinks_what_fits(exact: bool) -> None:
     assert all(a <= b for a, b in itertools.pairwise(fitting))
     assert 0 < len(fitting[0]) < len(fitting[-1])
     assert all(a >= b * 0.994 for a, b in itertools.pairwise(best))
+
+
+def test_queues_make_room() -> None:
+    """Where the cache of all sequences is too large, fewer are generated at a time, which takes longer."""
+    of = job(1, sequences=256)
+    of = replace(of, work=replace(of.work, response=1000), without=frozenset(IDEAS))
+    whole = search(of, RATES, 1).plans[0]
+    assert whole.choice.slots is None
+    least = Choice((1, 1, 1), (1, 1, 1), 1)
+    all_at_once = generation_footprint(of, cut(SPEC, least.generation), None)
+    memory = together(of, training_footprint(of, least), all_at_once) - (60 << 20)
+    tight = search(replace(of, memory=memory), RATES, 1).plans[0]
+    assert tight.choice.slots in (128, 64, 32)
+    assert tight.memory <= memory
+    assert tight.seconds.generation > whole.seconds.generation
+    assert tight.seconds == predicted(of, tight.choice, RATES)
 
 
 def test_offloading_is_paid_for_by_its_bytes() -> None:

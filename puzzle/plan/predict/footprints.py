@@ -54,10 +54,10 @@ def training_footprint(job: Job, choice: Choice) -> Footprint:
     return Footprint(placement.layout, always, weights, states, peak)
 
 
-def generation_footprint(job: Job, layout: Layout, decode: int | None) -> Footprint:
+def generation_footprint(job: Job, layout: Layout, decode: int | None, slots: int | None = None) -> Footprint:
     """Of what generation adds: the cache, and the widest pass."""
     actor = Use("actor", job.actor.spec, Placement.default(layout), job.itemsize, True, fused=job.fused)
-    work, always, weights = _work(job, None, decode), {}, {}
+    work, always, weights = _work(job, None, decode, slots), {}, {}
     for p in telling_stages(layout):
         coord = Coord(0, p, 0)
         rank = rank_memory(actor.placement.rank_of(coord), [actor], actor, work, Switched(), False)
@@ -104,7 +104,7 @@ def uses_of(job: Job, choice: Choice) -> list[Use]:
     ]
 
 
-def _work(job: Job, microbatch: int | None, decode: int | None) -> Work:
+def _work(job: Job, microbatch: int | None, decode: int | None, slots: int | None = None) -> Work:
     work = job.work
     return Work(
         work.sequences,
@@ -115,5 +115,5 @@ def _work(job: Job, microbatch: int | None, decode: int | None) -> Work:
         work.prefill,
         decode,
         samples=work.samples,
-        most=work.slots,
+        most=slots or work.slots,
     )

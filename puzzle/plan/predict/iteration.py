@@ -209,7 +209,8 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
 def decode_cut(work: Workload) -> tuple[int, int]:
     """Sequences of a decode micro-batch of the largest replica, and how many there are."""
     rows = -(-work.sequences // work.generation.dp)
-    return _cut(min(rows, work.slots or rows), 1, work.decode or -(-rows // work.generation.pp))
+    rows = min(rows, work.slots or rows)
+    return _cut(rows, 1, work.decode or -(-rows // work.generation.pp))
 
 
 def decode_seconds(work: Workload, costs: Costs) -> float:

@@ -63,7 +63,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan decides. `microbatch` in sequences; `decode` None: a micro-batch per stage."""
+    """What a plan decides. `microbatch` in sequences; `decode` None: a micro-batch per stage; `slots`: most
+    sequences that a replica generates at a time, None: all of its own."""
 
     training: Sizes
     generation: Sizes
@@ -74,9 +75,15 @@ class Choice:
     recompute: bool = False
     offload: bool = False
     decode: int | None = None
+    slots: int | None = None
 
     @property
     def complexity(self) -> int:
         """How many things are not the default."""
         flags = (self.fuse_training, self.fuse_inference, self.split, self.recompute, 2 * self.offload)
-        return sum(flags) + (self.decode is not None) + 2 * (self.training != self.generation)
+        return (
+            sum(flags)
+            + (self.decode is not None)
+            + (self.slots is not None)
+            + 2 * (self.training != self.generation)
+        )

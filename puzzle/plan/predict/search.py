@@ -30,6 +30,8 @@ from puzzle.plan.predict.iteration import (
 from puzzle.plan.predict.job import Choice, Job, Sizes
 from puzzle.spec.model import ModelSpec
 
+PARTS = (2, 4, 8)
+"""Of the sequences of a replica, one of them is generated at a time where a queue is tried."""
 ALIKE = 0.005
 """Share of an iteration below which a more complicated plan of the same layouts is not worth it."""
 
@@ -82,9 +84,9 @@ def search(job: Job, costs: Costs, top: int) -> Found:
             if most > job.memory:
                 too_large += 1
                 continue
-            work = replace(training.work, generation=one.layout, decode=one.decode)
+            work = replace(training.work, generation=one.layout, decode=one.decode, slots=one.slots)
             seconds = Seconds(one.seconds, training.inference, trained, switch_seconds(work, costs))
-            choice = replace(training.choice, generation=one.sizes, decode=one.decode)
+            choice = replace(training.choice, generation=one.sizes, decode=one.decode, slots=one.slots)
             plan = Plan(choice, seconds, most)
             kept.setdefault((choice.training, choice.generation), []).append(plan)
     if not kept:
@@ -130,6 +132,7 @@ def workload(job: Job, choice: Choice) -> Workload:
         stepped=len(job.trained),
         microbatch=choice.microbatch,
         decode=choice.decode,
+        slots=choice.slots or job.work.slots,
         fuse_training=choice.fuse_training,
         fuse_inference=choice.fuse_inference,
         split=choice.split,
@@ -156,6 +159,7 @@ class _Generation:
     sizes: Sizes
     layout: Layout
     decode: int | None
+    slots: int | None
     seconds: float
     footprint: Footprint
 
@@ -207,12 +211,22 @@ def _generations(job: Job, costs: Costs) -> Iterator[_Generation]:
     spec, work = job.actor.spec, job.work
     for laid in sizes(job.ranks, job.per_node, spec, work.sequences):
         layout = job.layout(spec, laid)
-        rows = -(-work.sequences // layout.dp)
-        counts = {1, layout.pp // 2, 2 * layout.pp} - {0, layout.pp} if layout.pp > 1 else set()
-        for decode in (None, *sorted({-(-rows // count) for count in counts} - {-(-rows // layout.pp)})):
-            asked = replace(work, actor=Part(spec, layout), generation=layout, decode=decode)
-            seconds = generation_seconds(asked, costs)
-            yield _Generation(laid, layout, decode, seconds, generation_footprint(job, layout, decode))
+        whole = -(-work.sequences // layout.dp)
+        queues = {-(-whole // parts) for parts in PARTS} - {whole} if work.slots is None else set()
+        for slots in (work.slots, *sorted(queues, reverse=True)):
+            yield from _queued(job, costs, laid, layout, slots)
+
+
+def _queued(job: Job, costs: Costs, laid: Sizes, layout: Layout, slots: int | None) -> Iterator[_Generation]:
+    """Ways to cut decode passes of so many sequences at a time."""
+    spec, work, pp = job.actor.spec, job.work, layout.pp
+    rows = -(-work.sequences // layout.dp)
+    rows = min(rows, slots or rows)
+    counts = {1, pp // 2, 2 * pp} - {0, pp} if pp > 1 else set()
+    for decode in (None, *sorted({-(-rows // count) for count in counts} - {-(-rows // pp)})):
+        asked = replace(work, actor=Part(spec, layout), generation=layout, decode=decode, slots=slots)
+        footprint = generation_footprint(job, layout, decode, slots)
+        yield _Generation(laid, layout, decode, slots, generation_seconds(asked, costs), footprint)
 
 
 def _cutoff(kept: dict[tuple[Sizes, Sizes], list[Plan]], top: int) -> float:
