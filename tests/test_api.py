@@ -22,7 +22,7 @@ print("started", flush=True)
 Path("prompts.jsonl").write_text('{"prompt": "abc"}\\n{"prompt": "xyz"}\\n')
 shape = dict(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
              num_attention_heads=2, max_position_embeddings=64)
-config = dict(iterations=3, batch=2, actor=dict(init=shape), generation=dict(max_new_tokens=6),
+config = dict(device="cpu", iterations=3, batch=2, actor=dict(init=shape), generation=dict(max_new_tokens=6),
               data=dict(prompts="prompts.jsonl", tokenizer="bytes", max_prompt_tokens=16),
               log=dict(plots=False))
 most = 7.5

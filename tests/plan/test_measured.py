@@ -166,3 +166,18 @@ def test_spans_of_one_microbatch_pair_up_in_the_order_of_time() -> None:
     table = measured_costs(Timeline((*second, *first), "measured"), {0: 0, 1: 1}).seconds["actor"]
     assert table["activation"] == (0.5, None)
     assert table["forward"] == (1.0, None)
+
+
+@given(st.lists(st.floats(-5.0, 5.0), min_size=3, max_size=3), st.booleans())
+def test_whatever_clocks_of_ranks_differ_by_nothing_costs_less_than_no_time(
+    ahead: list[float], tied: bool
+) -> None:
+    """A run whose every rank has a clock of its own: its costs can be simulated, drawn and read back."""
+    schedule = one_f_one_b(3, 4, optimizer=True, tied=tied)
+    timeline, stage_of = run(schedule, CostTable({"actor": PASSES | OTHERS}), copies=1)
+    spans = tuple(replace(s, start=s.start + ahead[s.row], end=s.end + ahead[s.row]) for s in timeline.spans)
+    table = measured_costs(Timeline(spans, "measured"), stage_of, {"actor"} if tied else ())
+    rows = [row for kinds in table.seconds.values() for row in kinds.values()]
+    assert all(x is None or x >= 0 for row in rows for x in (row if isinstance(row, tuple) else (row,)))
+    drawn = simulate(schedule, table)
+    assert len(Timeline.from_perfetto(drawn.to_perfetto()).spans) == len(drawn.spans)

@@ -94,7 +94,8 @@ class _Rows:
         return [s.seconds for rank in self._ranks[stage] for s in self._spans[model, kind, rank].values()]
 
     def meetings(self, model: str, kind: str, stage: int, tied: bool) -> list[float]:
-        """Seconds from when the last member of a collective came until a rank of the stage went on."""
+        """Seconds from when the last member of a collective came until a rank of the stage went on; none
+        where it went on before, as clocks differ."""
         members, ends = [stage], (0, self.stages[-1])
         if kind == Op.NORM:
             members = list(self.stages)
@@ -102,7 +103,8 @@ class _Rows:
             members = list(ends)
         others = [self._spans[model, kind, rank] for member in members for rank in self._ranks[member]]
         mine = [self._spans[model, kind, rank] for rank in self._ranks[stage]]
-        return [s.end - max(o[key].start for o in others) for spans in mine for key, s in spans.items()]
+        came = {key: max(o[key].start for o in others) for spans in mine for key in spans}
+        return [max(0.0, s.end - came[key]) for spans in mine for key, s in spans.items()]
 
     def journeys(
         self, model: str, payload: Payload, after: Collection[Op], src: int, dst: int
