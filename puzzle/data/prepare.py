@@ -11,7 +11,7 @@ from puzzle.data.endings import Endings, endings
 from puzzle.data.examples import Example, ExampleSet, load_examples
 from puzzle.data.prompts import Choose, PromptSet, PromptStream, load_prompts, no_columns, random_prompts
 from puzzle.data.reading import Reader
-from puzzle.data.stream import Stream
+from puzzle.data.stream import Stream, left_out
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, special_tokens
 from puzzle.errors import UserError
 
@@ -73,12 +73,14 @@ def reader_of(
 
 @dataclass(frozen=True)
 class ExampleData:
-    """What a supervised run reads; `endings` are those that its model is saved with."""
+    """What a supervised run reads; `endings` are those that its model is saved with, `remarks` what people
+    should know."""
 
     tokenizer: Tokenizer
     endings: Endings
     train: Stream[Example]
     held_out: ExampleSet | None
+    remarks: tuple[str, ...] = ()
 
 
 def prepare_examples(config: SupervisedConfig, vocab_size: int, began: datetime | None = None) -> ExampleData:
@@ -99,7 +101,10 @@ def prepare_examples(config: SupervisedConfig, vocab_size: int, began: datetime 
             raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
     folder = None if config.main.model is None else Path(config.main.model)
     ends = endings(tokenizer, folder, learned=_last_said(tokenizer, train))
-    return ExampleData(tokenizer, ends, train.stream(config.batch, config.seed, data.shuffle), held_out)
+    stream = train.stream(config.batch, config.seed, data.shuffle)
+    sets = [examples for examples in (train, held_out) if examples is not None and examples.dropped]
+    remarks = [left_out(s.dropped, len(s.examples), "examples", "data.max_tokens") for s in sets]
+    return ExampleData(tokenizer, ends, stream, held_out, tuple(remarks))
 
 
 def _last_said(tokenizer: Tokenizer, examples: ExampleSet) -> set[int]:

@@ -16,6 +16,11 @@ def generator(seed: int, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, counter]))
 
 
+def left_out(dropped: int, kept: int, what: str, key: str) -> str:
+    """A remark on rows that are longer than `key` allows."""
+    return f"{dropped} of {dropped + kept} {what} are longer than {key} and are left out"
+
+
 class Stream(Generic[Item]):
     """Deals batches of rows. A batch depends on the rows, the seed and its number alone.
 

@@ -161,14 +161,17 @@ class Recorder:
             columns = supervised(config.trained[0]) if isinstance(config, SupervisedConfig) else POLICY
             self.reporter = Reporter(config.iterations, done, columns=columns)
             if config.log.plots and not DRAWS:
-                self._warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
+                self.warn(f"log.plots: no curves will be drawn: {lacking('matplotlib')}")
         if self.writer is not None and resumed is not None:
             folder = None if resumed.folder is None else str(resumed.folder.relative_to(out))
             self.writer.write(Resume(done, folder))
             for note in (*resumed.notes, *_changes(self.writer.settings)):
-                self._warn(note)
+                self.warn(note)
 
-    def _warn(self, note: str) -> None:
+    def warn(self, note: str) -> None:
+        """Log what people should know, and say it; rank 0 alone does."""
+        if self.writer is None:
+            return
         self.write(Warned(note))
         print(f"warning: {note}", file=sys.stderr)
 
@@ -189,7 +192,7 @@ class Recorder:
             return
         if error is None:
             for note in self.trackers.close():
-                self._warn(note)
+                self.warn(note)
             self.writer.write(End("completed", self.note))
             self._plot()
             return
@@ -199,7 +202,7 @@ class Recorder:
         notes = self.trackers.close(FAILED_SECONDS)
         try:
             for note in notes:
-                self._warn(note)
+                self.warn(note)
             self.writer.write(End(status, why))
         except UserError:
             return  # the disk is full: what stopped the run says so
@@ -223,7 +226,7 @@ class Recorder:
                 self.reporter.evaluation(record.iteration, record.metrics)
                 self.trackers.evaluation(record)
         for note in self.trackers.lost():
-            self._warn(note)
+            self.warn(note)
 
     def trace(self, iteration: int, timeline: Timeline) -> None:
         """Write an iteration's timeline for Perfetto into traces/."""

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -68,6 +68,10 @@ class Session(ABC):
     def quality(self, metrics: Mapping[str, float]) -> float:
         """How good a model with these held-out metrics is; the best one may be kept."""
 
+    def remarks(self) -> Sequence[str]:
+        """What people should know of the data before the first iteration."""
+        return ()
+
     def stops(self, metrics: Mapping[str, float]) -> str | None:
         """Why the run ends after an iteration with these metrics; None: it goes on."""
         return None
@@ -87,6 +91,8 @@ class Session(ABC):
         """All iterations, with evaluations and checkpoints between them."""
         recorder.ranks(describe_rank(self.models, self.world, self._peaks))
         if not self.done:
+            for remark in self.remarks():
+                recorder.warn(remark)
             self._evaluate(0, recorder)
         for iteration in range(self.done, self.config.iterations):
             with recorder.profiled(iteration):

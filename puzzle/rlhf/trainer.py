@@ -16,6 +16,7 @@ from puzzle.config.resolve import Plan, RunPlan
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt, no_columns
+from puzzle.data.stream import left_out
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
 from puzzle.engine.runtime.stage_timer import StageClock
@@ -146,6 +147,12 @@ class Trainer(Session):
         seen = state.section("scores_seen")
         names = [field.name for field in dataclasses.fields(RunningMoments)]
         self.scores_seen = RunningMoments(**{name: seen.number(name) for name in names})
+
+    def remarks(self) -> Sequence[str]:
+        """Prompts that are left out."""
+        sets = (self.data.train.prompts, self.data.held_out)
+        kept = [(s.dropped, len(s.prompts)) for s in sets if s is not None and s.dropped]
+        return [left_out(*counts, "prompts", "data.max_prompt_tokens") for counts in kept]
 
     def stops(self, metrics: Mapping[str, float]) -> str | None:
         """Where KL exceeds the limit that was set."""

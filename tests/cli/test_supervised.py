@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from puzzle.cli import main
+from puzzle.config import memory_report as footprint
+from puzzle.config.load import load_given
+from puzzle.config.resolve import resolve
+from puzzle.config.supervised import SFTConfig
 from puzzle.runlog import load_runs
+from puzzle.runlog.records import Warned
 from tests.cli.test_hostile import refused
 from tests.data.templates import CHATML, tokenizer
 
@@ -246,6 +251,48 @@ def test_bad_pairs_are_refused_in_one_line(
         Path(file).write_text(json.dumps(config))
         refused(lambda c=command, f=file: main([c, "--config", f, "--out", "o"]), words, capsys)
         assert not Path("o").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_is_not_gone_on_with_other_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft("o", "--iterations", "2") == 0
+    rows = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
+    rows[3]["messages"][1]["content"] = "cat"
+    lines("chats.jsonl", rows)
+    capsys.readouterr()
+    words = "the examples or their tokens are not those of the checkpoint"
+    refused(lambda: main(["sft", "--out", "o", "--resume", "--iterations", "4"]), words, capsys)
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
+    rows[3]["messages"][1]["content"] = "cat " * 80
+    lines("chats.jsonl", rows)
+    assert sft("o", "--iterations", "1", "--data.too_long", "drop") == 0
+    said = "1 of 16 examples are longer than data.max_tokens and are left out"
+    assert capsys.readouterr().err == f"warning: {said}\n"
+    assert [one.text for one in load_runs(Path("o")).runs[0].of(Warned)] == [said]
+
+
+@pytest.mark.usefixtures("folder")
+def test_memory_is_forecast_without_generation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Masters aside, weights, moments and gradients of fp32 are four times the parameters; what does not fit
+    is refused with what lowers it."""
+    big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    words = [w for key, value in big.items() for w in (f"--actor.init.{key}", str(value))]
+    assert main(["sft", "--config", "sft.yaml", "--dry-run", *words]) == 0
+    said = capsys.readouterr().err
+    assert "generation" not in said
+    config = load_given(SFTConfig, Path("sft.yaml"), words)[0]
+    plan = resolve(config)
+    (rank,) = footprint.estimate(plan, fused=False)
+    assert set(rank.stages) == {"inference", "training"}
+    held = sum(rank.resident.values()) + rank.stages["training"]["actor gradients"]
+    assert held == 4 * 4 * plan.main.spec.parameters
+    refused_ = [*words, "--device-memory", "100MB"]
+    assert main(["sft", "--config", "sft.yaml", "--out", "o", *refused_]) == 2
+    assert "raise actor.layout" in capsys.readouterr().err
 
 
 OPTIONS = [

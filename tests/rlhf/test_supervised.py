@@ -103,15 +103,21 @@ def assert_close(seen: list[Seen], loss: float, grads: dict[str, Tensor], name: 
 
 
 def resuming(case: Case, folder: Path) -> list[Case]:
-    """Four steps, with a checkpoint after the second; and from there again."""
+    """Four steps, with a checkpoint after the second; from there under another layout; and once more."""
     config = {**case.config, "iterations": 4, "batch": 3, "data": {**case.config["data"], "shuffle": True}}
-    return [replace(case, config=config, folder=str(folder), save_at=2)] * 2
+    straight = replace(case, config=config, folder=str(folder), save_at=2)
+    other = {**config, "layout": LAYOUTS["pp4"]}
+    return [straight, replace(straight, config=other), straight]
 
 
 def assert_resumed(found: list[list[Seen]]) -> None:
-    """The last case went on from what the one before it saved, bitwise as that one itself did."""
+    """The last case went on from what the third last saved, bitwise as that one itself did; the one between
+    them as well but for rounding."""
     for rank in found:
-        straight, resumed = rank[-2:]
+        straight, elsewhere, resumed = rank[-3:]
+        for a, b in zip(elsewhere.metrics, straight.metrics[2:], strict=True):
+            assert a["actor_loss"] == pytest.approx(b["actor_loss"], rel=1e-4)
+            assert a["epoch"] == b["epoch"]
         assert len(straight.metrics) == 4
         assert len(resumed.metrics) == 2
         for name in straight.metrics[0].keys() - {"tokens_per_device_second"}:
@@ -199,5 +205,5 @@ def test_bradley_terry_and_dpo_are_those_of_transformers_in_every_layout(tmp_pat
     wanted = truth.gradients(actor, lambda m: truth.dpo(m, before, PAIRS, 0.3, 0.1))
     for number in range(len(judging), len(judging) + len(choosing)):
         assert_close([rank[number] for rank in found], *wanted, "actor")
-    one, other = ([rank[number] for rank in found] for number in (-4, -3))
+    one, other = ([rank[number] for rank in found] for number in (-5, -4))
     assert one[0].metrics[0]["reward_loss"] == pytest.approx(other[0].metrics[0]["reward_loss"], rel=CLOSE)

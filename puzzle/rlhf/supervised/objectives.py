@@ -35,14 +35,15 @@ class Totals(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Some examples of a micro-batch, and where its outputs are read, ready on the device. Indices are of
-    packed positions."""
+    """Where the outputs of a micro-batch are read, and what its examples say, ready on the device. Indices
+    are of packed positions."""
 
-    examples: Sequence[Example]
     states_N: Tensor  # int64, the token before each learned one
     targets_N: Tensor  # int64, the learned ones
     last_R: Tensor  # int64, where sequences end
     learned: Responses  # which learned tokens belong to one sequence
+    margins: Tensor  # float32, one per example
+    reference: Tensor  # float64, one per sequence where the loss needs it
 
 
 class Objective(ABC):
@@ -129,8 +130,7 @@ class BradleyTerry(Objective):
     def loss(self, decoder: Decoder, hidden: Tensor, places: Places, totals: Totals) -> Loss:
         """A sequence's score is the head's output at its last token."""
         scores_R = decoder.values(hidden)[places.last_R]
-        margins_P = torch.tensor([example.margin for example in places.examples])
-        gap_P = scores_R[0::2] - scores_R[1::2] - margins_P.to(scores_R.device, non_blocking=True)
+        gap_P = scores_R[0::2] - scores_R[1::2] - places.margins
         sums = {**pair_sums(scores_R), "score": total(scores_R)}
         return Loss(-F.logsigmoid(gap_P).sum() / totals.examples, sums)
 
@@ -155,9 +155,7 @@ class DPO(Objective):
     def loss(self, decoder: Decoder, hidden: Tensor, places: Places, totals: Totals) -> Loss:
         """The reward of a sequence is beta times its log-ratio to the reference."""
         found_R = logprobs_R(decoder, hidden, places)
-        known = [value for example in places.examples for value in example.reference]
-        reference_R = torch.tensor(known, dtype=torch.float64)
-        rewards_R = self.beta * (found_R - reference_R.to(found_R.device, non_blocking=True))
+        rewards_R = self.beta * (found_R - places.reference)
         chosen_P, rejected_P = rewards_R[0::2], rewards_R[1::2]
         gap_P = chosen_P - rejected_P
         losses_P = -(1 - self.wrong) * F.logsigmoid(gap_P) - self.wrong * F.logsigmoid(-gap_P)

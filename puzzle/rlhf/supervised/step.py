@@ -89,12 +89,15 @@ class ExamplePass:
 
     def _of(self, index: int) -> Places:
         part, device = self.cut.rows[index], self.model.world.device
+        examples = [self.examples[row // self.together] for row in part[:: self.together]]
+        known = [value for example in examples for value in example.reference]
         return Places(
-            [self.examples[row // self.together] for row in part[:: self.together]],
             self.cut.states_N(self.sequences, index),
             self.sequences.targets_N(part).to(device),
             self.cut.last_rows(index),
             Responses.of([len(self.sequences.rows[row].learned) for row in part], device),
+            torch.tensor([example.margin for example in examples], device=device),
+            torch.tensor(known, dtype=torch.float64, device=device),
         )
 
     def _loss(self, index: int, hidden: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class SupervisedTrainer(Session):
         super().restore(state)
         self.data.train.restore(state.section("data").values)
 
+    def remarks(self) -> Sequence[str]:
+        """Examples that are left out."""
+        return self.data.remarks
+
     def quality(self, metrics: Mapping[str, float]) -> float:
         """The lower the loss, the better."""
         return -metrics["loss"]
