@@ -27,6 +27,7 @@ from puzzle.plan.predict.tables import (
     CollectiveRow,
     MessageRow,
     Shape,
+    StepRow,
 )
 from puzzle.spec.model import ModelSpec
 
@@ -89,6 +90,14 @@ def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> I
         alone += 0.0 if head is None else head.forward_s + head.backward_s
         found.pass_host = max(LEAST, (without / passes - alone) / 2)
     found.step = max(LEAST**2, (stepped - without) / held)
+    for dp in (n for n in (2, 4, 8, 16) if world.size % n == 0 and fits(spec, world.size // n)):
+        shared = (world.size // dp, 1, dp)
+        (plain, _, own), (whole, _, _) = (
+            _trained(bench, world, cut, shared, length, optimizer) for optimizer in (False, True)
+        )
+        row = StepRow(dp, max(LEAST**2, (whole - plain) / (own * dp)))
+        found.steps.append(row)
+        yield {"step": f"dp {dp}", "s/billion": row.held_s * 1e9}
     clock = StageClock(world)
     stage_s = timed(world, lambda: clock.end("training"), bench.repeats)
     found.fixed = Fixed(map_s_per_byte=_mapping(world), stage_s=stage_s, host_s_per_byte=_to_host(world))

@@ -68,6 +68,7 @@ class CalibrateBench(pieces.PiecesBench):
             decodes=tuple(found.decodes),
             collectives=tuple(found.collectives),
             messages=tuple(found.messages),
+            steps=tuple(found.steps),
             step_s_per_parameter=found.step,
             pass_host=found.pass_host,
             fixed=replace(found.fixed, capture_s_per_bucket=found.capture),

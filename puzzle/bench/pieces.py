@@ -41,6 +41,7 @@ from puzzle.plan.predict.tables import (
     LayerRow,
     MessageRow,
     Shape,
+    StepRow,
 )
 from puzzle.spec.model import ModelSpec
 
@@ -71,6 +72,7 @@ class Found:
     decodes: list[DecodeRow] = field(default_factory=list)
     collectives: list[CollectiveRow] = field(default_factory=list)
     messages: list[MessageRow] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
     step: float = LEAST
     pass_host: float = LEAST
     fixed: Fixed = field(default_factory=Fixed)

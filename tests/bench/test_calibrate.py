@@ -45,6 +45,7 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
     assert {row.tp for row in tables.layers} == {row.tp for row in tables.decodes} == {1, 2}
     assert {row.op for row in tables.collectives} == {"all_reduce", "all_gather", "reduce_scatter"}
     assert {(row.tokens, row.length) for row in tables.layers} == {(16, 16)}
+    assert [row.dp for row in tables.steps] == [2]
     capfd.readouterr()
 
     config.write_text(CONFIG.format(model=model))

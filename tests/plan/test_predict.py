@@ -203,7 +203,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"memory_bytes": "80GB"}, "memory_bytes must be a whole number of at least 1, found '80GB'"),
         ({"rates": None}, "rates must be an object, found null"),
         ({"rates": {"speed": 1.0}}, "rates: speed is no constant; there are products, memory"),
-        ({"rates": {**RATES.values(), "bus": 0}}, "rates: bus must be a finite number at least 1e-12"),
+        ({"rates": {**RATES.values(), "bus": 0}}, "rates: bus must be a finite number at least 1e-18"),
         ({"rates": {**RATES.values(), "bus": "fast"}}, "rates: bus must be a finite number"),
     ],
 )

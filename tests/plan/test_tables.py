@@ -21,6 +21,7 @@ from puzzle.plan.predict.tables import (
     LayerRow,
     MessageRow,
     Shape,
+    StepRow,
     Tables,
 )
 from puzzle.spec.published import published
@@ -57,6 +58,7 @@ TABLES = Tables(
     step_s_per_parameter=1e-11,
     pass_host=1e-5,
     fixed=Fixed(4e-12, 0.07, 0.01),
+    steps=(StepRow(8, 2e-11),),
 )
 
 
@@ -191,6 +193,12 @@ def test_steps_sum_fp32_gradients_and_spread_weights() -> None:
     assert tables.step(held, 2, False) == pytest.approx(0.005 + spread, rel=1e-2)
 
 
+def test_measured_steps_of_replicas_win() -> None:
+    tables = replace(fresh(), steps=(StepRow(4, 7e-11),))
+    assert tables.step(1e9, 4, False) == pytest.approx(0.07)
+    assert tables.step(1e9, 2, False) == fresh().step(1e9, 2, False)
+
+
 def test_files_read_back(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     made = Calibration("d", 80, "e", "h", "t", (), True, TABLES, {"torch": "2"})
@@ -198,7 +206,7 @@ def test_files_read_back(tmp_path: Path) -> None:
     read = read_calibration(str(path))
     assert replace(read, costs=TABLES) == made
     assert isinstance(read.costs, Tables)
-    for name in ("layers", "heads", "decodes", "collectives", "messages"):
+    for name in ("layers", "heads", "decodes", "collectives", "messages", "steps"):
         for ours, theirs in zip(getattr(read.costs, name), getattr(TABLES, name), strict=True):
             for key, value in vars(theirs).items():
                 same = math.isclose(getattr(ours, key), value, rel_tol=1e-3) if key.endswith("s") else None

@@ -20,12 +20,13 @@ from puzzle.plan.predict.tables import (
     LayerRow,
     MessageRow,
     Shape,
+    StepRow,
     Tables,
 )
 
 SCHEMA = 1
 PROFILES = Path(__file__).parent / "profiles"
-SMALLEST, LARGEST = 1e-12, 1e18
+SMALLEST, LARGEST = 1e-18, 1e18
 """Of a constant or of seconds; others belong to no machine."""
 MOST_COUNT = 1 << 40
 """Of a size in a table."""
@@ -35,6 +36,7 @@ ROWS: dict[str, type] = {
     "decodes": DecodeRow,
     "collectives": CollectiveRow,
     "messages": MessageRow,
+    "steps": StepRow,
 }
 SHAPE = tuple(one.name for one in fields(Shape))
 Made = TypeVar("Made")
@@ -165,7 +167,7 @@ def _fixed(found: Fields) -> Fixed:
 
 
 def _tables(found: Fields) -> Tables:
-    rows = {name: _rows(found, name, kind) for name, kind in ROWS.items()}
+    rows = {name: _rows(found, name, kind) for name, kind in ROWS.items() if name != "steps" or name in found}
     if not rows["layers"] or not rows["heads"] or not rows["decodes"]:
         raise UserError(
             f"{found.place}: layers, heads and decodes must have rows; take the calibration again"

@@ -33,25 +33,24 @@ def fit(samples: Sequence[Sample], expected: Rates) -> Rates:
 
     UserError unless a run is tensor-parallel: others say nothing of that. Damped Gauss-Newton steps.
     """
-    if all(sample.work.actor.layout.tp == 1 for sample in samples):
+    if all(max(one.work.actor.layout.tp, one.work.generation.tp) == 1 for one in samples):
         raise UserError(
             "a calibration needs a run with tp of at least 2; without one, tp is predicted 6-9 % off"
         )
-    start = np.log(list(expected.values().values()))
-    at, damping = start.copy(), 1e-3
-    found = _residuals(samples, at, start)
+    at, damping = _logarithms(expected), 1e-3
+    found = _residuals(samples, at, expected)
     for _ in range(ROUNDS):
         columns = []
         for i in range(len(NAMES)):
             moved = at.copy()
             moved[i] += STEP
-            columns.append((_residuals(samples, moved, start) - found) / STEP)
+            columns.append((_residuals(samples, moved, expected) - found) / STEP)
         slope = np.stack(columns, axis=1)
         normal = slope.T @ slope
         while damping < 1e12:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ found)
             step = np.clip(step, -MOST_STEP, MOST_STEP)
-            tried = _residuals(samples, at + step, start)
+            tried = _residuals(samples, at + step, expected)
             if tried @ tried < found @ found:
                 break
             damping *= 4
@@ -60,16 +59,21 @@ def fit(samples: Sequence[Sample], expected: Rates) -> Rates:
         at, found, damping = at + step, tried, damping / 4
         if np.abs(step).max() < SHORTEST:
             break
-    return _rates(at)
+    return _rates(at, expected)
 
 
-def _rates(logarithms: np.ndarray) -> Rates:
-    return Rates.of(dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
+def _rates(logarithms: np.ndarray, expected: Rates) -> Rates:
+    """With what is no constant of a fit as expected."""
+    return expected.with_values(dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
 
 
-def _residuals(samples: Sequence[Sample], at: np.ndarray, start: np.ndarray) -> np.ndarray:
+def _logarithms(rates: Rates) -> np.ndarray:
+    return np.log(list(rates.values().values()))
+
+
+def _residuals(samples: Sequence[Sample], at: np.ndarray, expected: Rates) -> np.ndarray:
     """float64 (3 samples + constants,), in standard deviations."""
-    rates, out = _rates(at), []
+    rates, out = _rates(at, expected), []
     for sample in samples:
         seconds = predict(sample.work, rates)
         pairs = (
@@ -78,4 +82,4 @@ def _residuals(samples: Sequence[Sample], at: np.ndarray, start: np.ndarray) -> 
             (seconds.training, sample.training),
         )
         out += [math.log(ours / theirs) / NOISE for ours, theirs in pairs]
-    return np.concatenate([out, (at - start) / DOUBT])
+    return np.concatenate([out, (at - _logarithms(expected)) / DOUBT])

@@ -6,7 +6,7 @@ Half precision throughout; T tokens of sequences of S, D hidden, F ffn columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from puzzle.plan.predict.costs import (
@@ -82,6 +82,10 @@ class Rates:
         """By name."""
         known: dict[str, Any] = {name: values[name] for name in NAMES}
         return cls(**known)
+
+    def with_values(self, values: Mapping[str, float]) -> Rates:
+        """Other constants, by name, of a machine and an engine that are otherwise the same."""
+        return replace(Rates.of(values), nodes=self.nodes, fixed=self.fixed, this_engine=self.this_engine)
 
     def values(self) -> dict[str, float]:
         """The constants by name."""

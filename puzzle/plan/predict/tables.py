@@ -131,6 +131,15 @@ class MessageRow:
     s: float
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """An optimizer step shared out over `dp` replicas, sums of gradients and spreading of weights included:
+    seconds per parameter that a replica's rank holds."""
+
+    dp: int
+    held_s: float
+
+
 Row = TypeVar("Row", LayerRow, HeadRow, DecodeRow)
 
 
@@ -150,6 +159,7 @@ class Tables:
     messages: tuple[MessageRow, ...]
     step_s_per_parameter: float
     pass_host: float
+    steps: tuple[StepRow, ...] = ()
     fixed: Fixed = field(default_factory=Fixed)
     nodes: Nodes | None = None
     marks: dict[str, None] = field(default_factory=dict, compare=False, repr=False)
@@ -286,7 +296,10 @@ class Tables:
         return max(points[0][1], _linear(points, nbytes))
 
     def step(self, held: float, dp: int, across: bool) -> float:
-        """The rank's own rows; fp32 gradients are summed, weights spread."""
+        """As measured of so many replicas; else own rows, sums of fp32 gradients and spreading of weights."""
+        measured = next((row for row in self.steps if row.dp == dp), None)
+        if measured is not None and not across:
+            return measured.held_s * held
         seconds = self.step_s_per_parameter * held / dp
         if dp > 1:
             seconds += self.collective("reduce_scatter", dp, 4 * held, across)
