@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle.config.base import RunConfig
 from puzzle.config.document import read_yaml
 from puzzle.config.load import given_config
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SUPERVISED
 from puzzle.data import hub
 from puzzle.errors import UserError, describe, lacking
-from puzzle.launch import Launcher
+from puzzle.launch import Launcher, local
 from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard import plan as reshard
@@ -116,7 +119,7 @@ def _frame(rows: list[dict[str, Any]], iterations: list[int]) -> pandas.DataFram
 
 
 def run(
-    config: TrainConfig | Mapping[str, Any] | Path | str,
+    config: RunConfig | Mapping[str, Any] | Path | str,
     out: Path | str | None = None,
     *,
     reward: Callable[..., Any] | None = None,
@@ -125,7 +128,8 @@ def run(
     resume: bool = False,
     launcher: Launcher = "local",
 ) -> RunFolder:
-    """Train as `puzzle train` does, in processes of their own; returns when the run has ended.
+    """Train as `puzzle train` does, in processes of their own; returns when the run has ended. A
+    configuration that says `task: sft`, `reward-model` or `dpo` is run as that command would.
 
     Nothing of the calling program runs again in those processes: a script needs no `__main__` guard, and a
     notebook's functions work, too.
@@ -162,8 +166,10 @@ def run(
                 except Exception as error:  # noqa: BLE001 - whatever a user's function raises
                     raise _Raised(error) from None
 
+    meanwhile = follow if launcher == "local" else None
     try:
-        code = start(made, folder, resume, launcher, given, reward, follow if launcher == "local" else None)
+        with local.environment(_still()):
+            code = start(made, folder, resume, launcher, given, reward, meanwhile)
         follow()
     except _Raised as raised:
         raise raised.cause from None
@@ -172,12 +178,17 @@ def run(
     return load_run(folder)
 
 
+def _still() -> dict[str, str]:
+    """For processes whose output is no terminal's: a notebook asks for colours, as if a bar could move."""
+    return {} if sys.stdout is not None and sys.stdout.isatty() else {"TTY_INTERACTIVE": "0"}
+
+
 def _configured(
-    config: TrainConfig | Mapping[str, Any] | Path | str,
+    config: RunConfig | Mapping[str, Any] | Path | str,
     reward: Callable[..., Any] | None,
     overrides: Mapping[str, Any],
-) -> tuple[TrainConfig, dict[str, Any] | None]:
-    if isinstance(config, TrainConfig):
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    if isinstance(config, RunConfig):
         if overrides:
             raise UserError("overrides change a file or nested values; this configuration is made already")
         return config, None
@@ -194,7 +205,7 @@ def _configured(
         told = [*(data.get("reward") or {}).get("functions", ()), data.get("reward") or {}]
         if not any(isinstance(part, Mapping) and part.get("function") == GIVEN for part in told):
             changes.setdefault("reward", {})["function"] = GIVEN
-    return given_config(data, changes, where, TrainConfig)
+    return given_config(data, changes, where, SUPERVISED.get(data.get("task", ""), TrainConfig))
 
 
 def load_run(folder: Path | str) -> RunFolder:

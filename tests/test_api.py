@@ -47,6 +47,11 @@ try:
                overrides={"reward.workers": 0})
 except puzzle.RunError as error:
     raised.append(error.code)
+Path("chats.jsonl").write_text('{"prompt": "ab", "response": "c"}\\n' * 4)
+data = dict(examples="chats.jsonl", tokenizer="bytes", max_tokens=16)
+learnt = puzzle.run(dict(task="sft", iterations=2, batch=2, actor=dict(init=shape), data=data,
+                         log=dict(plots=False)), "out/sft")
+assert learnt.iterations["actor_loss"].notna().all()
 rows = two.iterations["reward"].tolist()
 print(json.dumps([seen, raised, rows, two.log.layouts["training"]["dp"], len(two.samples)]))
 """
@@ -57,6 +62,7 @@ def said(words: list[str], folder: Path, text: str | None = None) -> list[str]:
     """Lines that a Python program prints; it must end well."""
     command = [sys.executable, *words]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment["FORCE_COLOR"] = "1"  # as notebooks have it
     done = subprocess.run(command, cwd=folder, env=environment, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -96,7 +102,9 @@ def test_a_program_without_a_file_runs_too(tmp_path: Path) -> None:
         'two = puzzle.run(config, reward=brief, overrides={"layout.tp": 2})\n'
         "print(two.folder.parent.name, len(two.iterations))\n"
     )
-    assert said(["-"], tmp_path, text)[-1] == "runs 3"
+    lines = said(["-"], tmp_path, text)
+    assert lines[-1] == "runs 3"
+    assert not any("\x1b[2K" in line for line in lines)  # no bar, which would be drawn again and again
 
 
 def header(**more: Any) -> RunHeader:

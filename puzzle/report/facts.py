@@ -16,7 +16,7 @@ from puzzle.config.memory_report import estimate
 from puzzle.config.renamed import modernised
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
-from puzzle.config.supervised import SupervisedConfig
+from puzzle.config.supervised import SUPERVISED
 from puzzle.errors import UserError, describe
 from puzzle.runlog.records import STAGES, End, Resume, Trace, Warned
 from puzzle.runlog.run import Run
@@ -128,9 +128,7 @@ class Facts:
     @cached_property
     def schema(self) -> type[RunConfig]:
         """What kind of run its configuration describes."""
-        data = self.run.config.get("data")
-        supervised = isinstance(data, Mapping) and "examples" in data
-        return SupervisedConfig if supervised else TrainConfig
+        return SUPERVISED.get(self.run.config.get("task", ""), TrainConfig)
 
     @cached_property
     def given(self) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ class Reporter:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_interactive,
         )
         self._task = self._bar.add_task("", total=iterations, completed=done)
         self._bar.start()

@@ -199,6 +199,14 @@ def test_a_run_that_was_killed_and_went_on(tmp_path: Path) -> None:
     assert dict(summary([facts]))["restarts"] == ["1"]
 
 
+def test_settings_of_other_commands_have_their_own_defaults(tmp_path: Path) -> None:
+    given = {"task": "sft", "data": {"examples": "chats.jsonl", "max_tokens": 1024}, "batch": 8}
+    written(tmp_path / "run", config={**given, "iterations": 3, "global_batch_size": 8}, given=given)
+    (facts,) = facts_of([tmp_path / "run"])
+    told = [(one.key, one.value, one.default) for one in facts.settings]
+    assert told == [("data.examples", "chats.jsonl", None), ("batch", 8, 32)]
+
+
 def test_markdown_tables_are_even(tmp_path: Path) -> None:
     """Every line of a table has the columns of its first one, whatever a text holds."""
     runs = facts_of([written(tmp_path / "a", run_id="a"), written(tmp_path / "b", run_id="b")])
