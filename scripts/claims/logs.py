@@ -162,3 +162,15 @@ def switched(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
     order = ("planned", "planned, peer", "megatron-core 0.16.1", "gather-all")
     floor = ways["planned"]["least_floor_seconds"]
     return [1e3 * value for value in (floor, *(ways[way]["kept_seconds"] for way in order))]
+
+
+def published_speedups() -> list[float]:
+    """The bars of figure 8, DeepSpeed-Chat's end-to-end time over that of the system: least, most, mean."""
+    runs = [one for one in load_runs(ROOT / "logs/published").runs if "figure8" in one.figures]
+    spent = {(one.cluster, one.pair, one.variant): fmean(one.printed["e2e"][1:]) for one in runs}
+    bars = [
+        spent[cluster, pair, "dschat"] / seconds
+        for (cluster, pair, variant), seconds in spent.items()
+        if variant == "opt"
+    ]
+    return [min(bars), max(bars), fmean(bars)]

@@ -15,6 +15,7 @@ from claims.logs import (
     largest_gib,
     learnt,
     planned,
+    published_speedups,
     right_answers,
     run,
     seconds,
@@ -304,6 +305,22 @@ def peers_page() -> list[Claim]:
     return claims
 
 
+def artifact_page() -> list[Claim]:
+    """Of the artifact appendix."""
+    page = "docs/artifact.md"
+    others = [("350m", verl("350m", "step")), ("7b", verl("7b", "step"))]
+    others += [(critic, seconds(f"{FOUR}{critic}-ds-plain")) for critic in OURS]
+    others += [("7b", seconds(f"{FOUR}7b-ds-published"))]
+    faster = [value / seconds(OURS[critic]) for critic, value in others]
+    ratios = [a / b for a, b in zip(*generated(), strict=True)]
+    return [
+        Claim(page, "takes {:.1f} to {:.1f} times less than verl", lambda: [min(faster), max(faster)]),
+        Claim(page, "| {:.2f} to {:.2f} times vLLM's tokens/s", lambda: [min(ratios), max(ratios)]),
+        Claim(page, "lie between {:.2f} and {:.2f} times DeepSpeed-Chat", lambda: published_speedups()[:2]),
+        Claim(page, "is not their mean ({:.2f})", lambda: published_speedups()[2:]),
+    ]
+
+
 def every_claim() -> list[Claim]:
     """All of them, by page."""
-    return [*readme(), *baseline_page(), *algorithms_page(), *peers_page()]
+    return [*readme(), *baseline_page(), *algorithms_page(), *peers_page(), *artifact_page()]
