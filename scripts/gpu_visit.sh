@@ -1,7 +1,8 @@
 #!/bin/bash
 # What needs GPUs, in one visit: bash scripts/gpu_visit.sh OUTDIR [PART...]
-# Parts: check switch fuse memory save layouts single rollout (docs/performance.md); by default all but the last one that the
-# host's GPUs allow. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
+# Parts: check switch fuse memory save layouts single end rollout (docs/performance.md); by default all but the last two that the
+# host's GPUs allow. end: PPO in the published layout and in the planner's. Eight GPUs in two visits of ten minutes:
+# check switch layouts, then fuse end. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
 # an older checkout of this repository, to time its generation beside this one's.
 # Steps have time limits of their own and go on after failures; logs lie in OUTDIR, a table of results comes last.
 # SECONDS_LEFT (default 590) bounds the visit; steps that no longer fit are skipped and say so.
@@ -63,14 +64,17 @@ part_check() {
 part_switch() {
     local pairs=("1,2,1:2,1,1" "2,1,1:1,1,2" "1,2,1:1,1,2")
     [ "$gpus" -ge 4 ] && pairs=("1,4,1:2,2,1" "1,4,1:4,1,1" "2,2,1:4,1,1" "1,4,1:1,1,4")
+    [ "$gpus" -ge 8 ] && pairs=("1,8,1:2,4,1" "1,8,1:8,1,1" "2,4,1:4,2,1" "1,1,8:8,1,1")
     bench switch.log 150 "switch" switch --pairs "${pairs[@]}" --out "$rows"
     NCCL_P2P_DISABLE=1 bench switch.log 100 "switch without peer access" switch --pairs "${pairs[@]}" --repeats 3 --out "$rows"
 }
 
 part_fuse() { # two GPUs cannot hold two 7B models in training
-    local layers=0
+    local layers=0 counts=(4 8 16 32)
     [ "$gpus" -lt 4 ] && layers=14
-    bench fuse.log 150 "fused pipelines" fuse --layout "1,$gpus,1" --layers $layers --compile --out "$rows" --traces "$out/traces"
+    [ "$gpus" -ge 8 ] && counts=(8 16 32)
+    bench fuse.log 150 "fused pipelines" fuse --layout "1,$gpus,1" --layers $layers --compile --microbatches "${counts[@]}" \
+        --traced 32 --out "$rows" --traces "$out/traces"
 }
 
 part_memory() {
@@ -83,11 +87,48 @@ part_save() {
 }
 
 part_layouts() {
-    local half=$((gpus / 2)) layout
-    for layout in "$gpus,1,1" "$half,2,1" "1,$gpus,1" "1,1,$gpus"; do
-        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences 128 --modes graphs \
-            --lengths fixed exponential --repeats 3 --out "$rows"
+    local half=$((gpus / 2)) layout layouts sequences=(128) lengths=(fixed exponential)
+    layouts=("$gpus,1,1" "$half,2,1" "1,$gpus,1" "1,1,$gpus")
+    [ "$gpus" -ge 8 ] && layouts+=("2,4,1") && sequences=(128 512) && lengths=(fixed)
+    for layout in "${layouts[@]}"; do
+        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences "${sequences[@]}" --modes graphs \
+            --lengths "${lengths[@]}" --repeats 3 --out "$rows"
     done
+}
+
+# PPO end to end, 16 sequences per GPU, 256 + 256 tokens: base, opt and what the planner takes (CALIBRATION, default h200);
+# predictions come first. Two GPUs do not hold two 7B models in training.
+part_end() {
+    local critic name work how half=$((gpus / 2)) critics=(350m 7b)
+    [ "$gpus" -lt 4 ] && critics=(350m)
+    for critic in "${critics[@]}"; do
+        work=$out/end-$critic.yaml
+        cat >"$work" <<YAML
+device: cuda
+dtype: bf16
+iterations: 5
+batch: $((16 * gpus))
+data: {random_tokens: 256}
+generation: {min_new_tokens: 256, max_new_tokens: 256, greedy: true}
+algorithm: {microbatch: 8}
+actor: {init: {preset: 7b}}
+critic: {init: {preset: $critic}}
+reward: {init: {preset: $critic}}
+checkpoint: {save: false}
+log: {samples: 0, tensorboard: false, plots: false, cluster: ${gpus}xGPU, actor: 7B, critic: ${critic^^}, provenance: measured, figures: [figure8]}
+YAML
+        step "end-$critic-search.log" 60 "layouts searched, 7B/$critic" "$python" -m puzzle.cli plan search --config "$work" \
+            --gpus "$gpus" --calibration "${CALIBRATION:-h200}"
+        for name in base opt planned; do
+            how=(--layout.pp "$gpus")
+            [ "$name" = opt ] && how+=(--generation.layout.tp 2 --generation.layout.pp "$half"
+                --intra.fuse_training true --intra.fuse_inference true)
+            [ "$name" = planned ] && how=(--plan auto --calibration "${CALIBRATION:-h200}")
+            step "end-$critic-$name.log" 100 "7B/$critic $name" "$python" -m puzzle.cli train --config "$work" \
+                --out "$out/end/$critic-$name" --log.variant "$name" "${how[@]}"
+        done
+    done
+    step end.log 60 "predicted beside measured" "$python" -m puzzle.cli plan compare "$out/end" --calibration "${CALIBRATION:-h200}"
 }
 
 part_single() {
