@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.cli.simulated import lengths_of
-from puzzle.cli.workloads import workload_of
+from puzzle.cli.workloads import remapped, workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.document import read_yaml
 from puzzle.config.load import load_given, merge, parse_overrides
@@ -147,15 +147,15 @@ def rank_plans(
         config, _ = load_given(TrainConfig, file, [*overrides, *flags(options)])
         resolved = resolve(config, per_node)
         memory: RankMemory | int = plan.memory
+        work = replace(workload_of(resolved), lengths=told)
         if job.exact:
             ranks = footprint.estimate(resolved, fused=job.fused)
             memory = max(ranks, key=lambda rank: rank.peak)
             if memory.peak > calibration.memory_bytes:
                 tight = memory
                 continue
-        plans.append(
-            Ranked(plan.choice, options, predict(replace(workload_of(resolved), lengths=told), costs), memory)
-        )
+            work = remapped(work, ranks, calibration.memory_bytes)
+        plans.append(Ranked(plan.choice, options, predict(work, costs), memory))
         if len(plans) == top:
             break
     if not plans:

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from puzzle.cli import Parser, named, real
-from puzzle.cli.workloads import Measured, measured_runs
+from puzzle.cli.workloads import Measured, measured_runs, remapped
+from puzzle.config import memory_report as footprint
 from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.iteration import predict
 
@@ -61,7 +62,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _row(one: Measured, calibration: Calibration) -> Row:
-    seconds = predict(one.work, calibration.costs)
+    work = one.work
+    if one.plan is not None:
+        ranks = footprint.estimate(one.plan, one.plan.config.device != "cpu")
+        work = remapped(work, ranks, calibration.memory_bytes)
+    seconds = predict(work, calibration.costs)
     predicted, measured = {"end to end": seconds.total}, {"end to end": one.end_to_end}
     for stage in ("generation", "inference", "training", "switch"):
         predicted[stage], measured[stage] = getattr(seconds, stage), getattr(one.seconds, stage)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from puzzle.cli import Parser, named
 from puzzle.cli.simulated import lengths_of, write_log
-from puzzle.cli.workloads import workload_of
+from puzzle.cli.workloads import remapped, workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
@@ -43,12 +43,13 @@ def run(arguments: list[str]) -> int:
     plan = resolve(load_config(given.config, overrides))
     costs = calibration.costs
     work = replace(workload_of(plan), lengths=lengths_of(given.lengths, plan.batch.response))
+    ranks = footprint.estimate(plan, plan.config.device != "cpu", calibration.memory_bytes)
+    work = remapped(work, ranks, calibration.memory_bytes)
     seconds = predict(work, costs)
     limits = bounds(work, costs)
     if given.log is not None:
         write_log(given.log, plan, work, seconds, given.calibration, calibration)
     stages = {name: getattr(seconds, name) for name in STAGES}
-    ranks = footprint.estimate(plan, plan.config.device != "cpu", calibration.memory_bytes)
     most = max(ranks, key=lambda rank: rank.peak)
     if given.json:
         memory = {"rank": most.rank, "stage": most.worst, "bytes": most.peak, "of": calibration.memory_bytes}

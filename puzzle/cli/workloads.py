@@ -13,6 +13,7 @@ from puzzle.errors import UserError
 from puzzle.files.jsonio import Fields
 from puzzle.files.limits import MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.plan.layout import Layout
+from puzzle.plan.memory import RankMemory
 from puzzle.plan.predict.iteration import Part, Seconds, Workload
 from puzzle.plan.simulate.timeline import MOST_SECONDS
 from puzzle.runlog.load import load_runs
@@ -31,6 +32,8 @@ class Measured:
     work: Workload
     seconds: Seconds
     end_to_end: float
+    plan: RunPlan | None = None
+    """Of runs of this engine."""
 
 
 def workload_of(plan: RunPlan) -> Workload:
@@ -65,6 +68,17 @@ def workload_of(plan: RunPlan) -> Workload:
     )
 
 
+def remapped(work: Workload, ranks: Sequence[RankMemory], memory: int) -> Workload:
+    """With what a rank of `memory` bytes gives back between training and generation, and takes anew."""
+    most = 0
+    for rank in ranks:
+        resident = sum(rank.resident.values())
+        training, generation = (rank.total(stage) - resident for stage in ("training", "generation"))
+        if resident + training + generation > memory:
+            most = max(most, training)
+    return replace(work, remapped=float(most))
+
+
 def measured_runs(paths: Sequence[Path]) -> list[Measured]:
     """All runs under the paths that have timed stages; of logs with the same numbers the first. UserError if
     there are none."""
@@ -90,15 +104,19 @@ def _measured(run: Run) -> Measured:
     seconds = Seconds(
         fmean(series["generation"]) - switch, min(series["inference"]), fmean(series["training"]), switch
     )
-    return Measured(run, _workload_of_run(run), seconds, fmean(series["e2e"]))
+    plan = None if run.provenance == "published" else _plan_of_run(run)
+    work = _published_workload(run) if plan is None else workload_of(plan)
+    return Measured(run, work, seconds, fmean(series["e2e"]), plan)
 
 
-def _workload_of_run(run: Run) -> Workload:
-    if run.provenance != "published":
-        given = run.given
-        if given is None:
-            given = without_inherited({key: v for key, v in run.config.items() if key != "global_batch_size"})
-        return workload_of(resolve(go_on(given, Path(run.source), [])[0]))
+def _plan_of_run(run: Run) -> RunPlan:
+    given = run.given
+    if given is None:
+        given = without_inherited({key: v for key, v in run.config.items() if key != "global_batch_size"})
+    return resolve(go_on(given, Path(run.source), [])[0])
+
+
+def _published_workload(run: Run) -> Workload:
     config, actor = Fields(run.config, run.source), published(run.actor)
     critic = replace(published(run.critic or run.actor), head="value")
     training = _layout(run, "training")

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puzzle.cli.workloads import remapped
 from puzzle.errors import UserError
+from puzzle.plan.memory import RankMemory
 from puzzle.plan.predict.bounds import bounds
 from puzzle.plan.predict.calibration import read_calibration
+from puzzle.plan.predict.costs import Fixed
 from puzzle.plan.predict.iteration import generation_seconds, predict
 from puzzle.plan.predict.lengths import Lengths, merged, stretches
 from puzzle.plan.predict.passes import decode_stages
@@ -111,3 +114,15 @@ def test_what_bounds_a_stage_is_what_changes_it() -> None:
         bounds(workload(1, 4, prompt=64, response=64), even)["training"].split(", ")[1].split("%")[0]
     )
     assert idle == pytest.approx(100 * 3 / (16 + 3), abs=2)
+
+
+def test_memory_that_both_stages_want_is_taken_anew() -> None:
+    rank = RankMemory(0, {"weights": 10}, {"training": {"activations": 50}, "generation": {"kv cache": 30}})
+    work, slow = workload(), replace(RATES, fixed=Fixed(map_s_per_byte=1e-2))
+    assert remapped(work, [rank], 90) == work
+    again = remapped(work, [rank], 89)
+    assert again.remapped == 50
+    before, after = predict(work, slow), predict(again, slow)
+    assert after.generation - before.generation == pytest.approx(0.5)
+    assert after.training - before.training == pytest.approx(0.5)
+    assert after.inference == before.inference

@@ -45,6 +45,7 @@ class Workload:
         early_stop: sequences that have ended are decoded no longer.
         slots: most sequences of a replica that are decoded at a time; None: all of them.
         samples: sequences of a prompt, which is prefilled once.
+        remapped: bytes that training gives back before generation and takes anew, as both do not fit at once.
     """
 
     actor: Part
@@ -70,6 +71,7 @@ class Workload:
     early_stop: bool = True
     slots: int | None = None
     samples: int = 1
+    remapped: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -166,15 +168,16 @@ def _steps(work: Workload, costs: Costs) -> float:
 
 
 def _around_training(work: Workload, costs: Costs) -> float:
-    """Offloaded states come before, and leave after it."""
+    """Memory that generation had is taken anew; offloaded states come before, and leave after it."""
     fixed = costs.fixed
+    around = fixed.stage_s + fixed.map_s_per_byte * work.remapped
     if not work.offload:
-        return fixed.stage_s
+        return around
     moved = sum(
         STATE_BYTES * part.spec.parameters / (part.layout.tp * part.layout.pp * part.layout.dp)
         for part in work.trained
     )
-    return fixed.stage_s + 2 * moved * fixed.host_s_per_byte
+    return around + 2 * moved * fixed.host_s_per_byte
 
 
 def step_seconds(part: Part, costs: Costs) -> float:
@@ -200,7 +203,7 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     cache = kv_bytes(
         spec, layout, 0, min(rows, work.slots or rows) * (work.prompt + work.response), costs.item
     )
-    before = fixed.map_s_per_byte * cache + fixed.stage_s
+    before = fixed.map_s_per_byte * (cache + work.remapped) + fixed.stage_s
     if work.graphs:
         before += fixed.capture_s_per_bucket * count
     return before + prefill + decode_seconds(work, costs)
