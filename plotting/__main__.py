@@ -23,6 +23,8 @@ from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog.run import Loaded, Report
 
 FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
+SHIPPED = ("published", "baseline/2xh200", "baseline/4xh200")
+"""Folders of the shipped logs that are drawn where none is named: the published measurements, and our own."""
 SHOWN = 20
 """Missing values printed; report.txt holds all, with notes and what readers say of logs."""
 REPORT = "report.txt"
@@ -30,7 +32,7 @@ REPORT = "report.txt"
 
 def parser() -> Parser:
     """The options of the command."""
-    published = Path(__file__).resolve().parent.parent / "logs" / "published"
+    logs = Path(__file__).resolve().parent.parent / "logs"
     out = Path(f"outputs_from_logs_{datetime.now():%Y%m%d-%H%M%S}")
     made = Parser(
         "python -m puzzle.plotting",
@@ -38,14 +40,18 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     made.add_argument(
-        "--logs", type=folder, action="append", metavar="DIR", help=f"may be repeated ({published})"
+        "--logs",
+        type=folder,
+        action="append",
+        metavar="DIR",
+        help=f"may be repeated (under {logs}: {', '.join(SHIPPED)})",
     )
     made.add_argument("--out", type=folder, default=out, metavar="DIR", help="outputs_from_logs_<time>")
     made.add_argument("--only", nargs="+", action="extend", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
     made.add_argument(
         "--reading", default=PUBLISHED, metavar="|".join(READINGS), help="how to compute (published)"
     )
-    made.set_defaults(published=published)
+    made.set_defaults(shipped=logs)
     return made
 
 
@@ -139,12 +145,12 @@ def run(arguments: Sequence[str]) -> None:
     wanted = chosen(options.only)
     if options.reading not in READINGS:
         raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
-    folders = options.logs or [options.published]
+    folders = options.logs or [options.shipped / name for name in SHIPPED]
     loaded = load(folders)
     if not options.only and not any(ablation.NAME in run.figures for run in loaded.runs):
         wanted.remove(ablation.NAME)  # none of the published figures: nothing is missing without it
     if figure10.NAME in wanted:
-        loaded = with_constants(loaded, options.published)
+        loaded = with_constants(loaded, options.shipped / SHIPPED[0])
     with whole(options.out) as folder:
         found = draw(loaded, wanted, options.reading, folder)
         told = remarks(found) + reported(loaded.reports)

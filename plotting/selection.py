@@ -14,6 +14,7 @@ from puzzle.runlog import UNFAITHFUL
 from puzzle.runlog.run import Run
 
 REAL = ("measured", "published")
+ORDER = {"published": 0, "measured": 1}
 WARM_UP = 1
 """Iterations left out of every mean."""
 COPY = "copy"
@@ -70,7 +71,8 @@ def grid(
     config_of: Callable[[Run], str] = pair,
     order: Callable[[str], tuple[float, ...]] = pair_order,
 ) -> Grid:
-    """The runs of `figure` with one of `variants`, by panel, configuration and variant, all sorted.
+    """The runs of `figure` with one of `variants`, by panel, configuration and variant, all sorted: published
+    clusters first, then measured ones, rehearsals last.
 
     Raises UserError where two runs claim the same repeat, or repeats of one run are of different jobs.
     """
@@ -81,7 +83,7 @@ def grid(
             configs = found.setdefault(Panel(run.cluster, run.provenance), {})
             configs.setdefault(config_of(run), {}).setdefault(run.variant, []).append(run)
     result: Grid = {}
-    for panel in sorted(found, key=lambda panel: (panel.provenance not in REAL, panel)):
+    for panel in sorted(found, key=lambda panel: (ORDER.get(panel.provenance, len(ORDER)), panel)):
         configs = found[panel]
         result[panel] = {
             config: {variant: _pool(repeats, figure) for variant, repeats in configs[config].items()}
@@ -166,13 +168,18 @@ def _words(setting: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
-    """What to call each panel: its cluster; its provenance too where that is not real or not the only one."""
+    """What to call each panel: its cluster; its provenance too where that is not real or not the only one, in
+    the figure or of the cluster. Published ones are told from others by that alone."""
     panels = list(panels)
-    real = [panel.cluster for panel in panels if panel.provenance in REAL]
+    real = [panel for panel in panels if panel.provenance in REAL]
+    several = len({panel.provenance for panel in real}) > 1
+    plain = {
+        panel: not several or panel.provenance == "published"
+        for panel in real
+        if sum(panel.cluster == other.cluster for other in real) == 1
+    }
     return {
-        panel: panel.cluster
-        if panel.provenance in REAL and real.count(panel.cluster) == 1
-        else f"{panel.cluster} ({panel.provenance})"
+        panel: panel.cluster if plain.get(panel) else f"{panel.cluster} ({panel.provenance})"
         for panel in panels
     }
 

@@ -333,7 +333,7 @@ def test_the_results_are_not_buried(tmp_path, capsys):
     assert draw("--out", tmp_path / "out", "--only", "figure9", "table3") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["reading:", "figure", "figure9", "table3", "in", "4"]
-    assert lines[-1] == f"4 notes on numbers and 11 on logs: {tmp_path / 'out/report.txt'}"
+    assert lines[-1] == f"4 notes on numbers and 14 on logs: {tmp_path / 'out/report.txt'}"
 
 
 def test_old_files_are_replaced_and_others_kept(tmp_path, logs):
