@@ -99,10 +99,9 @@ def fetching(path: Path, kind: Literal["model", "dataset"] = "model") -> str:
     if not _HUB_NAME.fullmatch(str(path)) or path.parent.exists():
         return ""
     option = "" if kind == "model" else " --repo-type dataset"
-    return (
-        f"; {kind}s are paths on this machine: fetch it where there is a network, by"
-        f" hf download {path}{option} --local-dir {path.name}, and give that folder"
-    )
+    what = "that folder" if kind == "model" else "a file of that folder"
+    command = f"hf download {path}{option} --local-dir {path.name}"
+    return f"; fetch it where there is a network, by {command}, and give {what}"
 
 
 def out_of_memory(error: BaseException) -> str | None:

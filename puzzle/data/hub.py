@@ -116,7 +116,7 @@ def fetch(key: str, name: Name, kind: Kind, weights: bool = True) -> tuple[str, 
         raise UserError(
             f"{key}: no such folder here as {name.repo}, and the Hugging Face Hub does not give it"
             f" ({type(error).__name__}: {said[:200]}); fetch it where there is a network, by"
-            f" {name.command(kind)}, and give that folder"
+            f" {name.command(kind)}, and give {'that folder' if kind == 'model' else 'a file of that folder'}"
         ) from None
 
 
