@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +35,15 @@ class Slots(NamedTuple):
     """A layer's keys and values, (K, pages, page, h) each, as a pass uses them.
 
     `places` (int64, n): where those of its first n tokens go, counted through all pages. `table` (int32, B x
-    most pages of a row): for a decode pass, the pages of its rows in the order of their positions.
+    most pages of a row): for a decode pass, the pages of its rows in the order of their positions. `lying`
+    are the rows' pages where each has a single one and these lie at equal distances.
     """
 
     k_KPSh: Tensor
     v_KPSh: Tensor
     places: Tensor
     table_BP: Tensor | None = None
+    lying: slice | None = None
 
     def write(self, k_TKh: Tensor, v_TKh: Tensor) -> None:
         """Store them; a dummy segment behind the first n tokens is left out."""
@@ -51,7 +53,14 @@ class Slots(NamedTuple):
 
     def read(self, reach: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, reach, h) of the first `reach` positions of every row."""
+        if self.lying is not None:
+            held = (self.k_KPSh[:, self.lying, :reach], self.v_KPSh[:, self.lying, :reach])
+            return held[0].transpose(0, 1), held[1].transpose(0, 1)
         assert self.table_BP is not None
+        if self.table_BP.shape[1] == 1:
+            return self._rows(self.k_KPSh[:, :, :reach], self.table_BP), self._rows(
+                self.v_KPSh[:, :, :reach], self.table_BP
+            )
         pages = self.table_BP[:, : -(-reach // self.k_KPSh.shape[2])]
         return self._rows(self.k_KPSh, pages)[:, :, :reach], self._rows(self.v_KPSh, pages)[:, :, :reach]
 
@@ -74,6 +83,7 @@ class KVCache:
     v: Tensor
     places: Tensor | None = None
     table: Tensor | None = None
+    lying: slice | None = field(default=None, kw_only=True)
 
     @property
     def page(self) -> int:
@@ -82,12 +92,15 @@ class KVCache:
 
     def at(self, places: Tensor, table: Tensor | None = None) -> KVCache:
         """The same memory for a pass; `places` and `table` as in `Slots`."""
-        return KVCache(self.k, self.v, places, table)
+        lying = None
+        if table is not None and table.device.type == "cpu" and table.shape[1] == 1:
+            lying = _evenly(table[:, 0].tolist())
+        return KVCache(self.k, self.v, places, table, lying=lying)
 
     def slots(self, layer: int) -> Slots:
         """What a layer of the pass uses."""
         assert self.places is not None
-        return Slots(self.k[layer], self.v[layer], self.places, self.table)
+        return Slots(self.k[layer], self.v[layer], self.places, self.table, self.lying)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy pages `sources` over pages `targets` (int64 each), in every layer, some at a time."""
@@ -95,6 +108,14 @@ class KVCache:
         for memory in (*self.k, *self.v):
             for source, target in zip(sources.split(some), targets.split(some), strict=True):
                 memory[:, target] = memory[:, source]
+
+
+def _evenly(numbers: list[int]) -> slice | None:
+    """The slice of these numbers, if they grow evenly."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step < 1 or numbers != list(range(numbers[0], numbers[0] + step * len(numbers), step)):
+        return None
+    return slice(numbers[0], numbers[-1] + 1, step)
 
 
 def packed_attention(

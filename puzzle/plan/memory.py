@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from puzzle.plan.activations import FP32, Activations, Use, storages, worst
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.pages import (
-    CPU_PAGE,
     KEPT_FREE,
     PAGE,
     PREFILL_TOKENS,
@@ -184,7 +183,7 @@ def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple
     With `pages` the cache has no more than so many: a sequence may be put back, and is then prefilled with
     its own tokens.
     """
-    layout, page = use.placement.layout, PAGE if use.fused else CPU_PAGE
+    layout, page = use.placement.layout, PAGE if use.fused else work.length - 1
     count = -(-work.batch // layout.dp)
     rows = _limited(count, work.most)
     columns = whole_pages(work.prompt, work.response, page)

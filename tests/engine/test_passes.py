@@ -42,7 +42,7 @@ class Filled:
 
     def __init__(self, decoder: Decoder, groups: tuple[int, ...], prompts: list[list[int]], **how: Any):
         self.passes, self.prompts = ModelRunner(decoder), prompts
-        self.passes.start(groups, PAGES, COLUMNS, SamplingParams(**how))
+        self.passes.start(groups, PAGES, 16, COLUMNS, SamplingParams(**how))
         self.pages = iter(torch.randperm(PAGES, generator=torch.Generator().manual_seed(0)).add(1).tolist())
         self.got: list[list[tuple[int, float]]] = [[] for _ in prompts]
 
@@ -153,7 +153,7 @@ def test_recorded_ahead_is_all_that_passes_ask_for(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", count)
     passes = ModelRunner(stage(save_lm(tmp_path / "model")))
-    passes.start((11, 3), PAGES, COLUMNS, SamplingParams())
+    passes.start((11, 3), PAGES, 16, COLUMNS, SamplingParams())
     passes.graphs = True
     passes.record(leaving=False)
     assert recorded == [11, 3]
@@ -174,11 +174,11 @@ def test_more_sequences_than_the_cache_holds_wait_and_one_too_long_is_told(tmp_p
     params = SamplingParams(max_new_tokens=5)
     whole = generate(decoder, prompts, params)
     # The longest one caches 44 tokens: three pages of 16.
-    few = generate(decoder, prompts, params, pages=3)
+    few = generate(decoder, prompts, params, passes=ModelRunner(decoder, page=16), pages=3)
     assert [r.tokens for r in few] == [r.tokens for r in whole]
     words = r"prompt 2 \(40 tokens\) and 5 new tokens does not fit .* room for 32 tokens; lower max_new"
     with pytest.raises(UserError, match=words):
-        generate(decoder, prompts, params, pages=2)
+        generate(decoder, prompts, params, passes=ModelRunner(decoder, page=16), pages=2)
 
 
 def test_pages_are_as_many_as_the_fullest_device_holds(
@@ -186,7 +186,7 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
 ) -> None:
     """As on CUDA: this rank's memory, a kept cache, and what other ranks of the run say."""
     passes = ModelRunner(stage(save_lm(tmp_path / "model")))
-    passes.start((2,), 10, 3, SamplingParams())
+    passes.start((2,), 10, 16, 3, SamplingParams())
     assert passes.cache is not None
     page = (passes.cache.k.nbytes + passes.cache.v.nbytes) // 11
     world, others = SimpleNamespace(device=torch.device("cpu")), [-(1 << 60)]
@@ -196,7 +196,7 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
     monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: beside + 8 * page - 1)
 
     def fitting(wanted: int) -> int:
-        return engine_passes.fitting_pages(passes, wanted, cast(Any, world), 40, 2)
+        return engine_passes.fitting_pages(passes, wanted, 16, cast(Any, world), 40, 2)
 
     assert fitting(12) == 12  # a CPU has what is wanted
     passes.decoder = cast(Any, Cuda(passes.decoder))
@@ -249,22 +249,26 @@ def test_a_cache_is_kept_while_it_is_large_enough(tmp_path: Path) -> None:
     """For more pages there is a new one, for more rows or longer ones a new block table; `release` gives both
     back."""
     passes, params = ModelRunner(stage(save_lm(tmp_path / "model"))), SamplingParams()
-    passes.start((2, 1), 20, 2, params)
-    for groups, pages, columns, kept, shape in (
-        ((2, 1), 20, 2, True, (21, 3, 2)),
-        ((1, 1), 19, 1, True, (21, 3, 2)),
-        ((2, 2), 20, 2, True, (21, 4, 2)),
-        ((4,), 20, 3, True, (21, 4, 3)),
-        ((4,), 21, 3, False, (22, 4, 3)),
-        ((4,), 21, 3, True, (22, 4, 3)),
+    passes.start((2, 1), 20, 8, 2, params)
+    for groups, pages, page, columns, kept, shape in (
+        ((2, 1), 20, 8, 2, True, (21, 8, 3, 2)),
+        ((1, 1), 19, 8, 1, True, (21, 8, 3, 2)),
+        ((2, 2), 20, 8, 2, True, (21, 8, 4, 2)),
+        ((4,), 20, 8, 3, True, (21, 8, 4, 3)),
+        ((4,), 21, 8, 3, False, (22, 8, 4, 3)),
+        ((4,), 21, 8, 3, True, (22, 8, 4, 3)),
+        ((4,), 21, 4, 3, False, (22, 4, 4, 3)),
     ):
         before = passes.cache
-        passes.start(groups, pages, columns, params)
+        passes.start(groups, pages, page, columns, params)
         assert passes.cache is not None
         assert (passes.cache is before) == kept
-        assert (passes.cache.k.shape[2], *passes.table.shape) == shape
-        assert passes.state.shape == (4, shape[1])
-        assert passes.state[1].tolist() == [engine_passes.INACTIVE] * shape[1]
+        assert (*passes.cache.k.shape[2:4], *passes.table.shape) == shape
+        assert passes.state.shape == (4, shape[2])
+        assert passes.state[1].tolist() == [engine_passes.INACTIVE] * shape[2]
+    assert passes.page_for(3) == 4
+    assert passes.page_for(5) == 5
+    assert ModelRunner(passes.decoder, page=2).page_for(5) == 2
     passes.release()
     assert passes.cache is None
 

@@ -40,7 +40,7 @@ def logprob(token: int) -> float:
 class ToyPasses:
     """What `ModelRunner` does, in lists. Hidden states are (row, last token, tokens before it)."""
 
-    def __init__(self, stage: int, stages: int, page: int) -> None:
+    def __init__(self, stage: int, stages: int) -> None:
         first, last = stage == 0, stage == stages - 1
         self.decoder = SimpleNamespace(
             first=first,
@@ -50,12 +50,12 @@ class ToyPasses:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        self.page, self.prefilled = page, 0
+        self.prefilled = 0
         self.next: dict[int, int | None] = {}
         self.position: dict[int, int] = {}
 
-    def start(self, groups: list[int], pages: int, columns: int, params: SamplingParams) -> None:
-        self.groups, self.recorded, self.columns = groups, None, columns
+    def start(self, groups: list[int], pages: int, page: int, columns: int, params: SamplingParams) -> None:
+        self.groups, self.recorded, self.page = groups, None, page
         self.starts = [sum(groups[:j]) for j in range(len(groups))]
         self.memory: list[list[int | None]] = [[None] * self.page for _ in range(pages + 1)]
         self.table = [[0] * columns for _ in range(sum(groups))]
@@ -214,8 +214,8 @@ def play(
     ring = ring_of(stages, min(rows, pages), sizes[1])
 
     def stage(number: int) -> None:
-        states, passes = RequestStates(requests, params), ToyPasses(number, stages, page)
-        session = DecodeRingStage(cast(Any, passes), ring, states, pages, late, prefill=sizes[0])
+        states, passes = RequestStates(requests, params), ToyPasses(number, stages)
+        session = DecodeRingStage(cast(Any, passes), ring, states, (pages, page), late, prefill=sizes[0])
         between = session.scheduler.between
 
         def audited(early: bool) -> Changes:

@@ -132,3 +132,15 @@ def test_a_new_token_sees_what_its_row_has_cached(window):
         torch.testing.assert_close(row[None], textbook(s[0, -1:], k, v, seen), rtol=1e-5, atol=1e-6)
     assert cache.k[0].isnan().all()
     assert cache.k[1, :, 0].isnan().all()
+
+
+@pytest.mark.parametrize("pages", [[1, 2, 3], [1, 3, 5], [4, 2, 0], [1, 2, 4], [6]])
+def test_rows_of_one_page_are_read_where_they_lie(pages):
+    """Evenly or not: the same keys and values; only what grows evenly is a view."""
+    cache = KVCache(*torch.randn(2, 1, 2, 7, 5, 8))
+    table = torch.tensor(pages, dtype=torch.int32)[:, None]
+    held = cache.at(torch.zeros(0, dtype=torch.int64), table).slots(0)
+    for got, memory in zip(held.read(3), (cache.k, cache.v), strict=True):
+        assert torch.equal(got, torch.stack([memory[0, :, page, :3] for page in pages]))
+        view = got.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+        assert view == (pages not in ([4, 2, 0], [1, 2, 4]))

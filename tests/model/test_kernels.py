@@ -259,7 +259,7 @@ def test_a_cpu_takes_no_kernel_though_triton_is_there(monkeypatch, tmp_path: Pat
         monkeypatch.setattr(module, name, refuse)
     pointwise.kernels.cache_clear()
     passes = ModelRunner(stage(save_variant(tmp_path / "model", "llama")))
-    passes.start((2,), 4, 2, SamplingParams())
+    passes.start((2,), 4, 16, 2, SamplingParams())
     passes.prefill([Prefill([1, 2], [3])])
     passes.join([Join(0, 0, 5, 2, 0, [3]), Join(1, 1, 6, 0, 0, [1])], [4, 5])
     passes.decode(0, 2)
@@ -282,7 +282,7 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
         monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
         passes = ModelRunner(decoder)
-        passes.start((4,), 8, 2, params)
+        passes.start((4,), 8, 16, 2, params)
         tables = [[7, 1], [3, 5], [2, 8]]
         passes.prefill([Prefill(p[:-1], table[:1]) for p, table in zip(prompts, tables, strict=True)])
         told = zip([2, 0, 1], prompts, tables, strict=True)

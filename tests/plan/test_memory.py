@@ -406,8 +406,8 @@ def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
             p = layout.coord(rank).p
             layer = memory.Activations(use, p, 24 * rows, 0).forward()
             logits = (1 if fused else 4) * 4 * share * vocabulary if p == 1 else 0
-            # 31 positions: a page of 128 for each sequence, or two of 16; and one that is nobody's.
-            assert held["generation kv cache"] == 2 * 2 * 2 * 2 * 8 * (6 * 128 if fused else 11 * 16)
+            # A page of 128 for each sequence, or of its 31 positions; and one that is nobody's.
+            assert held["generation kv cache"] == 2 * 2 * 2 * 2 * 8 * 6 * (128 if fused else 31)
             terms = {name: n for name, n in held.items() if name.endswith(WHAT)}
             assert list(terms.values()) == [max(layer, logits)]
 

@@ -86,16 +86,16 @@ def generate(
     execution = executor.begin("generation", ring_channels(decoder.layout.pp))
     used = passes or ModelRunner(decoder, graphs)
     rows = min(most or len(requests), len(requests))
-    pages = _pages(used, requests, params.max_new_tokens, rows, decode, pages, executor.world)
+    pages, page = _pages(used, requests, params.max_new_tokens, rows, decode, pages, executor.world)
     if not requests:
         execution.finish()
         return []
-    _check_longest(requests, params.max_new_tokens, pages, used.page)
+    _check_longest(requests, params.max_new_tokens, pages, page)
     if lookahead is None:
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, min(rows, pages), decode)
     states = RequestStates(requests, params, stop, watch)
-    session = DecodeRingStage(used, ring, states, pages, lookahead, early_stop, prefill)
+    session = DecodeRingStage(used, ring, states, (pages, page), lookahead, early_stop, prefill)
     session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
@@ -116,18 +116,18 @@ def _pages(
     decode: int | None,
     most: int | None,
     world: World,
-) -> int:
-    """Pages for `rows` sequences at a time: enough for all at full length, if there is memory."""
+) -> tuple[int, int]:
+    """Pages for `rows` sequences at a time, all at full length if there is memory; and their positions."""
     prompts = Counter(tuple(request.prompt) for request in requests)
     lengths = [(len(prompt), samples) for prompt, samples in prompts.items()]
-    wanted = wanted_pages(lengths, new_tokens, passes.page, rows)
-    # Where pages run short, a prefill pass may have to cache a sequence of any length again.
     longest = max((length for length, _ in lengths), default=0) + new_tokens
+    page = passes.page_for(longest - 1)
+    wanted = wanted_pages(lengths, new_tokens, page, rows)
+    # Where pages run short, a prefill pass may have to cache a sequence of any length again.
     tokens = min(sum(length for length, _ in lengths), PREFILL_TOKENS)
     even = decode or -(-rows // passes.decoder.layout.pp)
-    return min(
-        wanted, most or wanted, fitting_pages(passes, wanted, world, max(tokens, longest), min(rows, even))
-    )
+    fitting = fitting_pages(passes, wanted, page, world, max(tokens, longest), min(rows, even))
+    return min(wanted, most or wanted, fitting), page
 
 
 def _check_longest(requests: Sequence[Request], new_tokens: int, pages: int, page: int) -> None:
@@ -186,17 +186,19 @@ class DecodeRingStage:
         passes: ModelRunner,
         ring: Ring,
         states: RequestStates,
-        pages: int,
+        memory: tuple[int, int],
         lookahead: int,
         early_stop: bool = True,
         prefill: int | None = None,
     ) -> None:
+        """`memory`: pages of the cache, and positions of each."""
         self.passes, self.ring, self.states, self.lookahead = passes, ring, states, lookahead
         self.early_stop, self._most = early_stop, prefill
         self.decoder = passes.decoder
         prompts = [request.prompt for request in states.requests]
         new, groups = states.params.max_new_tokens, ring.spec().decode
-        self.scheduler = Scheduler(prompts, new, groups, pages, passes.page, states.tokens, states.ended)
+        pages, page = memory
+        self.scheduler = Scheduler(prompts, new, groups, pages, page, states.tokens, states.ended)
         self.shares = [
             _Share(j, start, order)
             for j, (start, order) in enumerate(zip(self.scheduler.starts, self.scheduler.groups, strict=True))
@@ -205,8 +207,8 @@ class DecodeRingStage:
         self.prefills: list[tuple[int, ...]] = []
         self._passes: list[list[Prefill]] = []
         self._first = 0
-        columns = max(whole_pages(len(prompt), new, passes.page) for prompt in prompts)
-        passes.start(groups, pages, columns, states.params)
+        columns = max(whole_pages(len(prompt), new, page) for prompt in prompts)
+        passes.start(groups, pages, page, columns, states.params)
         if ring.num_stages > 1:
             short = ring.rows < len(prompts) or pages < ring.rows * columns
             passes.record(leaving=short or (early_stop and states.may_end))

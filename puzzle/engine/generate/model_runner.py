@@ -31,7 +31,7 @@ from puzzle.model.decoder import Decoder
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.plan.layout import Placement
 from puzzle.plan.memory import Use, generation_passes
-from puzzle.plan.pages import CPU_PAGE, KEPT_FREE, PAGE, kv_bytes
+from puzzle.plan.pages import KEPT_FREE, PAGE, kv_bytes
 
 INACTIVE = -1
 """The position of a row without a sequence."""
@@ -87,26 +87,34 @@ class ModelRunner:
     """
 
     def __init__(self, decoder: Decoder, graphs: bool = True, page: int | None = None) -> None:
-        """Without `graphs`, or on a CPU, every pass is launched step by step. `page` is positions of a page
-        (None: as `plan.pages` says); on CUDA a power of two, 16 or more."""
+        """Without `graphs`, or on a CPU, every pass is launched step by step. `page` is positions of a page;
+        on CUDA a power of two, 16 or more. Without it they are `PAGE` there, and on a CPU a sequence has one
+        page, so that rows are read where they lie."""
         self.decoder = decoder
         self.graphs = graphs and decoder.device.type == "cuda"
-        self.page = page or (PAGE if decoder.device.type == "cuda" else CPU_PAGE)
+        self._page = page or (PAGE if decoder.device.type == "cuda" else None)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
         self._recorded: dict[tuple[int, int], CudaGraphDecode] = {}
         self._key: object = None
         self.pool = None
 
+    def page_for(self, capacity: int) -> int:
+        """Positions of a page for sequences of up to `capacity` cached tokens."""
+        kept = 0 if self.cache is None else self.cache.page
+        return self._page or max(kept, capacity)
+
     @torch.inference_mode()
-    def start(self, groups: Sequence[int], pages: int, columns: int, params: SamplingParams) -> None:
+    def start(
+        self, groups: Sequence[int], pages: int, page: int, columns: int, params: SamplingParams
+    ) -> None:
         """Make ready for decode micro-batches of `groups` rows each, in `pages` pages besides `NOBODY`, of
-        which a row has at most `columns`. All rows are inactive."""
+        `page` positions, of which a row has at most `columns`. All rows are inactive."""
         decoder, rows = self.decoder, sum(groups)
         kept = self.cache
-        if kept is None or kept.k.shape[2] <= pages:
+        if kept is None or kept.k.shape[2] <= pages or kept.page != page:
             self.release()
-            self.cache = decoder.new_cache(1 + pages, self.page)
+            self.cache = decoder.new_cache(1 + pages, page)
         if kept is not self.cache or self.table.shape[0] < rows or self.table.shape[1] < columns:
             self._forget()
             # token, position, tokens sampled, row seed of the noise
@@ -134,10 +142,11 @@ class ModelRunner:
         assert self.cache is not None
         decoder = self.decoder
         batch = pack([part.tokens for part in prefills], decoder.layout.tp, decoder.device)
-        inner = torch.arange(self.page)
+        page = self.cache.page
+        inner = torch.arange(page)
         places = torch.cat(
             [
-                (torch.tensor(part.pages)[:, None] * self.page + inner).flatten()[: len(part.tokens)]
+                (torch.tensor(part.pages)[:, None] * page + inner).flatten()[: len(part.tokens)]
                 for part in prefills
             ]
         )
@@ -334,9 +343,9 @@ def bucket(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def fitting_pages(passes: ModelRunner, wanted: int, world: World, tokens: int, rows: int) -> int:
-    """Pages that the memory of every rank holds, besides the weights, prefill passes of `tokens` tokens and
-    decode passes of `rows` rows; all ranks of the run ask.
+def fitting_pages(passes: ModelRunner, wanted: int, page: int, world: World, tokens: int, rows: int) -> int:
+    """Pages of `page` positions that the memory of every rank holds, besides the weights, prefill passes of
+    `tokens` tokens and decode passes of `rows` rows; all ranks of the run ask.
 
     A cache that is there is given back, unless it has as many as are wanted. On a CPU as many as are wanted.
     """
@@ -351,7 +360,7 @@ def fitting_pages(passes: ModelRunner, wanted: int, world: World, tokens: int, r
         passes.release()
         use = Use("model", decoder.spec, Placement.default(decoder.layout), decoder.dtype.itemsize)
         beside = sum(generation_passes(use, decoder.coord.p, tokens, rows).values())
-        size = cache_bytes(decoder) * passes.page
+        size = cache_bytes(decoder) * page
         held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1
     return -int(world.max(torch.tensor(-held, device=world.device)))
 

@@ -5,9 +5,9 @@ and waiting ones join the rows in use. All of it follows from the requests and f
 so all ranks of a replica come to the same decisions, and nobody has to be told.
 
 A sequence holds a page for every `page` of its cached positions. The samples of one prompt share the pages
-that the prompt fills; of the last, partly filled one each has a copy. Where pages run short, first the
-prompts are let go that are kept for samples still waiting, then the sequence that joined last is put back:
-its tokens stay, and they and its prompt are cached again when it joins anew.
+that the prompt fills; of the last, partly filled one all but the first have a copy. Where pages run short,
+first the prompts are let go that are kept for samples still waiting, then the sequence that joined last is
+put back: its tokens stay, and they and its prompt are cached again when it joins anew.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Scheduler:
         self.drawn = [0] * len(prompts)
         self.put_back = 0
         self._thinned: set[int] = set()
+        self._done: list[int] = []
         numbers: dict[tuple[int, ...], int] = {}
         self._prompt = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         self._fresh = [0] * len(numbers)  # waiting samples of a prompt that have drawn nothing
@@ -210,6 +211,10 @@ class Scheduler:
             self._join(i, changes)
             reserve += grows
             joined += 1
+        # Not before: what is copied from them must not be taken and filled meanwhile.
+        for number in self._done:
+            self.pool.drop(self.held.pop(number))
+        self._done.clear()
 
     def _shares(self, i: int) -> bool:
         """Whether a request that joins now uses, or makes, pages for the samples of its prompt."""
@@ -218,17 +223,12 @@ class Scheduler:
             return False
         if number in self.held:
             return True
-        cached = len(self.prompts[i]) - 1
-        return self._fresh[number] > 1 and -(-cached // self.page) + 1 <= self.pool.free
+        return self._fresh[number] > 1
 
     def _need(self, i: int) -> int:
         """Free pages that a request takes when it joins."""
-        if not self._shares(i):
-            return self._position(i) // self.page + 1
-        cached = len(self.prompts[i]) - 1
-        if self._prompt[i] not in self.held:
-            return -(-cached // self.page) + 1
-        return int(self._fresh[self._prompt[i]] > 1 or cached % self.page == 0)
+        held = self._shares(i) and self._prompt[i] in self.held
+        return 1 if held else self._position(i) // self.page + 1
 
     def _join(self, i: int, changes: Changes) -> None:
         read = [*self.prompts[i], *self.tokens[i]]
@@ -253,18 +253,21 @@ class Scheduler:
         changes.joins.append(Join(row, i, read[-1], cached, self.drawn[i], tuple(pages)))
 
     def _shared_pages(self, i: int, changes: Changes) -> list[int]:
-        """Pages of the prompt without its last token. The last sample to join has what was kept."""
+        """Pages of the prompt without its last token, kept while samples wait.
+
+        The first sample writes behind the prompt, in its last page: what others copy of it stays.
+        """
         number, cached = self._prompt[i], len(self.prompts[i]) - 1
         if number not in self.held:
-            self.held[number] = self.pool.take(-(-cached // self.page))
-            changes.prefills.append(Prefill(self.prompts[i][:-1], tuple(self.held[number])))
-        held = self.held[number]
-        if self._fresh[number] == 1:
-            return self.held.pop(number)
+            held = self.held[number] = self.pool.take(-(-cached // self.page))
+            changes.prefills.append(Prefill(self.prompts[i][:-1], tuple(held)))
+            self.pool.share(held)
+            return list(held)
         whole, rest = divmod(cached, self.page)
+        held = self.held[number]
         self.pool.share(held[:whole])
-        if not rest:
-            return held[:whole]
-        (own,) = self.pool.take(1)
-        changes.copies.append((held[whole], own))
-        return [*held[:whole], own]
+        own = self.pool.take(int(rest > 0))
+        changes.copies += [(held[whole], page) for page in own]
+        if self._fresh[number] == 1:
+            self._done.append(number)
+        return [*held[:whole], *own]

@@ -49,7 +49,7 @@ def heads(
     queries = grouped.shape[2] - 2
     q = qkv.new_empty((tokens, kv_groups * queries, head_dim))
     k = qkv.new_empty((tokens, kv_groups, head_dim))
-    k_to, v_to, places_T, _ = slots or (k, k, cos, None)
+    k_to, v_to, places_T, *_ = slots or (k, k, cos)
     count = len(places_T) if slots else 0
     every = kv_groups * (queries + 2)
     block = min(16, triton.next_power_of_2(every))
