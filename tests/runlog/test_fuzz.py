@@ -142,6 +142,18 @@ def test_published_logs(data, variant, lines, tmp_path_factory):
             assert values == whole.printed[name][: len(values)]
 
 
+def test_an_engine_line_of_another_iteration_is_no_silent_number(tmp_path_factory):
+    """The log's own two end-to-end times of an iteration tell; the last iteration's line is not there."""
+    lines = [line.encode() for line in texts.chat_lines()]
+    earlier = [line for line in lines if line.startswith(b"|E2E")][-1]
+    whole, run = whole_and_fuzzed(
+        tmp_path_factory, "dschat", texts.chat_lines(), b"\n".join([*lines, earlier, b""])
+    )
+    assert isinstance(run, Run)
+    new = {report.what for report in run.reports} - {report.what for report in whole.reports}
+    assert new == {"iteration 2: two end-to-end times, 24.27 and 25.86 s: a line may be another iteration's"}
+
+
 @settings(max_examples=200)
 @given(st.binary(max_size=400))
 def test_any_bytes(tmp_path_factory, data):
