@@ -148,15 +148,15 @@ long=(generate --modes graphs --arms early --repeats 1 --lengths exponential --o
 
 rollout_fixed() {
     on 0 bench rollout-fixed.log 100 "fixed lengths" generate --sequences 16 32 64 128 256 --modes graphs --out "$rows"
-    [ -z "${OLD:-}" ] || PYTHONPATH=$OLD on 0 bench rollout-old.log 100 "fixed lengths, before" generate \
-        --batches 16 32 64 128 256 --modes graphs
+    [ -z "${OLD:-}" ] || (cd "$OLD" && PYTHONPATH=$OLD on 0 bench rollout-old.log 100 "fixed lengths, before" generate \
+        --batches 16 32 64 128 256 --modes graphs)
     on 0 bench rollout-check.log 100 "queue and pages give the same tokens" check --models llama,qwen2
 }
 
 rollout_groups() {
-    on 1 bench rollout-groups.log 60 "64 prompts of 8 samples" generate --sequences 512 --samples 8 --prompt 1024 \
+    on 1 bench rollout-groups.log 90 "64 prompts of 8 samples" generate --sequences 512 --samples 8 --prompt 1024 \
         --modes graphs --out "$rows"
-    on 1 bench rollout-groups.log 60 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
+    on 1 bench rollout-groups.log 90 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
 }
 
 rollout_varied() {
