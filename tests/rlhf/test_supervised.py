@@ -15,6 +15,7 @@ from torch import Tensor
 
 from puzzle.data.examples import Example
 from puzzle.data.masks import Labelled
+from puzzle.rlhf.supervised.objectives import pair_metrics, pair_sums
 from tests.helpers import run_ranks
 from tests.reference.tiny import save_lm, save_value
 from tests.rlhf import supervised_truth as truth
@@ -164,6 +165,12 @@ def assert_pairs(found: dict[str, float], scores: list[tuple[float, float]]) -> 
     assert found["score_gap"] == pytest.approx(
         sum(a - b for a, b in scores) / len(scores), rel=CLOSE, abs=CLOSE
     )
+
+
+def test_equal_scores_are_half_right() -> None:
+    sums = {name: float(x) for name, x in pair_sums(torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, 3.0])).items()}
+    assert sums == {"pairs": 3.0, "right": 1.5, "gap": -2.0}
+    assert pair_metrics(sums)["accuracy"] == 0.5
 
 
 def test_bradley_terry_and_dpo_are_those_of_transformers_in_every_layout(tmp_path: Path) -> None:
