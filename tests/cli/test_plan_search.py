@@ -1,15 +1,18 @@
 """`puzzle plan search` and `puzzle train --plan` from the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from puzzle.cli import main
-from puzzle.cli.layouts import flags
+from puzzle.cli.layouts import flags, options_of
+from puzzle.cli.workloads import workload_of
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
 from puzzle.plan.pipeline.schedules import PipelineModel, forward_only, one_f_one_b
+from puzzle.plan.predict.job import Choice
 from puzzle.plan.simulate.check import checked
 
 CONFIG = """\
@@ -147,3 +150,23 @@ def test_mistakes_are_one_line(config: Path, capsys, line: list[str], said: str)
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_options_are_what_was_chosen(config: Path) -> None:
+    """Every decision, in one choice or another, through the configuration to the work that is predicted."""
+    plain = Choice((1, 4, 1), (2, 2, 1), 2)
+    for choice in (
+        plain,
+        replace(plain, recompute=True, fuse_training=True, slots=7),
+        replace(plain, split=True, fuse_inference=True, offload=True, decode=5),
+    ):
+        work = workload_of(
+            resolve(
+                load_config(config, flags(options_of(choice, {"algorithm": {"microbatch_tokens": 4096}})))
+            )
+        )
+        assert (work.microbatch, work.decode, work.slots) == (2, choice.decode, choice.slots)
+        assert (work.split, work.recompute, work.offload) == (choice.split, choice.recompute, choice.offload)
+        assert (work.fuse_training, work.fuse_inference) == (choice.fuse_training, choice.fuse_inference)
+        layouts = [(one.tp, one.pp, one.dp) for one in (work.actor.layout, work.generation)]
+        assert layouts == [choice.training, choice.generation]

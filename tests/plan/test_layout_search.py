@@ -14,7 +14,13 @@ from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.memory import Switched, Use, Work, rank_memory
 from puzzle.plan.predict.calibration import read_calibration
 from puzzle.plan.predict.costs import Fixed
-from puzzle.plan.predict.footprints import generation_footprint, together, training_footprint, uses_of
+from puzzle.plan.predict.footprints import (
+    generation_footprint,
+    telling_stages,
+    together,
+    training_footprint,
+    uses_of,
+)
 from puzzle.plan.predict.iteration import Part, Workload, predict
 from puzzle.plan.predict.job import IDEAS, Choice, Job, Role, Sizes
 from puzzle.plan.predict.rates import NAMES
@@ -197,6 +203,29 @@ def test_memory_of_telling_ranks_is_that_of_the_worst(choice: Choice) -> None:
         norms = 2 * SPEC.num_layers * 2 * 2 * SPEC.hidden_size  # whole on every tensor rank
         assert least <= peak + norms
         assert peak <= together(high, footprint, adds) + norms
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=8),
+    st.booleans(),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 4]),
+)
+def test_telling_stages_tell(layers: list[int], split: bool, size: int, tp: int) -> None:
+    """Of stages of any layers one of these needs the most, and one holds the least; where parts of split
+    backwards keep more than whole ones, as with tensor parallelism, it may be a late one."""
+    spec = replace(SPEC, num_layers=sum(layers), vocab_size=64)
+    layout = Layout(tp, len(layers), 1, tuple(layers))
+    uses = [Use("actor", spec, Placement.default(layout), 2, True, split=split)]
+    ranks = [
+        rank_memory(p * tp, uses, uses[0], Work(16, 16, 64, 32, size), Switched(), False)
+        for p in range(layout.pp)
+    ]
+    telling = [ranks[p] for p in telling_stages(layout)]
+    assert max(one.total("training") for one in telling) == max(one.total("training") for one in ranks)
+    held = [sum(one.resident.values()) for one in ranks]
+    assert min(sum(one.resident.values()) for one in telling) == min(held)
 
 
 RICHER = ("products", "memory", "bus", "message")
