@@ -25,6 +25,8 @@ from puzzle.runlog.run import Loaded, Report
 FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
 SHIPPED = ("published", "baseline/2xh200", "baseline/4xh200")
 """Folders of the shipped logs that are drawn where none is named: the published measurements, and our own."""
+FEW = 3
+"""Folders of logs that are named where the results are printed; of more their number."""
 SHOWN = 20
 """Missing values printed; report.txt holds all, with notes and what readers say of logs."""
 REPORT = "report.txt"
@@ -160,7 +162,8 @@ def run(arguments: Sequence[str]) -> None:
         name: len({log for row in rows if row.n for log in row.logs + row.base_logs})
         for name, rows in found.items()
     }
-    print(f"reading: {options.reading}; logs: {', '.join(map(str, folders))}")
+    named = ", ".join(map(str, folders)) if len(folders) <= FEW else f"{len(folders)} folders"
+    print(f"reading: {options.reading}; logs: {named}")
     notes, remarked = len(kinds["note"]), len(kinds["log"])
     rest = f"{notes} notes on numbers and {remarked} on logs: {options.out / REPORT}"
     print("\n".join([*_few(kinds["missing"]), *table(found, logs, options.out), rest]), flush=True)
