@@ -24,9 +24,9 @@ from puzzle.files.limits import MOST_PROCESSES
 from puzzle.launch import local
 from puzzle.runlog import Run, load_runs
 
-LIMIT = 2e-3
+LIMIT = 1e-4
 """Largest difference of a metric, as a share of it where it is above 1. Attention and sums of other kernels
-differ by rounding, which two optimizer steps make larger."""
+differ by rounding, which two optimizer steps make larger: by 1e-6 between an H200 and a CPU."""
 COMPARED = ("reward", "response_length", "kl", "entropy", "actor_loss", "critic_loss", "actor_grad_norm")
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-4}
 TINY: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -57,9 +58,9 @@ class RunConfig(Section):
         return "train"
 
     @property
+    @abstractmethod
     def trained(self) -> tuple[Role, ...]:
         """Roles with an optimizer; first the one that the run is about."""
-        raise NotImplementedError
 
     @property
     def minibatch(self) -> int:

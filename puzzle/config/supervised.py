@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -74,9 +75,9 @@ class SupervisedConfig(RunConfig):
         return filled
 
     @classmethod
+    @abstractmethod
     def roles(cls) -> tuple[Role, ...]:
         """Those that are trained."""
-        raise NotImplementedError
 
     @property
     def trained(self) -> tuple[Role, ...]:

@@ -46,20 +46,23 @@ def learning_metrics(experience: Experience) -> dict[str, float]:
     Var(returns), which is left out where returns do not vary."""
     found: dict[str, float] = {}
     if (x_BS := experience.advantages_BS) is not None:
-        advantages = _counted(experience, x_BS)
-        found |= {
-            "advantage_mean": float(advantages.mean()),
-            "advantage_std": float(advantages.std(correction=0)),
-            "advantage_min": float(advantages.min()),
-            "advantage_max": float(advantages.max()),
-        }
+        x = _counted(experience, x_BS)
+        names = ("advantage_mean", "advantage_std", "advantage_min", "advantage_max")
+        found |= _read(names, x.mean(), x.std(correction=0), x.min(), x.max())
     if experience.values_BS is not None and experience.returns_BS is not None:
         values, returns = (_counted(experience, x) for x in (experience.values_BS, experience.returns_BS))
-        found |= {"value_mean": float(values.mean()), "return_mean": float(returns.mean())}
-        variance = float(returns.var(correction=0))
+        unexplained, whole = (returns - values).var(correction=0), returns.var(correction=0)
+        names = ("value_mean", "return_mean", "unexplained", "whole")
+        found |= _read(names, values.mean(), returns.mean(), unexplained, whole)
+        left, variance = found.pop("unexplained"), found.pop("whole")
         if variance > 0:
-            found["explained_variance"] = 1.0 - float((returns - values).var(correction=0)) / variance
+            found["explained_variance"] = 1.0 - left / variance
     return found
+
+
+def _read(names: Sequence[str], *numbers: Tensor) -> dict[str, float]:
+    """Scalars of the device by name, brought to the host at once."""
+    return dict(zip(names, torch.stack(numbers).tolist(), strict=True))
 
 
 def _counted(experience: Experience, x_BS: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from puzzle.plan.layout import Layout
@@ -141,25 +141,18 @@ def inference_seconds(work: Workload, costs: Costs) -> float:
 
 def training_seconds(work: Workload, costs: Costs) -> float:
     """Passes and optimizer steps of all trained models."""
-    if work.fuse_training:
-        passes = training_makespan(*pipeline_costs(work.trained, work, work.minibatch, costs, True))
-    else:
-        passes = sum(
-            training_makespan(*pipeline_costs([part], work, work.minibatch, costs, True))
-            for part in work.trained
-        )
-    return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
+    return _training(work, costs, training_makespan)
 
 
 def training_bound(work: Workload, costs: Costs) -> float:
     """What `training_seconds` never falls below, in O(stages)."""
-    if work.fuse_training:
-        passes = training_least(*pipeline_costs(work.trained, work, work.minibatch, costs, True))
-    else:
-        passes = sum(
-            training_least(*pipeline_costs([part], work, work.minibatch, costs, True))
-            for part in work.trained
-        )
+    return _training(work, costs, training_least)
+
+
+def _training(work: Workload, costs: Costs, makespan: Callable[..., float]) -> float:
+    """With the passes of models that share a pipeline, or one after the other, as `makespan` says."""
+    streams = [work.trained] if work.fuse_training else [[part] for part in work.trained]
+    passes = sum(makespan(*pipeline_costs(parts, work, work.minibatch, costs, True)) for parts in streams)
     return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
 
 
