@@ -9,27 +9,25 @@ if __name__ == "__main__":
 
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from puzzle.plotting import ablation, figure10, figure12, style, table3
+from puzzle.plotting import ablation, figure10, figure12, published, report, style, table3
 from puzzle.plotting.irregularities import PUBLISHED, READINGS
-from puzzle.plotting.loading import load, printable
+from puzzle.plotting.loading import load
 from puzzle.plotting.options import Parser, folder
 from puzzle.plotting.output import whole
-from puzzle.plotting.rows import RATIO, SECONDS, Row, drawn, ordered, write_csv
+from puzzle.plotting.rows import RATIO, SECONDS, Row, drawn, write_csv
 from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.runlog.run import Loaded, Report
 
-FIGURES = {one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)}
+FIGURES: dict[str, report.Drawing] = {
+    one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)
+}
 SHIPPED = ("published", "baseline/2xh200", "baseline/4xh200")
 """Folders of the shipped logs that are drawn where none is named: the published measurements, and our own."""
-FEW = 3
-"""Folders of logs that are named where the results are printed; of more their number."""
-SHOWN = 20
-"""Missing values printed; report.txt holds all, with notes and what readers say of logs."""
-REPORT = "report.txt"
 
 
 def parser() -> Parser:
@@ -63,8 +61,8 @@ def with_constants(loaded: Loaded, published: Path) -> Loaded:
     if not wanted or not published.is_dir():
         return loaded
     found = figure10.constants(load([published]).runs, wanted)
-    report = Report("logs/published", None, f"{len(found)} theoretical values of figure 10 come from there")
-    return Loaded(loaded.runs + tuple(found), loaded.reports + (report,) * bool(found))
+    said = Report("logs/published", None, f"{len(found)} theoretical values of figure 10 come from there")
+    return Loaded(loaded.runs + tuple(found), loaded.reports + (said,) * bool(found))
 
 
 def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> dict[str, list[Row]]:
@@ -76,6 +74,7 @@ def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> d
         raise UserError(f"the logs hold no numbers for {', '.join(wanted)}; is --logs the right folder?")
     for name, rows in found.items():
         if rows:
+            _progress(f"drawing {name} ...")
             notes = FIGURES[name].notes(rows)
             main = RATIO if drawn(rows, RATIO) else SECONDS
             write_csv(folder / f"{name}.csv", drawn(rows, main))
@@ -86,49 +85,10 @@ def draw(loaded: Loaded, wanted: Sequence[str], reading: str, folder: Path) -> d
     return found
 
 
-def remarks(found: dict[str, list[Row]]) -> list[str]:
-    """Missing values and footnotes, one line each."""
-    lines = []
-    for name, rows in found.items():
-        if not rows:
-            lines.append(f"missing: {name}: no log of this figure")
-        for row in rows:
-            config = f"{name} {row.cluster} {row.config}"
-            if row.value is None and (row.unit == RATIO or not drawn(rows, RATIO)):
-                lines.append(f"missing: {config} {row.series}: {row.gap}")
-            for note in row.notes:
-                alike = [
-                    other for other in rows if (other.cluster, other.config) == (row.cluster, row.config)
-                ]
-                several = sum(note in other.notes for other in alike) > 1
-                lines.append(f"note: {config}{'' if several else f' {row.series}'}: {note}")
-    return ordered(lines)
-
-
-def reported(reports: Iterable[Report]) -> list[str]:
-    """What the readers dropped, repaired or preferred, one line each."""
-    lines = []
-    for report in reports:
-        line = "" if report.line is None else f":{report.line}"
-        lines.append(printable(f"log: {report.source}{line}: {report.what}"))
-    return ordered(lines)
-
-
-def table(found: dict[str, list[Row]], logs: dict[str, int], out: Path) -> list[str]:
-    """What was drawn from how many logs."""
-    head = ("figure", "values", "missing", "logs", "files")
-    body = []
-    for name, rows in found.items():
-        shown = drawn(rows, RATIO) or rows
-        values = sum(row.value is not None for row in shown)
-        files = f"{name}.pdf .png .csv" if rows else "-"
-        body.append((name, str(values), str(len(shown) - values), str(logs[name]), files))
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
-        for line in (head, *body)
-    ]
-    return [line.rstrip() for line in lines] + [f"in {out}"]
+def _progress(text: str) -> None:
+    """What is being done, for who watches a terminal: the next such line takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def chosen(only: Sequence[str] | None) -> list[str]:
@@ -141,13 +101,10 @@ def chosen(only: Sequence[str] | None) -> list[str]:
     return [name for name in FIGURES if not only or name in only]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """The command. Raises UserError."""
-    options = parser().parse_args(arguments)
-    wanted = chosen(options.only)
-    if options.reading not in READINGS:
-        raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
+def _drawn(options: Namespace, wanted: list[str]) -> report.Results:
+    """Reads the logs, draws the figures and writes the report. Raises UserError."""
     folders = options.logs or [options.shipped / name for name in SHIPPED]
+    _progress("reading logs ...")
     loaded = load(folders)
     if not options.only and not any(ablation.NAME in run.figures for run in loaded.runs):
         wanted.remove(ablation.NAME)  # none of the published figures: nothing is missing without it
@@ -155,23 +112,24 @@ def run(arguments: Sequence[str]) -> None:
         loaded = with_constants(loaded, options.shipped / SHIPPED[0])
     with whole(options.out) as folder:
         found = draw(loaded, wanted, options.reading, folder)
-        told = remarks(found) + reported(loaded.reports)
-        (folder / REPORT).write_text("".join(f"{line}\n" for line in told), encoding="utf-8")
-    kinds = {kind: [one for one in told if one.startswith(f"{kind}:")] for kind in ("missing", "note", "log")}
-    logs = {
-        name: len({log for row in rows if row.n for log in row.logs + row.base_logs})
-        for name, rows in found.items()
-    }
-    named = ", ".join(map(str, folders)) if len(folders) <= FEW else f"{len(folders)} folders"
-    print(f"reading: {options.reading}; logs: {named}")
-    notes, remarked = len(kinds["note"]), len(kinds["log"])
-    rest = f"{notes} notes on numbers and {remarked} on logs: {options.out / REPORT}"
-    print("\n".join([*_few(kinds["missing"]), *table(found, logs, options.out), rest]), flush=True)
+        numbers = options.shipped / SHIPPED[0] / published.FILE
+        comparison = published.compare(found, published.read(numbers)) if numbers.exists() else None
+        results = report.Results(found, FIGURES, options.reading, loaded.reports, comparison)
+        (folder / report.REPORT).write_text(report.page(results), encoding="utf-8")
+    return results
 
 
-def _few(lines: list[str]) -> list[str]:
-    rest = len(lines) - SHOWN
-    return lines if rest <= 0 else [*lines[:SHOWN], f"... and {rest} more of these, in {REPORT}"]
+def run(arguments: Sequence[str]) -> None:
+    """The command. Raises UserError."""
+    options = parser().parse_args(arguments)
+    wanted = chosen(options.only)
+    if options.reading not in READINGS:
+        raise UserError(f"--reading {options.reading}: unknown reading, there are {', '.join(READINGS)}")
+    try:
+        results = _drawn(options, wanted)
+    finally:
+        _progress("")
+    print("\n".join(report.told(results, options.out)), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from puzzle.plotting import bars, selection, stats
-from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.rows import RATIO, Row, by_cluster, drawn, span
 from puzzle.plotting.selection import Grid
 from puzzle.plotting.style import BASELINE, OURS, Look
 from puzzle.runlog.run import Run
 
 NAME = "ablation"
+TITLE = "end to end, times as fast as the baseline, by one change"
 BASE, CHANGED = "baseline", "with one change"
 BASE_VARIANT = "base"
 """Whose runs are the baselines: the training layout for all, small decode micro-batches, nothing shared."""
@@ -80,6 +81,11 @@ def _said(config: Mapping[str, Any], key: str) -> str:
     if isinstance(value, Mapping):
         return ",".join(str(value.get(axis)) for axis in ("tp", "pp", "dp"))
     return {True: "on", False: "off", None: "default"}.get(value, str(value))
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """What the changes gain, per cluster."""
+    return by_cluster([row for row in drawn(rows, RATIO) if row.series == CHANGED], span)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 
 from puzzle.plotting import bars, irregularities, selection, stats
 from puzzle.plotting.irregularities import CORRECTED
-from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.rows import RATIO, Row, by_cluster, drawn, span
 from puzzle.plotting.selection import Grid, Pool, is_time
 from puzzle.plotting.stats import Mean, row_of
 from puzzle.plotting.style import OURS, Look
 from puzzle.runlog.run import Run
 
 NAME = "figure10"
+TITLE = "training by layout, times as fast as without time-sharing"
 BASE, OPT, THEORY = "wo_bulk", "w_bulk", "theoretical"
 SECONDS = {BASE: "PUZZLE w/o ts", OPT: "PUZZLE w/ ts"}
 LOOKS = {"PUZZLE": Look(OURS), "Theoretical": Look("#ffffff", "////")}
@@ -59,6 +60,11 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
         theory = row_of(_theory(pools, reading), row.cluster, row.config, "Theoretical", panel.provenance)
         result[:0] = [replace(row, series="PUZZLE", spread=spread), replace(theory, unit=RATIO)]
     return result
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The measured speed-ups, per cluster."""
+    return by_cluster([row for row in drawn(rows, RATIO) if row.series == "PUZZLE"], span)
 
 
 def _joined(grid: Grid) -> Grid:

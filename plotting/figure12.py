@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 
 from puzzle.plotting import irregularities, page, selection, stats
 from puzzle.plotting.irregularities import CORRECTED
-from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.rows import Row, by_cluster, ordered
 from puzzle.plotting.selection import Pool
 from puzzle.plotting.stats import Mean, Values, mean, minus, of
 from puzzle.plotting.style import COLUMN, FAINT, GREY, INK, STAGES, TINY, width_of
 from puzzle.runlog.run import Run
 
 NAME = "figure12"
+TITLE = "seconds of an iteration's stages together"
 BASE = "dschat"
 SYSTEMS = {BASE: "DSChat", "base": "PUZZLE-Base", "opt": "PUZZLE"}
 LABELS = ("Stage1 (Gen.)", "Stage2 (Infer.)", "Stage3 (Train.)", "Comm.")
@@ -93,6 +94,19 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines = " Its training times are the lines of several ranks."
         known.append(twice + lines * irregularities.has_published(chat))
     return known
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The seconds behind each bar, the systems in the order of the bars, per cluster."""
+
+    def sums(mine: list[Row]) -> str:
+        found = {
+            bar: [row.value or 0.0 for row in mine if row.config == bar]
+            for bar in ordered(row.config for row in mine)
+        }
+        return ", ".join(f"{bar} {sum(stages):.1f}" for bar, stages in found.items())
+
+    return by_cluster(rows, sums, "; ")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a figure is made of: rows of numbers, and their CSV form."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,3 +58,19 @@ def ordered(values: Iterable[str]) -> list[str]:
 def drawn(rows: Sequence[Row], unit: str) -> list[Row]:
     """The rows of one unit: a figure of ratios carries the seconds behind its bars as further rows."""
     return [row for row in rows if row.unit == unit]
+
+
+def by_cluster(rows: Iterable[Row], text: Callable[[list[Row]], str], between: str = ", ") -> str:
+    """What `text` says of each cluster's rows, those without a number left out; clusters in order."""
+    told = []
+    rows = [row for row in rows if row.value is not None]
+    for cluster in ordered(row.cluster for row in rows):
+        told.append(f"{cluster} {text([row for row in rows if row.cluster == cluster])}")
+    return between.join(told) or "no values"
+
+
+def span(rows: Iterable[Row]) -> str:
+    """`least-most` of the rows' numbers, or the one that they all are."""
+    values = [row.value for row in rows if row.value is not None]
+    ends = [f"{end:.2f}" for end in (min(values), max(values))] if values else ["-"]
+    return "-".join(ordered(ends))

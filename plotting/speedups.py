@@ -7,19 +7,21 @@ from matplotlib.figure import Figure
 
 from puzzle.plotting import bars, irregularities, selection, stats
 from puzzle.plotting.irregularities import CORRECTED
-from puzzle.plotting.rows import RATIO, Row, drawn
+from puzzle.plotting.rows import RATIO, Row, by_cluster, drawn, span
 from puzzle.plotting.style import BASELINE, MIDDLE, OTHER, OURS, Look
 from puzzle.runlog.run import Run
 
 
 @dataclass(frozen=True)
 class SpeedUps:
-    """One such figure. `systems` names variants, the baseline first; `quantity` is what is compared.
+    """One such figure. `TITLE` says what its bars are; `systems` names variants, the baseline first;
+    `quantity` is what is compared.
 
     `switches` says that a system changes layouts, `rivals` that baselines were run several times.
     """
 
     NAME: str
+    TITLE: str
     systems: Mapping[str, str]
     looks: Sequence[Look]
     quantity: str
@@ -39,6 +41,11 @@ class SpeedUps:
             grid = irregularities.slower_baselines(grid, runs, base, mend)
         grid = irregularities.other_jobs(grid, runs, base, self.quantity, mend)
         return stats.speedups(grid, self.systems, base, stats.of(self.quantity))
+
+    def headline(self, rows: Sequence[Row]) -> str:
+        """What the last system gains, per cluster."""
+        ours = list(self.systems.values())[-1]
+        return by_cluster([row for row in drawn(rows, RATIO) if row.series == ours], span)
 
     def notes(self, rows: Sequence[Row]) -> list[str]:
         """What is to be known about all bars."""
@@ -61,6 +68,7 @@ def _published_layouts(rows: Sequence[Row]) -> list[str]:
 
 figure8 = SpeedUps(
     "figure8",
+    "end to end, times as fast as DS-Chat",
     {"dschat": "DS-Chat", "base": "PUZZLE-Base", "opt": "PUZZLE"},
     (Look(BASELINE), Look(MIDDLE, "////"), Look(OURS)),
     "e2e",
@@ -70,6 +78,7 @@ figure8 = SpeedUps(
 )
 figure9 = SpeedUps(
     "figure9",
+    "training, times as fast as without time-sharing",
     {"wo_bulk": "PUZZLE w/o ts", "w_bulk": "PUZZLE w/ ts"},
     (Look(BASELINE), Look(OURS)),
     "training",
@@ -80,6 +89,7 @@ figure9 = SpeedUps(
 )
 figure11 = SpeedUps(
     "figure11",
+    "end to end, times as fast as train-opt",
     {"train_opt": "train-opt", "gen_opt": "gen-opt", "opt": "PUZZLE"},
     (Look(BASELINE), Look(OTHER, "////"), Look(OURS)),
     "e2e",

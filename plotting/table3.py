@@ -7,11 +7,12 @@ from matplotlib.figure import Figure
 
 from puzzle.plotting import irregularities, page, selection, stats
 from puzzle.plotting.irregularities import CORRECTED
-from puzzle.plotting.rows import Row, ordered
+from puzzle.plotting.rows import Row, by_cluster, ordered, span
 from puzzle.plotting.style import COLUMN, GREY, INK, SMALL, TEXT, TINY, TITLE_SIZE, fitting, width_of
 from puzzle.runlog.run import Run
 
 NAME = "table3"
+TITLE = "seconds of one context switch"
 BASE = "dschat"
 SYSTEMS = {"opt": "PUZZLE", BASE: "DS-Chat"}
 QUANTITIES = {"opt": "reshard", BASE: "gather"}
@@ -40,6 +41,16 @@ def numbers(runs: Sequence[Run], reading: str) -> list[Row]:
         )
         for panel, config, variant, pool in selection.cells(grid, SYSTEMS)
     ]
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """Each system's seconds, per cluster."""
+
+    def spans(mine: list[Row]) -> str:
+        named = ordered(row.series for row in mine)
+        return ", ".join(f"{name} {span(row for row in mine if row.series == name)}" for name in named)
+
+    return by_cluster(rows, spans, "; ")
 
 
 def _by_actor(config: str) -> tuple[float, ...]:

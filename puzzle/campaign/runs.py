@@ -28,6 +28,7 @@ from puzzle.files.jsonio import read_object
 from puzzle.files.path import ROOT
 from puzzle.launch import Launcher
 
+RECORD = "campaign.json"
 LAST_LINES = 5
 END_SECONDS = 45.0  # which a launcher needs at most to end what it started
 Command = Callable[[Path, Path], list[str]]  # from configuration file and folder of a run
@@ -113,7 +114,8 @@ def run_all(
             bar.update(task, completed=number)
             rest = (time.monotonic() - began) / number * (len(waiting) - number)
             how = f"{outcome.status}, {outcome.seconds:.1f} s{': ' * bool(outcome.why)}{outcome.why}"
-            line = f"[{number}/{len(waiting)}] {experiment.label}: {how}; about {rest:.0f} s left"
+            left = f"; about {rest:.0f} s left" if number < len(waiting) else ""
+            line = f"[{number}/{len(waiting)}] {experiment.label}: {how}{left}"
             console.print(line, markup=False, soft_wrap=True)
     return outcomes
 
@@ -167,14 +169,14 @@ def record(out: Path, asked: dict[str, object], outcomes: Sequence[Outcome]) -> 
         if outcome.status == "failed":
             runs[outcome.experiment.name]["log"] = "\n".join(last_lines(outcome, out))
     text = json.dumps({"asked": asked, "complete": complete, "runs": runs}, indent=1)
-    durable.write_text(out / "campaign.json", text + "\n")
+    durable.write_text(out / RECORD, text + "\n")
 
 
 def unfinished(parent: Path, asked: dict[str, object]) -> Path | None:
     """The newest folder in `parent` of a campaign that asked for the same and did not complete."""
     for folder in sorted(parent.glob("outputs_from_exec_*"), reverse=True):
         try:
-            found = read_object(folder / "campaign.json")
+            found = read_object(folder / RECORD)
         except UserError:
             continue
         if found.get("asked") == asked and not found.get("complete"):

@@ -31,6 +31,8 @@ from puzzle.plan.predict.iteration import predict
 from puzzle.rlhf.requirements import check_files, check_packages
 
 MOST_REPEATS = 1000
+FEW = 3
+"""Failed runs whose last lines are printed."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -238,18 +240,23 @@ def _summary(outcomes: Sequence[campaign.Outcome], out: Path, console: Console) 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    for outcome in outcomes:
-        if outcome.status == "absent":
-            say(f"not run: {outcome.experiment.label}: lacks {outcome.why}")
+    absent = [outcome for outcome in outcomes if outcome.status == "absent"]
+    for why, number in Counter(outcome.why for outcome in absent).items():
+        first = next(outcome.experiment.label for outcome in absent if outcome.why == why)
+        more = f" and {number - 1} more" if number > 1 else ""
+        say(f"not run: {first}{more}: lacks {why}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
+    for outcome in failed[:FEW]:
         say(f"failed: {outcome.experiment.label}: {outcome.why}")
         for line in campaign.last_lines(outcome, out):
             say(f"    {line}")
-    drawn = _draw(outcomes, out)
+    if rest := failed[FEW:]:
+        say(f"failed: {len(rest)} more, told in {out / campaign.RECORD}")
     counts = Counter(outcome.status for outcome in outcomes)
     words = {"done": "run", "kept": "kept from before", "failed": "failed", "absent": "not possible yet"}
-    say(", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status]))
+    said = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
+    say(f"{len(outcomes)} runs: {said}")
+    drawn = _draw(outcomes, out)
     return 1 if failed or not drawn else 0
 
 

@@ -89,8 +89,24 @@ def test_failed_and_absent_runs_show_in_the_exit_code(tmp_path, experiments, cap
     shown = capfd.readouterr().out
     assert "not run: 7B/7B wo_bulk (1,4,1) batch 8: lacks a thing" in shown
     assert "    working\n    error: no room for the weights" in shown
-    assert "1 run, 1 failed, 1 not possible yet" in shown
+    assert "3 runs: 1 run, 1 failed, 1 not possible yet\nfigure9  " in shown  # the results come last
+    assert (
+        shown.splitlines()[-1] == f"report, with 0 notes on numbers and 0 on logs: {tmp_path / 'report.md'}"
+    )
     assert not (tmp_path / "logs" / some[2].name).exists()
+
+
+def test_many_failed_and_absent_runs_are_counted(tmp_path, experiments):
+    text = io.StringIO()
+    failed = [campaign.Outcome(experiments[0], "failed", why="exit code 2") for _ in range(5)]
+    absent = [campaign.Outcome(one, "absent", why="a thing") for one in experiments]
+    assert command._summary([*failed, *absent], tmp_path, Console(file=text, width=200, highlight=False)) == 1
+    assert text.getvalue().splitlines() == [
+        "not run: 7B/350M wo_bulk (1,2,1) batch 8 and 3 more: lacks a thing",
+        *["failed: 7B/350M wo_bulk (1,2,1) batch 8: exit code 2"] * 3,
+        f"failed: 2 more, told in {tmp_path / 'campaign.json'}",
+        "9 runs: 5 failed, 4 not possible yet",
+    ]
 
 
 def test_a_finished_run_of_another_configuration_is_not_lost(tmp_path, experiments):

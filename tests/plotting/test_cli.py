@@ -236,8 +236,8 @@ def test_a_missing_variant_is_a_gap(tmp_path, capsys):
     assert (row["value"], row["n"], row["spread"], row["source"]) == ("", "0", "", "")
     out = capsys.readouterr().out
     assert "missing: figure8 local (rehearsal) 7B/350M PUZZLE-Base: no log" in out
-    assert "missing: figure9: no log of this figure" in out
-    assert out.splitlines()[-8].split() == ["figure8", "2", "1", "2", "figure8.pdf", ".png", ".csv"]
+    assert "missing: figure9, figure10, figure11, figure12, table3: no log\n" in out
+    assert out.splitlines()[0] == "figure8   end to end, times as fast as DS-Chat: local (rehearsal) 1.33"
 
 
 def test_a_cut_off_log_is_drawn_and_said(tmp_path, capsys, logs):
@@ -245,10 +245,10 @@ def test_a_cut_off_log_is_drawn_and_said(tmp_path, capsys, logs):
     data = path.read_bytes()
     path.write_bytes(data[: data.rindex(b'"seq":3') + 20])
     assert draw("--logs", logs, "--out", tmp_path / "out", "--only", "figure8") == 0
-    assert "0 notes on numbers and 2 on logs: " in capsys.readouterr().out
-    report = (tmp_path / "out/report.txt").read_text()
-    assert "log: opt/run.jsonl:4: line dropped" in report
-    assert "log: opt/run.jsonl: the run has not ended, or its log is cut off" in report
+    assert "report, with 0 notes on numbers and 2 on logs: " in capsys.readouterr().out
+    report = (tmp_path / "out/report.md").read_text()
+    assert "- opt/run.jsonl:4: line dropped" in report
+    assert "- opt/run.jsonl: the run has not ended, or its log is cut off" in report
     assert read(tmp_path / "out/figure8.csv")["local (rehearsal)", "7B/350M", "PUZZLE"]["n"] == "1"
 
 
@@ -265,7 +265,7 @@ def test_what_the_reader_noted_is_said_once(tmp_path):
     lines = [line.replace("stage 2(infer.)", "stage 12infer.)") for line in texts.puzzle_lines()]
     tree = raw(tmp_path / "logs", texts.as_bytes(lines))
     assert draw("--logs", tree, "--out", tmp_path / "out") == 0
-    report = (tmp_path / "out/report.txt").read_text()
+    report = (tmp_path / "out/report.md").read_text()
     assert report.count("iteration 1: other text inside its line") == 1
 
 
@@ -274,8 +274,8 @@ def test_several_trees_are_drawn_together(tmp_path):
         figure8(tmp_path / f"try{repeat}", repeat=repeat)
     trees = [argument for repeat in range(3) for argument in ("--logs", tmp_path / f"try{repeat}")]
     assert draw(*trees, "--logs", tmp_path / "try0", "--out", tmp_path / "out") == 0
-    report = (tmp_path / "out/report.txt").read_text()
-    assert report.count("log: try0/opt/run.jsonl: the same run as try0/opt/run.jsonl; counted once") == 1
+    report = (tmp_path / "out/report.md").read_text()
+    assert report.count("- try0/opt/run.jsonl: the same run as try0/opt/run.jsonl; counted once") == 1
     row = read(tmp_path / "out/figure8.csv")["local (rehearsal)", "7B/350M", "PUZZLE"]
     assert (float(row["value"]), row["n"], float(row["spread"])) == (2.0, "3", 0.0)
     assert row["source"] == "; ".join(f"try{i}/dschat/run.jsonl" for i in range(3)) + " over " + "; ".join(
@@ -305,8 +305,8 @@ def test_equal_logs_give_equal_bytes_from_any_folder(tmp_path, monkeypatch):
         out = tmp_path / f"out {place.replace('/', ' ')}"
         assert draw("--logs", named or logs, "--out", out) == 0
         drawn.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert drawn[0].keys() == drawn[1].keys() > {"figure8.pdf", "figure8.png", "report.txt"}
-    assert b"base/run.jsonl" in drawn[0]["report.txt"]
+    assert drawn[0].keys() == drawn[1].keys() > {"figure8.pdf", "figure8.png", "report.md"}
+    assert b"base/run.jsonl" in drawn[0]["report.md"]
     assert drawn[0] == drawn[1] == drawn[2]
     assert not [name for name, data in drawn[0].items() if bytes(tmp_path) in data]
 
@@ -329,11 +329,38 @@ def test_the_hosts_fonts_do_not_matter(tmp_path, logs, monkeypatch):
 
 
 def test_the_results_are_not_buried(tmp_path, capsys):
-    """Of the published logs: two lines, the six results with their head, and where the notes are."""
+    """First what each figure says; then where all is, and that it is what was published."""
     assert draw("--out", tmp_path / "out", "--only", "figure9", "table3") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["reading:", "figure", "figure9", "table3", "in", "4"]
-    assert lines[-1] == f"4 notes on numbers and 14 on logs: {tmp_path / 'out/report.txt'}"
+    assert capsys.readouterr().out.splitlines() == [
+        "figure9  training, times as fast as without time-sharing: orion 1.06-1.12, phoenix 1.04-1.13",
+        "table3   seconds of one context switch: orion PUZZLE 0.08-0.30, DS-Chat 1.67-7.11; phoenix PUZZLE "
+        "0.07-0.33,",
+        "         DS-Chat 0.96-2.91",
+        f"pictures (PDF, PNG) and numbers (CSV): {tmp_path / 'out'}",
+        f"report, with 4 notes on numbers and 14 on logs: {tmp_path / 'out/report.md'}",
+        "36 of 36 numbers as published",
+    ]
+
+
+def test_many_lines_of_a_kind_are_counted(tmp_path, capsys):
+    for pair in range(9):
+        for variant in ("dschat", "opt"):
+            name = f"{pair}-{variant}"
+            write(tmp_path / "logs" / name, variant, run_id=name, actor=f"{pair}B")
+    assert draw("--logs", tmp_path / "logs", "--out", tmp_path / "out", "--only", "figure8") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "missing" in line or "more" in line]
+    assert len(lines) == 6
+    assert lines[-1] == "... and 4 more of these, in report.md"
+    assert (tmp_path / "out/report.md").read_text().count("PUZZLE-Base: no log") == 9
+
+
+def test_a_report_has_the_pictures_and_their_numbers(tmp_path, logs):
+    (logs / "base/run.jsonl").unlink()
+    assert draw("--logs", logs, "--out", tmp_path / "out", "--only", "figure8") == 0
+    report = (tmp_path / "out/report.md").read_text()
+    assert "![figure8](figure8.png)" in report
+    assert "| local (rehearsal) | 7B/350M | 1.000 +- 0 (2) | no log | 2.000 +- 0 (2) |" in report
+    assert "as published" not in report  # nothing published is drawn
 
 
 def test_old_files_are_replaced_and_others_kept(tmp_path, logs):
@@ -369,8 +396,8 @@ def test_constants_of_figure10_come_with_raw_logs(tmp_path):
     rows = read(tmp_path / "out/figure10.csv")
     assert float(rows["orion", "7B/7B bs128 (8,1,2)", "Theoretical"]["value"]) == 1.1483
     assert len(rows) == 2
-    report = (tmp_path / "out/report.txt").read_text()
-    assert "log: logs/published: 1 theoretical values of figure 10 come from there" in report
+    report = (tmp_path / "out/report.md").read_text()
+    assert "- logs/published: 1 theoretical values of figure 10 come from there" in report
 
 
 def test_no_torch_and_no_traceback(tmp_path):

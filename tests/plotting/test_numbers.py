@@ -364,6 +364,6 @@ def test_ablation_compares_runs_that_differ_in_one_thing():
 
 def test_an_ablation_without_logs_is_not_missing(tmp_path):
     page.main(["--logs", str(builders.figure8(tmp_path / "logs")), "--out", str(tmp_path / "out")])
-    report = (tmp_path / "out" / "report.txt").read_text()
-    assert "figure9: no log" in report
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- figure9, figure10, figure11, figure12, table3: no log\n" in report
     assert "ablation" not in report

@@ -8,9 +8,10 @@ from statistics import fmean
 import pytest
 
 from puzzle.runlog import load_runs
+from tests.plotting import builders
 
 ROOT = Path(__file__).parents[2]
-TABLE = json.loads((ROOT / "tests" / "data" / "expected_figures.json").read_text())["rows"]
+TABLE = builders.TABLE
 RUNS = load_runs(ROOT / "logs" / "published")
 BY_ID = {run.run_id: run for run in RUNS.runs}
 
