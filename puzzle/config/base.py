@@ -92,6 +92,10 @@ class RunConfig(Section):
         they are not needed."""
         return False
 
+    def shares(self, role: str) -> Role | None:
+        """The role whose frozen weights are also those of `role`; None: it has its own."""
+        return None
+
     def layouts(self) -> dict[str, LayoutConfig]:
         """Layout per model in use."""
         return {role: getattr(self, role).layout for role in self.trained}

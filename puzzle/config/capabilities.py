@@ -58,6 +58,8 @@ def missing(config: TrainConfig) -> list[str]:
             lacks.append(
                 "a C++ compiler, by which DeepSpeed builds its operators (Debian: apt-get install g++)"
             )
+        if any(getattr(config, role).lora for role in config.trained):
+            lacks.append("adapters (lora) in the baseline")
         if config.generation.stop:
             lacks.append("stop texts (generation.stop) in the baseline")
     return lacks

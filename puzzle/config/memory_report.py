@@ -72,6 +72,8 @@ def _uses(plan: Plan, fused: bool) -> list[Use]:
             compiled=config.compile,
             offload=config.offloads(role),
             split=model.trained and config.split_backward,
+            borrowed=model.shares is not None,
+            merged=isinstance(plan, RunPlan) and plan.merges and role == "actor",
         )
         for role, model in plan.models.items()
     ]
@@ -96,7 +98,7 @@ def _estimate(plan: Plan, fused: bool, pages: int | None) -> list[RankMemory]:
     samples = 1
     if isinstance(plan, RunPlan):
         switched, placement = _switched(plan, uses[0])
-        generation = Use("generation", plan.actor.spec, placement, plan.itemsize, fused=fused)
+        generation = Use("generation", plan.generation_spec, placement, plan.itemsize, fused=fused)
         prefill = plan.config.generation.prefill_microbatch
         decode = plan.config.generation.decode_microbatch
         samples, most = plan.config.generation.samples, plan.config.generation.max_sequences

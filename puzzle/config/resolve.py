@@ -19,6 +19,7 @@ from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard.plan import check_shares
 from puzzle.plan.run import BatchPlan, ModelPlan, SharedPipeline, SwitchRequest
+from puzzle.spec.model import ModelSpec
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -82,8 +83,7 @@ class Plan:
         per_node = min(self.cluster.devices_per_node, self.world)
         lines = [f"run plan {self.hash}: {self.world} processes, {per_node} per node, {self.config.dtype}"]
         for role, model in self.models.items():
-            size = f"{model.spec.parameters / 1e9:.3f} B parameters, tp,pp,dp {model.layout}"
-            lines.append(f"  {role:<11}{size}{', trained' if model.trained else ''}")
+            lines.append(f"  {role:<11}{model}")
         lines += self._stages()
         options = self.config.algorithm
         limit = options.microbatch_tokens
@@ -122,6 +122,16 @@ class RunPlan(Plan):
     def actor(self) -> ModelPlan:
         """The model that is aligned."""
         return self.models["actor"]
+
+    @property
+    def merges(self) -> bool:
+        """Whether the actor generates with adapters added to its weights."""
+        return self.config.actor.lora is not None and self.config.actor.lora.merge
+
+    @property
+    def generation_spec(self) -> ModelSpec:
+        """The actor as it generates: without adapters where they are merged."""
+        return self.actor.spec.base if self.merges else self.actor.spec
 
     def describe(self) -> dict[str, Any]:
         """Also how the actor is switched."""
@@ -215,7 +225,8 @@ def _models(config: RunConfig) -> dict[Role, ModelPlan]:
             section = getattr(config, role)
             spec = spec_of(role, section)
             placement = Placement.default(layout_of(role, section.layout, spec))
-            made[role] = ModelPlan(role, spec, placement, role in config.trained)
+            shares = config.shares(role)
+            made[role] = ModelPlan(role, spec, placement, role in config.trained, shares)
     return made
 
 
@@ -234,8 +245,9 @@ def _switch(
     options = config.switch
     if options.source == "zero_shards":
         check_shares("switch.source: zero_shards", actor.layout.dp, generation.layout.world)
+    lora = config.actor.lora
     return SwitchRequest(
-        actor.spec,
+        actor.spec.base if lora is not None and lora.merge else actor.spec,
         actor.placement,
         generation,
         cluster,

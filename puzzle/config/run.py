@@ -221,6 +221,11 @@ class TrainConfig(RunConfig):
             )
         if algorithm.reference_free and self.offload.reference:
             raise ValueError("offload.reference: algorithm.reference_free leaves no reference to offload")
+        if self.offload.reference and self.shares("reference"):
+            raise ValueError(
+                "offload.reference: the reference is the actor without adapters (actor.lora), there is no"
+                " copy to offload; leave it out"
+            )
         if self.offload.reward and not self.reward.has_model:
             raise ValueError("offload.reward: a reward.function has no weights to offload")
         return self
@@ -244,6 +249,23 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "switch.source, switch.overlap: the actor generates as it trains, nothing is filled; give"
                 " another generation.layout, or leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> TrainConfig:
+        adapted = [role for role in self.trained if getattr(self, role).lora is not None]
+        if not adapted:
+            return self
+        if self.intra.split_backward:
+            raise ValueError(
+                f"intra.split_backward: {adapted[0]}.lora leaves hardly any gradients of weights to compute"
+                " apart; leave one of them out"
+            )
+        if self.switch.source == "zero_shards" and self.actor.lora is not None:
+            raise ValueError(
+                "switch.source zero_shards: of actor.lora only adapters are stepped, which every replica"
+                " gathers at once; use gathered"
             )
         return self
 
@@ -288,6 +310,13 @@ class TrainConfig(RunConfig):
     def offloads(self, role: str) -> bool:
         """Of optimizer states where a role is trained, else of its weights."""
         return self.offload.optimizer if role in self.trained else getattr(self.offload, role)
+
+    def shares(self, role: str) -> Role | None:
+        """The reference is the actor without its adapters, where both are one model in one layout."""
+        if role != "reference" or self.actor.lora is None:
+            return None
+        same = ("model", "init", "layers", "layout")
+        return "actor" if all(getattr(self.actor, x) == getattr(self.reference, x) for x in same) else None
 
     def layouts(self) -> dict[str, LayoutConfig]:
         """Layout per model in use, and `generation`; reward functions and an unused reference have none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -28,6 +29,7 @@ from puzzle.files.limits import (
     SMALLEST,
 )
 from puzzle.files.path import expanded
+from puzzle.spec.lora import PROJECTIONS
 
 
 def _no_float32_zero(value: float) -> float:
@@ -169,10 +171,35 @@ class ModelConfig(Section):
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the run's layout")
 
 
+def _targets(value: Any) -> Any:
+    """The projections meant: `all`, one name or several, in the order of a layer."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ValueError("expected all, or names of projections such as [q_proj, v_proj]")
+    for name in names:
+        if name != "all" and name not in PROJECTIONS:
+            near = get_close_matches(str(name), PROJECTIONS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"use all, or of {', '.join(PROJECTIONS)}"
+            raise ValueError(f"{name} is no projection of a layer; {hint}")
+    return tuple(name for name in PROJECTIONS if name in names or "all" in names)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021): a model's own weights are frozen, W acts as W + alpha/rank B A."""
+
+    rank: Count = Field(16, description="rows of A and columns of B")
+    alpha: Positive = Field(32.0, description="B A is multiplied by alpha / rank")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_targets)] = Field(
+        PROJECTIONS, description="projections with adapters, such as q_proj,v_proj; all: every one"
+    )
+    merge: bool = Field(True, description="generate with adapters added to the weights; false: beside them")
+
+
 class TrainedConfig(ModelConfig):
     """A model with an optimizer. The critic's source defaults to the actor's (with a fresh value head)."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = Field(None, description="train adapters and a value head alone; null: all")
 
 
 class SourceConfig(Section):

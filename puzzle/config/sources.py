@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from puzzle.config.run import LayoutConfig, ModelConfig, Role
+from puzzle.config.run import LayoutConfig, ModelConfig, Role, TrainedConfig
 from puzzle.errors import UserError, fetching
 from puzzle.files import jsonio
 from puzzle.plan.layout import Layout
+from puzzle.spec.lora import Lora
 from puzzle.spec.model import Head, ModelSpec
 from puzzle.spec.published import published
 
@@ -34,11 +35,12 @@ def spec_of(role: Role, source: ModelConfig) -> ModelSpec:
             raise UserError(f"{role}: init: {error}") from None
     else:
         raise UserError(f"{role}: no model; give {role}.model or {role}.init")
-    if source.layers is None:
-        return spec
-    if source.layers > spec.num_layers:
-        raise UserError(f"{role}.layers is {source.layers}, but the model has only {spec.num_layers}")
-    return replace(spec, num_layers=source.layers)
+    if source.layers is not None:
+        if source.layers > spec.num_layers:
+            raise UserError(f"{role}.layers is {source.layers}, but the model has only {spec.num_layers}")
+        spec = replace(spec, num_layers=source.layers)
+    lora = source.lora if isinstance(source, TrainedConfig) else None
+    return spec if lora is None else replace(spec, lora=Lora(lora.rank, lora.alpha, lora.targets))
 
 
 def folder_spec(key: str, folder: Path, head: Head) -> ModelSpec:

@@ -7,6 +7,7 @@ head_dim, F ffn.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.errors import UserError
+from puzzle.model.adapter import Adapter
 from puzzle.model.attention import KVCache, decode_attention, packed_attention
 from puzzle.model.linear import Later, Weight, linear
 from puzzle.model.logprobs import TokenStats, project, token_stats
@@ -23,7 +25,7 @@ from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, ga
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
-from puzzle.plan.shards import LocalParam, local_params
+from puzzle.plan.shards import LocalParam, adapted, local_params
 from puzzle.spec.model import ModelSpec
 
 
@@ -85,6 +87,10 @@ class Layer(nn.Module):
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    qkv_adapter: Adapter | None
+    attention_out_adapter: Adapter | None
+    gate_up_adapter: Adapter | None
+    down_adapter: Adapter | None
 
     def __init__(self, spec: ModelSpec, tp: int, index: int) -> None:
         """`index` counts from the first layer of the stage."""
@@ -94,6 +100,8 @@ class Layer(nn.Module):
         self.ffn_blocks = spec.ffn_blocks // tp
         for name in ("qkv_bias", "q_norm", "k_norm", "attention_out_bias", "gate_up_bias", "down_bias"):
             self.register_parameter(name, None)
+        for name in ("qkv", "attention_out", "gate_up", "down"):
+            self.register_module(f"{name}_adapter", None)
 
     def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
         """Hidden states in and out, (T/tp, D), or (B, D) in a decode pass: the sum of both tensors.
@@ -106,15 +114,25 @@ class Layer(nn.Module):
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
         qkv = column_linear(x, self.qkv, self.qkv_bias, run.group, run.sharded)
-        return self._row_linear(run.attend(self, qkv), self.attention_out, self.attention_out_bias, run)
+        if self.qkv_adapter is not None:
+            qkv = self.qkv_adapter.add(qkv, x, run.group, run.sharded)
+        weights = (self.attention_out, self.attention_out_bias, self.attention_out_adapter)
+        return self._row_linear(run.attend(self, qkv), *weights, run)
 
     def _ffn(self, x: Tensor, run: Pass) -> Tensor:
         both = column_linear(x, self.gate_up, self.gate_up_bias, run.group, run.sharded)
-        return self._row_linear(run.pointwise.gated(both, self.ffn_blocks), self.down, self.down_bias, run)
+        if self.gate_up_adapter is not None:
+            both = self.gate_up_adapter.add(both, x, run.group, run.sharded)
+        weights = (self.down, self.down_bias, self.down_adapter)
+        return self._row_linear(run.pointwise.gated(both, self.ffn_blocks), *weights, run)
 
     @staticmethod
-    def _row_linear(x: Tensor, weight_transposed: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
+    def _row_linear(
+        x: Tensor, weight_transposed: Tensor, bias: Tensor | None, adapter: Adapter | None, run: Pass
+    ) -> Tensor:
         out = run.group.combine(linear(x, weight_transposed, transposed=True), run.sharded)
+        if adapter is not None:
+            out = adapter.add(out, x, run.group, run.sharded)
         return out if bias is None else out + bias
 
 
@@ -158,6 +176,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict()
         for index, layer in enumerate(layout.layers(coord.p)):
             self.layers[str(layer)] = Layer(spec, layout.tp, index)
+        for matrix, b in adapted(self.storages):
+            assert spec.lora is not None, "whose adapters these are"
+            path, _, name = matrix.name.rpartition(".")
+            self.get_submodule(path).add_module(f"{name}_adapter", Adapter(matrix, b, spec.lora.scale))
         for storage in self.storages:
             path, _, name = storage.name.rpartition(".")
             kind = Weight if len(storage.shape) > 1 else nn.Parameter
@@ -176,6 +198,13 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def adapted(self) -> Iterator[tuple[nn.Parameter, Adapter]]:
+        """Every matrix that has an adapter, with it."""
+        for matrix, _ in adapted(self.storages):
+            adapter = self.get_submodule(f"{matrix.name}_adapter")
+            assert isinstance(adapter, Adapter)
+            yield self.get_parameter(matrix.name), adapter
 
     @property
     def head_weight(self) -> nn.Parameter:

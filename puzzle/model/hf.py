@@ -21,6 +21,7 @@ from torch import Tensor
 from puzzle.errors import UserError, fetching
 from puzzle.files import durable
 from puzzle.files.jsonio import Fields, read_object, shown
+from puzzle.model import peft
 from puzzle.model.decoder import Decoder
 from puzzle.model.rope import frequencies
 from puzzle.model.weights import Sliceable, fill, random_tensor
@@ -106,7 +107,7 @@ class Checkpoint:
 
     def check(self, spec: ModelSpec, new_head: bool) -> None:
         """UserError unless the folder holds exactly the tensors of `spec` (a `new_head` may be missing)."""
-        wanted = {tensor.name: tensor.shape for tensor in spec.tensors()}
+        wanted = {tensor.name: tensor.shape for tensor in spec.base.tensors()}
         optional = {"score.weight"} if new_head else set()
         missing = [name for name in wanted if name not in self.names | optional]
         if missing:
@@ -209,11 +210,13 @@ def load(
     folder: Path,
     head_seed: int | None = None,
     tick: Callable[[], None] = lambda: None,
+    *,
+    adapter_seed: int = 0,
 ) -> Loaded:
     """Read this stage's boxes from a folder.
 
-    Given `head_seed`, a value head that the folder lacks starts at random from (head_seed, name). `tick` is
-    called as `weights.fill` does.
+    Given `head_seed`, a value head that the folder lacks starts at random from (head_seed, name); adapters do
+    from (adapter_seed, name). `tick` is called as `weights.fill` does.
     """
     tensors = {tensor.name: tensor for tensor in decoder.spec.tensors()}
     with open_checkpoint(folder) as checkpoint:
@@ -224,8 +227,9 @@ def load(
         def source(name: str) -> Sliceable:
             if name in checkpoint.names:
                 return _Weights(checkpoint, name, decoder.dtype, twins.get(name))
-            assert head_seed is not None
-            return random_tensor(tensors[name], head_seed, decoder.device)
+            seed = adapter_seed if tensors[name].adapter else head_seed
+            assert seed is not None
+            return random_tensor(tensors[name], seed, decoder.device)
 
         fill(decoder, source, tick)
         initialised = tuple(name for name in tensors if name not in checkpoint.names)
@@ -242,13 +246,18 @@ def save(
     *,
     more: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a model folder: config, `tensors` (whole, by name, one at a time), another folder's tokenizer.
 
     `more` are further keys of config.json; `generation` is what generation_config.json says (None: there is
-    none). The folder appears, or replaces the one of that name, when it is complete; while it does, `gate` is
-    held.
+    none). Adapters are added to the weights, and lie beside them in a folder of their own that names the
+    `base`'s. The folder appears, or replaces the one of that name, when it is complete; while it does, `gate`
+    is held.
     """
+    trained: dict[str, Tensor] = {}
+    if spec.lora is not None:
+        tensors = peft.merged(spec, tensors, trained)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -259,6 +268,8 @@ def save(
             if tokenizer is not None and (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if spec.lora is not None:
+            peft.write(partial / peft.FOLDER, spec, trained, base)
         if generation is not None:
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         durable.put(partial, folder, gate or nullcontext())

@@ -27,13 +27,20 @@ class Sliceable(Protocol):
 
 @torch.no_grad()
 def fill(
-    decoder: Decoder, source: Callable[[str], Sliceable], tick: Callable[[], None] = lambda: None
+    decoder: Decoder,
+    source: Callable[[str], Sliceable],
+    tick: Callable[[], None] = lambda: None,
+    *,
+    frozen: bool = True,
 ) -> None:
     """Copy every box of the stage from the logical tensors that `source` opens by name, converting the dtype.
 
-    `source` is called once per name and storage, `tick` after every storage.
+    `source` is called once per name and storage, `tick` after every storage. Without `frozen`, only what is
+    trained is read.
     """
     for storage in decoder.storages:
+        if not (storage.trained or frozen):
+            continue
         weight = decoder.get_parameter(storage.name)
         opened = {name: source(name) for name in dict.fromkeys(piece.tensor for piece in storage.pieces)}
         for piece in storage.pieces:
@@ -55,13 +62,21 @@ def boxes(decoder: Decoder, values: Callable[[str], Tensor]) -> Iterator[tuple[s
 
 
 def random_tensor(tensor: TensorSpec, seed: int, device: torch.device) -> Tensor:
-    """float32 initial weights, a function of (seed, name) and the device's type: norms one, biases zero."""
-    if len(tensor.shape) == 1:
-        value = 0.0 if tensor.name.endswith(".bias") else 1.0
+    """float32 initial weights, a function of (seed, name) and the device's type: norms one, biases zero.
+
+    Of adapters, B is zero and A as Kaiming et al.'s uniform numbers with a = sqrt(5), as the package peft
+    draws it: within 1 / sqrt(inputs).
+    """
+    if len(tensor.shape) == 1 or tensor.adapter == "B":
+        value = 0.0 if tensor.adapter == "B" or tensor.name.endswith(".bias") else 1.0
         return torch.full(tensor.shape, value, device=device)
     digest = hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.empty(tensor.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
+    made = torch.empty(tensor.shape, device=device)
+    if tensor.adapter == "A":
+        bound = tensor.shape[1] ** -0.5
+        return made.uniform_(-bound, bound, generator=generator)
+    return made.normal_(0.0, INIT_STD, generator=generator)
 
 
 def initialise(decoder: Decoder, seed: int, tick: Callable[[], None] = lambda: None) -> None:

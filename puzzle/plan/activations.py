@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from puzzle.plan.layout import Coord, Layout, Placement
-from puzzle.plan.shards import local_params
+from puzzle.plan.shards import adapted, local_params
 from puzzle.spec.model import ModelSpec
 
 FP32 = 4
@@ -25,7 +26,8 @@ class Use:
     """One model of a run. `itemsize` is bytes per weight; `fused`: norms are single kernels (CUDA);
     `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
     is not trained, are on the host where they are not needed. `split`: pipelines compute weights' gradients
-    apart (`intra.split_backward`)."""
+    apart (`intra.split_backward`). `borrowed`: its weights are those of another model of the run. `merged`:
+    the host keeps the matrices that adapters are added to for a while."""
 
     name: str
     spec: ModelSpec
@@ -37,12 +39,20 @@ class Use:
     compiled: bool = False
     offload: bool = False
     split: bool = False
+    borrowed: bool = False
+    merged: bool = False
 
 
 @lru_cache
-def storages(spec: ModelSpec, layout: Layout, p: int) -> tuple[tuple[int, int], ...]:
-    """Rows and elements per row of a stage's storages, which are alike for all t and d."""
-    return tuple((param.rows, param.row_size) for param in local_params(spec, layout, Coord(0, p, 0)))
+def storages(
+    spec: ModelSpec, layout: Layout, p: int, which: Literal["all", "trained", "adapted"] = "all"
+) -> tuple[tuple[int, int], ...]:
+    """Rows and elements per row of a stage's storages, which are alike for all t and d: of all, of those that
+    are trained, or of those that have adapters."""
+    params = local_params(spec, layout, Coord(0, p, 0))
+    if which == "adapted":
+        params = tuple(matrix for matrix, _ in adapted(params))
+    return tuple((param.rows, param.row_size) for param in params if which != "trained" or param.trained)
 
 
 class Activations:
@@ -78,11 +88,19 @@ class Activations:
         attention = self.T * (columns * self.item + self.heads * FP32)
         if self.use.spec.qk_norm:
             attention += self.norm(self.T, self.Q + self.R) - self.T * (self.Q + self.R) * (self.item)
-        return (
-            norms
-            + attention
-            + self.T * (3 if self.use.fused or self.use.compiled else 4) * self.F * self.item
-        )
+        ffn = self.T * (3 if self.use.fused or self.use.compiled else 4) * self.F * self.item
+        return norms + attention + ffn + self.adapters()
+
+    def adapters(self) -> int:
+        """What a layer's adapters save besides: what A gave, and B by columns of projections (`Adapter`)."""
+        total, layout = 0, self.use.placement.layout
+        for matrix, b in adapted(local_params(self.use.spec, layout, Coord(0, self.p, 0))):
+            if not matrix.name.startswith(f"layers.{layout.first_layers[self.p]}."):
+                continue
+            columns = len({piece.tensor for piece in b.pieces}) * b.row_size
+            total += (self.S if matrix.transposed else self.T) * columns
+            total += 0 if (columns, matrix.rows) == b.shape[::-1] else matrix.rows * columns
+        return total * self.item
 
     def saved(self) -> int:
         """From a forward to its backward pass on this stage."""
@@ -120,7 +138,9 @@ class Activations:
         block = FP32 * min(LOGITS_BLOCK, self.answers * self.rows)
         if not self.use.trained:
             return 2 * block
-        gradients = self.answers * self.D * (FP32 + self.item) + self.rows * self.D * self.item
+        gradients = self.answers * self.D * (FP32 + self.item)
+        if self.use.spec.lora is None:
+            gradients += self.rows * self.D * self.item
         return max(2 * block, block + block * self.item // FP32 + gradients)
 
     def transient(self) -> int:
@@ -129,7 +149,8 @@ class Activations:
         layout = self.use.placement.layout
         largest = 0
         if not self.use.fused and self.item != FP32:
-            largest = max(rows * size for rows, size in storages(self.use.spec, layout, self.p)) * self.item
+            trained = storages(self.use.spec, layout, self.p, "trained")
+            largest = max(rows * size for rows, size in trained) * self.item
         hidden = self.T * self.D if layout.tp > 1 else 0
         gradients = (2 * self.T * self.F + 2 * self.S * self.D + hidden) * self.item
         return gradients + largest + (self.layer() if self.use.recompute else 0)

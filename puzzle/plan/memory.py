@@ -47,8 +47,8 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank by term: `resident` ones always, a stage's in it. `host`: what is offloaded; `cache`
-    is that of the stage `generation`."""
+    """Bytes of one rank by term: `resident` ones always, a stage's in it. `host`: what is offloaded or kept
+    there; `cache` is that of the stage `generation`."""
 
     rank: int
     resident: Mapping[str, int]
@@ -82,17 +82,26 @@ def weight_bytes(spec: ModelSpec, layout: Layout, coord: Coord, itemsize: int) -
     return itemsize * sum(rows * size for rows, size in storages(spec, layout, coord.p))
 
 
+def merged_bytes(use: Use, coord: Coord) -> int:
+    """The matrices that have adapters, which the host keeps while these are merged."""
+    if not use.merged:
+        return 0
+    matrices = storages(use.spec, use.placement.layout, coord.p, "adapted")
+    return use.itemsize * sum(rows * size for rows, size in matrices)
+
+
 def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
-    """ZeRO-1: moments, and fp32 masters where weights are not fp32, of the replica's own rows."""
+    """ZeRO-1: moments, and fp32 masters where weights are not fp32, of the replica's own trained rows."""
     dp, own = use.placement.layout.dp, 0
-    for rows, size in storages(use.spec, use.placement.layout, coord.p):
+    for rows, size in storages(use.spec, use.placement.layout, coord.p, "trained"):
         chunk = -(-rows // dp)
         own += size * max(0, min(chunk, rows - coord.d * chunk))
     return {"moments": 2 * FP32 * own, "masters": 0 if use.itemsize == FP32 else FP32 * own}
 
 
 def gradient_bytes(use: Use, coord: Coord) -> int:
-    """fp32 buffers of all replicas' rows; apart from them the own rows' sum, if it is not NCCL that adds up.
+    """fp32 buffers of all replicas' trained rows; apart from them the own rows' sum, if it is not NCCL that
+    adds up.
 
     Stepped rows spread in the same memory.
     """
@@ -108,7 +117,8 @@ def deferred_gather_bytes(use: Use, coord: Coord) -> int:
 
 def _chunk(use: Use, coord: Coord) -> int:
     layout = use.placement.layout
-    return sum(-(-rows // layout.dp) * size for rows, size in storages(use.spec, layout, coord.p))
+    trained = storages(use.spec, layout, coord.p, "trained")
+    return sum(-(-rows // layout.dp) * size for rows, size in trained)
 
 
 def _limited(rows: int, limit: int | None) -> int:
@@ -243,7 +253,8 @@ def rank_memory(
             },
             **stages,
         }
-    return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()), cache)
+    merged = sum(merged_bytes(use, use.placement.coord_of(rank)) for use in uses)
+    return RankMemory(rank, resident, stages, sum(states.values()) + sum(lent.values()) + merged, cache)
 
 
 def fitting_pages(ranks: Sequence[RankMemory], limit: int) -> int:
@@ -275,6 +286,7 @@ def _held_by(rank: int, uses: Sequence[Use]) -> tuple[dict[str, int], ...]:
     for use in uses:
         coord = use.placement.coord_of(rank)
         weights = weight_bytes(use.spec, use.placement.layout, coord, use.itemsize)
+        weights = 0 if use.borrowed else weights
         (lent if use.offload and not use.trained else resident)[f"{use.name} weights"] = weights
         if use.trained:
             (states if use.offload else resident).update(_named(use, state_bytes(use, coord)))

@@ -3,7 +3,7 @@ pipelines, and how a batch is cut. `puzzle.config.resolve` makes these values fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ from puzzle.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model of a run: its shape, and which rank holds which part. `trained`: it has an optimizer."""
+    """One model of a run: its shape, and which rank holds which part. `trained`: it has an optimizer.
+    `shares`: the role whose frozen weights are also its own."""
 
     role: str
     spec: ModelSpec
     placement: Placement
     trained: bool
+    shares: str | None = None
 
     @property
     def layout(self) -> Layout:
@@ -39,7 +41,22 @@ class ModelPlan:
             "head": spec.head,
             "parameters": spec.parameters,
         }
-        return {**shape, "layout": _layout(self.layout), "trained": self.trained}
+        found = {**shape, "layout": _layout(self.layout), "trained": self.trained}
+        if spec.lora is not None:
+            found["lora"] = {**asdict(spec.lora), "trained_parameters": spec.trained_parameters}
+        if self.shares is not None:
+            found["shares"] = self.shares
+        return found
+
+    def __str__(self) -> str:
+        """For people: size, layout, what is learned."""
+        size = f"{self.spec.base.parameters / 1e9:.3f} B parameters, tp,pp,dp {self.layout}"
+        if self.shares is not None:
+            return f"{size}, the weights of the {self.shares} without its adapters"
+        if not self.trained or self.spec.lora is None:
+            return size + (", trained" if self.trained else "")
+        learned = f"{self.spec.trained_parameters / 1e6:.1f} M parameters"
+        return f"{size}, trained by adapters of rank {self.spec.lora.rank}: {learned}"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ so a shard is always a range of whole rows, contiguous in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.spec.lora import adapter_names
 from puzzle.spec.model import ModelSpec
 from puzzle.spec.tensors import TensorSpec
 
@@ -78,13 +79,14 @@ class Piece:
 class LocalParam:
     """One storage tensor of a coordinate; `transposed`: its rows are dimension 1 of the logical tensors.
 
-    Rows that no piece covers are vocabulary padding.
+    Rows that no piece covers are vocabulary padding. `trained` is what its tensors are.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     transposed: bool = False
+    trained: bool = True
 
     @property
     def rows(self) -> int:
@@ -119,6 +121,8 @@ def local_params(spec: ModelSpec, layout: Layout, coord: Coord) -> tuple[LocalPa
     Names: `embed`, `layers.N.attention_norm|qkv|qkv_bias|q_norm|k_norm|attention_out|attention_out_bias|
     mlp_norm|gate_up|gate_up_bias|down|down_bias` (N counts from the first layer), `final_norm`, `head`.
     A tied head on the only stage is `embed`; on a last stage of its own it is `head`, holding the same boxes.
+    An adapted matrix `M` has `M_adapter.a`, the A of its tensors one above the other, and `M_adapter.b`, of
+    which each row stands beside one of `M`.
     """
     cut = _Cut(spec, layout.tp, coord.t)
     params: list[LocalParam] = []
@@ -131,6 +135,12 @@ def local_params(spec: ModelSpec, layout: Layout, coord: Coord) -> tuple[LocalPa
         if not (spec.tied and layout.pp == 1):
             params.append(cut.matrix("head", spec.head_tensor))
     return tuple(params)
+
+
+def adapted(params: Iterable[LocalParam]) -> list[tuple[LocalParam, LocalParam]]:
+    """Every storage that has an adapter, with the adapter's `b`."""
+    named = {param.name: param for param in params}
+    return [(param, named[b]) for name, param in named.items() if (b := f"{name}_adapter.b") in named]
 
 
 def stages_of(tensor: TensorSpec, layout: Layout) -> tuple[int, ...]:
@@ -151,9 +161,10 @@ def sharers(tensor: TensorSpec, layout: Layout, coord: Coord) -> tuple[Coord, ..
 
 
 def sharer_groups(spec: ModelSpec, placement: Placement) -> tuple[tuple[int, ...], ...]:
-    """Every set of two or more ranks that hold the same boxes of some tensor inside a replica, sorted."""
+    """Every set of two or more ranks that hold the same boxes of some trained tensor inside a replica,
+    sorted."""
     # Tensors with one place and split have one answer, and all layers of a stage are alike.
-    kinds = {(t.place, t.split): t for t in spec.tensors()}
+    kinds = {(t.place, t.split): t for t in spec.tensors() if t.trained}
     found = {
         tuple(placement.rank_of(c) for c in sharers(tensor, placement.layout, coord))
         for tensor in kinds.values()
@@ -189,7 +200,7 @@ class _Cut:
         if tensor.place in ("embed", "tied") or tensor_name == "lm_head.weight":
             shape = (-(-tensor.shape[0] // self.tp), *shape[1:])
         pieces = (Piece(tensor_name, box, 0, dim),) if box.size else ()
-        return LocalParam(name, shape, pieces, transposed=dim == 1)
+        return LocalParam(name, shape, pieces, transposed=dim == 1, trained=tensor.trained)
 
     def interleaved(self, name: str, tensor_names: list[str], blocks: int) -> LocalParam:
         """A storage of `blocks` blocks, each of which holds the same share of every tensor in turn."""
@@ -202,8 +213,24 @@ class _Cut:
                 box = Box(((low + block * rows, low + (block + 1) * rows), *_whole(tensor.shape[1:])))
                 pieces.append(Piece(tensor_name, box, start))
                 start += rows
-        shape = (start, *self.tensors[tensor_names[0]].shape[1:])
-        return LocalParam(name, shape, tuple(pieces))
+        first = self.tensors[tensor_names[0]]
+        return LocalParam(name, (start, *first.shape[1:]), tuple(pieces), trained=first.trained)
+
+    def fused(self, name: str, matrices: list[str], blocks: int) -> Iterator[LocalParam]:
+        """The interleaved storage of several matrices, and those of their adapters."""
+        yield self.interleaved(name, matrices, blocks)
+        pairs = [pair for pair in map(adapter_names, matrices) if pair[0] in self.tensors]
+        if pairs:
+            yield self.interleaved(f"{name}_adapter.a", [a for a, _ in pairs], 1)
+            yield self.interleaved(f"{name}_adapter.b", [b for _, b in pairs], blocks)
+
+    def single(self, name: str, matrix: str) -> Iterator[LocalParam]:
+        """The storage of one matrix, and those of its adapter."""
+        yield self.matrix(name, matrix)
+        a, b = adapter_names(matrix)
+        if a in self.tensors:
+            yield self.matrix(f"{name}_adapter.a", a)
+            yield self.matrix(f"{name}_adapter.b", b)
 
     def layer(self, layer: int) -> Iterator[LocalParam]:
         spec, ours, theirs = self.spec, f"layers.{layer}.", f"model.layers.{layer}."
@@ -211,20 +238,20 @@ class _Cut:
         qkv = [f"{theirs}self_attn.{part}_proj." for part in "qkv"]
         gate_up = [f"{theirs}mlp.{part}_proj." for part in ("gate", "up")]
         yield self.matrix(ours + "attention_norm", theirs + "input_layernorm.weight")
-        yield self.interleaved(ours + "qkv", [part + "weight" for part in qkv], groups)
+        yield from self.fused(ours + "qkv", [part + "weight" for part in qkv], groups)
         if spec.qkv_bias:
             yield self.interleaved(ours + "qkv_bias", [part + "bias" for part in qkv], groups)
         if spec.qk_norm:
             yield self.matrix(ours + "q_norm", theirs + "self_attn.q_norm.weight")
             yield self.matrix(ours + "k_norm", theirs + "self_attn.k_norm.weight")
-        yield self.matrix(ours + "attention_out", theirs + "self_attn.o_proj.weight")
+        yield from self.single(ours + "attention_out", theirs + "self_attn.o_proj.weight")
         if spec.out_bias:
             yield self.matrix(ours + "attention_out_bias", theirs + "self_attn.o_proj.bias")
         yield self.matrix(ours + "mlp_norm", theirs + "post_attention_layernorm.weight")
-        yield self.interleaved(ours + "gate_up", [part + "weight" for part in gate_up], blocks)
+        yield from self.fused(ours + "gate_up", [part + "weight" for part in gate_up], blocks)
         if spec.mlp_bias:
             yield self.interleaved(ours + "gate_up_bias", [part + "bias" for part in gate_up], blocks)
-        yield self.matrix(ours + "down", theirs + "mlp.down_proj.weight")
+        yield from self.single(ours + "down", theirs + "mlp.down_proj.weight")
         if spec.mlp_bias:
             yield self.matrix(ours + "down_bias", theirs + "mlp.down_proj.bias")
 

@@ -13,7 +13,7 @@ from puzzle.config import memory_report as footprint
 from puzzle.config.base import RunConfig
 from puzzle.config.resolve import Plan, RunPlan
 from puzzle.config.sections import ModelConfig, OptimizerConfig
-from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.model import ModelRuntime, borrower
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.offload import HostMemory, Offload, offload_states, offload_weights
 from puzzle.engine.train.zero_adamw import AdamWSettings
@@ -120,19 +120,23 @@ def learning_rate(optimizer: OptimizerConfig, total: int) -> Callable[[int], flo
 
 def build_models(plan: RunPlan, world: World) -> Models:
     """`build_runtimes`, and the policy as it generates."""
-    made = build_runtimes(plan, world)
-    generator = build_policy_generator(plan, world, made.by_role["actor"])
+    host = _host_memory(plan, world)
+    made = build_runtimes(plan, world, host)
+    generator = build_policy_generator(plan, world, made.by_role["actor"], host)
     return Models(made.by_role, made.trained, made.offload, generator)
 
 
-def build_runtimes(plan: Plan, world: World) -> RunModels:
+def build_runtimes(plan: Plan, world: World, host: HostMemory | None = None) -> RunModels:
     """Every model in use, with weights and, where it is trained, an optimizer. UserError naming the model.
 
-    A trained model may lack a value head, which then starts at random.
+    A trained model may lack a value head, which then starts at random. What is offloaded goes to `host`.
     """
-    config, host = plan.config, _host_memory(plan, world)
+    config, host = plan.config, host or _host_memory(plan, world)
     made: dict[str, ModelRuntime] = {}
     for role, model in plan.models.items():
+        if model.shares is not None:
+            made[role] = borrower(role, model.spec, made[model.shares])
+            continue
         section, recompute = getattr(config, role), config.recompute and model.trained
         runtime = load_model(model, section, world, config.dtype, config.seed, recompute, config.compile)
         made[role] = runtime
@@ -167,7 +171,8 @@ def load_model(
     if source.model is None:
         initialise(runtime.decoder, seed, world.progress.tick)
     else:
-        loaded = hf.load(runtime.decoder, folder, seed if new_head else None, world.progress.tick)
+        head_seed = seed if new_head else None
+        loaded = hf.load(runtime.decoder, folder, head_seed, world.progress.tick, adapter_seed=seed)
         if world.rank == 0:
             loaded.warn(folder)
     return runtime
@@ -185,9 +190,11 @@ def _adamw(options: OptimizerConfig, steps: int) -> AdamWSettings:
 
 
 def _host_memory(plan: Plan, world: World) -> HostMemory:
-    """What all that this rank offloads will need, known before any of it is there: moments come last."""
+    """What all that this rank offloads, or keeps there, will need, known before any of it is there: moments
+    come last."""
     ahead = 0
-    if any(plan.config.offloads(role) for role in plan.models):
+    merges = isinstance(plan, RunPlan) and plan.merges
+    if merges or any(plan.config.offloads(role) for role in plan.models):
         ahead = footprint.estimate(plan, fused=world.device.type == "cuda")[world.rank].host
     return HostMemory(world.device, ahead, world.progress.tick)
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from puzzle.config.resolve import RunPlan
-from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.pipeline.model import ModelRuntime, borrower
 from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.stage_timer import StageClock
 from puzzle.engine.runtime.tracing import Instant
 from puzzle.engine.runtime.world import World
+from puzzle.engine.train.offload import HostMemory, MergedAdapters
 from puzzle.engine.train.zero_adamw import ZeroAdamW
 from puzzle.errors import UserError
 from puzzle.runlog.records import Switch
 
 
 class PolicyGenerator:
-    """Lends the runtime that generates; `switcher` is None where that is the actor itself.
+    """Lends the runtime that generates; `switcher` is None where its weights are those of the actor.
+
+    `merged` adds the actor's adapters to its weights beforehand, and puts these back afterwards:
+
+        base W --keep--> host
+        W + scale B A --(switch)--> generation
+        W <--restore-- host
 
     With a plan out of ZeRO shards, what the last step of an iteration changed is gathered beside generation;
     `saved_bytes` need not have arrived before it, of all ranks together.
@@ -33,9 +40,10 @@ class PolicyGenerator:
         switcher: Resharder | None = None,
         verify: bool = False,
         saved_bytes: int = 0,
+        merged: MergedAdapters | None = None,
     ) -> None:
         self.actor, self.runtime, self.switcher, self.verify = actor, runtime or actor, switcher, verify
-        self.saved_bytes = saved_bytes
+        self.saved_bytes, self.merged = saved_bytes, merged
         self._seconds = (0.0, 0.0, 0.0)  # of the fill, awaited of it, of the drop
         self._waits: list[tuple[Instant, Instant]] = []
 
@@ -64,26 +72,36 @@ class PolicyGenerator:
     def weights(self, clock: StageClock | None = None) -> Generator[ModelRuntime]:
         """The runtime, with its weights for as long as the block lasts; time goes to the clock's stages."""
         clock_ends = clock.end if clock is not None else lambda stage: None
+        if self.merged is not None:
+            self._optimizer.wait_gather()
+            self.merged.merge()
+            clock_ends("switch")
         if self.switcher is None:
             yield self.runtime
             clock_ends("generation")
-            return
-        fill = self.switcher.fill()
-        if self.switcher.side is None:
+        else:
+            yield from self._switched(self.switcher, clock_ends)
+        if self.merged is not None:
+            self.merged.restore()
+            clock_ends("switch")
+
+    def _switched(self, switcher: Resharder, clock_ends: Callable[[str], None]) -> Iterator[ModelRuntime]:
+        fill = switcher.fill()
+        if switcher.side is None:
             clock_ends("switch")
         if self.verify:
             self._await_weights()
-            self.switcher.verify()
+            switcher.verify()
             clock_ends("other")
         self._optimizer.start_gather()
         yield self.runtime
         clock_ends("generation")
-        drop = self.switcher.drop()
+        drop = switcher.drop()
         self._await_weights()
         clock_ends("switch")
         self._seconds = (fill, fill, drop)
-        if self.switcher.side is not None:
-            whole, waited = self.switcher.take_times()
+        if switcher.side is not None:
+            whole, waited = switcher.take_times()
             self._seconds = (whole, fill + waited, drop)
 
     def record(self, world: World, iteration: int) -> Switch | None:
@@ -118,17 +136,21 @@ class PolicyGenerator:
         return Switch(iteration, awaited + drop + (gather if plan.zero else 0.0), fields=fields)
 
 
-def build_policy_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> PolicyGenerator:
+def build_policy_generator(
+    plan: RunPlan, world: World, actor: ModelRuntime, host: HostMemory
+) -> PolicyGenerator:
     """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
     options, request = plan.config.switch, plan.switch
+    merged = MergedAdapters(host, actor.stage) if plan.merges else None
     if request is None:
-        return PolicyGenerator(actor)
+        runtime = borrower("generation", plan.generation_spec, actor) if plan.merges else actor
+        return PolicyGenerator(actor, runtime, merged=merged)
     beside = options.overlap == "prefill"
     if beside and world.device.type != "cuda":
         raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
     switch = request.plan
     runtime = ModelRuntime(
-        "generation", actor.spec, switch.destination, world, actor.decoder.dtype, allocate=False
+        "generation", plan.generation_spec, switch.destination, world, actor.decoder.dtype, allocate=False
     )
     switcher = Resharder(
         switch,
@@ -140,4 +162,4 @@ def build_policy_generator(plan: RunPlan, world: World, actor: ModelRuntime) -> 
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
-    return PolicyGenerator(actor, runtime, switcher, options.verify, request.saved_bytes)
+    return PolicyGenerator(actor, runtime, switcher, options.verify, request.saved_bytes, merged)

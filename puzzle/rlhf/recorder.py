@@ -94,7 +94,7 @@ def describe_rank(models: RunModels, world: World, peaks: Mapping[str, int] | No
     return Rank(
         world.rank,
         coordinates=coordinates,
-        parameter_bytes=sum(p.nbytes for m in models.all() for p in m.decoder.parameters()),
+        parameter_bytes=sum({p: p.nbytes for m in models.all() for p in m.decoder.parameters()}.values()),
         device=str(world.device),
         collective_bytes=moved_bytes(models, world),
         peak_bytes=dict(peaks) if peaks else None,
@@ -317,7 +317,10 @@ class Recorder:
             more = {**more, "pad_token_id": pad}
         with tokenizer_folder(tokenizer, folder.parent, pad) as files:
             generation, gate = endings.generation, self.world.progress.writing
-            hf.save(folder, model.spec, tensors, files, gate=gate, more=more, generation=generation)
+            source = getattr(self.config, model.name).model
+            hf.save(
+                folder, model.spec, tensors, files, gate=gate, more=more, generation=generation, base=source
+            )
         self.write(Checkpoint(done, str(folder.relative_to(self.out))))
         self._prune()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from puzzle.spec.hf import read_config, write_config
+from puzzle.spec.lora import Lora, adapted
 from puzzle.spec.tensors import Split, TensorSpec, VocabSplit
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -29,7 +30,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that determines a model's tensors and arithmetic; nothing about devices or dtypes."""
+    """Everything that determines a model's tensors and arithmetic; nothing about devices or dtypes.
+
+    With `lora`, adapters and a value head are what is trained.
+    """
 
     family: Family
     vocab_size: int
@@ -50,6 +54,7 @@ class ModelSpec:
     sliding_window: int | None = None
     head: Head = "lm"
     num_labels: int = 1
+    lora: Lora | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], head: Head | None = None) -> ModelSpec:
@@ -65,6 +70,11 @@ class ModelSpec:
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` dictionary that transformers loads; old and new key names where they differ."""
         return write_config(self)
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without adapters."""
+        return replace(self, lora=None)
 
     @property
     def tied(self) -> bool:
@@ -92,19 +102,24 @@ class ModelSpec:
         """Number of parameters; a tied embedding counts once."""
         return sum(tensor.size for tensor in self._tensors)
 
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that are learned where the model is trained."""
+        return sum(tensor.size for tensor in self._tensors if tensor.trained)
+
     @cached_property
     def _tensors(self) -> tuple[TensorSpec, ...]:
-        v, d = self.vocab_size, self.hidden_size
-        out = [
-            TensorSpec("model.embed_tokens.weight", (v, d), "tied" if self.tied else "embed", VocabSplit())
-        ]
+        v, d, whole = self.vocab_size, self.hidden_size, self.lora is None
+        place = "tied" if self.tied else "embed"
+        out = [TensorSpec("model.embed_tokens.weight", (v, d), place, VocabSplit(), whole)]
         for layer in range(self.num_layers):
-            out += self._layer_tensors(layer)
-        out.append(TensorSpec("model.norm.weight", (d,), "head", None))
+            tensors = self._layer_tensors(layer)
+            out += tensors if self.lora is None else adapted(tensors, self.lora)
+        out.append(TensorSpec("model.norm.weight", (d,), "head", None, whole))
         if self.head == "value":
             out.append(TensorSpec("score.weight", (self.num_labels, d), "head", None))
         elif not self.tied:
-            out.append(TensorSpec("lm_head.weight", (v, d), "head", VocabSplit()))
+            out.append(TensorSpec("lm_head.weight", (v, d), "head", VocabSplit(), whole))
         return tuple(out)
 
     def _layer_tensors(self, layer: int) -> list[TensorSpec]:

@@ -53,12 +53,18 @@ class VocabSplit:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One logical tensor: Hugging Face name, global shape, place in the pipeline, rule of the cut."""
+    """One logical tensor: Hugging Face name, global shape, place in the pipeline, rule of the cut.
+
+    `trained`: where its model has an optimizer, this tensor is learned; others are frozen. `adapter`: which
+    of an adapter's two matrices it is.
+    """
 
     name: str
     shape: tuple[int, ...]
     place: Place
     split: Split | VocabSplit | None
+    trained: bool = True
+    adapter: Literal["A", "B"] | None = None
 
     @property
     def size(self) -> int:

@@ -275,7 +275,7 @@ class Checkpoints:
         with Reader(folder, found.entries) as reader:
             for model in self.models:
                 optimizer, name = _optimizer(model), model.name
-                fill(model.decoder, lambda tensor, name=name: Logical(reader, name, tensor))
+                fill(model.decoder, lambda tensor, name=name: Logical(reader, name, tensor), frozen=False)
                 optimizer.set_steps(found.models[name].steps)
                 for i, slot in enumerate(optimizer.slots):
                     for kind, target in zip(

@@ -133,7 +133,7 @@ class Manifest:
                     raise UserError(f"{name}: the checkpoint has a box outside of {shown(entry.tensor)}")
                 key = (entry.tensor, entry.kind)
                 sizes[key] = sizes.get(key, 0) + entry.box.size
-        wanted = {(tensor.name, kind): tensor.size for tensor in spec.tensors() for kind in KINDS}
+        wanted = {(t.name, kind): t.size for t in spec.tensors() if t.trained for kind in KINDS}
         if sizes != wanted:
             wrong = next(key for key in (*wanted, *sizes) if sizes.get(key) != wanted.get(key))
             raise UserError(f"{name}: the checkpoint does not hold {wrong[1]} of {wrong[0]} exactly once")
@@ -171,17 +171,21 @@ def _entry(number: int, box: Any, files: Mapping[str, SavedFile]) -> Entry:
 
 def identity(spec: ModelSpec) -> str:
     """A digest of everything that determines a model's tensors and arithmetic."""
-    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:32]
+    values = asdict(spec)
+    if spec.lora is None:
+        del values["lora"]  # checkpoints from before there were adapters say nothing of them
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def owned(spec: ModelSpec, layout: Layout, coord: Coord) -> list[Owned]:
-    """What one coordinate writes: pieces of its ZeRO rows of which it is the owner among the sharers."""
+    """What one coordinate writes: trained pieces of its ZeRO rows of which it is the owner among the
+    sharers."""
     owners = {t.name: sharers(t, layout, coord)[0] == coord for t in spec.tensors()}
     return [
         Owned(index, piece, param.transposed)
         for index, param in enumerate(local_params(spec, layout, coord))
         for piece in param.clip(*zero_rows(param, layout.dp, coord.d))
-        if owners[piece.tensor]
+        if param.trained and owners[piece.tensor]
     ]
 
 

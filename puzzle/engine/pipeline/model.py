@@ -48,8 +48,13 @@ class ModelRuntime:
         """Whether gradients of matrices are computed apart, where pipelines of several stages would idle."""
 
     def attach_optimizer(self, settings: AdamWSettings, bucket: int = BUCKET) -> None:
-        """Make the model trainable. Weights must be in place: the fp32 masters are copied from them."""
-        params = [(s, self.stage.get_parameter(s.name)) for s in self.stage.storages]
+        """Make the model trainable. Weights must be in place: the fp32 masters are copied from them.
+
+        Frozen storages get neither gradients nor states.
+        """
+        for storage in self.stage.storages:
+            self.stage.get_parameter(storage.name).requires_grad_(storage.trained)
+        params = [(s, self.stage.get_parameter(s.name)) for s in self.stage.storages if s.trained]
         self.optimizer = ZeroAdamW(
             self.name, self.spec, self.placement, self.coord, params, self.world, settings, bucket
         )
@@ -87,6 +92,17 @@ class ModelRuntime:
                 whole.device, dtype
             )
         return self.world.sum(whole)
+
+
+def borrower(name: str, spec: ModelSpec, owner: ModelRuntime) -> ModelRuntime:
+    """A model of `spec` in the placement of `owner`, whose weights, among others, are its own: no copies."""
+    stage = owner.stage
+    made = ModelRuntime(name, spec, owner.placement, owner.world, stage.dtype, allocate=False)
+    for storage in made.stage.storages:
+        path, _, leaf = storage.name.rpartition(".")
+        made.stage.get_submodule(path).register_parameter(leaf, stage.get_parameter(storage.name))
+    made.stage.freq, made.stage.pointwise = stage.freq, stage.pointwise
+    return made
 
 
 def share(count: int, parts: int, index: int) -> range:

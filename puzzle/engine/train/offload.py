@@ -109,6 +109,28 @@ class Offload:
             torch.cuda.current_stream(self.device).wait_event(event)
         self._waits.append((began, Instant(self.device)))
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy to the host what was never there; all stays here, and may be changed from now on."""
+        with self._beside():
+            for storage in self._storages():
+                if storage._cdata not in self._held:
+                    self._copy(self._taken(storage), to_host=True)
+        self._follow()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what `keep` has copied."""
+        with self._beside():
+            for held in self._held.values():
+                self._copy(held, to_host=False)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Let the device go on only behind the copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
     def take_times(self) -> tuple[float, float, int]:
         """Since the last call: seconds that this rank's device waited and that copies took, bytes moved."""
         if self._stream is not None:
@@ -213,6 +235,25 @@ class HostMemory:
             raise UserError(f"offload: the host has no more memory to pin ({reason}); offload less") from None
         self._tick()
         return made
+
+
+class MergedAdapters:
+    """Adds a model's adapters to its weights, and puts these back as they were, bit for bit: in bf16,
+    subtracting would not. Meanwhile they lie on the host."""
+
+    def __init__(self, host: HostMemory, decoder: Decoder) -> None:
+        self._pairs = list(decoder.adapted())
+        self._weights = Offload(host, lambda: [[weight for weight, _ in self._pairs]])
+
+    def merge(self) -> None:
+        """The weights are now those of base and adapters together."""
+        self._weights.keep()
+        for weight, adapter in self._pairs:
+            adapter.merge_into(weight)
+
+    def restore(self) -> None:
+        """The weights are the base's again."""
+        self._weights.restore()
 
 
 def offload_states(host: HostMemory, optimizer: ZeroAdamW) -> Offload:
