@@ -1,4 +1,4 @@
-"""`puzzle bench memory`: PPO iterations on random models, each rank's peak per stage beside the formula's."""
+"""`puzzle bench memory`: iterations on random models, each rank's peak per stage beside the formula's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 from puzzle.cli import Parser, named, whole
 from puzzle.cli.plan_switch import triple
 from puzzle.config import memory_report as footprint
+from puzzle.config.base import ROLES
 from puzzle.config.load import build, merge, parse_overrides
 from puzzle.config.resolve import resolve
-from puzzle.config.run import TrainConfig
+from puzzle.config.run import TRAINED, TrainConfig
 from puzzle.errors import UserError
 from puzzle.files.limits import MOST_LAYERS
 from puzzle.launch import local
@@ -59,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run every layout; 1 if a peak was measured that is further than `BAR` from the formula."""
     parser = Parser(
         "puzzle bench memory",
-        description="Run PPO on random models; measure each rank's peak memory per stage beside the formula.",
+        description="Train random models; measure each rank's peak memory per stage beside the formula.",
         epilog="Every key of the configuration is an option, --section.key VALUE, as of puzzle train.",
         allow_abbrev=False,
     )
@@ -100,7 +101,10 @@ def configured(
     actor, critic = ({"init": {"preset": name}, "layers": layers} for name in models)
     sizes = dict(zip(("tp", "pp", "dp"), layout, strict=True))
     roles = {"actor": actor, "critic": critic, "reward": critic, "layout": sizes}
-    return build(merge(DEFAULTS, roles, parse_overrides(overrides)), lambda key: "the command line")
+    given = parse_overrides(overrides)
+    if "critic" not in TRAINED.get(given.get("algorithm", {}).get("name", "ppo"), ROLES):
+        del roles["critic"]
+    return build(merge(DEFAULTS, roles, given), lambda key: "the command line")
 
 
 def peaks(ranks: Sequence[RankMemory], run: Run) -> list[Peak]:

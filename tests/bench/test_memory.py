@@ -41,6 +41,7 @@ def words(**changes: object) -> list[str]:
         ((1, 1, 1), {"dtype": "fp32"}),
         ((1, 2, 1), {"generation__layout__tp": 2, "generation__layout__pp": 1}),
         ((1, 1, 1), {"offload__optimizer": True, "offload__reference": True, "offload__reward": True}),
+        ((1, 1, 1), {"dtype": "bf16", "actor__lora__rank": 8, "critic__lora__targets": "q_proj,down_proj"}),
     ],
 )
 def test_peaks_are_those_of_the_formula(tmp_path: Path, layout: tuple[int, int, int], changes: dict) -> None:
