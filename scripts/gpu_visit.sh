@@ -1,8 +1,8 @@
 #!/bin/bash
 # What needs GPUs, in one visit: bash scripts/gpu_visit.sh OUTDIR [PART...]
-# Parts: check switch fuse memory save layouts single end rollout (docs/performance.md); by default all but the last two that the
+# Parts: check switch fuse memory save layouts single end rollout graphs (docs/performance.md); by default all but the last three that the
 # host's GPUs allow. end: PPO in the published layout and in the planner's. Eight GPUs in two visits of ten minutes:
-# check switch layouts, then fuse end. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
+# check switch layouts, then fuse end. graphs: those of decoding that live on, in five minutes on one GPU. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
 # an older checkout of this repository, to time its generation beside this one's.
 # Steps have time limits of their own and go on after failures; logs lie in OUTDIR, a table of results comes last.
 # SECONDS_LEFT (default 590) bounds the visit; steps that no longer fit are skipped and say so.
@@ -153,10 +153,15 @@ rollout_fixed() {
     on 0 bench rollout-check.log 100 "queue and pages give the same tokens" check --models llama,qwen2
 }
 
+rollout_kept() { # early stop's gain with graphs recorded in every iteration, and once
+    on 0 bench rollout-kept.log 80 "graphs that live" generate --sequences 128 --modes graphs kept --lengths exponential \
+        --new 256 --repeats 3 --out "$rows"
+}
+
 rollout_groups() {
     on 1 bench rollout-groups.log 90 "64 prompts of 8 samples" generate --sequences 512 --samples 8 --prompt 1024 \
         --modes graphs --out "$rows"
-    on 1 bench rollout-groups.log 90 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
+    on 1 bench rollout-groups.log 110 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
 }
 
 rollout_varied() {
@@ -165,19 +170,33 @@ rollout_varied() {
 }
 
 rollout_long() {
-    on 3 bench rollout-long.log 200 "2048 of at most 8k" "${long[@]}" --sequences 2048 --prompt 256-1024 --new 7168 --mean 512
+    on 3 bench rollout-long.log 260 "2048 of at most 8k" "${long[@]}" --sequences 2048 --prompt 256-1024 --new 7168 --mean 512
+}
+
+# Graphs that go on from iteration to iteration: same tokens, what recording costs, and a whole run with and without.
+part_graphs() {
+    on 0 bench graphs-check.log 100 "graphs give the same tokens" check --models llama,qwen2
+    rollout_kept
+    local keep
+    for keep in false true; do
+        on 0 step "graphs-train-$keep.log" 60 "PPO, graphs kept: $keep" "$python" -m puzzle.cli train --out "$out/graphs-$keep" \
+            --device cuda --dtype bf16 --iterations 5 --batch 64 --data.random_tokens 128 --generation.max_new_tokens 128 \
+            --generation.keep_graphs "$keep" --actor.init.preset 7b --actor.layers 8 --critic.init.preset 350m \
+            --reward.init.preset 350m --algorithm.microbatch 16 --checkpoint.save false --log.samples 0 --log.plots false \
+            --log.tensorboard false --eval.every 0 --switch.verify false
+    done
 }
 
 part_rollout() {
-    # A cache takes what memory is free: one job at a time on a GPU.
-    {
-        rollout_fixed
-        [ "$gpus" -ge 4 ] || rollout_varied
-    } &
-    [ "$gpus" -gt 1 ] || wait
+    # A cache takes what memory is free: one job at a time on a GPU. Alone, what has no numbers yet comes first.
     {
         rollout_groups
         [ "$gpus" -ge 4 ] || rollout_long
+    } &
+    [ "$gpus" -gt 1 ] || wait
+    {
+        rollout_fixed
+        [ "$gpus" -ge 4 ] || rollout_varied
     } &
     if [ "$gpus" -ge 4 ]; then
         rollout_varied &

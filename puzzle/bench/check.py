@@ -21,7 +21,7 @@ from puzzle.bench.harness import Bench, Row, Sizes, option
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import whole
 from puzzle.engine.generate.decode_ring import generate
-from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.model_runner import ModelRunner, Room
 from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -303,6 +303,41 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
                     for row, answer in zip(rows, answers, strict=True)
                 ]
                 yield f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN
+    yield from _graphs_that_live(runtime, requests, truth)
+
+
+def _graphs_that_live(runtime: ModelRuntime, requests: Sequence[Request], truth: Truth) -> Found:
+    """A run's iterations: graphs go on while what they read stays, though weights change there, and are
+    recorded anew after it has moved."""
+    params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS)
+    pages = sum(whole_pages(len(request.prompt), NEW_TOKENS, PAGE) for request in requests)
+    room = Room(len(requests), whole_pages(max(map(len, truth.texts)), NEW_TOKENS, PAGE), max(1, pages))
+    rows = runtime.rows(len(truth.texts))
+    with ModelRunner(runtime.decoder, page=PAGE, room=room) as passes:
+        recorded, before = [], []
+        for number, change in enumerate(("recorded", "again", "other weights", "moved", "again")):
+            if change == "other weights":
+                for weight in runtime.decoder.parameters():
+                    weight.data.mul_(0.5)
+            if change == "moved":
+                for weight in runtime.decoder.parameters():
+                    weight.data = 2 * weight.data
+            answers = generate(runtime.decoder, requests, params, runtime.executor, passes=passes)
+            passes.rest()
+            recorded.append(passes.captures)
+            if change == "other weights":  # nobody knows what they answer, but it is not the same
+                same = any(a.logprobs == b.logprobs for a, b in zip(answers, before, strict=True))
+                yield "graphs that live, log-probs of other weights are the old ones", float(same), 0.5
+                continue
+            before, told = answers, zip(rows, answers, strict=True)
+            margins = [
+                truth.margin(truth.texts[row], truth.answers[row], answer.tokens) for row, answer in told
+            ]
+            yield f"graphs that live, {number} {change}, margin", max(margins, default=0.0), MARGIN
+        again = recorded[2] - recorded[0] + recorded[4] - recorded[3]
+        yield "graphs that live, recorded again without need", float(again), 0.5
+        if passes.graphs and requests:
+            yield "graphs that live, not recorded after a move", float(recorded[3] == recorded[2]), 0.5
 
 
 def _until(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:

@@ -23,7 +23,8 @@ from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
 from puzzle.cli import named, whole
 from puzzle.engine.generate.decode_ring import Tally, generate
-from puzzle.engine.generate.model_runner import ModelRunner, cache_bytes
+from puzzle.engine.generate.memory import cache_bytes
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request, StopRule
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
@@ -66,7 +67,10 @@ class GenerateBench(harness.LayoutBench):
     mean: Annotated[int | None, harness.tokens(help="of exponential lengths; default: a quarter of new")] = (
         None
     )
-    modes: Annotated[Sequence[str], harness.several("eager", "graphs")] = ("eager", "graphs")
+    modes: Annotated[
+        Sequence[str],
+        harness.several("eager", "graphs", "kept", text="kept: runs go on with the graphs of the first"),
+    ] = ("eager", "graphs")
     lengths: Annotated[
         Sequence[str], option(nargs="+", help="fixed, exponential or FILE: a number of new tokens in a line")
     ] = ("fixed",)
@@ -114,7 +118,8 @@ class GenerateBench(harness.LayoutBench):
             arms = "  ".join(
                 f"{name} {arm['median_s']:.3f} s {arm['tokens_per_s']:.0f} tokens/s (useful"
                 f" {arm['useful_share']:.2f}, prefilled {arm['prefilled_tokens']}, put back"
-                f" {arm['put_back']}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s)"
+                f" {arm['put_back']}, {arm['captures']} graphs in {median(arm['capture_s']):.3f} s,"
+                f" {arm['first_capture_s']:.3f} s in the first run)"
                 for name, arm in row["arms"].items()
             )
             ratio = f"  {row['ratio']:.2f} x" if "ratio" in row else ""
@@ -148,7 +153,7 @@ class Subject:
         new, (read, _), tally = self.bench.new, given, Tally()
         device.reset_peak(self.world.device)
         captured: Row = {}
-        with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
+        with ModelRunner(self.runtime.decoder, graphs=mode != "eager") as passes:
             if passes.graphs:
                 first = self._seconds(passes, given, new)
                 captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
@@ -171,30 +176,36 @@ class Subject:
     def varied(self, mode: str, given: Given) -> Row:
         """Responses of various lengths, with early stop and without in alternation.
 
-        As in PPO, every run makes its cache and records its graphs; `capture_s` is the seconds of the latter.
-        A first run of each warms up, unless there is to be one only.
+        As in PPO where training needs the memory, every run makes its cache and records its graphs, unless
+        the mode is `kept`; `capture_s` is the seconds of the latter, `first_capture_s` those of the
+        first run. A first run of each arm warms up, unless there is to be one only.
         """
         bench, tokens = self.bench, sum(given[1])
+        passes = ModelRunner(self.runtime.decoder, graphs=mode != "eager")
 
         def once(early_stop: bool) -> Row:
-            tally = Tally()
-            with ModelRunner(self.runtime.decoder, graphs=mode == "graphs") as passes:
-                seconds = self._seconds(passes, given, bench.new, tally=tally, early_stop=early_stop)
-                found = {"seconds": seconds, "capture_s": passes.capture_seconds, "captures": passes.captures}
-                found["predicted_bytes"] = self._predicted(passes, given)
+            tally, before = Tally(), (passes.captures, passes.capture_seconds)
+            seconds = self._seconds(passes, given, bench.new, tally=tally, early_stop=early_stop)
+            found = {"seconds": seconds, "captures": passes.captures - before[0]}
+            found |= {"capture_s": passes.capture_seconds - before[1]}
+            found["predicted_bytes"] = self._predicted(passes, given)
+            if mode != "kept":
+                passes.release()
             found |= {"prefilled_tokens": tally.prefilled, "put_back": tally.put_back}
             return found | {"useful_share": self._share(tally)}
 
         device.reset_peak(self.world.device)
         asked = {name: early for name, early in ARMS.items() if ("early" if early else "late") in bench.arms}
         warm = int(bench.repeats > 1)
-        runs = device.alternated(
-            {n: partial(once, early) for n, early in asked.items()}, warm + bench.repeats
-        )
+        with passes:
+            runs = device.alternated(
+                {n: partial(once, early) for n, early in asked.items()}, warm + bench.repeats
+            )
         arms: dict[str, Row] = {}
         for name, every in runs.items():
             timed = every[warm:]
             arms[name] = timed[-1] | {key: [run[key] for run in timed] for key in ("seconds", "capture_s")}
+            arms[name]["first_capture_s"] = every[0]["capture_s"]
             arms[name]["median_s"] = median(arms[name]["seconds"])
             arms[name]["tokens_per_s"] = tokens / arms[name]["median_s"]
         found: Row = {"tokens": tokens, "arms": arms, "decode_floor_s": self._floor(given)}

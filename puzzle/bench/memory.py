@@ -101,6 +101,7 @@ def configured(
     actor, critic = ({"init": {"preset": name}, "layers": layers} for name in models)
     sizes = dict(zip(("tp", "pp", "dp"), layout, strict=True))
     roles = {"actor": actor, "critic": critic, "reward": critic, "layout": sizes}
+    roles["generation"] = {"keep_graphs": False}  # auto depends on the device, the formula here does not
     given = parse_overrides(overrides)
     if "critic" not in TRAINED.get(given.get("algorithm", {}).get("name", "ppo"), ROLES):
         del roles["critic"]

@@ -21,6 +21,9 @@ from puzzle.plan.memory import (
 )
 from puzzle.plan.pages import KEPT_FREE, Cache
 
+KEPT_BESIDE = 0.1
+"""The part of a device that stays free where generation's memory is kept beside training: CUDA and NCCL took
+up to 3.4 GiB outside of torch, and peaks were up to 2.7 % above what is counted (docs/memory.md)."""
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
 
@@ -37,6 +40,7 @@ REMEDIES = {
     "one layer": "lower algorithm.microbatch (or microbatch_tokens),"
     " or generation.prefill_microbatch where it generates",
     "deferred all-gather": "raise {model}.layout.tp or pp instead of dp",
+    "graphs": "set generation.keep_graphs to false",
     "cache": "lower generation.max_sequences or max_new_tokens, or raise generation.layout.tp or pp",
     "staging": "choose a generation.layout nearer to the actor's, or lower switch.staging_bytes",
 }
@@ -82,7 +86,12 @@ def _uses(plan: Plan, fused: bool) -> list[Use]:
 def estimate(plan: Plan, fused: bool, limit: int | None = None) -> list[RankMemory]:
     """Every rank's memory. `fused`: norms are single kernels, as on CUDA. Where `limit` bytes of a device do
     not hold all sequences of a replica at full length, the cache has as many pages as they do hold, and those
-    of the longest sequence at least."""
+    of the longest sequence at least. It is kept beside training where `generation.keep_graphs` says so."""
+    if fused and isinstance(plan, RunPlan) and plan.config.keeps_graphs is not False:
+        kept = _estimate(plan, fused, None, keep=True)
+        fits = limit is not None and max(rank.peak for rank in kept) <= (1 - KEPT_BESIDE) * limit
+        if fits or plan.config.keeps_graphs is True:
+            return kept
     found = _estimate(plan, fused, None)
     if limit is None or not isinstance(plan, RunPlan):
         return found
@@ -91,7 +100,7 @@ def estimate(plan: Plan, fused: bool, limit: int | None = None) -> list[RankMemo
     return _estimate(plan, fused, fitting_pages(_estimate(plan, fused, 0), limit))
 
 
-def _estimate(plan: Plan, fused: bool, pages: int | None) -> list[RankMemory]:
+def _estimate(plan: Plan, fused: bool, pages: int | None, keep: bool = False) -> list[RankMemory]:
     uses, batch = _uses(plan, fused), plan.batch
     switched, generation = [Switched()] * plan.world, None
     prefill = decode = most = None
@@ -120,7 +129,7 @@ def _estimate(plan: Plan, fused: bool, pages: int | None) -> list[RankMemory]:
     for rank in range(plan.world):
         kind = (kind_of_rank(rank, uses, generation), switched[rank])
         if kind not in known:
-            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], shared, pages)
+            known[kind] = rank_memory(rank, uses, generation, work, switched[rank], shared, pages, keep)
         found.append(replace(known[kind], rank=rank))
     return found
 
@@ -170,7 +179,8 @@ def _together(cache: Cache) -> str:
     room = f"in {cache.pages} pages, {cache.pages * cache.page_bytes / GIB:.2f} GiB"
     if cache.together < cache.rows:
         room += f", {cache.together} of them at full length: short ones leave room for more, the others wait"
-    return f"generation: up to {cache.rows} sequences of a replica at a time {room}"
+    kept = "; all of it is kept beside training, with the graphs that read it" if cache.kept else ""
+    return f"generation: up to {cache.rows} sequences of a replica at a time {room}{kept}"
 
 
 def require(ranks: Sequence[RankMemory], limit: int) -> None:

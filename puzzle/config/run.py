@@ -7,7 +7,7 @@ validation (`_inherit`). `puzzle.config.load` reads files and command lines into
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
@@ -244,6 +244,11 @@ class TrainConfig(RunConfig):
             )
         if self.switch.overlap == "prefill" and self.device == "cpu":
             raise ValueError("switch.overlap prefill: a CPU does one thing at a time; use nothing")
+        if self.switch.overlap == "prefill" and self.generation.keep_graphs is True:
+            raise ValueError(
+                "generation.keep_graphs: a graph cannot await weights layer by layer, as with switch.overlap"
+                " prefill; leave one of them out"
+            )
         beside = self.switch.source == "zero_shards" or self.switch.overlap == "prefill"
         if beside and self.generation.layout == self.actor.layout:
             raise ValueError(
@@ -251,6 +256,13 @@ class TrainConfig(RunConfig):
                 " another generation.layout, or leave them out"
             )
         return self
+
+    @property
+    def keeps_graphs(self) -> bool | Literal["auto"]:
+        """`generation.keep_graphs`, where there are graphs that can be kept."""
+        if not self.generation.graphs or self.switch.overlap == "prefill":
+            return False
+        return self.generation.keep_graphs
 
     @model_validator(mode="after")
     def _adapters(self) -> TrainConfig:

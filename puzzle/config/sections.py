@@ -244,6 +244,11 @@ class GenerationConfig(Section):
         None, description="of a replica at a time; the others wait (as many as memory holds)"
     )
     graphs: bool = Field(True, description="replay decode passes as CUDA graphs (not on a CPU)")
+    keep_graphs: bool | Literal["auto"] = Field(
+        "auto",
+        description="graphs, cache and switched weights stay for all iterations; auto: where that fits beside"
+        " training",
+    )
     early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from puzzle.plan.activations import FP32, Activations, Use, storages, worst
 from puzzle.plan.layout import Coord, Layout
@@ -186,9 +186,14 @@ def generation_passes(use: Use, p: int, tokens: int, rows: int) -> dict[str, int
     return worst([{"one layer": one.forward()}, {"logits": logits if one.last else 0}])
 
 
-def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple[dict[str, int], Cache]:
-    """The cache of the sequences that a replica generates at a time, and passes over them. Passes take an
-    even share per stage where no limit is given.
+def graph_bytes(use: Use, p: int, rows: int) -> int:
+    """What the graphs of decode passes of up to `rows` rows compute in: they share it, one after another."""
+    return sum(generation_passes(use, p, rows, rows).values())
+
+
+def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple[dict[str, int], Cache, int]:
+    """The cache of the sequences that a replica generates at a time, and passes over them; bytes of their
+    graphs. Passes take an even share per stage where no limit is given.
 
     With `pages` the cache has no more than so many: a sequence may be put back, and is then prefilled with
     its own tokens.
@@ -207,7 +212,7 @@ def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple
     decode = _limited(rows, work.decode or -(-rows // layout.pp))
     cache = Cache(held + 1, kv_bytes(use.spec, layout, p, page, use.itemsize), rows, columns)
     passes = generation_passes(use, p, longest * size, decode)
-    return {"kv cache": cache.pages * cache.page_bytes, **passes}, cache
+    return {"kv cache": cache.pages * cache.page_bytes, **passes}, cache, graph_bytes(use, p, decode)
 
 
 @dataclass(frozen=True)
@@ -229,9 +234,11 @@ def rank_memory(
     switched: Switched,
     fused: bool,
     pages: int | None = None,
+    keep: bool = False,
 ) -> RankMemory:
     """What `rank` needs. `generation` is the actor where it generates, None where nothing does; `fused`: the
-    trained models share a pipeline; the cache has at most `pages` pages (None: for all at full length)."""
+    trained models share a pipeline; the cache has at most `pages` pages (None: for all at full length). With
+    `keep`, what generation's graphs read stays in all stages."""
     resident, training, states, lent = _held_by(rank, uses)
     trained = [use for use in uses if use.trained]
     steps = [_fused(trained, work, rank)] if fused else []
@@ -241,15 +248,23 @@ def rank_memory(
     stages = {"inference": {**lent, **inferred}, "training": {**states, **training, **worst(steps)}}
     cache = None
     if generation is not None:
-        terms, cache = _generation(generation, work, generation.placement.coord_of(rank).p, pages)
+        terms, cache, graphs = _generation(generation, work, generation.placement.coord_of(rank).p, pages)
         made = _named(generation, terms)
+        if keep:
+            cache = replace(cache, kept=True)
+            weights, graph = {"generation weights": switched.weights}, {"generation graphs": graphs}
+            kept = graph | {"generation kv cache": cache.pages * cache.page_bytes}
+            stages = {stage: {**stages[stage], **weights, **kept} for stage in stages}
+        else:
+            graph = kept = {}
         stages = {
             # Offloaded states leave when the weights are there.
-            "switch": {"generation weights and staging": switched.filling, **states},
+            "switch": {"generation weights and staging": switched.filling, **states, **kept},
             "generation": {
                 "generation weights": switched.weights,
                 "actor deferred all-gather": switched.deferred_gather,
                 **made,
+                **graph,
             },
             **stages,
         }

@@ -20,12 +20,14 @@ KEPT_FREE = 0.02
 @dataclass(frozen=True)
 class Cache:
     """The key/value cache of a rank: `pages` of `page_bytes` each, for `rows` sequences of a replica, each of
-    `columns` pages at full length. More than one sequence are no must: the others wait."""
+    `columns` pages at full length. More than one sequence are no must: the others wait. It is `kept` when
+    generation ends, or given back."""
 
     pages: int
     page_bytes: int
     rows: int
     columns: int
+    kept: bool = False
 
     @property
     def together(self) -> int:

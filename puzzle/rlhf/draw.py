@@ -48,13 +48,14 @@ class Draws:
 
     def _rollout(self, prompts: Sequence[Prompt], iteration: int, clock: StageClock) -> Experience:
         generation, endings, likeliest = self.config.generation, self.data.endings, None
-        with self.models.generator.weights(clock) as actor:
+        generator, samples = self.models.generator, generation.samples
+        with generator.weights(clock) as actor:
             self.models.offload.for_generation()
-            samples = generation.samples
-            experience = rollout(actor, prompts, samples, self.params, iteration, generation, endings)
+            how = (iteration, generation, endings, generator.passes)
+            experience = rollout(actor, prompts, samples, self.params, *how)
             if self.greedy:
                 params = replace(self.params, greedy=True)
-                likeliest = rollout(actor, prompts, 1, params, iteration, generation, endings)
+                likeliest = rollout(actor, prompts, 1, params, *how)
         self.models.offload.for_inference()
         if likeliest is None:
             return experience

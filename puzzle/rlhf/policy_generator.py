@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
+from puzzle.config import memory_report as footprint
 from puzzle.config.resolve import RunPlan
+from puzzle.engine.generate.model_runner import ModelRunner, Room
 from puzzle.engine.pipeline.model import ModelRuntime, borrower
 from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.stage_timer import StageClock
@@ -21,7 +24,8 @@ from puzzle.runlog.records import Switch
 
 
 class PolicyGenerator:
-    """Lends the runtime that generates; `switcher` is None where its weights are those of the actor.
+    """Lends the runtime that generates; `switcher` is None where its weights are those of the actor. In a
+    `with` block: at its end nothing of generation stays.
 
     `merged` adds the actor's adapters to its weights beforehand, and puts these back afterwards:
 
@@ -41,11 +45,32 @@ class PolicyGenerator:
         verify: bool = False,
         saved_bytes: int = 0,
         merged: MergedAdapters | None = None,
+        graphs: bool = True,
+        room: Room | None = None,
     ) -> None:
+        """`graphs` and `room` as in `ModelRunner`."""
         self.actor, self.runtime, self.switcher, self.verify = actor, runtime or actor, switcher, verify
         self.saved_bytes, self.merged = saved_bytes, merged
         self._seconds = (0.0, 0.0, 0.0)  # of the fill, awaited of it, of the drop
         self._waits: list[tuple[Instant, Instant]] = []
+        self._graphs, self._room = graphs, room
+        self._passes: ModelRunner | None = None
+
+    @property
+    def passes(self) -> ModelRunner:
+        """What runs the runtime's passes; while it has its weights."""
+        if self._passes is None:
+            self._passes = ModelRunner(self.runtime.decoder, self._graphs, room=self._room)
+        return self._passes
+
+    def __enter__(self) -> PolicyGenerator:
+        """As long as the block lasts."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A communicator never ends while a graph holds its collectives."""
+        if self._passes is not None:
+            self._passes.release()
 
     @property
     def _optimizer(self) -> ZeroAdamW:
@@ -78,6 +103,7 @@ class PolicyGenerator:
             clock_ends("switch")
         if self.switcher is None:
             yield self.runtime
+            self.passes.rest()
             clock_ends("generation")
         else:
             yield from self._switched(self.switcher, clock_ends)
@@ -95,6 +121,7 @@ class PolicyGenerator:
             clock_ends("other")
         self._optimizer.start_gather()
         yield self.runtime
+        self.passes.rest()
         clock_ends("generation")
         drop = switcher.drop()
         self._await_weights()
@@ -142,9 +169,10 @@ def build_policy_generator(
     """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
     options, request = plan.config.switch, plan.switch
     merged = MergedAdapters(host, actor.stage) if plan.merges else None
+    room = room_of(plan, world)
+    make = partial(PolicyGenerator, merged=merged, graphs=plan.config.generation.graphs, room=room)
     if request is None:
-        runtime = borrower("generation", plan.generation_spec, actor) if plan.merges else actor
-        return PolicyGenerator(actor, runtime, merged=merged)
+        return make(actor, borrower("generation", plan.generation_spec, actor) if plan.merges else actor)
     beside = options.overlap == "prefill"
     if beside and world.device.type != "cuda":
         raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
@@ -159,7 +187,17 @@ def build_policy_generator(
         runtime.decoder,
         transport=options.transport,
         beside=beside,
+        keep=room.pages > 0,
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
-    return PolicyGenerator(actor, runtime, switcher, options.verify, request.saved_bytes, merged)
+    return make(actor, runtime, switcher, options.verify, request.saved_bytes)
+
+
+def room_of(plan: RunPlan, world: World) -> Room:
+    """What sequences of full length take on this rank; its pages stay if every rank has memory for that."""
+    cuda = world.device.type == "cuda"
+    cache = footprint.estimate(plan, cuda, world.device_memory)[world.rank].cache
+    assert cache is not None
+    lacks = torch.tensor(int(not cache.kept), device=world.device)
+    return Room(cache.rows, cache.columns, 0 if int(world.max(lacks)) else cache.pages - 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from puzzle.config import memory_report as footprint
 from puzzle.config.resolve import Plan
 from puzzle.engine.runtime.world import World
@@ -28,8 +26,7 @@ def agree(plan: Plan, world: World) -> None:
 
 def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded."""
-    if world.device.type == "cuda":
-        limit = torch.cuda.get_device_properties(world.device).total_memory
+    if (limit := world.device_memory) is not None:
         footprint.require(footprint.estimate(plan, True, limit), limit)
 
 

@@ -18,6 +18,7 @@ from puzzle.data.prompts import Prompt
 from puzzle.data.reading import Reader
 from puzzle.data.tokenizers import Tokenizer, response_text
 from puzzle.engine.generate.decode_ring import Tally, generate
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -51,10 +52,12 @@ def rollout(
     iteration: int,
     generation: GenerationConfig,
     endings: Endings,
+    passes: ModelRunner | None = None,
 ) -> Experience:
     """Responses and their log-probs for every prompt, the same experience on every rank.
 
-    `generation` says how large micro-batches are; `endings.rule` ends responses beside the stop tokens.
+    `generation` says how large micro-batches are; `endings.rule` ends responses beside the stop tokens;
+    `passes` are the actor's, if they go on from call to call.
     """
     count = len(prompts) * samples
     rows = actor.rows(count)
@@ -68,6 +71,7 @@ def rollout(
         requests,
         params,
         actor.executor,
+        passes=passes,
         prefill=generation.prefill_microbatch,
         decode=generation.decode_microbatch,
         most=generation.max_sequences,

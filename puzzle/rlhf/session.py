@@ -185,7 +185,7 @@ def hold(
             with Recorder(out, config, world, header, resumed) as recorder:
                 session.run(recorder, checkpoints)
         except torch.OutOfMemoryError as error:
-            ranks = footprint.estimate(plan, fused=world.device.type == "cuda")
+            ranks = footprint.estimate(plan, world.device.type == "cuda", world.device_memory)
             print(footprint.table(ranks), file=sys.stderr)
             reason = str(error).splitlines()[0].partition(". ")[0]
             remedy = footprint.remedy(ranks[world.rank])

@@ -17,6 +17,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt, no_columns
 from puzzle.data.stream import left_out
+from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
 from puzzle.engine.runtime.stage_timer import StageClock
@@ -147,6 +148,11 @@ class Trainer(Session):
         seen = state.section("scores_seen")
         names = [field.name for field in dataclasses.fields(RunningMoments)]
         self.scores_seen = RunningMoments(**{name: seen.number(name) for name in names})
+
+    def run(self, recorder: Recorder, checkpoints: Checkpoints) -> None:
+        """All iterations; then what generation has kept is given back."""
+        with self.models.generator:
+            super().run(recorder, checkpoints)
 
     def remarks(self) -> Sequence[str]:
         """Prompts that are left out."""
@@ -304,10 +310,10 @@ class Trainer(Session):
             self.params, greedy=self.config.eval.greedy or self.params.greedy, seed=self.config.seed + 1
         )
         parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        generation, endings = self.config.generation, self.data.endings
         with self.models.generator.weights() as actor:
             self.models.offload.for_generation()
-            answers = [rollout(actor, part, 1, params, 0, generation, endings) for part in parts]
+            how = (params, 0, self.config.generation, self.data.endings, self.models.generator.passes)
+            answers = [rollout(actor, part, 1, *how) for part in parts]
         experience = responses_of(answers)
         # A function may compare responses: it gets them all.
         pending = self.scorer.begin(lambda: self._reward_batch(experience, prompts))

@@ -60,6 +60,7 @@ class Case:
     small: bool = False  # many buckets, everything packed
     dtype: torch.dtype = torch.float32
     transport: Literal["messages", "peer"] = "messages"
+    keep: bool = False  # every fill to the same addresses
     zero: bool = False  # other replicas' rows are not there yet
 
     def plan(self) -> SwitchPlan:
@@ -122,8 +123,9 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
     source = stage(plan, plan.source, rank, "cpu", case.dtype)
     destination = stage(plan, plan.destination, rank, "meta", case.dtype)
     expected = stage(plan, plan.destination, rank, "cpu", case.dtype)
-    switcher = Resharder(plan, world, source, destination, timeout=60.0, transport=case.transport)
-    wrong = []
+    how: dict[str, Any] = {"timeout": 60.0, "transport": case.transport, "keep": case.keep}
+    switcher = Resharder(plan, world, source, destination, **how)
+    wrong, lay = [], []
     for seed in (1, 2):
         filled(source, seed)
         filled(expected, seed)
@@ -144,10 +146,13 @@ def one(rank: int, world: World, case: Case, measure: bool) -> list[str]:
         own = [] if source is None else [p.untyped_storage().data_ptr() for p in source.parameters()]
         made = [] if destination is None else [p.untyped_storage() for p in destination.parameters()]
         gone = [StorageWeakRef(storage) for storage in made if storage.data_ptr() not in own]
+        lay.append([] if destination is None else [p.data_ptr() for p in destination.parameters()])
         del made
         switcher.drop()
-        if not all(memory.expired() for memory in gone):
-            wrong.append("memory outlives its drop")
+        if any(memory.expired() == case.keep for memory in gone):
+            wrong.append("memory ends with its drop" if case.keep else "memory outlives its drop")
+    if case.keep and lay[0] != lay[1]:
+        wrong.append("weights came to other addresses")
     return [f"{case}, rank {rank}: {what}" for what in wrong]
 
 

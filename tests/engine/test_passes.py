@@ -9,11 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
+from puzzle.engine.generate import memory as cache_memory
 from puzzle.engine.generate import model_runner as engine_passes
 from puzzle.engine.generate.decode_ring import generate
-from puzzle.engine.generate.model_runner import ModelRunner, Sampled, bucket
+from puzzle.engine.generate.model_runner import ModelRunner, bucket
 from puzzle.engine.generate.requests import Request
-from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.generate.sampling import Sampled, SamplingParams
 from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
@@ -193,10 +194,10 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
     world.max = lambda x: torch.maximum(x, torch.tensor(others[-1]))
     use = memory.Use("model", passes.decoder.spec, Placement.default(passes.decoder.layout), 4)
     beside = sum(memory.generation_passes(use, 0, 40, 2).values())
-    monkeypatch.setattr(engine_passes, "cache_memory", lambda *_: beside + 8 * page - 1)
+    monkeypatch.setattr(cache_memory, "cache_memory", lambda *_: beside + 8 * page - 1)
 
     def fitting(wanted: int) -> int:
-        return engine_passes.fitting_pages(passes, wanted, 16, cast(Any, world), 40, 2)
+        return cache_memory.fitting_pages(passes, wanted, 16, cast(Any, world), 40, 2)
 
     assert fitting(12) == 12  # a CPU has what is wanted
     passes.decoder = cast(Any, Cuda(passes.decoder))
@@ -207,6 +208,106 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
     assert passes.cache is None
     others.append(-4)
     assert fitting(11) == 4
+
+
+def test_graphs_go_on_while_nothing_that_they_read_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recordings launch their pass, but only while all addresses are those that they were made with: a graph
+    would read what lies there now."""
+    addresses: dict[Any, list[int]] = {}
+
+    def read(self: engine_passes.CudaGraphDecode) -> list[int]:
+        tensors = [*self.decoder.parameters(), self.cache.k, self.cache.v, self.state, self.table]
+        return [x.data_ptr() for x in tensors]
+
+    def record(self: engine_passes.CudaGraphDecode) -> None:
+        self.passes.captures += 1
+        made, params = read(self), self.passes.params
+
+        def replay() -> None:
+            assert read(self) == made
+            assert (self.passes.params.greedy, self.passes.params.top_k) == (params.greedy, params.top_k)
+            self.out = self._pass()
+
+        self.graph = cast(Any, SimpleNamespace(replay=replay))
+
+    monkeypatch.setattr(engine_passes.CudaGraphDecode, "record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: addresses.setdefault(len(addresses), []))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    decoder = stage(save_lm(tmp_path / "model"))
+    prompts = [Request([7 + n] * n, n) for n in (2, 6, 19, 4)]
+    params = SamplingParams(max_new_tokens=5)
+    greedy = SamplingParams(max_new_tokens=5, greedy=True)
+
+    def tokens(passes: ModelRunner | None, asked: list[Request], how: SamplingParams) -> list[list[int]]:
+        return [answer.tokens for answer in generate(decoder, asked, how, passes=passes)]
+
+    truth, likeliest = tokens(None, prompts, params), tokens(None, prompts, greedy)
+    passes = ModelRunner(decoder, page=16, room=engine_passes.Room(4, 2, 9))
+    passes.graphs = True
+    counts = []
+    for asked, how in (
+        (prompts, params),
+        (prompts, params),
+        (prompts[:2], params),  # fewer rows, shorter prompts
+        (prompts, greedy),
+        (prompts, params),
+    ):
+        assert tokens(passes, asked, how) == (likeliest if how is greedy else truth)[: len(asked)]
+        passes.rest()
+        counts.append(passes.captures)
+    assert counts == [1, 1, 2, 3, 3]  # four rows; two rows; four rows drawn in another way
+    weight = next(decoder.parameters())
+    weight.data = weight.data.clone()
+    assert tokens(passes, prompts, params) == truth
+    assert passes.captures == 4
+    passes.release()
+    assert passes.cache is None
+    assert tokens(passes, prompts, params) == truth
+    assert passes.captures == 5
+    lent = ModelRunner(decoder, page=16, room=engine_passes.Room(4, 2))
+    lent.graphs = True
+    for count in (1, 2):
+        assert tokens(lent, prompts, params) == truth
+        assert lent.captures == count
+        lent.rest()
+        assert lent.cache is None
+
+
+def test_what_one_rank_has_to_record_anew_all_do(tmp_path: Path) -> None:
+    """A kept cache serves whoever has room in it alone; if any rank's memory has moved, all begin anew."""
+    passes = ModelRunner(stage(save_lm(tmp_path / "model")), room=engine_passes.Room(2, 3, 10))
+    told: list[int] = []
+
+    def most(x: torch.Tensor) -> torch.Tensor:
+        told.append(int(x))
+        return torch.maximum(x, torch.tensor(others.pop(0)))
+
+    world = SimpleNamespace(device=torch.device("cpu"), max=most)
+    passes.start((2,), 10, 16, 3, SamplingParams())
+    decoder = passes.decoder
+    passes.decoder = cast(Any, Cuda(decoder))
+    others = [0, -(1 << 60)]
+    assert cache_memory.fitting_pages(passes, 99, 16, cast(Any, world), 40, 2, least=10) == 10
+    others = [0, -(1 << 60)]
+    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), 40, 2) == 1 << 60
+    assert passes.cache is not None
+    assert told == [0, -10, 0, -(1 << 60)]
+    others = [1, -7]
+    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), 40, 2) == 7
+    assert passes.cache is None
+    passes.decoder = decoder
+    passes.start((2,), 10, 16, 3, SamplingParams())
+    weight = next(decoder.parameters())
+    weight.data = weight.data.clone()
+    told.clear()
+    passes.decoder = cast(Any, Cuda(decoder))
+    others = [0, -7]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_memory, "cache_memory", lambda *_: 1 << 40)
+        assert cache_memory.fitting_pages(passes, 10, 16, cast(Any, world), 40, 2, least=3) == 7
+    assert told[0] == 1
 
 
 class Cuda:
@@ -229,7 +330,7 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
     def empty() -> None:
         kept.append(0)
 
-    monkeypatch.setattr(engine_passes, "lends_pages", lambda: lends)
+    monkeypatch.setattr(cache_memory, "lends_pages", lambda: lends)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300 + kept[-1])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700 - kept[-1], 1000))
@@ -238,11 +339,11 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
     most = int(700 - 1000 * KEPT_FREE)
     for enough, gives_back in ((1, not lends), (most, not lends), (most + 1, True)):
         kept[:] = [500]
-        assert engine_passes.cache_memory(device, enough) == most
+        assert cache_memory.cache_memory(device, enough) == most
         assert (kept[-1] == 0) == gives_back
     kept[:] = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 1000))  # others have taken the rest
-    assert engine_passes.cache_memory(device, 1) == 0
+    assert cache_memory.cache_memory(device, 1) == 0
 
 
 def test_a_cache_is_kept_while_it_is_large_enough(tmp_path: Path) -> None:

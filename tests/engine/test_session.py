@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.engine.generate.decode_ring import DecodeRingStage, ring_of
-from puzzle.engine.generate.model_runner import Sampled
 from puzzle.engine.generate.requests import Request, RequestStates, Response
-from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.generate.sampling import Sampled, SamplingParams
 from puzzle.engine.generate.scheduler import Changes, Scheduler
 from puzzle.plan.pages import whole_pages
 from puzzle.plan.pipeline.actions import Action, Op

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
-from puzzle.engine.generate.model_runner import ModelRunner, Sampled
-from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose
+from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.sampling import Sampled, SamplingParams, VocabShard, choose
 from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.model import pointwise
 from puzzle.model.attention import KVCache, decode_attention

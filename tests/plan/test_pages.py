@@ -64,8 +64,45 @@ def test_a_device_holds_what_is_left_beside_the_weights() -> None:
     assert cache.together == (cache.pages - 1) // 8
     # 32 layers, 32 / 8 heads of 128, keys and values of two bytes, 128 positions.
     assert cache.page_bytes == 32 * 4 * 128 * 2 * 2 * PAGE
-    plenty = generating(plan_of(), 100 * LIMIT)
+    plenty = generating(plan_of("--generation.keep_graphs", "false"), 100 * LIMIT)
     assert plenty == (whole, needed)
+
+
+def test_what_graphs_read_is_kept_where_it_fits_beside_training() -> None:
+    """In all stages the whole cache, switched weights and what graphs compute in; a tenth of the device is
+    left. Where it does not fit, training has the memory."""
+    switched = ["--batch", "16", "--algorithm.minibatch", "16", "--generation.layout.tp", "4"]
+    switched += ["--generation.layout.dp", "2"]
+    plan = plan_of(*switched)
+    without = footprint.estimate(plan_of(*switched, "--generation.keep_graphs", "false"), True, LIMIT)[0]
+    peak = footprint.estimate(plan_of(*switched, "--generation.keep_graphs", "true"), True)[0].peak
+    kept = footprint.estimate(plan, True, int(peak / 0.9) + 1)[0]
+    assert footprint.estimate(plan, True, int(peak / 0.9) - 1)[0] == without
+    assert footprint.estimate(plan, True)[0] == without
+    assert kept.cache is not None
+    assert without.cache is not None
+    assert (kept.cache.kept, without.cache.kept) == (True, False)
+    assert kept.cache == replace(without.cache, kept=True)
+    cache = kept.cache.pages * kept.cache.page_bytes
+    weights = without.stages["generation"]["generation weights"]
+    assert weights > 0
+    more = {stage: kept.total(stage) - without.total(stage) for stage in kept.stages}
+    graphs = more["generation"]
+    assert 8 * 32000 // 4 * 4 <= graphs < 1 << 20  # logits of 8 rows in fp32; a layer of 8 tokens has as much
+    assert more == {
+        "switch": cache + graphs,
+        "generation": graphs,
+        "inference": cache + graphs + weights,
+        "training": cache + graphs + weights,
+    }
+    assert "kept beside training" in footprint.table([kept])
+    assert "kept beside training" not in footprint.table([without])
+    eager = plan_of(*switched, "--generation.graphs", "false")
+    assert footprint.estimate(eager, True, 100 * LIMIT)[0] == without
+    prefilled = [*switched, "--switch.overlap", "prefill"]
+    assert footprint.estimate(plan_of(*prefilled), True, 100 * LIMIT)[0].cache == without.cache
+    with pytest.raises(UserError, match="keep_graphs: a graph cannot await"):
+        plan_of(*prefilled, "--generation.keep_graphs", "true")
 
 
 def test_few_sequences_at_a_time_and_samples_of_a_prompt_want_fewer() -> None:

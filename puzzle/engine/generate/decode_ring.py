@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puzzle.engine.generate.model_runner import Fetched, ModelRunner, Sampled, fitting_pages
+from puzzle.engine.generate.memory import fitting_pages
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request, RequestStates, Response, StopRule, check_room
-from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.generate.sampling import Fetched, Sampled, SamplingParams
 from puzzle.engine.generate.scheduler import Changes, Prefill, Scheduler
 from puzzle.engine.pipeline.executor import Execution, Executor
 from puzzle.engine.runtime.world import World
@@ -123,10 +124,13 @@ def _pages(
     longest = max((length for length, _ in lengths), default=0) + new_tokens
     page = passes.page_for(longest - 1)
     wanted = wanted_pages(lengths, new_tokens, page, rows)
+    if requests:
+        wanted = max(wanted, passes.room.pages)
     # Where pages run short, a prefill pass may have to cache a sequence of any length again.
     tokens = min(sum(length for length, _ in lengths), PREFILL_TOKENS)
     even = decode or -(-rows // passes.decoder.layout.pp)
-    fitting = fitting_pages(passes, wanted, page, world, max(tokens, longest), min(rows, even))
+    least = max((whole_pages(length, new_tokens, page) for length, _ in lengths), default=0)
+    fitting = fitting_pages(passes, wanted, page, world, max(tokens, longest), min(rows, even), least)
     return min(wanted, most or wanted, fitting), page
 
 

@@ -6,7 +6,9 @@ it is recorded as a graph and replayed, and the host may run ahead of the device
 when it wants to (`Sampled.fetch`): a step late, or at the end.
 
 A graph holds addresses and shapes, not lengths. Rows are rounded up to buckets, one graph each, by inactive
-rows: these have no sequence, and what passes compute and write for them is never read.
+rows: these have no sequence, and what passes compute and write for them is never read. Weights, cache and
+rows that lie where they lay are decoded by the graphs that there are; if any has moved, all are recorded
+anew.
 
 Keys and values lie in pages; a row's are named by its line of a block table on the device. So a sequence
 changes its row without its keys and values, and sequences with one prompt share its pages.
@@ -22,59 +24,27 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.generate.pages import NOBODY
-from puzzle.engine.generate.sampling import SamplingParams, VocabShard, draw
+from puzzle.engine.generate.sampling import Sampled, SamplingParams, VocabShard, draw
 from puzzle.engine.generate.scheduler import Join, Prefill
-from puzzle.engine.reshard.resharder import lends_pages
-from puzzle.engine.runtime.world import World
 from puzzle.model.attention import KVCache
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import DecodeBatch, pack
-from puzzle.plan.layout import Placement
-from puzzle.plan.memory import Use, generation_passes
-from puzzle.plan.pages import KEPT_FREE, PAGE, kv_bytes
+from puzzle.plan.pages import PAGE
 
 INACTIVE = -1
 """The position of a row without a sequence."""
+SPARE = 1 << 30
+"""Bytes that should be free on a device where a graph is recorded."""
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What a pass drew for its rows, on the device: int32 (2, B), ids and the bits of log-probabilities."""
+class Room:
+    """The least that a runner makes room for, so that later calls find it where it was: rows, the most pages
+    of one, and pages of the cache (0: as many as a call asks for)."""
 
-    packed: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """int32 (B,)."""
-        return self.packed[0]
-
-    @property
-    def logprobs(self) -> Tensor:
-        """float32 (B,): log_softmax(logits / T) of the tokens."""
-        return self.packed[1].view(torch.float32)
-
-    def fetch(self) -> Fetched:
-        """Start copying to the host; the device goes on."""
-        return Fetched(self.packed)
-
-
-class Fetched:
-    """Sampled tokens on their way to the host."""
-
-    def __init__(self, packed: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = packed
-        if packed.is_cuda:
-            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def lists(self) -> tuple[list[int], list[float]]:
-        """Tokens and log-probabilities by row; waits for the device if the pass is not done."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host[0].tolist(), self._host[1].view(torch.float32).tolist()
+    rows: int = 0
+    columns: int = 0
+    pages: int = 0
 
 
 class ModelRunner:
@@ -82,22 +52,31 @@ class ModelRunner:
 
     The rows are cut into groups, the decode micro-batches; in each, the sequences in use come first and
     the rows behind them are inactive. The cache and the graphs are kept until `release`; graphs are dropped
-    when `start` finds the weights at other addresses or other groups or ways to draw. `captures` counts
-    recordings, `capture_seconds` is their time.
+    when `start` finds anything that they read at another address. `captures` counts recordings,
+    `capture_seconds` is their time.
     """
 
-    def __init__(self, decoder: Decoder, graphs: bool = True, page: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, graphs: bool = True, page: int | None = None, room: Room | None = None
+    ) -> None:
         """Without `graphs`, or on a CPU, every pass is launched step by step. `page` is positions of a page;
         on CUDA a power of two, 16 or more. Without it they are `PAGE` there, and on a CPU a sequence has one
         page, so that rows are read where they lie."""
-        self.decoder = decoder
+        self.decoder, self.room = decoder, room or Room()
         self.graphs = graphs and decoder.device.type == "cuda"
         self._page = page or (PAGE if decoder.device.type == "cuda" else None)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
-        self._recorded: dict[tuple[int, int], CudaGraphDecode] = {}
-        self._key: object = None
-        self.pool = None
+        self._recorded: dict[tuple[object, int, int], CudaGraphDecode] = {}
+        self._drawing: object = None
+        self._addresses: tuple[int, ...] = ()
+        self.warm: set[object] = set()  # what has been launched once: its kernels are there
+        self.pool = self.stream = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether cache and graphs stay between the iterations of a run."""
+        return self.room.pages > 0
 
     def page_for(self, capacity: int) -> int:
         """Positions of a page for sequences of up to `capacity` cached tokens."""
@@ -111,27 +90,38 @@ class ModelRunner:
         """Make ready for decode micro-batches of `groups` rows each, in `pages` pages besides `NOBODY`, of
         `page` positions, of which a row has at most `columns`. All rows are inactive."""
         decoder, rows = self.decoder, sum(groups)
-        kept = self.cache
+        kept, room = self.cache, self.room
         if kept is None or kept.k.shape[2] <= pages or kept.page != page:
             self.release()
             self.cache = decoder.new_cache(1 + pages, page)
         if kept is not self.cache or self.table.shape[0] < rows or self.table.shape[1] < columns:
             self._forget()
+            rows, columns = max(rows, room.rows), max(columns, room.columns)
             # token, position, tokens sampled, row seed of the noise
             self.state = torch.zeros((4, rows), dtype=torch.int64, device=decoder.device)
             self.table = torch.zeros((rows, columns), dtype=torch.int32, device=decoder.device)
-        addresses = tuple(weight.data_ptr() for weight in decoder.parameters())
-        least = params.min_new_tokens if params.stop_ids else 0
-        drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
-        key = (tuple(groups), drawing, addresses)
-        if key != self._key:
+        if not self.unmoved:
             self._forget()
-            self._key = key
+            self._addresses = self._read_addresses()
+        least = params.min_new_tokens if params.stop_ids else 0
+        self._drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
         self.params, self.groups = params, tuple(groups)
         self.state.zero_()[1] = INACTIVE
         if decoder.last:
             width = decoder.head_weight.shape[0]
             self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether all that a graph reads lies where it lay when `start` was called last."""
+        return self._addresses == self._read_addresses()
+
+    def _read_addresses(self) -> tuple[int, ...]:
+        cache, decoder = self.cache, self.decoder
+        if cache is None:
+            return ()
+        read = (*decoder.parameters(), *decoder.buffers(), cache.k, cache.v, self.state, self.table)
+        return tuple(x.data_ptr() for x in read)
 
     @torch.inference_mode()
     def prefill(self, prefills: Sequence[Prefill], x: Tensor | None = None) -> Tensor:
@@ -213,9 +203,12 @@ class ModelRunner:
 
     def _recording(self, group: int, rows: int) -> CudaGraphDecode:
         start = sum(self.groups[:group])
-        if (start, rows) not in self._recorded:
-            self._recorded[start, rows] = CudaGraphDecode(self, start, start + rows)
-        return self._recorded[start, rows]
+        key = (self._drawing, start, rows)
+        if key not in self._recorded:
+            # A pass of this key launches the same kernels, wherever its tensors lie.
+            shape = (*key, self.state.shape, self.table.shape)
+            self._recorded[key] = CudaGraphDecode(self, start, start + rows, shape)
+        return self._recorded[key]
 
     @torch.inference_mode()
     def put(self, tokens: Tensor, rows: Sequence[int]) -> None:
@@ -244,24 +237,31 @@ class ModelRunner:
         self.release()
 
     def release(self) -> None:
-        """Give the cache and the graphs back (training wants the memory)."""
+        """Give the cache and the graphs back."""
         self._forget()
-        self.cache, self._key = None, None
+        self.cache, self._addresses = None, ()
+
+    def rest(self) -> None:
+        """Until it is used again others want the memory: give back what is not kept."""
+        if not self.keeps:
+            self.release()
 
     def _forget(self) -> None:
         self._recorded.clear()
         if self.graphs:
             # The memory that all graphs share: they run one after another. It ends with the last of them.
             self.pool = torch.cuda.graph_pool_handle()
+            self.stream = self.stream or torch.cuda.Stream()
 
 
 class CudaGraphDecode:
     """The decode pass of rows [start, stop)."""
 
-    def __init__(self, passes: ModelRunner, start: int, stop: int) -> None:
+    def __init__(self, passes: ModelRunner, start: int, stop: int, kernels: object = None) -> None:
+        """`kernels` says which kernels it launches: equal ones need no warm-up again."""
         assert passes.cache is not None
         decoder = passes.decoder
-        self.passes, self.decoder = passes, decoder
+        self.passes, self.decoder, self._kernels = passes, decoder, kernels
         self.state, self.table, self.cache = (
             passes.state[:, start:stop],
             passes.table[start:stop],
@@ -310,21 +310,38 @@ class CudaGraphDecode:
         return out
 
     def record(self) -> None:
-        """Make the graph. The state of its rows stays as it is."""
+        """Make the graph. The state of its rows stays as it is.
+
+        As `torch.cuda.graph` does, but for what that gives back first, always: torch's unused memory to the
+        device (8 ms per GB), and pinned memory to the host.
+        """
         began = time.perf_counter()
-        # Warm up. A pass may be repeated from the same state: it writes the same to the same positions.
-        held = self.state.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.out = self._pass()
-            self.state.copy_(held)
-        torch.cuda.current_stream().wait_stream(side)
+        stream, device = self.passes.stream, self.decoder.device
+        assert stream is not None
+        # Memory of its own: the next graph overwrites the pool's.
+        rows, wide = self.state.shape[1], self.decoder.spec.hidden_size
+        shape, dtype = ((2, rows), torch.int32) if self.decoder.last else ((rows, wide), self.decoder.dtype)
+        self.out = torch.empty(shape, dtype=dtype, device=device)
+        if self._kernels not in self.passes.warm:
+            # A pass may be repeated from the same state: it writes the same to the same positions.
+            held = self.state.clone()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.out.copy_(self._pass())
+                self.state.copy_(held)
+            self.passes.warm.add(self._kernels)
+        torch.cuda.synchronize(device)
+        if torch.cuda.mem_get_info(device)[0] < SPARE:
+            torch.cuda.empty_cache()  # torch cannot while it records
         before = self.decoder.group.moved
         graph = torch.cuda.CUDAGraph()
-        # Another thread watches NCCL: what it asks the device must not spoil the recording.
-        with torch.cuda.graph(graph, pool=self.passes.pool, capture_error_mode="thread_local"):
-            self.out.copy_(self._pass())  # to memory of its own: the next graph overwrites the pool's
+        with torch.cuda.stream(stream):
+            # Another thread watches NCCL: what it asks the device must not spoil the recording.
+            graph.capture_begin(pool=self.passes.pool, capture_error_mode="thread_local")
+            try:
+                self.out.copy_(self._pass())
+            finally:
+                graph.capture_end()
         self.graph = graph
         self.moved = self.decoder.group.moved - before
         self.decoder.group.moved = before
@@ -341,51 +358,3 @@ def bucket(rows: int) -> int:
     power = 1 << (rows - 1).bit_length()
     step = power if power <= 256 else power // 8
     return -(-rows // step) * step
-
-
-def fitting_pages(passes: ModelRunner, wanted: int, page: int, world: World, tokens: int, rows: int) -> int:
-    """Pages of `page` positions that the memory of every rank holds, besides the weights, prefill passes of
-    `tokens` tokens and decode passes of `rows` rows; all ranks of the run ask.
-
-    A cache that is there is given back, unless it has as many as are wanted. On a CPU as many as are wanted.
-    """
-    decoder = passes.decoder
-    if decoder.device.type != "cuda":
-        return wanted
-    if not wanted:
-        held = 1 << 60
-    elif passes.cache is not None and passes.cache.k.shape[2] > wanted:
-        held = passes.cache.k.shape[2] - 1
-    else:
-        passes.release()
-        use = Use("model", decoder.spec, Placement.default(decoder.layout), decoder.dtype.itemsize)
-        beside = sum(generation_passes(use, decoder.coord.p, tokens, rows).values())
-        size = cache_bytes(decoder) * page
-        held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1
-    return -int(world.max(torch.tensor(-held, device=world.device)))
-
-
-def cache_memory(device: torch.device, enough: float) -> int | None:
-    """Bytes that a cache may take there now; None on a CPU.
-
-    To give back what torch keeps unused, and take it again, costs 8 ms per GB. Single pages it can move
-    itself; so these are given back only where they are not `enough`, to know what there is.
-    """
-    if device.type != "cuda":
-        return None
-    if lends_pages():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if (room := _room(device, unused)) >= enough:
-            return room
-    torch.cuda.empty_cache()
-    return _room(device, 0)
-
-
-def _room(device: torch.device, unused: int) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free + unused - KEPT_FREE * total))
-
-
-def cache_bytes(decoder: Decoder) -> int:
-    """Bytes of the keys and values of one token on this stage."""
-    return kv_bytes(decoder.spec, decoder.layout, decoder.coord.p, 1, decoder.dtype.itemsize)

@@ -59,6 +59,46 @@ class VocabShard:
     width: int
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What a pass drew for its rows, on the device: int32 (2, B), ids and the bits of log-probabilities."""
+
+    packed: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """int32 (B,)."""
+        return self.packed[0]
+
+    @property
+    def logprobs(self) -> Tensor:
+        """float32 (B,): log_softmax(logits / T) of the tokens."""
+        return self.packed[1].view(torch.float32)
+
+    def fetch(self) -> Fetched:
+        """Start copying to the host; the device goes on."""
+        return Fetched(self.packed)
+
+
+class Fetched:
+    """Sampled tokens on their way to the host."""
+
+    def __init__(self, packed: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = packed
+        if packed.is_cuda:
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def lists(self) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities by row; waits for the device if the pass is not done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host[0].tolist(), self._host[1].view(torch.float32).tolist()
+
+
 def draw(
     logits_BV: Tensor, row_seed_B: Tensor, count_B: Tensor, params: SamplingParams, shard: VocabShard
 ) -> Tensor:

@@ -40,13 +40,15 @@ class Resharder:
         timeout: float | None = None,
         transport: Literal["auto", "peer", "messages"] = "messages",
         beside: bool = False,
+        keep: bool = False,
     ) -> None:
         """All ranks of the run make it together; decoders are None on ranks that a placement leaves out.
 
         `auto` copies out of peers' memory where every pair of devices that must talk can, else `declined`
         says why not; baseline strategies and CPUs use messages. `timeout` in seconds, by default a little
         less than the world's. With `beside`, a CUDA device goes on before all is there: a pass of the
-        destination awaits each layer's weights when it comes to the layer.
+        destination awaits each layer's weights when it comes to the layer. With `keep`, what the first fill
+        allocates stays, so that every one brings the weights to the same addresses.
         UserError where ranks made different plans, and for `peer` where that cannot be.
         """
         _same_plan(plan.hash, world)
@@ -63,7 +65,8 @@ class Resharder:
             self._homes = {s.name: _home(destination, s.name) for s in destination.storages}
         step = max(1, ALIGN // plan.itemsize)
         self._sizes = [-(-param.size // step) * step for param in self.part.allocate]
-        self.filled = False
+        self.filled, self.keep = False, keep
+        self._arena: Tensor | None = None
         self.side = None
         self._filling: tuple[Instant, Instant] | None = None
         self._waits: list[tuple[Instant, Instant]] = []
@@ -162,9 +165,9 @@ class Resharder:
     def drop(self) -> float:
         """Take the destination's parameters away; seconds of this rank.
 
-        Their memory goes back to torch's allocator, and by it to the device where that cannot lend single
-        pages: what training allocates for good would tear one large piece, which could then neither be
-        filled again nor given back.
+        Their memory, unless it is kept, goes back to torch's allocator, and by it to the device where that
+        cannot lend single pages: what training allocates for good would tear one large piece, which could
+        then neither be filled again nor given back.
         """
         start = time.perf_counter()
         self.finish()
@@ -188,7 +191,10 @@ class Resharder:
         if not self.part.allocate:
             return {}
         assert self.destination is not None
-        arena = torch.empty(sum(self._sizes), dtype=self.destination.dtype, device=self.world.device)
+        arena = self._arena
+        if arena is None:
+            arena = torch.empty(sum(self._sizes), dtype=self.destination.dtype, device=self.world.device)
+        self._arena = arena if self.keep else None
         got = {}
         for param, room in zip(self.part.allocate, arena.split(self._sizes), strict=True):
             storage = got[param.name] = room[: param.size].view(param.shape)

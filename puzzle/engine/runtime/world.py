@@ -183,6 +183,13 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's device; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def synchronize(self) -> None:
         """Wait until this rank's device is idle."""
         if self.device.type == "cuda":
