@@ -1,11 +1,13 @@
 """Models and datasets by their names on the Hugging Face Hub: fetched once, then read from its cache.
 
 A name is ORG/NAME, with @REVISION where another than `main` is meant; of a dataset also :SPLIT, or
-:SUBSET:SPLIT. What exists on this machine under such a path is that path.
+:SUBSET:SPLIT, where a split may be a slice or a sum as the library `datasets` writes them: `train[:1%]`,
+`train+test[10:20]`. What exists on this machine under such a path is that path.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -29,8 +31,10 @@ KINDS: Mapping[str, Kind] = {
     "eval_examples": "dataset",
 }
 """The keys of sections that may hold a name, and what it names."""
+_SPLIT = r"[\w.-]+(\[[^\[\]]*\])?"
 _NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(?P<part>(:[\w.-]+){0,2})"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?"
+    rf"(?P<part>((?P<subset>:[\w.-]+)?:(?P<split>{_SPLIT}(\+{_SPLIT})*))?)"
 )
 _FEW = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 """What tells a model's shape and its tokenizer."""
@@ -41,11 +45,14 @@ Run = TypeVar("Run", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Name:
-    """A name on the Hub. `part` is a dataset's :SPLIT or :SUBSET:SPLIT."""
+    """A name on the Hub. `part` is a dataset's :SPLIT or :SUBSET:SPLIT, `subset` and `split` are what it
+    means."""
 
     repo: str
     revision: str | None
     part: str
+    subset: str | None = None
+    split: str = "train"
 
     @classmethod
     def of(cls, text: str, kind: Kind) -> Name | None:
@@ -55,7 +62,8 @@ class Name:
             return None
         if kind == "model" and found["part"]:
             return None
-        return cls(found["repo"], found["revision"], found["part"])
+        subset, split = (found["subset"] or "").removeprefix(":") or None, found["split"] or "train"
+        return cls(found["repo"], found["revision"], found["part"], subset, split)
 
     def pinned(self, revision: str) -> str:
         """The name of exactly these files."""
@@ -146,10 +154,20 @@ def _dataset(name: Name) -> tuple[str, str]:
             if not pointer.is_file():
                 raise
             revision = pointer.read_text()  # no network: what it was when there was one
-    folder = cache / revision / (name.part[1:].replace(":", "-") or "train")
+    folder = cache / revision / _folder(name)
     if not folder.exists():
         _save(name, revision, folder)
     return str(folder), name.pinned(revision)
+
+
+def _folder(name: Name) -> str:
+    """What a split is called among those of a revision."""
+    said = "-".join(filter(None, (name.subset, name.split)))
+    if plain := re.fullmatch(r"[\w.-]+", said):
+        return plain[0]
+    # The characters of slices mean other things to programs that read folders.
+    safe, digest = re.sub(r"[^\w.-]+", "_", said), hashlib.sha256(said.encode()).hexdigest()
+    return f"{safe}-{digest[:8]}"
 
 
 def _revision(name: Name) -> str:
@@ -164,8 +182,7 @@ def _save(name: Name, revision: str, folder: Path) -> None:
     """Read a split of the Hub and save it; another process may do the same meanwhile."""
     from datasets import load_dataset
 
-    *subset, split = name.part[1:].split(":") if name.part else ["train"]
-    found = load_dataset(name.repo, *subset, split=split, revision=revision)
+    found = load_dataset(name.repo, name.subset, split=name.split, revision=revision)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         found.save_to_disk(os.path.join(made, "split"))

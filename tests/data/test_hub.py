@@ -118,6 +118,20 @@ def test_a_run_reads_names_and_goes_on_from_what_it_read(hub: Hub, tmp_path: Pat
     assert texts == ["others", "first"]
 
 
+def test_slices_are_splits(hub: Hub, tmp_path: Path) -> None:
+    """As the library of the Hub reads them; a slice that it does not know is one line."""
+    slices = {"test[1:]": ["second"], "test[:50%]": ["first"], "train+test[-1:]": ["to train", "second"]}
+    asked = json.dumps([(f"some-org/asked:{one}", "dataset") for one in (*slices, "test[one]")])
+    *found, wrong = python(hub, tmp_path, "-c", FETCHES, asked).stdout.splitlines()
+    assert [list(load_from_disk(line.split()[1])["prompt"]) for line in found] == list(slices.values())
+    revision = hub.revision(hub.root / "datasets/some-org/asked")
+    assert [line.split()[2] for line in found] == [f"some-org/asked@{revision}:{one}" for one in slices]
+    assert wrong.startswith("some.key: ")
+    assert "test[one]" in wrong
+    again = python(None, tmp_path, "-c", FETCHES, asked).stdout.splitlines()  # without a network
+    assert again[:-1] == found
+
+
 def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
     """What the Hub has not, and, without a network, all that was not fetched before."""
     cases = [
@@ -149,6 +163,9 @@ def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
         ("a/b@f00:sub:train", "dataset", ("a/b", "f00", ":sub:train")),
         ("a/b:train", "model", None),
         ("a/b:1:2:3", "dataset", None),
+        ("a/b:train[:1%]", "dataset", ("a/b", None, ":train[:1%]")),
+        ("a/b@v1:sub:train[1:]+test", "dataset", ("a/b", "v1", ":sub:train[1:]+test")),
+        ("a/b[:1]", "dataset", None),
         ("./a/b", "model", None),
         ("/a/b", "model", None),
         ("a/b/c", "model", None),
