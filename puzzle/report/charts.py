@@ -134,7 +134,9 @@ class _Frame:
     def line(self, line: Line, found: list[Bin]) -> list[str]:
         colour = f"c{line.colour}"
         parts = []
-        if any(one.count > 1 for one in found):
+        if line.spread and len(found) > MARKED:
+            parts.append(self._interval(line))
+        elif any(one.count > 1 for one in found):
             edge = [(one.x, one.high) for one in found] + [(one.x, one.low) for one in reversed(found)]
             parts.append(f'<polygon class="band {colour}" points="{self._path(edge)}"/>')
         if len(found) > 1:
@@ -151,6 +153,14 @@ class _Frame:
                 told = f"{html.escape(line.name)}: {readable(one.mean)} at {one.x:g}"
                 parts.append(f'<circle class="dot {colour}" {place} r="3"><title>{told}</title></circle>')
         return parts
+
+    def _interval(self, line: Line) -> str:
+        """The intervals of many points as a band."""
+        pairs = list(zip(line.points, line.spread, strict=False))
+        pairs = [((x, y), half) for (x, y), half in pairs if abs(y) < LARGEST and abs(half) < LARGEST]
+        highs = [(one.x, one.mean) for one in bins([(x, y + half) for (x, y), half in pairs])]
+        lows = [(one.x, one.mean) for one in bins([(x, y - half) for (x, y), half in pairs])]
+        return f'<polygon class="band c{line.colour}" points="{self._path(highs + lows[::-1])}"/>'
 
     def _path(self, points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)

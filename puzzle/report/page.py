@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ COLOURS = 8
 LONGEST_TEXT = 2000
 """Characters of a prompt or response; longer ones lose their middle."""
 GIB = 1 << 30
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def _rendered(name: str, runs: Sequence[Facts], beside: Path, autoescape: bool) 
     )
     environment.filters |= {
         "number": _number,
+        "quantity": _quantity,
         "percent": lambda value: "" if value is None else f"{100 * value:.1f} %",
         "gib": lambda value: "" if value is None else f"{value / GIB:.2f}",
         "shown": shown,
@@ -121,7 +124,7 @@ def summary(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
             rows.append((name, ["" if value is None else str(value) for value in values]))
 
     row("ended", [facts.status for facts in runs])
-    row("began", [facts.run.started for facts in runs])
+    row("began", [_clock(facts.run.started) for facts in runs])
     row("models", [facts.run.pair for facts in runs])
     row("provenance", [facts.run.provenance for facts in runs])
     row("device", [_device(facts) for facts in runs])
@@ -181,6 +184,11 @@ def _commit(commit: str | None) -> str | None:
     return None if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
+def _clock(started: str | None) -> str | None:
+    """A time of the log for reading, UTC where it is that."""
+    return None if started is None else started.replace("T", " ", 1).replace("+00:00", " UTC")
+
+
 def _iterations(facts: Facts) -> str:
     done, planned = len(facts.run.iterations), facts.run.config.get("iterations")
     return str(done) if planned is None else f"{done} of {planned}"
@@ -202,6 +210,14 @@ def _layout(facts: Facts, stage: str) -> str | None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else readable(value)
+
+
+def _quantity(value: float, name: str) -> str:
+    """A number of a record by its name there: bytes in units of thousands."""
+    if "bytes" not in name:
+        return _number(value)
+    power = min(int(math.log10(value) // 3), len(UNITS) - 1) if value >= 1 else 0
+    return f"{_number(value / 1000**power)} {UNITS[power]}"
 
 
 def shown(value: Any) -> str:

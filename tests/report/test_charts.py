@@ -134,3 +134,23 @@ def test_charts_say_what_they_show() -> None:
     root = svg(Line("a", [(0.0, 1.0)]), Line("b", [(0.0, 2.0)], 1))
     assert root.attrib["aria-label"] == 'what <is> "drawn"'
     assert len(root.findall("circle")) == 2
+
+
+def test_intervals_of_many_points_are_a_band() -> None:
+    """Of few points they are strokes; the extremes of neighbours would say something else."""
+    count = 2 * MOST_BINS
+    line = Line("held out", [(float(i), 0.5) for i in range(count)], spread=[0.25] * count)
+    drawn = svg(line)
+    (band,) = drawn.iter("polygon")
+    (path,) = drawn.iter("polyline")
+    places = [y for _, y in points(band)]
+    assert len(places) == 2 * MOST_BINS
+    middle = points(path)[0][1]
+    assert set(places) == {min(places), max(places)}
+    assert middle - min(places) == pytest.approx(max(places) - middle, abs=0.11)
+    few = svg(Line("held out", [(0.0, 0.5), (1.0, 0.5)], spread=[0.25, 0.25]))
+    assert not list(few.iter("polygon"))
+    stroke = next(one for one in few.iter("line") if one.attrib["class"] == "line c0")
+    assert float(stroke.attrib["y1"]) - float(stroke.attrib["y2"]) == pytest.approx(
+        max(places) - min(places), abs=0.11
+    )

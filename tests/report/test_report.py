@@ -116,6 +116,7 @@ def test_facts_are_those_of_the_log(tmp_path: Path) -> None:
     assert stages["training"].floor == pytest.approx(0.15 * 2.0)
     assert stages["inference"].floor is None
     assert facts.switch == {"seconds": 1.25, "bytes": 4096}
+    assert "| bytes | 4.096 kB |" in markdown([facts], tmp_path)
     assert facts.warnings == [(HOSTILE, 1), ("twice", 2)]
     assert {m.name: m.measured for m in facts.memory if m.measured} == {
         "training": 5 << 30,
