@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,6 +41,12 @@ def teaches(scores_G: Tensor) -> bool:
     return divisor_of(float(scores_G.mean()), float(scores_G.var(correction=0))) is not None
 
 
+def _reward(experience: Experience, group: int) -> float:
+    """The mean raw score of a group."""
+    assert experience.scores_B is not None, "what is drawn has been scored"
+    return float(experience.scores_B.reshape(-1, experience.samples)[group].double().mean())
+
+
 def refilled(
     next_prompts: Callable[[], list[Prompt]], draw: Callable[[list[Prompt]], Drawn], rounds: int
 ) -> Refilled:
@@ -70,13 +77,14 @@ def refilled(
     fill = size - len(chosen)
     chosen += found[False][:fill]
     experience = joined([part.experience for part in parts], chosen)
-    groups = len(found[True]) + len(found[False])
+    groups = found[True] + found[False]
     return Refilled(
         [parts[part].prompts[group] for part, group in chosen],
         replace(experience, fill=fill),
         {
             "sampling_rounds": len(parts) - 1,
-            "dropped_frac": len(found[False]) / groups,
+            "dropped_frac": len(found[False]) / len(groups),
             "fill_frac": fill / size,
+            "drawn_reward": fmean(_reward(parts[part].experience, group) for part, group in groups),
         },
     )

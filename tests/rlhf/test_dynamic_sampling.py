@@ -91,6 +91,8 @@ def test_what_a_batch_is_made_of(scores: list[tuple[float, ...]], batch: int, ro
     assert e.fill == fill
     assert metrics["fill_frac"] == fill / batch
     assert metrics["dropped_frac"] == len(dropped) / len(dropped + teaching)
+    all_drawn = [sum(by_index[i]) / SAMPLES for i in dropped + teaching]  # those beyond the batch, too
+    assert metrics["drawn_reward"] == pytest.approx(sum(all_drawn) / len(all_drawn))
     assert e.logprobs_BS is e.sampled_logprobs_BS
     assert e.logprobs_BS is not None
     assert e.scores_B is not None
