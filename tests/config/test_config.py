@@ -158,9 +158,46 @@ WRONG = [
     ),
     (["--switch.overlap", "prefill", "--device", "cpu"], "switch.overlap prefill: a CPU does one thing"),
     (["--switch.overlap", "prefill"], "the actor generates as it trains, nothing is filled"),
+    (["--actor.lora.rank", "0"], "command line: actor.lora.rank: expected at least 1, got '0'"),
+    (["--actor.lora.rank", "4", "--actor.lora.alpha", "0"], "actor.lora.alpha: expected more than 0"),
+    (["--actor.lora.targets", "q_prj"], "q_prj is no projection of a layer; did you mean q_proj?"),
+    (["--actor.lora.targets", "c_attn"], "c_attn is no projection of a layer; use all, or of q_proj, k_proj"),
+    (["--actor.lora.targets", "[]"], "actor.lora.targets: expected all, or names of projections"),
+    (["--actor.lora.rank=4", "--offload.reference=true"], "the reference is the actor without adapters"),
+    (
+        ["--critic.lora.rank=4", "--intra.split_backward=true", "--layout.pp=2"],
+        "intra.split_backward: critic.lora leaves hardly any gradients of weights",
+    ),
+    (
+        ["--actor.lora.rank=4", "--switch.source=zero_shards", "--generation.layout.dp=1"],
+        "switch.source zero_shards: of actor.lora only adapters are stepped",
+    ),
     (["--eval.every", "2"], "eval.every needs data.eval_prompts"),
     (["--checkpoint.best", "true"], "checkpoint.best needs checkpoint.save, eval.every"),
 ]
+
+
+def test_targets_are_put_in_order(config_file: Path) -> None:
+    def targets(*words: str) -> tuple[str, ...]:
+        lora = load_config(config_file, ["--actor.lora.rank", "8", *words]).actor.lora
+        assert lora is not None
+        return lora.targets
+
+    assert load_config(config_file).actor.lora is None
+    assert targets() == targets("--actor.lora.targets", "all")
+    assert targets("--actor.lora.targets", "down_proj,q_proj") == ("q_proj", "down_proj")
+    assert targets("--actor.lora.targets", "up_proj") == ("up_proj",)
+
+
+def test_the_reference_shares_where_it_is_the_actor(config_file: Path) -> None:
+    def shares(*words: str) -> str | None:
+        return load_config(config_file, words).shares("reference")
+
+    assert shares() is None
+    assert shares("--actor.lora.rank=8") == "actor"
+    assert shares("--actor.lora.rank=8", "--reference.model=some/other") is None
+    assert shares("--actor.lora.rank=8", "--reference.layers=3") is None
+    assert shares("--actor.lora.rank=8", "--reference.layout.dp=1", "--reference.layout.tp=2") is None
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG)
