@@ -244,6 +244,10 @@ class TrainConfig(RunConfig):
             )
         if self.switch.overlap == "prefill" and self.device == "cpu":
             raise ValueError("switch.overlap prefill: a CPU does one thing at a time; use nothing")
+        if self.intra.overlap_rollout is True and not (self.reward.workers and self.reward.parts):
+            raise ValueError(
+                "intra.overlap_rollout: no reward is called for each response; give reward.workers, or auto"
+            )
         if self.switch.overlap == "prefill" and self.generation.keep_graphs is True:
             raise ValueError(
                 "generation.keep_graphs: a graph cannot await weights layer by layer, as with switch.overlap"

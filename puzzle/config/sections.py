@@ -295,6 +295,11 @@ class IntraConfig(Section):
     fuse_inference: Fuse = Field(
         False, description="reference, critic and reward in one inference schedule: true, auto"
     )
+    overlap_rollout: Fuse = Field(
+        "auto",
+        description="rewards that are called for each response begin while others are decoded; auto: where"
+        " there are any",
+    )
     split_backward: bool = Field(
         False, description="pipelines compute gradients of weights where they would idle"
     )

@@ -9,13 +9,14 @@ from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData
 from puzzle.data.prompts import Prompt
 from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.stage_timer import StageClock
 from puzzle.rlhf.dynamic_sampling import Drawn, Refilled, refilled
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import Models
 from puzzle.rlhf.overlong import shaped
 from puzzle.rlhf.rollout import require_finite, rollout
-from puzzle.rlhf.scoring import Scores
+from puzzle.rlhf.scoring import Heard, Scores
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Draws:
     params: SamplingParams
     greedy: bool
     score: Callable[[Experience, Sequence[Prompt]], Scores]
+    listen: Callable[[ModelRuntime, Sequence[Prompt]], Heard | None]
 
     def iteration(self, iteration: int, clock: StageClock) -> Refilled:
         """An iteration's prompts and responses; with dynamic sampling their raw scores, too."""
@@ -52,7 +54,9 @@ class Draws:
         with generator.weights(clock) as actor:
             self.models.offload.for_generation()
             how = (iteration, generation, endings, generator.passes)
-            experience = rollout(actor, prompts, samples, self.params, *how)
+            # The greedy responses are scored first.
+            heard = None if self.greedy else self.listen(actor, prompts)
+            experience = rollout(actor, prompts, samples, self.params, *how, heard)
             if self.greedy:
                 params = replace(self.params, greedy=True)
                 likeliest = rollout(actor, prompts, 1, params, *how)

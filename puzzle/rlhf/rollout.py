@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,11 +53,13 @@ def rollout(
     generation: GenerationConfig,
     endings: Endings,
     passes: ModelRunner | None = None,
+    heard: Callable[[int, Sequence[int]], None] | None = None,
 ) -> Experience:
     """Responses and their log-probs for every prompt, the same experience on every rank.
 
     `generation` says how large micro-batches are; `endings.rule` ends responses beside the stop tokens;
-    `passes` are the actor's, if they go on from call to call.
+    `passes` are the actor's, if they go on from call to call. `heard` hears of responses of this replica as
+    they end: row and tokens.
     """
     count = len(prompts) * samples
     rows = actor.rows(count)
@@ -78,6 +80,7 @@ def rollout(
         graphs=generation.graphs,
         early_stop=generation.early_stop,
         stop=endings.rule,
+        heard=None if heard is None else lambda request, tokens: heard(rows[request], tokens),
         tally=tally,
     )
     width = params.max_new_tokens

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from puzzle.config.reward import MODEL_PART, RewardConfig
+from puzzle.engine.pipeline.model import ModelRuntime
+from puzzle.engine.runtime.identity import launched
+from puzzle.engine.runtime.mailbox import Mailbox
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.scores import LARGEST
-from puzzle.rlhf.rewards.weighted import Scored, WeightedRewards
+from puzzle.rlhf.rewards.weighted import Opened, Scored, WeightedRewards
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,65 @@ class Scores:
         return found
 
 
-class Scorer:
-    """Has functions score on rank 0 while the models of inference run."""
+Heard = Callable[[int, Sequence[int]], None]
+"""Hears of a response that has ended: its row and its tokens."""
 
-    def __init__(self, world: World, config: RewardConfig, rewards: WeightedRewards | None) -> None:
+
+class _Early:
+    """On rank 0: has responses scored as they end. Their texts are made by a thread, another one takes what
+    other replicas post."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        one: Callable[[int, Sequence[int]], RewardBatch],
+        box: Mailbox | None,
+        others: int,
+    ) -> None:
+        self._opened, self._one = opened, one
+        self._ended: queue.SimpleQueue[tuple[int, Sequence[int]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._feed, name="rewards begin", daemon=True)]
+        if box is not None and others:
+            take = threading.Thread(target=self._take, args=(box, others), name="responses", daemon=True)
+            self._threads.insert(0, take)
+        for thread in self._threads:
+            thread.start()
+
+    def _take(self, box: Mailbox, others: int) -> None:
+        for _ in range(others):
+            self.hear(*json.loads(box.take()))
+
+    def _feed(self) -> None:
+        # What goes wrong with a text goes wrong again, and is told, when the batch is whole.
+        with contextlib.suppress(Exception):
+            while (ended := self._ended.get()) is not None:
+                self._opened.add(ended[0], self._one(*ended))
+
+    def hear(self, row: int, tokens: Sequence[int]) -> None:
+        """A response has ended."""
+        self._ended.put((row, tokens))
+
+    def complete(self, batch: RewardBatch) -> Callable[[], Scored]:
+        """All have ended, which other replicas have posted before this rank can know it."""
+        for thread in self._threads[:-1]:
+            thread.join()
+        self._ended.put(None)
+        self._threads[-1].join()
+        return self._opened.complete(batch)
+
+
+class Scorer:
+    """Has functions score on rank 0 while the models of inference run; with `early`, those that are called
+    for each response while others are still decoded."""
+
+    def __init__(
+        self, world: World, config: RewardConfig, rewards: WeightedRewards | None, early: bool = False
+    ) -> None:
         self.world, self.config, self.rewards = world, config, rewards
+        launched_alike = world.size == 1 or launched() is not None  # else nobody knows the store's place
+        self.listens = early and rewards is not None and rewards.any_each and launched_alike
+        self._early: _Early | None = None
+        self._box: Mailbox | None = None
         self._spent = {"computed": 0.0, "waited": 0.0}
 
     def spent(self) -> dict[str, float] | None:
@@ -49,11 +110,33 @@ class Scorer:
         found, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
         return None if self.rewards is None else found
 
+    def listen(
+        self, actor: ModelRuntime, count: int, one: Callable[[int, Sequence[int]], RewardBatch]
+    ) -> Heard | None:
+        """What hears of the responses that this rank speaks for, of `count` that `actor` will generate; `one`
+        is the batch of one. All ranks call; the next batch that they `begin` is these."""
+        if not self.listens:
+            return None
+        place, first = actor.coord, actor.placement.coord_of(0).d
+        if actor.placement.layout.dp > 1 and self._box is None:
+            self._box = Mailbox("responses")
+        if self.world.rank == 0:
+            assert self.rewards is not None
+            others = count - len(actor.rows(count))
+            self._early = _Early(self.rewards.open(count), one, self._box, others)
+            return self._early.hear
+        box = self._box
+        if box is None or place.d == first or (place.p, place.t) != (0, 0):
+            return None
+        return lambda row, tokens: box.post(json.dumps([row, list(tokens)]))
+
     def begin(self, batch: Callable[[], RewardBatch]) -> Callable[[], Scored] | None:
-        """Functions begin to score the batch; None on other ranks, and where there are none."""
+        """Functions begin to score the batch, or go on with it; None on other ranks, and where there are
+        none."""
         if self.rewards is None or self.world.rank:
             return None
-        return self.rewards.begin(batch())
+        early, self._early = self._early, None
+        return self.rewards.begin(batch()) if early is None else early.complete(batch())
 
     def finish(self, pending: Callable[[], Scored] | None, model_B: Tensor | None) -> Scores:
         """Wait for the functions, tell all ranks, and add the model's scores. The UserError of a function is

@@ -58,7 +58,7 @@ from puzzle.rlhf.rollout import (
     sampling_params,
     texts,
 )
-from puzzle.rlhf.scoring import Scorer, Scores
+from puzzle.rlhf.scoring import Heard, Scorer, Scores
 from puzzle.rlhf.session import Session, hold
 from puzzle.rlhf.tracer import Tracer
 from puzzle.rlhf.train_step import TrainStep
@@ -120,7 +120,8 @@ class Trainer(Session):
         self.algorithm = make_algorithm(config.algorithm)
         self.scores_seen = RunningMoments()
         self.params = sampling_params(config, data.endings.stop_ids)
-        self.scorer = Scorer(world, config.reward, rewards)
+        early = config.intra.overlap_rollout is not False
+        self.scorer = Scorer(world, config.reward, rewards, early)
         agree_on_vocabulary(config, data, models, data.reader is not None)
         self.training, self.inference = (
             FusedPipeline(
@@ -178,7 +179,7 @@ class Trainer(Session):
         clock = StageClock(self.world)
         self.tracer.start(iteration)
         greedy = self.algorithm.wants_greedy
-        draws = Draws(self.config, self.data, self.models, self.params, greedy, self.score)
+        draws = Draws(self.config, self.data, self.models, self.params, greedy, self.score, self._listen)
         prompts, experience, sampling = draws.iteration(iteration, clock)
         doing(f"iteration {iteration}, inference")
         experience, scores = self._inference(experience, prompts)
@@ -269,6 +270,17 @@ class Trainer(Session):
         stops = self.config.generation.stop
         sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.data.reader, stops)
         return compute_scores(reward, sequences, self.config.algorithm)
+
+    def _listen(self, actor: ModelRuntime, prompts: Sequence[Prompt]) -> Heard | None:
+        """What hears of responses to the prompts as they end."""
+        samples = self.config.generation.samples
+
+        def one(row: int, tokens: Sequence[int]) -> RewardBatch:
+            prompt = prompts[row // samples]
+            alone = Experience((prompt.tokens,), (prompt.index,), (tuple(tokens),))
+            return self._reward_batch(alone, [prompt])
+
+        return self.scorer.listen(actor, len(prompts) * samples, one)
 
     def score(self, experience: Experience, prompts: Sequence[Prompt]) -> Scores:
         """What every row scores, for those who cannot wait for inference."""

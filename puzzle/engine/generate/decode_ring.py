@@ -62,6 +62,7 @@ def generate(
     pages: int | None = None,
     stop: StopRule | None = None,
     watch: Callable[[int, int], None] | None = None,
+    heard: Callable[[int, list[int]], None] | None = None,
     tally: Tally | None = None,
     lookahead: int | None = None,
     graphs: bool = True,
@@ -75,7 +76,8 @@ def generate(
     (None: a decode micro-batch per stage; a prefill pass has no more than `PREFILL_TOKENS` tokens, or one
     sequence). At most `most` sequences are decoded at a time, in a cache of at most `pages` pages (None: as
     many as memory holds); the others wait.
-    `watch(request, token)` hears of tokens as they are read. The host reads tokens `lookahead` steps late
+    `watch(request, token)` hears of tokens as they are read, `heard(request, tokens)` of a response when its
+    last one is. The host reads tokens `lookahead` steps late
     (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped.
     Without `early_stop` all rows are decoded to the end, and what comes after a stop is dropped. None of
     these changes a response. `stop` ends responses beside `params.stop_ids`, after `min_new_tokens`.
@@ -95,7 +97,7 @@ def generate(
     if lookahead is None:
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, min(rows, pages), decode)
-    states = RequestStates(requests, params, stop, watch)
+    states = RequestStates(requests, params, stop, watch, heard)
     session = DecodeRingStage(used, ring, states, (pages, page), lookahead, early_stop, prefill)
     session.run(execution)
     if passes is None:

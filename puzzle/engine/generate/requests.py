@@ -53,8 +53,10 @@ class RequestStates:
         params: SamplingParams,
         stop: StopRule | None = None,
         watch: Callable[[int, int], None] | None = None,
+        heard: Callable[[int, list[int]], None] | None = None,
     ) -> None:
-        self.requests, self.params, self._watch = requests, params, watch
+        """`watch(request, token)` hears of tokens, `heard(request, tokens)` of responses that have ended."""
+        self.requests, self.params, self._watch, self._heard = requests, params, watch, heard
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.logprobs: list[list[float]] = [[] for _ in requests]
         self.ended = [False] * len(requests)
@@ -73,6 +75,8 @@ class RequestStates:
             self.ended[i] = self._finished[i] or len(self.tokens[i]) >= self.params.max_new_tokens
             if self._watch is not None:
                 self._watch(i, token)
+            if self._heard is not None and self.ended[i]:
+                self._heard(i, self.tokens[i])
 
     @property
     def may_end(self) -> bool:

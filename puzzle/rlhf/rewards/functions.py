@@ -27,6 +27,8 @@ from puzzle.rlhf.rewards.signature import parameters
 class FunctionReward:
     """A Python function of responses that gives one finite number for each."""
 
+    each = False
+
     def __init__(
         self,
         name: str,

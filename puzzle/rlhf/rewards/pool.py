@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from puzzle.errors import UserError
 from puzzle.launch.local import REPORT
 from puzzle.rlhf.patience import AGAIN_SECONDS, LAST_RESORT
-from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.batch import Arriving, RewardBatch
 from puzzle.rlhf.rewards.scores import shown
 from puzzle.rlhf.rewards.signature import Parameters
 from puzzle.rlhf.rewards.worker import CLOSED, MAIN, Answer, Setup, Task
@@ -103,14 +103,29 @@ def _stderr() -> int:
 
 
 class _Work:
-    """A batch while it is scored: tasks that nobody has, processes that have one, scores by first row."""
+    """A batch while it is scored: tasks that nobody has, processes that have one, scores by first row.
+    `began` is when the whole batch was there, None before; people hear of it again at `due`."""
 
-    def __init__(self, todo: deque[Task], notice: float) -> None:
-        self.todo = todo
+    def __init__(self, source: RewardBatch | Arriving, notice: float) -> None:
+        self.arriving = source if isinstance(source, Arriving) else None
+        self.todo = deque[Task]() if isinstance(source, Arriving) else deque([Task(source)])
+        self.count = source.count if isinstance(source, Arriving) else len(source)
         self.busy: list[Worker] = []
         self.scores: dict[int, list[float]] = {}
-        self.began = time.monotonic()
-        self.due = self.began + notice
+        self.began, self.due, self._notice = None if self.arriving else time.monotonic(), math.inf, notice
+
+    @property
+    def over(self) -> bool:
+        """Whether all is scored."""
+        return not self.todo and not self.busy and (self.arriving is None or self.arriving.over)
+
+    def take(self) -> None:
+        """Make tasks of the responses that have come."""
+        if self.arriving is None or self.began is not None:
+            return
+        self.began = self.arriving.whole_at
+        self.due = math.inf if self.began is None else self.began + self._notice
+        self.todo += [Task(one, row, self.count) for row, one in self.arriving.ready()]
 
 
 class PoolReward:
@@ -119,7 +134,7 @@ class PoolReward:
     def __init__(self, setup: Setup, workers: int | None, limits: Limits) -> None:
         """Without `workers`, a call has the whole batch."""
         self.name, self.what = setup.name, f"reward.function {setup.name}"
-        self._setup, self._limits, self._each = setup, limits, workers is not None
+        self._setup, self._limits, self.each = setup, limits, workers is not None
         self._most = workers or 1
         self._workers: list[Worker] = []
         self._parameters: Parameters | None = None
@@ -152,12 +167,21 @@ class PoolReward:
     def score(self, batch: RewardBatch) -> list[float]:
         """Scores, one per response, whichever process found them. UserError with one line that names the
         function and, where it is called for each, the response."""
-        rows = range(len(batch))
-        tasks = [Task(batch.row(row), row, len(batch)) for row in rows] if self._each else [Task(batch)]
-        work = _Work(deque(tasks), self._limits.notice)
+        if not self.each:
+            return self._scores(_Work(batch, self._limits.notice))
+        arriving = Arriving(len(batch))
+        for row in range(len(batch)):
+            arriving.put(row, batch.row(row))
+        return self.score_each(arriving)
+
+    def score_each(self, arriving: Arriving) -> list[float]:
+        """The same of responses as they come; the batch's time begins with the last one."""
+        return self._scores(_Work(arriving, self._limits.notice))
+
+    def _scores(self, work: _Work) -> list[float]:
         try:
-            while work.todo or work.busy:
-                self._step(work, len(batch))
+            while not work.over:
+                self._step(work)
         except BaseException:
             self.close()
             raise
@@ -172,15 +196,19 @@ class PoolReward:
         self._workers.append(Worker(self._setup))
         return self._workers[-1]
 
-    def _step(self, work: _Work, count: int) -> None:
+    def _step(self, work: _Work) -> None:
         """Give out tasks, wait until something happens, and take what was answered."""
+        work.take()
         self._assign(work)
-        limit, notice = math.inf, math.inf
-        if self._each:  # a call with the whole batch says itself where it is
-            limit, notice = work.began + _seconds(self._limits.batch), work.due
-        until = min(limit, notice, *map(self._deadline, work.busy))
+        limit, notice, coming = math.inf, work.due, list[int]()
+        if work.arriving is not None:  # a call with the whole batch says itself where it is
+            if work.began is None:
+                coming = [work.arriving.fileno()]
+            else:
+                limit = work.began + _seconds(self._limits.batch)
+        until = min([limit, notice, *map(self._deadline, work.busy)])
         timeout = None if until == math.inf else max(0.0, until - time.monotonic())
-        ready = wait([end for w in work.busy for end in (w.connection, w.ended)], timeout)
+        ready = wait([*coming, *(end for w in work.busy for end in (w.connection, w.ended))], timeout)
         for worker in [w for w in work.busy if w.connection in ready or w.ended in ready]:
             self._take(worker, work)
         now = time.monotonic()
@@ -188,12 +216,12 @@ class PoolReward:
             self._end_late(worker, work)
         if work.busy and now >= limit:
             raise UserError(
-                f"{self.what} computed for more than {self._limits.batch:g} s ({len(work.scores)} of {count}"
-                " responses); make it faster, give more reward.workers, or raise reward.timeout"
+                f"{self.what} computed for more than {self._limits.batch:g} s ({len(work.scores)} of"
+                f" {work.count} responses); make it faster, give more reward.workers, or raise reward.timeout"
             )
-        if work.busy and now >= notice:
+        if work.busy and work.began is not None and now >= notice:
             ends = "without limit" if limit == math.inf else f"reward.timeout: {self._limits.batch:g} s"
-            said = f"has computed for {now - work.began:.0f} s ({len(work.scores)} of {count} responses)"
+            said = f"has computed for {now - work.began:.0f} s ({len(work.scores)} of {work.count} responses)"
             print(f"{self.what} {said}; {ends}", file=sys.stderr, flush=True)
             work.due += now - work.began
 
@@ -206,7 +234,7 @@ class PoolReward:
 
     def _deadline(self, worker: Worker) -> float:
         """When a process is ended that has not ended its function."""
-        limit = self._limits.response if self._each and worker.ready else self._limits.batch
+        limit = self._limits.response if self.each and worker.ready else self._limits.batch
         return worker.began + _seconds(limit) + GRACE_SECONDS
 
     def _take(self, worker: Worker, work: _Work) -> None:
@@ -240,14 +268,14 @@ class PoolReward:
         if not worker.ready:
             raise UserError(f"{self.what}: its import computed for more than {self._limits.batch:g} s")
         limit, key = (
-            (self._limits.response, "response_timeout") if self._each else (self._limits.batch, "timeout")
+            (self._limits.response, "response_timeout") if self.each else (self._limits.batch, "timeout")
         )
         assert worker.task is not None
         line = f"{self.what}{_at(worker.task)} computed for more than {limit:g} s; make it faster, or raise"
         self._late(worker, work, f"{line} reward.{key}", gone=True)
 
     def _late(self, worker: Worker, work: _Work, line: str, gone: bool) -> None:
-        if self._limits.late_score is None or not self._each:
+        if self._limits.late_score is None or not self.each:
             raise UserError(line)
         print(f"{line}; it scores {self._limits.late_score:g}", file=sys.stderr, flush=True)
         self._done(worker, work, [self._limits.late_score])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from puzzle.errors import UserError, lacking
 from puzzle.rlhf.patience import TookTooLong
-from puzzle.rlhf.rewards.batch import ARGUMENTS, RewardBatch
+from puzzle.rlhf.rewards.batch import ARGUMENTS, Arriving, RewardBatch
 from puzzle.rlhf.rewards.scores import checked_scores, shown
 
 AGAIN = (408, 429, 500, 502, 503, 504)
@@ -54,6 +53,7 @@ class ServerReward:
             raise UserError(f"reward.url {url}: {lacking('requests')}") from None
         self.what = f"reward.url {url}"
         self._url, self._limits, self._workers = url, limits, workers or 0
+        self.each = self._workers > 0
         self._errors: Any = requests.exceptions
         self._broken: Any = urllib3.exceptions.HTTPError
         self._session: Any = requests.Session()  # which keeps connections
@@ -73,17 +73,23 @@ class ServerReward:
 
     def score(self, batch: RewardBatch) -> list[float]:
         """Scores, one per response. UserError with one line that names the server for whatever went wrong."""
-        until = time.monotonic() + (math.inf if self._limits.batch is None else self._limits.batch)
-        if not self._workers:
-            return self._ask(batch, 0, len(batch), until)
-
-        found: dict[int, float | BaseException] = {}
-        rows: queue.SimpleQueue[int] = queue.SimpleQueue()
+        if not self.each:
+            return self._ask(batch, 0, len(batch), self._until(time.monotonic()))
+        arriving = Arriving(len(batch))
         for row in range(len(batch)):
-            rows.put(row)
+            arriving.put(row, batch.row(row))
+        return self.score_each(arriving)
+
+    def _until(self, began: float | None) -> float:
+        """When the scores of a batch must be there; None: it is not whole yet."""
+        return math.inf if self._limits.batch is None or began is None else began + self._limits.batch
+
+    def score_each(self, arriving: Arriving) -> list[float]:
+        """The same of responses as they come; the batch's time begins with the last one."""
+        found: dict[int, float | BaseException] = {}
         threads = [
-            threading.Thread(target=self._ask_each, args=(batch, rows, until, found), daemon=True)
-            for _ in range(min(self._workers, len(batch)))
+            threading.Thread(target=self._ask_each, args=(arriving, found), daemon=True)
+            for _ in range(min(self._workers, arriving.count))
         ]  # an executor's threads would be awaited at exit, whatever the server does
         for thread in threads:
             thread.start()
@@ -92,27 +98,21 @@ class ServerReward:
         for row in sorted(found):
             if isinstance(score := found[row], BaseException):
                 raise score
-        return [float(found[row]) for row in range(len(batch))]  # ty: ignore[invalid-argument-type]
+        return [float(found[row]) for row in range(arriving.count)]  # ty: ignore[invalid-argument-type]
 
-    def _ask_each(
-        self,
-        batch: RewardBatch,
-        rows: queue.SimpleQueue[int],
-        until: float,
-        found: dict[int, float | BaseException],
-    ) -> None:
-        """Take rows until none is left, or one has failed."""
-        while not any(isinstance(score, BaseException) for score in list(found.values())):
+    def _ask_each(self, arriving: Arriving, found: dict[int, float | BaseException]) -> None:
+        """Take responses until none is left, or one has failed."""
+        while (taken := arriving.get()) is not None:
+            row, one = taken
             try:
-                row = rows.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                found[row] = self._ask(batch.row(row), row, len(batch), until)[0]
+                found[row] = self._ask(one, row, arriving.count, self._until(arriving.whole_at))[0]
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                until = self._until(arriving.whole_at)
                 late = isinstance(error, TookTooLong) and time.monotonic() < until
                 score = self._limits.late_score if late else None
                 found[row] = error if score is None else score
+                if score is None:
+                    arriving.stop()
 
     def close(self) -> None:
         """Close the connections."""

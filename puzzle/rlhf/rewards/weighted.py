@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.reward import RewardPart
@@ -14,7 +14,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
 from puzzle.rlhf.patience import Patience, end
 from puzzle.rlhf.rewards import server
-from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.batch import Arriving, RewardBatch
 from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.pool import Limits, PoolReward
 from puzzle.rlhf.rewards.worker import Setup
@@ -32,9 +32,10 @@ Rewarded = TrainConfig | EvaluationConfig
 
 
 class Reward(Protocol):
-    """Something that scores responses, wherever it computes."""
+    """Something that scores responses, wherever it computes. `each`: a call has one response."""
 
     what: str
+    each: bool
 
     def columns(self, names: Collection[str], source: str) -> list[str]:
         """Which columns of a source it reads; UserError for one that it lacks."""
@@ -46,6 +47,15 @@ class Reward(Protocol):
 
     def close(self) -> None:
         """End its processes and connections."""
+        ...
+
+
+@runtime_checkable
+class EachReward(Reward, Protocol):
+    """One whose calls have one response: it need not wait for the others."""
+
+    def score_each(self, arriving: Arriving) -> list[float]:
+        """As `score`, of responses as they come."""
         ...
 
 
@@ -76,10 +86,10 @@ class Scored:
 
 
 class _Call:
-    """One part on its way."""
+    """One part on its way, with a batch or with what comes of one."""
 
-    def __init__(self, part: Part, batch: RewardBatch) -> None:
-        self.part, self._batch = part, batch
+    def __init__(self, part: Part, source: RewardBatch | Arriving) -> None:
+        self.part, self._source = part, source
         self.began = self.ended = time.perf_counter()
         self._found: list[float] | BaseException = []
         self._thread: threading.Thread | None = None
@@ -90,16 +100,25 @@ class _Call:
     def _run(self) -> None:
         self.began = time.perf_counter()
         try:
-            self._found = self.part.reward.score(self._batch)
+            self._found = self._score()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._found = error
         self.ended = time.perf_counter()
+        if isinstance(self._source, Arriving) and self._source.first_at is not None:
+            self.began = self._source.first_at
+
+    def _score(self) -> list[float]:
+        reward, source = self.part.reward, self._source
+        if not isinstance(source, Arriving):
+            return reward.score(source)
+        assert isinstance(reward, EachReward)
+        return reward.score_each(source)
 
     def scores(self, longest: float) -> list[float]:
         """Wait for them, little more than `longest` seconds; functions of this process are called now."""
         if self._thread is None:
             self.began = time.perf_counter()
-            self._found = self.part.reward.score(self._batch)
+            self._found = self._score()
             self.ended = time.perf_counter()
         else:
             self._thread.join(min(longest + GRACE_SECONDS, threading.TIMEOUT_MAX))
@@ -108,6 +127,38 @@ class _Call:
         if isinstance(self._found, BaseException):
             raise self._found
         return self._found
+
+
+class Opened:
+    """A batch that is scored before all of it is there, by the parts that are called for each response."""
+
+    def __init__(self, parts: Sequence[Part], longest: float, count: int) -> None:
+        """`count` responses will come."""
+        self._parts, self._longest = parts, longest
+        self._arriving = {part.name: Arriving(count) for part in parts if part.reward.each}
+        each = [part for part in parts if part.name in self._arriving]
+        self._calls = {part.name: _Call(part, self._arriving[part.name]) for part in each}
+
+    def add(self, row: int, one: RewardBatch) -> None:
+        """A response is there; one that is known is left."""
+        for arriving in self._arriving.values():
+            arriving.put(row, one)
+
+    def complete(self, batch: RewardBatch) -> Callable[[], Scored]:
+        """All are there: the other parts begin. What is returned waits for all, and raises the first
+        UserError."""
+        if self._arriving:
+            for row in range(len(batch)):
+                self.add(row, batch.row(row))
+        calls = [self._calls.get(part.name) or _Call(part, batch) for part in self._parts]
+
+        def finish() -> Scored:
+            asked = time.perf_counter()
+            scores = {call.part.name: call.scores(self._longest) for call in calls}
+            spans = {call.part.name: (call.began, call.ended) for call in calls}
+            return Scored(scores, spans, asked, time.perf_counter() - asked)
+
+        return finish
 
 
 class WeightedRewards:
@@ -124,15 +175,16 @@ class WeightedRewards:
 
     def begin(self, batch: RewardBatch) -> Callable[[], Scored]:
         """Have all parts score a batch; what is returned waits for them, and raises the first UserError."""
-        calls = [_Call(part, batch) for part in self.parts]
+        return self.open(len(batch)).complete(batch)
 
-        def finish() -> Scored:
-            asked = time.perf_counter()
-            scores = {call.part.name: call.scores(self.longest) for call in calls}
-            spans = {call.part.name: (call.began, call.ended) for call in calls}
-            return Scored(scores, spans, asked, time.perf_counter() - asked)
+    @property
+    def any_each(self) -> bool:
+        """Whether a part is called for each response, and so need not wait for the batch."""
+        return any(part.reward.each for part in self.parts)
 
-        return finish
+    def open(self, count: int) -> Opened:
+        """Begin with a batch of `count` responses that are not there yet."""
+        return Opened(self.parts, self.longest, count)
 
     def close(self) -> None:
         """End all processes and connections."""
