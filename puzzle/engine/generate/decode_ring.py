@@ -47,6 +47,13 @@ class Tally:
     prefilled: int = 0
     put_back: int = 0
 
+    def add(self, session: DecodeRingStage) -> None:
+        """What a session, which is over, did."""
+        self.rows += session.rows
+        self.tokens += sum(map(len, session.states.tokens))
+        self.prefilled += session.prefilled
+        self.put_back += session.scheduler.put_back
+
 
 @torch.inference_mode()
 def generate(
@@ -104,10 +111,7 @@ def generate(
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
     execution.finish(ring.unrolled(tuple(session.prefills)) if executor.world.clock is not None else None)
     if tally is not None:
-        tally.rows += session.rows
-        tally.tokens += sum(map(len, states.tokens))
-        tally.prefilled += session.prefilled
-        tally.put_back += session.scheduler.put_back
+        tally.add(session)
     return states.responses()
 
 
