@@ -27,7 +27,9 @@ FIGURES: dict[str, report.Drawing] = {
     one.NAME: one for one in (figure8, figure9, figure10, figure11, figure12, table3, ablation)
 }
 SHIPPED = ("published", "baseline/2xh200", "baseline/4xh200")
-"""Folders of the shipped logs that are drawn where none is named: the published measurements, and our own."""
+"""Folders of the shipped logs that are drawn where none is named: the published measurements, and our own;
+with them all folders in `CAMPAIGNS`."""
+CAMPAIGNS = "campaign"
 
 
 def parser() -> Parser:
@@ -44,7 +46,7 @@ def parser() -> Parser:
         type=folder,
         action="append",
         metavar="DIR",
-        help=f"may be repeated (under {logs}: {', '.join(SHIPPED)})",
+        help=f"may be repeated (under {logs}: {', '.join((*SHIPPED, CAMPAIGNS))})",
     )
     made.add_argument("--out", type=folder, default=out, metavar="DIR", help="outputs_from_logs_<time>")
     made.add_argument("--only", nargs="+", action="extend", metavar="FIGURE", help=f"of {', '.join(FIGURES)}")
@@ -53,6 +55,12 @@ def parser() -> Parser:
     )
     made.set_defaults(shipped=logs)
     return made
+
+
+def shipped(logs: Path) -> list[Path]:
+    """The folders of the shipped logs to draw."""
+    campaigns = sorted(path for path in (logs / CAMPAIGNS).glob("*") if path.is_dir())
+    return [*(logs / name for name in SHIPPED), *campaigns]
 
 
 def with_constants(loaded: Loaded, published: Path) -> Loaded:
@@ -103,7 +111,7 @@ def chosen(only: Sequence[str] | None) -> list[str]:
 
 def _drawn(options: Namespace, wanted: list[str]) -> report.Results:
     """Reads the logs, draws the figures and writes the report. Raises UserError."""
-    folders = options.logs or [options.shipped / name for name in SHIPPED]
+    folders = options.logs or shipped(options.shipped)
     _progress("reading logs ...")
     loaded = load(folders)
     if not options.only and not any(ablation.NAME in run.figures for run in loaded.runs):

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from puzzle.errors import UserError, describe
-from puzzle.plotting.selection import agree
+from puzzle.plotting.selection import agree, gap
 from puzzle.runlog import load_runs
+from puzzle.runlog.records import GAP, End
 from puzzle.runlog.run import Loaded, Report, Run
 
 
@@ -40,8 +41,9 @@ def load(folders: Sequence[Path]) -> Loaded:
                     reports.append(Report(run.source, None, "the run has not ended, or its log is cut off"))
                 # The reader of raw logs has reported what it notes.
                 told = " ".join(report.what for report in run.reports)
-                texts = [str(note.get("text", note)) for note in run.notes]
+                texts = [str(note.get("text", note)) for note in run.notes if note.get("kind") != GAP]
                 reports += [Report(run.source, None, text) for text in texts if text not in told]
+                reports += [Report(run.source, None, why) for why in _unrun(run)]
             elif agree(first, run):
                 reports.append(Report(run.source, None, f"the same run as {first.source}; counted once"))
             else:
@@ -50,6 +52,11 @@ def load(folders: Sequence[Path]) -> Loaded:
                     "disagree; remove one, or give them different repeat ids"
                 )
     return Loaded(tuple(runs), tuple(reports))
+
+
+def _unrun(run: Run) -> list[str]:
+    """Why a planned run was not run, in full."""
+    return [end.text for end in run.of(End) if gap(run) and end.text]
 
 
 def _renamed(loaded: Loaded, folder: Path, folders: Sequence[Path]) -> Loaded:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from puzzle.errors import UserError
 from puzzle.runlog import UNFAITHFUL
+from puzzle.runlog.records import GAP
 from puzzle.runlog.run import Run
 
 REAL = ("measured", "published")
@@ -19,6 +20,8 @@ WARM_UP = 1
 """Iterations left out of every mean."""
 COPY = "copy"
 """The kind of a log's note that it is the copy of another run's log."""
+SAME = {"wo_bulk": "base", "train_opt": "base"}
+"""Variants that are another one: figures without the latter draw its runs under their own name."""
 
 
 class Panel(NamedTuple):
@@ -76,12 +79,13 @@ def grid(
 
     Raises UserError where two runs claim the same repeat, or repeats of one run are of different jobs.
     """
-    known = set(variants)
+    known = {variant: variant for variant in variants}
+    known |= {other: name for name, other in SAME.items() if name in known and other not in known}
     found: dict[Panel, dict[str, dict[str, list[Run]]]] = {}
     for run in runs:
         if figure in run.figures and run.variant in known:
             configs = found.setdefault(Panel(run.cluster, run.provenance), {})
-            configs.setdefault(config_of(run), {}).setdefault(run.variant, []).append(run)
+            configs.setdefault(config_of(run), {}).setdefault(known[run.variant], []).append(run)
     result: Grid = {}
     for panel in sorted(found, key=lambda panel: (ORDER.get(panel.provenance, len(ORDER)), panel)):
         configs = found[panel]
@@ -92,8 +96,13 @@ def grid(
     return result
 
 
+def gap(run: Run) -> str:
+    """Why a planned run has no numbers; empty for any other."""
+    return next((str(note.get("text")) for note in run.notes if note.get("kind") == GAP), "")
+
+
 def _pool(runs: Sequence[Run], figure: str) -> Pool:
-    runs, tried = _fastest(runs)
+    runs, tried = _fastest([run for run in runs if not gap(run)] or runs[:1])
     repeats: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.repeat, run.source)):
         first = repeats.setdefault(run.repeat, run)

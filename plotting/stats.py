@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from puzzle.plotting.rows import RATIO, SECONDS, Row
 from puzzle.plotting.selection import WARM_UP, Grid, Pool, cells, is_time, series, titles
+from puzzle.plotting.selection import gap as planned_gap
 from puzzle.runlog.run import Run
 
 Values = Callable[[Run], Sequence[float]]
@@ -28,7 +29,8 @@ def minus(whole: str, part: str) -> Values:
 class Mean:
     """A mean with its spread; `value` is None where nothing was left to average, and `gap` says why.
 
-    The gap of a quantity that no log gives, where logs give others, is "not timed".
+    The gap of a quantity that no log gives, where logs give others, is "not timed"; that of a planned run is
+    what its log says.
     """
 
     value: float | None
@@ -64,7 +66,8 @@ def mean(pool: Pool | None, values: Values) -> Mean:
     if not kept:
         timed = any(len(values(run)) > 0 for run in pool.runs)
         others = any(given for run in pool.runs for given in run.printed.values())
-        gap = "not timed" if others and not timed else "no values"
+        known = next(filter(None, map(planned_gap, pool.runs)), "")
+        gap = known or ("not timed" if others and not timed else "no values")
         return Mean(None, 0, None, pool.logs, tuple(notes), gap=gap)
     means = [fmean(good) for good in kept]
     over = means if len(means) > 1 else kept[0]

@@ -1,7 +1,8 @@
 """How long a campaign will take and what it will write, from the work in its runs, before any of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from puzzle.campaign.experiments import Experiment
 from puzzle.config.capabilities import BASELINE
@@ -14,6 +15,10 @@ RATE, BASELINE_RATE = 40e12, 29e12
 # Start of a run on GPUs: what two H200 took for runs of two short iterations (logs/node). On CPUs starting is
 # all there is: the campaign of README's table, on two cores, per process of its runs.
 GPU_START_SECONDS, CPU_PROCESS_SECONDS = 13.0, 5.0
+REPEAT_MARGIN, FORECAST_MARGIN = (
+    1.1,
+    1.25,
+)  # what runs may take beyond what is expected
 RUN_BYTES, RANK_BYTES = 60_000, 4_000  # logs; a campaign's runs save no weights
 
 
@@ -59,3 +64,36 @@ def iteration_flops(config: TrainConfig) -> int:
     ]
     trained = sum(flops for is_trained, flops in models if is_trained)
     return sum(flops for _, flops in models) + 3 * config.algorithm.epochs * trained
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """How long runs take here, from the seconds that `took` gives for the names of those that have ended."""
+
+    experiments: Sequence[Experiment]
+    took: Mapping[str, float]
+
+    def __call__(self, experiment: Experiment) -> float:
+        """Seconds by which the run should have ended: as long as its other repeats, else its forecast times
+        how much longer than forecast the runs of the same program took."""
+        repeats = [one for one in self._ended() if one.job == experiment.job]
+        if repeats:
+            return REPEAT_MARGIN * max(self.took[one.name] for one in repeats)
+        return FORECAST_MARGIN * self._pace(experiment) * run_seconds(experiment.config)
+
+    def _pace(self, experiment: Experiment) -> float:
+        alike = [one for one in self._ended() if bool(one.options) == bool(experiment.options)]
+        paces = [self.took[one.name] / run_seconds(one.config) for one in alike]
+        return fmean(paces) if paces else 1.0
+
+    def _ended(self) -> list[Experiment]:
+        return [one for one in self.experiments if one.name in self.took]
+
+
+def baseline_bytes(config: TrainConfig, stage: int) -> float:
+    """Bytes per GPU that DeepSpeed's models need at least under that ZeRO stage: 16-bit weights of all models
+    (under stage 3 a share), and of trained ones a share of gradients, masters and moments; without
+    activations and cache. As ZeRO's paper counts (arXiv:1910.02054), gradients in 32 bits."""
+    models = resolve(config).models.values()
+    weights = sum(2 * model.spec.parameters for model in models) / (config.world if stage == 3 else 1)
+    return weights + sum(16 * model.spec.parameters for model in models if model.trained) / config.world

@@ -10,12 +10,21 @@ from puzzle.launch import Launcher, slurm
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs per host and in all (0: none; None: as many as asked for), bytes of one GPU if known, in words."""
+    """GPUs per host and in all (0: none; None: as many as asked for), bytes of one GPU if known, in words,
+    and the name of a GPU if known."""
 
     per_host: int
     total: int | None
     memory: int | None
     words: str
+    gpu: str = ""
+
+    def name(self, devices: int) -> str:
+        """What figures call so many of its GPUs, and that NCCL is kept from copying between them."""
+        if not self.gpu:
+            return "local"
+        through_host = os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0")
+        return f"{devices} {self.gpu}" + ", no P2P" * through_host
 
 
 def find_machine(launcher: Launcher) -> Machine:
@@ -49,6 +58,7 @@ def _this_host() -> Machine:
         len(listed),
         int(mebibytes) << 20,
         f"this machine has {len(listed)} GPUs ({name}) and {cores} cores{elsewhere}",
+        name.removeprefix("NVIDIA "),
     )
 
 

@@ -1,28 +1,31 @@
 """`puzzle campaign`: run the experiments of the paper's figures at some scale, then draw them."""
 
+import math
 import shlex
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
 from puzzle.campaign import runs as campaign
-from puzzle.campaign.experiments import TABLE, Experiment, Selection, expand, read_table
-from puzzle.campaign.forecast import GPU_START_SECONDS, forecast
+from puzzle.campaign.experiments import TABLE, Experiment, Selection, Table, expand, read_table
+from puzzle.campaign.forecast import GPU_START_SECONDS, Expectation, baseline_bytes, forecast
 from puzzle.campaign.machine import Machine, find_machine
-from puzzle.cli import Parser, filled, named, whole
+from puzzle.cli import Parser, campaign_logs, filled, named, real, whole
 from puzzle.cli.workloads import workload_of
 from puzzle.config import memory_report as footprint
 from puzzle.config.capabilities import BASELINE, NO_CUDA, OTHER_TORCH, has_cpu_torch
-from puzzle.config.resolve import resolve
+from puzzle.config.resolve import RunPlan, resolve
 from puzzle.errors import UserError, lacking, terminate_as_exit
 from puzzle.files import lock
 from puzzle.launch import LAUNCHERS, Launcher, slurm
@@ -43,18 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     if options.device_memory is not None:
         total = None if options.dry_run else machine.total  # as if there were as many devices as asked for
         machine = replace(machine, memory=footprint.parse_bytes(options.device_memory), total=total)
-    scale = options.scale or ("node" if machine.per_host else "cpu")
-    console.print(f"{machine.words}; scale {scale}, launcher {options.launcher}", soft_wrap=True)
+    if options.baseline_packages is not None and not options.baseline_packages.is_dir():
+        raise UserError(f"--baseline-packages {options.baseline_packages}: no such folder")
     table = read_table(options.table)
-    devices = None
-    if scale == "node" and scale in table.scales:
-        devices = min(machine.per_host, table.scales[scale].devices) or table.scales[scale].devices
-    selection = Selection(
-        scale, tuple(options.only), options.cluster, devices, options.repeats, options.iterations
-    )
-    if (most := table.most_layers(scale, devices)) is not None:  # said wherever a figure names the machine
-        cluster = f"{selection.cluster}, {devices} GPUs, at most {most} layers"
-        selection = replace(selection, cluster=cluster)
+    selection = _selection(options, machine, table)
+    scale = selection.scale
+    console.print(f"{machine.words}; scale {scale}, launcher {options.launcher}", soft_wrap=True)
     experiments = [_checked(experiment, machine) for experiment in expand(table, selection)]
     submits = options.launcher == "slurm" and not slurm.inside()
     if options.dry_run:
@@ -62,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         out = options.out or Path("outputs_from_exec_<time>")
         words = _submitted(arguments, out)
         submission = slurm.submission(words, _largest(experiments), out) if submits else []
-        _ahead(experiments, console, submission, options.calibration)
+        _ahead(experiments, console, submission, options.calibration, options.minutes)
         return 0
     if find_spec("matplotlib") is None:
         raise UserError(f"what the runs measure is drawn: {lacking('matplotlib')}")
@@ -71,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         _list(experiments, console)
         raise UserError("none of these runs can be run by this version here")
     asked = {**asdict(selection), "only": list(selection.only)}
+    budget = _budget(options.minutes, experiments)
     out = options.out or campaign.unfinished(Path(), asked)
     if out is None:
         out = Path(f"outputs_from_exec_{datetime.now():%Y%m%d-%H%M%S}")
@@ -81,15 +79,50 @@ def run(arguments: Sequence[str]) -> int:
         campaign.record(out, asked, [])
         with terminate_as_exit(), _launcher(options.launcher, experiments):
             outcomes = campaign.run_all(
-                experiments, out, console, lambda one: campaign.command_of(one, options.launcher), keep
+                experiments,
+                out,
+                console,
+                lambda one: campaign.command_of(one, options.launcher, options.baseline_packages),
+                keep,
+                budget,
+                lambda so_far: campaign.record(out, asked, so_far),
             )
         campaign.record(out, asked, outcomes)
+        if options.ship is not None:
+            campaign_logs.ship(outcomes, out, options.ship)
         return _summary(outcomes, out, console)
+
+
+def _selection(options: Namespace, machine: Machine, table: Table) -> Selection:
+    """What was asked for, on what there is."""
+    single = min(machine.per_host, options.devices or machine.per_host) == 1
+    scale = options.scale or ("cpu" if not machine.per_host else "gpu" if single else "node")
+    known = table.scales.get(scale)
+    devices = memory = None
+    if known is not None and known.fit:
+        most = options.devices or machine.per_host or known.devices
+        devices, memory = min(most, known.devices), machine.memory
+    cluster = options.cluster or ("local" if devices is None else machine.name(devices))
+    return Selection(
+        scale, tuple(options.only), cluster, devices, memory, options.repeats, options.iterations
+    )
+
+
+def _budget(minutes: float | None, experiments: Sequence[Experiment]) -> campaign.Budget | None:
+    if minutes is None:
+        return None
+
+    def expected(experiment: Experiment, took: Mapping[str, float]) -> float:
+        return Expectation(experiments, took)(experiment)
+
+    return campaign.Budget(60 * minutes, time.monotonic(), expected)
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
     parser = Parser("puzzle campaign", description="Run the experiments, then draw them.", allow_abbrev=False)
-    parser.add_argument("--scale", help="cpu, node, paper or rehearsal; default: what this machine can run")
+    parser.add_argument(
+        "--scale", help="cpu, gpu, node, paper or rehearsal; default: what this machine can run"
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="FIGURE", help="e.g. figure9"
@@ -102,12 +135,29 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
         help="runs of each, with other seeds",
     )
     parser.add_argument("--iterations", type=whole(2), metavar="N", help="of each run, the first warming up")
-    parser.add_argument(
-        "--cluster", type=filled, default="local", metavar="NAME", help="what figures call this machine"
-    )
+    parser.add_argument("--cluster", type=filled, metavar="NAME", help="what figures call this machine")
     parser.add_argument("--out", type=named, metavar="DIR", help="default: the unfinished one, or a new one")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what cannot run yet")
+    parser.add_argument(
+        "--minutes",
+        type=real(0),
+        metavar="M",
+        help="start no run that would not end in time; started again, the command goes on",
+    )
+    parser.add_argument("--devices", type=whole(1), metavar="N", help="use so many GPUs of this host")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
+    parser.add_argument(
+        "--baseline-packages",
+        type=named,
+        metavar="DIR",
+        help="Python packages that DeepSpeed-Chat finds first, such as its transformers 4.35.2",
+    )
+    parser.add_argument(
+        "--ship",
+        type=named,
+        metavar="DIR",
+        help="also write the logs that figures read, and no more, into DIR",
+    )
     parser.add_argument(
         "--calibration", metavar="C", help="with --dry-run: predict hours by it, as `puzzle plan predict`"
     )
@@ -169,13 +219,27 @@ def _checked(experiment: Experiment, machine: Machine) -> Experiment:
         check_files(config)
         if config.device == "cuda" and machine.total is not None and config.world > machine.total:
             raise UserError(f"{config.world} GPUs where there are {machine.total}")
-        if config.device == "cuda" and machine.memory is not None and config.log.variant != BASELINE:
-            footprint.require(footprint.estimate(plan, True, machine.memory), machine.memory)
+        if config.device == "cuda" and machine.memory is not None:
+            _require_memory(experiment, plan, machine.memory)
     except UserError as error:
         return replace(experiment, lacks=(str(error),))
     if config.device == "cuda" and has_cpu_torch():
         return replace(experiment, lacks=(NO_CUDA,))
     return experiment
+
+
+def _require_memory(experiment: Experiment, plan: RunPlan, memory: int) -> None:
+    """Raise UserError where a run does not fit: by the report, or by the least that DeepSpeed needs."""
+    if experiment.config.log.variant != BASELINE:
+        footprint.require(footprint.estimate(plan, True, memory), memory)
+        return
+    stage = int(experiment.options[experiment.options.index("--actor_zero_stage") + 1])
+    needs = baseline_bytes(experiment.config, stage)
+    if needs > memory:
+        raise UserError(
+            f"DeepSpeed's models alone need {needs / footprint.GIB:.1f} GiB of a device under ZeRO-{stage},"
+            f" it has {memory / footprint.GIB:.1f}"
+        )
 
 
 def _list(experiments: Sequence[Experiment], console: Console) -> None:
@@ -193,7 +257,11 @@ def _list(experiments: Sequence[Experiment], console: Console) -> None:
 
 
 def _ahead(
-    experiments: Sequence[Experiment], console: Console, submission: Sequence[str], calibration: str | None
+    experiments: Sequence[Experiment],
+    console: Console,
+    submission: Sequence[str],
+    calibration: str | None,
+    minutes: float | None,
 ) -> None:
     """Say what the campaign would ask for and take: the job, time and disk."""
 
@@ -213,6 +281,9 @@ def _ahead(
             else "the speed of the published runs"
         )
         say(f"estimated, by {how}: {forecast(able)}")
+        if minutes is not None:
+            pieces = math.ceil(forecast(able).seconds / (60 * minutes))
+            say(f"in pieces of {minutes:g} minutes: about {pieces}, fewer where devices are faster")
         if able[0].config.device == "cuda":
             say(_predicted(able, calibration))
 
@@ -253,7 +324,8 @@ def _summary(outcomes: Sequence[campaign.Outcome], out: Path, console: Console) 
     if rest := failed[FEW:]:
         say(f"failed: {len(rest)} more, told in {out / campaign.RECORD}")
     counts = Counter(outcome.status for outcome in outcomes)
-    words = {"done": "run", "kept": "kept from before", "failed": "failed", "absent": "not possible yet"}
+    words = {"done": "run", "kept": "kept from before", "failed": "failed", "absent": "not possible here"}
+    words["later"] = "left: start again to go on"
     said = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if counts[status])
     say(f"{len(outcomes)} runs: {said}")
     drawn = _draw(outcomes, out)
@@ -261,11 +333,14 @@ def _summary(outcomes: Sequence[campaign.Outcome], out: Path, console: Console) 
 
 
 def _draw(outcomes: Sequence[campaign.Outcome], out: Path) -> bool:
-    """Draw the figures of the finished runs; False if there are none, or if that failed."""
-    finished = [o.experiment for o in outcomes if o.status in ("done", "kept")]
+    """Draw the figures of the finished runs, with gaps for the others; False if there are none, or if that
+    failed."""
+    finished = [o.experiment for o in outcomes if o.status in campaign.FINISHED]
     figures = sorted({figure for experiment in finished for figure in experiment.config.log.figures})
     if not figures:
         return False
-    logs = [word for e in finished for word in ("--logs", str(out / "logs" / e.name))]
-    command = [sys.executable, "-P", "-m", "puzzle.plotting", *logs, "--out", str(out), "--only", *figures]
-    return subprocess.run(command, check=False).returncode == 0
+    with TemporaryDirectory() as logs:
+        campaign_logs.ship(outcomes, out, Path(logs))
+        drawing = ["--logs", logs, "--out", str(out), "--only", *figures]
+        command = [sys.executable, "-P", "-m", "puzzle.plotting", *drawing]
+        return subprocess.run(command, check=False).returncode == 0

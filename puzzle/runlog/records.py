@@ -282,9 +282,13 @@ class Trace(Record, kind="trace"):
     iteration: Count | None = None
 
 
+GAP = "gap"
+"""The kind of a note on a planned run that has no numbers; its text says why, in few words."""
+
+
 @dataclass(frozen=True)
 class Note(Record, kind="note"):
-    """A remark on the numbers of a published log."""
+    """A remark on the numbers of a log."""
 
     kind: Text
     text: Text

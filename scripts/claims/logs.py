@@ -84,20 +84,19 @@ def environment_bytes(tier: str) -> float:
 
 
 @cache
-def planned(scale: str, devices: int | None = None) -> list[TrainConfig]:
+def planned(scale: str) -> list[TrainConfig]:
     """The runs of RUNME-b at a scale."""
     from puzzle.campaign.experiments import Selection, expand, read_table
 
-    return [one.config for one in expand(read_table(), Selection(scale, devices=devices))]
+    return [one.config for one in expand(read_table(), Selection(scale))]
 
 
-def largest_gib(scale: str, *devices: int | None) -> float:
+def largest_gib(scale: str) -> float:
     """The fullest rank of all runs of our engine, by the memory report."""
     from puzzle.config import memory_report
     from puzzle.config.resolve import resolve
 
-    configs = [config for n in devices or (None,) for config in planned(scale, n)]
-    ours = [resolve(config) for config in configs if config.log.variant != "dschat"]
+    ours = [resolve(config) for config in planned(scale) if config.log.variant != "dschat"]
     ranks = [rank for plan in ours for rank in memory_report.estimate(plan, fused=True)]
     return max(rank.peak for rank in ranks) / 2**30
 

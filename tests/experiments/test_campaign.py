@@ -39,7 +39,7 @@ config = TrainConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
 with RunWriter(Path(sys.argv[2]), run_header(resolve(config), {{}})) as log:
     if config.log.variant == {failing!r}:
         print("working"); print("error: no room for the weights"); sys.exit(2)
-    seconds = 2.0 if config.log.variant == "wo_bulk" else 1.0
+    seconds = 2.0 if config.log.variant == "base" else 1.0
     stages = dict(generation=1.0, inference=1.0, training=seconds, switch=0.0, other=0.0)
     for iteration in range(3):
         metrics = dict(reward=0.0, actor_loss=0.0, critic_loss=0.0)
@@ -68,7 +68,7 @@ def test_failures_are_recorded_and_finished_runs_are_kept(tmp_path, experiments)
     assert [o.status for o in first] == ["done", "failed", "done", "failed"]
     assert first[1].why == "exit code 2: error: no room for the weights"
     assert campaign.last_lines(first[1], out)[-1] == "error: no room for the weights"
-    assert "[2/4] 7B/350M w_bulk" in text.getvalue()
+    assert "[2/4] 7B/7B w_bulk" in text.getvalue()
     kept = {o.experiment.name: (out / "logs" / o.experiment.name / "run.jsonl").stat() for o in first[::2]}
     second = campaign.run_all(experiments, out, console, worker(tmp_path, "nothing"))
     assert sorted(o.status for o in second) == ["done", "done", "kept", "kept"]
@@ -87,13 +87,24 @@ def test_failed_and_absent_runs_show_in_the_exit_code(tmp_path, experiments, cap
     outcomes = campaign.run_all(some, tmp_path, console, worker(tmp_path, "w_bulk"))
     assert command._summary(outcomes, tmp_path, console) == 1
     shown = capfd.readouterr().out
-    assert "not run: 7B/7B wo_bulk (1,4,1) batch 8: lacks a thing" in shown
+    assert "not run: 7B/350M base (1,2,1) batch 8: lacks a thing" in shown
     assert "    working\n    error: no room for the weights" in shown
-    assert "3 runs: 1 run, 1 failed, 1 not possible yet\nfigure9  " in shown  # the results come last
+    assert "3 runs: 1 run, 1 failed, 1 not possible here\nfigure9  " in shown  # the results come last
     assert (
-        shown.splitlines()[-1] == f"report, with 0 notes on numbers and 0 on logs: {tmp_path / 'report.md'}"
+        shown.splitlines()[-1] == f"report, with 0 notes on numbers and 2 on logs: {tmp_path / 'report.md'}"
     )
     assert not (tmp_path / "logs" / some[2].name).exists()
+    rows = [row.split(",") for row in (tmp_path / "figure9.csv").read_text().splitlines()[1:]]
+    values = {tuple(row[1:3]): row[3] for row in rows}
+    assert values == {
+        ("7B/350M", "PUZZLE w/o ts"): "", ("7B/350M", "PUZZLE w/ ts"): "",
+        ("7B/7B", "PUZZLE w/o ts"): "1.0", ("7B/7B", "PUZZLE w/ ts"): "",
+    }  # fmt: skip
+    report = (tmp_path / "report.md").read_text()
+    assert "- figure9 local (rehearsal) 7B/7B PUZZLE w/ ts: failed" in report
+    assert "- figure9 local (rehearsal) 7B/350M PUZZLE w/o ts: not possible" in report
+    assert f"- {some[2].name}.jsonl: a thing" in report
+    assert f"- {some[1].name}.jsonl: exit code 2: error: no room for the weights" in report
 
 
 def test_many_failed_and_absent_runs_are_counted(tmp_path, experiments):
@@ -102,10 +113,10 @@ def test_many_failed_and_absent_runs_are_counted(tmp_path, experiments):
     absent = [campaign.Outcome(one, "absent", why="a thing") for one in experiments]
     assert command._summary([*failed, *absent], tmp_path, Console(file=text, width=200, highlight=False)) == 1
     assert text.getvalue().splitlines() == [
-        "not run: 7B/350M wo_bulk (1,2,1) batch 8 and 3 more: lacks a thing",
-        *["failed: 7B/350M wo_bulk (1,2,1) batch 8: exit code 2"] * 3,
+        "not run: 7B/7B base (1,4,1) batch 8 and 3 more: lacks a thing",
+        *["failed: 7B/7B base (1,4,1) batch 8: exit code 2"] * 3,
         f"failed: 2 more, told in {tmp_path / 'campaign.json'}",
-        "9 runs: 5 failed, 4 not possible yet",
+        "9 runs: 5 failed, 4 not possible here",
     ]
 
 
@@ -161,9 +172,7 @@ def test_an_interrupted_campaign_ends_its_run(tmp_path, number):
 
 def test_the_baseline_is_run_by_its_own_program():
     figure8 = expand(read_table(), Selection("cpu", only=("figure8",)))
-    words = {
-        e.config.log.variant: campaign.command_of(e, "ray")(Path("c.json"), Path("out")) for e in figure8
-    }
+    words = {e.variant: campaign.command_of(e, "ray")(Path("c.json"), Path("out")) for e in figure8}
     files = ["--config", "c.json", "--out", "out", "--launcher", "ray"]
     assert Path(words["dschat"][1]).is_file()
     assert words["dschat"][2:8] == files
@@ -174,10 +183,15 @@ def test_the_baseline_is_run_by_its_own_program():
         "--offload_reference_model",
     }
     assert published < set(words["dschat"])
-    for one in (e.config for e in figure8 if e.config.log.variant == "dschat"):
+    for one in (e.config for e in figure8 if e.variant == "dschat"):
         rows = one.batch // one.world
         assert one.algorithm.microbatch == one.generation.decode_microbatch == rows
         assert one.generation.greedy
+    assert words["dschat_best"][8:] == ["--actor_zero_stage", "2", "--critic_zero_stage", "2"]
+    for one in (e.config for e in figure8 if e.variant == "dschat_best"):
+        assert one.log.variant == "dschat"
+        rows = one.batch // one.world
+        assert (one.algorithm.microbatch, one.generation.decode_microbatch) == (rows // 2, rows)
     assert words["opt"] == words["base"] == [sys.executable, "-P", "-m", "puzzle.cli", "train", *files]
 
 
@@ -195,7 +209,10 @@ def test_a_node_runs_what_its_gpus_can_hold(monkeypatch, capsys):
     assert "4 GPUs; scale node, launcher local" in four
     assert "7B/7B w_bulk (1,4,1) batch 64, 4 processes [figure9]: can run" in four
     assert "6 runs, 6 can run" in four
-    assert "rank 0 needs" in listed(gpus(1, 16), "--only", "figure9")
+    assert "rank 0 needs" in listed(gpus(1, 16), "--scale", "node", "--only", "figure9")
+    one = listed(gpus(1, 80))
+    assert "1 GPUs; scale gpu, launcher local" in one
+    assert "1.3B/350M dschat_best (1,1,1) batch 16, 1 processes [figure8,figure12]: " in one
     paper = listed(gpus(8, 80), "--scale", "paper", "--only", "table3")
     assert (
         "33B/7B opt (1,32,1 -> 2,16,1) batch 128, 32 processes [table3]: lacks 32 GPUs where there are 8"
@@ -229,7 +246,7 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     can = "can run" if find_spec("deepspeed") else "lacks the package deepspeed"
     assert f"7B/350M dschat (1,1,2) batch 8, 2 processes [figure8]: {can}" in shown
-    assert "15 runs" in shown
+    assert "20 runs" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +254,7 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
     ("arguments", "words"),
     [
         (["--only", "figure1"], "figure1 is unknown; did you mean figure"),
-        (["--scale", "huge"], "huge is unknown; there are cpu, node, paper, rehearsal"),
+        (["--scale", "huge"], "huge is unknown; there are cpu, gpu, node, paper, rehearsal"),
         (["--repeats", "0"], "--repeats: '0': give a whole number"),
         (["--table", "absent.yaml"], "absent.yaml: no such file"),
         (["--iterations", "1"], "--iterations: '1': give a whole number, at least 2"),
@@ -304,7 +321,7 @@ def test_a_dry_run_predicts_hours_by_a_calibration(capsys):
         last = capsys.readouterr().out.splitlines()[-1]
         found = re.fullmatch(
             r"predicted, by published-orion for A800 80 GB, PCIe: ([0-9.]+) hours for 10 runs,"
-            " without 5 of the baseline",
+            " without 8 of the baseline",
             last,
         )
         assert found, last
@@ -327,7 +344,7 @@ def test_the_forecast_is_near_what_the_published_runs_took():
     experiments = [
         e
         for e in expand(read_table(), Selection("paper", cluster="orion"))
-        if "figure8" in e.config.log.figures
+        if "figure8" in e.config.log.figures and e.variant != "dschat_best"
     ]
     pairs = [
         (
