@@ -138,7 +138,9 @@ def rank_plans(
     costs = _on_nodes(calibration.costs, per_node)
     job = job_of(plain, gpus, per_node, calibration.memory_bytes)
     told = lengths_of(lengths, plain.batch.response)
-    job = replace(job, work=replace(job.work, lengths=told), without=frozenset(without))
+    adapted = any(role.spec.lora is not None for role in job.roles)
+    left = {*without, *(("split",) if adapted else ())}  # which the configuration refuses
+    job = replace(job, work=replace(job.work, lengths=told), without=frozenset(left))
     found = search(job, costs, MORE * top if job.exact else top)
     plans: list[Ranked] = []
     tight: RankMemory | None = None
@@ -176,8 +178,8 @@ def job_of(plan: RunPlan, gpus: int, per_node: int, memory: int) -> Job:
     """What a resolved run has to lay out on so many devices."""
     config: TrainConfig = plan.config
     roles = tuple(
-        Role(role, model.spec, model.trained, not model.trained and getattr(config.offload, role))
-        for role, model in plan.models.items()
+        Role(role, m.spec, m.trained, not m.trained and getattr(config.offload, role), m.shares is not None)
+        for role, m in plan.models.items()
     )
     balanced = config.layout.stages == "balanced"
 

@@ -15,7 +15,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.plan.run import ModelPlan
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.rollout import is_finished
-from puzzle.spec.flops import peak_flops, response_flops
+from puzzle.spec.flops import peak_flops, response_flops, train_flops
 
 
 def response_metrics(
@@ -122,7 +122,7 @@ def stage_flops(plan: RunPlan, experience: Experience) -> dict[str, int]:
     return {
         "generation": forward(plan.actor),
         "inference": sum(map(forward, plan.inference.models)),
-        "training": 3 * epochs * sum(map(forward, plan.training.models)),
+        "training": epochs * sum(train_flops(m.spec, lengths, tokens) for m in plan.training.models),
     }
 
 

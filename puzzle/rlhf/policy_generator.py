@@ -20,6 +20,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train.offload import HostMemory, MergedAdapters
 from puzzle.engine.train.zero_adamw import ZeroAdamW
 from puzzle.errors import UserError
+from puzzle.plan.reshard.plan import gathered_bytes
 from puzzle.runlog.records import Switch
 
 
@@ -139,6 +140,7 @@ class PolicyGenerator:
         if self.switcher is None:
             return None
         plan = self.switcher.plan
+        gathered = gathered_bytes(self.actor.spec, self.actor.placement, plan.itemsize)
         own = (*self._seconds, sum(end - began for began, end in self._waits))
         self._waits.clear()
         most = world.max(torch.tensor(own, dtype=torch.float64, device=world.device)).tolist()
@@ -149,7 +151,7 @@ class PolicyGenerator:
             "drop_seconds": drop,
             "filled_from": "shards" if plan.zero else "gathered",
             "gather_seconds": gather,
-            "gather_bytes": sum(plan.gather_bytes.values()),
+            "gather_bytes": sum(gathered.values()),
             "saved_bytes": self.saved_bytes,
             "bytes": plan.bytes_received,
             "lower_bound_bytes": plan.lower_bound_bytes,

@@ -64,6 +64,14 @@ def peak_flops(device: str) -> float | None:
     return next((PEAKS[word] for word in words if word in PEAKS), None)
 
 
-def train_flops(spec: ModelSpec, lengths: Iterable[int]) -> int:
-    """Forward and backward FLOPs: the backward pass has two products for each of the forward's."""
-    return 3 * forward_flops(spec, lengths)
+def train_flops(spec: ModelSpec, lengths: Iterable[int], positions: int | None = None) -> int:
+    """Forward and backward FLOPs, the head at `positions` (None: everywhere): the backward pass has two
+    products for each of the forward's, but one where weights are frozen: the gradient of what they
+    multiply. What adapters add is left out, as it is about rank / width of the rest.
+    """
+    lengths = tuple(lengths)
+    forward = response_flops(spec, lengths, sum(lengths) if positions is None else positions)
+    if spec.lora is None:
+        return 3 * forward
+    attention = spec.num_layers * sum(layer_attention_flops(spec, length) for length in lengths)
+    return 2 * forward + attention

@@ -138,7 +138,11 @@ def check(plan):
     _check_extra(plan, simulation.parts)
     for rank in plan.source.ranks:
         coord, dp = plan.source.coord_of(rank), plan.source.layout.dp
-        arrays = storages(plan.spec, plan.source.layout, coord).values()
+        held = storages(plan.spec, plan.source.layout, coord)
+        if plan.spec.lora is not None:
+            learned = {"head"} if plan.spec.head == "value" else set()
+            held = {name: a for name, a in held.items() if "adapter" in name or name in learned}
+        arrays = held.values()
         chunks = ((array, -(-len(array) // dp)) for array in arrays)
         lacking = sum(a.size - a[coord.d * n : (coord.d + 1) * n].size for a, n in chunks)
         assert plan.gather_bytes[rank] == lacking * plan.itemsize

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from puzzle.errors import UserError
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, local_params
+from puzzle.spec.lora import PROJECTIONS, Lora
 from puzzle.spec.model import ModelSpec
 
 
@@ -33,7 +34,15 @@ def specs(draw, max_layers=6):
         mlp_bias=family == "llama" and draw(st.booleans()),
         qk_norm=family == "qwen3",
         head=draw(st.sampled_from(["lm", "value"])),
+        lora=draw(st.none() | adapters()),
     )
+
+
+@st.composite
+def adapters(draw):
+    """Adapters of some projections."""
+    targets = draw(st.sets(st.sampled_from(PROJECTIONS), min_size=1))
+    return Lora(draw(st.integers(1, 3)), 1.0, tuple(name for name in PROJECTIONS if name in targets))
 
 
 def legal_tps(spec: ModelSpec) -> list[int]:

@@ -99,6 +99,7 @@ def uses_of(job: Job, choice: Choice) -> list[Use]:
             compiled=job.compiled,
             offload=choice.offload if role.trained else role.offload,
             split=role.trained and choice.split,
+            borrowed=role.borrowed,
         )
         for role in job.roles
     ]

@@ -167,7 +167,7 @@ def _around_training(work: Workload, costs: Costs) -> float:
     if not work.offload:
         return around
     moved = sum(
-        STATE_BYTES * part.spec.parameters / (part.layout.tp * part.layout.pp * part.layout.dp)
+        STATE_BYTES * part.spec.trained_parameters / (part.layout.tp * part.layout.pp * part.layout.dp)
         for part in work.trained
     )
     return around + 2 * moved * fixed.host_s_per_byte
@@ -176,7 +176,7 @@ def _around_training(work: Workload, costs: Costs) -> float:
 def step_seconds(part: Part, costs: Costs) -> float:
     """An optimizer step, and the sums and spreads over replicas around it."""
     layout = part.layout
-    held = part.spec.parameters / (layout.tp * layout.pp)
+    held = part.spec.trained_parameters / (layout.tp * layout.pp)
     return costs.step(held, layout.dp, replicas_apart(costs.nodes, layout))
 
 

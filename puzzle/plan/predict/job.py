@@ -18,12 +18,14 @@ Sizes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Role:
-    """A model of the run. `offload`: its weights are on the host outside of inference."""
+    """A model of the run. `offload`: its weights are on the host outside of inference; `borrowed`: they are
+    another model's."""
 
     name: str
     spec: ModelSpec
     trained: bool
     offload: bool = False
+    borrowed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Device and host are two lanes: the host runs ahead of the device, so that a stag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from puzzle.plan.layout import Layout
 from puzzle.plan.predict.costs import Costs, Pass, stages_apart, tensor_apart
@@ -27,6 +27,9 @@ def stage_costs(
     nbytes = costs.item * one.tokens * spec.hidden_size
     sent = [costs.send(nbytes, stages_apart(costs.nodes, layout, stage)) for stage in range(last)]
     again = recompute and one.trained
+    if spec.lora is not None:  # whose weights have no gradients
+        layer = replace(layer, backward=layer.backward - layer.weights, weights=0.0)
+        head = replace(head, backward=head.backward - head.weights, weights=0.0)
     backward_s = layer.backward + (layer.forward if again else 0.0)
     issue_s = layer.issue_backward + (layer.issue_forward if again else 0.0)
     forward, backward, weights = [], [], []

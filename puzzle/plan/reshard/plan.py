@@ -145,18 +145,8 @@ class SwitchPlan:
 
     @cached_property
     def gather_bytes(self) -> dict[int, int]:
-        """Bytes of other replicas' rows in each source rank's storages: what the all-gather after an
-        optimizer step brings."""
-        layout, lacks = self.source.layout, {}
-        for p in range(layout.pp):
-            # Tensor ranks have storages of one shape.
-            params = local_params(self.spec, layout, Coord(0, p, 0))
-            for d in range(layout.dp):
-                own = [zero_rows(param, layout.dp, d) for param in params]
-                rows = [param.rows - (stop - start) for param, (start, stop) in zip(params, own, strict=True)]
-                sizes = (param.row_size * count for param, count in zip(params, rows, strict=True))
-                lacks[p, d] = self.itemsize * sum(sizes)
-        return {self.source.rank_of(c): lacks[c.p, c.d] for c in layout.coords()}
+        """What the all-gather after an optimizer step brings to each source rank."""
+        return gathered_bytes(self.spec, self.source, self.itemsize)
 
     @cached_property
     def gather_seconds(self) -> float:
@@ -187,6 +177,20 @@ class SwitchPlan:
     def for_rank(self, rank: int) -> RankPlan:
         """The part of one rank; an empty one if it takes no part."""
         return RankPart(self, rank).plan()
+
+
+def gathered_bytes(spec: ModelSpec, placement: Placement, itemsize: int) -> dict[int, int]:
+    """Bytes of other replicas' trained rows in each rank's storages."""
+    layout, lacks = placement.layout, {}
+    for p in range(layout.pp):
+        # Tensor ranks have storages of one shape.
+        params = [param for param in local_params(spec, layout, Coord(0, p, 0)) if param.trained]
+        for d in range(layout.dp):
+            own = [zero_rows(param, layout.dp, d) for param in params]
+            rows = [param.rows - (stop - start) for param, (start, stop) in zip(params, own, strict=True)]
+            sizes = (param.row_size * count for param, count in zip(params, rows, strict=True))
+            lacks[p, d] = itemsize * sum(sizes)
+    return {placement.rank_of(c): lacks[c.p, c.d] for c in layout.coords()}
 
 
 def check_shares(option: str, replicas: int, processes: int) -> None:

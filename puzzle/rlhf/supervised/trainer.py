@@ -25,7 +25,7 @@ from puzzle.rlhf.supervised.objectives import Totals, logprobs_R, make_objective
 from puzzle.rlhf.supervised.step import ExamplePass, summed
 from puzzle.rlhf.tracer import Tracer
 from puzzle.runlog.records import STAGES, Iteration
-from puzzle.spec.flops import response_flops
+from puzzle.spec.flops import train_flops
 
 
 def learn(
@@ -139,7 +139,7 @@ class SupervisedTrainer(Session):
         lengths = [len(sequence) for example in examples for sequence in example.sequences]
         found = {"tokens_per_device_second": sum(lengths) / whole / self.config.world}
         if (fastest := device_flops(self.world.device)) is not None:
-            flops = 3 * response_flops(self.models.main.spec, lengths, Totals.of(examples).tokens)
+            flops = train_flops(self.models.main.spec, lengths, Totals.of(examples).tokens)
             found["mfu_training"] = flops / training / self.config.world / fastest
         return found
 
