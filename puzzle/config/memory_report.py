@@ -26,6 +26,8 @@ KEPT_BESIDE = 0.1
 up to 3.4 GiB outside of torch, and peaks were up to 2.7 % above what is counted (docs/memory.md)."""
 GIB = 1 << 30
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 1 << 20}
+SMALL = GIB // 8
+"""Bytes of a device below which a table is written in MiB."""
 
 # The end of a term's name, and the option that makes it smaller.
 REMEDIES = {
@@ -153,30 +155,33 @@ def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
 
 
 def table(ranks: Sequence[RankMemory]) -> str:
-    """Text: one line per kind of rank, GiB; below it every term of the rank that needs most."""
+    """Text: one line per kind of rank, in GiB (of toys MiB); below it every term of the rank that needs
+    most."""
     names = list(ranks[0].stages)
+    most = max(ranks, key=lambda rank: rank.peak)
+    unit = "GiB" if most.peak >= SMALL else "MiB"
+    scale = UNITS[unit]
     head = "".join(f"{name:>12}" for name in ("ranks", "resident", *names, "peak"))
-    lines = ["device memory in GiB, all sequences at full length", head]
+    lines = [f"device memory in {unit}, all sequences at full length", head]
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in ranks:
         stages = (sum(rank.stages[name].values()) for name in names)
         groups.setdefault((sum(rank.resident.values()), *stages, rank.peak), []).append(rank.rank)
     for sizes, members in groups.items():
-        lines.append(f"{_ranges(members):>12}" + "".join(f"{size / GIB:12.2f}" for size in sizes))
-    most = max(ranks, key=lambda rank: rank.peak)
+        lines.append(f"{_ranges(members):>12}" + "".join(f"{size / scale:12.2f}" for size in sizes))
     lines.append(f"rank {most.rank} in {most.worst}:")
     terms = {**most.resident, **most.stages[most.worst]}
-    lines += [f"{size / GIB:>12.2f}  {name}" for name, size in terms.items() if size]
-    lines += [_together(most.cache)] if most.cache is not None else []
+    lines += [f"{size / scale:>12.2f}  {name}" for name, size in terms.items() if size]
+    lines += [_together(most.cache, unit)] if most.cache is not None else []
     host = max(rank.host for rank in ranks)
     if host:
-        lines.append(f"offloaded to host memory: up to {host / GIB:.2f} per rank")
+        lines.append(f"offloaded to host memory: up to {host / scale:.2f} {unit} per rank")
     return "\n".join(lines)
 
 
-def _together(cache: Cache) -> str:
+def _together(cache: Cache, unit: str) -> str:
     """How many sequences are generated at a time."""
-    room = f"in {cache.pages} pages, {cache.pages * cache.page_bytes / GIB:.2f} GiB"
+    room = f"in {cache.pages} pages, {cache.pages * cache.page_bytes / UNITS[unit]:.2f} {unit}"
     if cache.together < cache.rows:
         room += f", {cache.together} of them at full length: short ones leave room for more, the others wait"
     kept = "; all of it is kept beside training, with the graphs that read it" if cache.kept else ""

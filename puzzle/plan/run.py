@@ -50,7 +50,9 @@ class ModelPlan:
 
     def __str__(self) -> str:
         """For people: size, layout, what is learned."""
-        size = f"{self.spec.base.parameters / 1e9:.3f} B parameters, tp,pp,dp {self.layout}"
+        count = self.spec.base.parameters
+        scale, unit = (1e9, "B") if count >= 1e7 else (1e6, "M")
+        size = f"{count / scale:.3f} {unit} parameters, tp,pp,dp {self.layout}"
         if self.shares is not None:
             return f"{size}, the weights of the {self.shares} without its adapters"
         if not self.trained or self.spec.lora is None:

@@ -1,7 +1,9 @@
 """What a person watching a run sees: a line per iteration, a bar with the time left."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -94,6 +96,11 @@ class Reporter:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._print(f"  held out after {iteration} iterations: {shown}")
 
+    def ended(self, out: Path, model: Path | None) -> None:
+        """Where what the run wrote is: its folder, and that of the model, if there is one."""
+        saved = "" if model is None else f"the model is {_near(model)}; "
+        self._print(f"done: {saved}`puzzle report {shlex.quote(_near(out))}` writes a page about the run")
+
     def close(self) -> None:
         """Take the bar away; a second call does nothing."""
         self._bar.stop()
@@ -113,6 +120,12 @@ class Reporter:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _near(path: Path) -> str:
+    """A path from the working folder, where it is inside."""
+    whole = path.resolve()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
 
 
 def _width(form: str) -> int:

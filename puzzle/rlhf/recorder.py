@@ -141,6 +141,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+LAST = Path("checkpoints", "last")
+"""In a run's folder: the model as it was at the end."""
+
+
 class Recorder:
     """The log of a run. All ranks hold one; rank 0 writes."""
 
@@ -195,6 +199,8 @@ class Recorder:
                 self.warn(note)
             self.writer.write(End("completed", self.note))
             self._plot()
+            if self.reporter is not None:
+                self.reporter.ended(self.out, self.out / LAST if self.config.checkpoint.save else None)
             return
         status, why = "failed", " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, (KeyboardInterrupt, SystemExit)):

@@ -1,5 +1,6 @@
 import io
 import re
+from pathlib import Path
 
 from rich.console import Console
 
@@ -117,3 +118,18 @@ def test_header_and_log_of_a_run(tmp_path):
     assert [e.iteration for e in run.evaluations] == [0, 1]
     assert run.evaluations[1].metrics == {"reward": 0.75}
     assert "held out after 1 iterations: reward 0.75" in (tmp_path / "run.log").read_text()
+
+
+def test_the_end_says_where_things_are(tmp_path, monkeypatch):
+    """From the working folder where that is shorter, and as a shell reads it."""
+    monkeypatch.chdir(tmp_path)
+    text = io.StringIO()
+    reporter = Reporter(3, console=Console(file=text, width=60))
+    out = Path("my runs/first")
+    reporter.ended(out, tmp_path / out / "checkpoints/last")
+    reporter.ended(Path("/elsewhere/run"), None)
+    assert text.getvalue().splitlines()[1:] == [
+        "done: the model is my runs/first/checkpoints/last; `puzzle report 'my runs/first'` writes a "
+        "page about the run",
+        "done: `puzzle report /elsewhere/run` writes a page about the run",
+    ]
