@@ -177,6 +177,7 @@ rollout_long() {
 part_graphs() {
     on 0 bench graphs-check.log 100 "graphs give the same tokens" check --models llama,qwen2
     rollout_kept
+    on 0 bench graphs-long.log 60 "prompts of 32k tokens" generate --sequences 4 --prompt 32768 --new 64 --modes graphs --out "$rows"
     local keep
     for keep in false true; do
         on 0 step "graphs-train-$keep.log" 60 "PPO, graphs kept: $keep" "$python" -m puzzle.cli train --out "$out/graphs-$keep" \

@@ -289,14 +289,15 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     for mode in ("eager", "graphs"):
         with ModelRunner(runtime.decoder, graphs=mode == "graphs", page=PAGE) as passes:
-            for ends, stop_ids, most, few in (
-                ("", (), None, None),
-                (", early ends", stops, None, None),
-                (", a queue", stops, 2, None),
-                (", few pages", (), None, 1 + pages),
+            for ends, stop_ids, told in (
+                ("", (), {}),
+                (", early ends", stops, {}),
+                (", a queue", stops, {"most": 2}),
+                (", few pages", (), {"pages": 1 + pages}),
+                (", prompts in parts", (), {"prefill_tokens": 7}),
             ):
                 params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
-                how: dict[str, Any] = {"passes": passes, "most": most, "pages": few}
+                how: dict[str, Any] = {"passes": passes, **told}
                 answers = generate(runtime.decoder, requests, params, runtime.executor, **how)
                 margins = [
                     truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)

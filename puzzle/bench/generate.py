@@ -63,6 +63,7 @@ class GenerateBench(harness.LayoutBench):
         256,
         256,
     )
+    prefill_tokens: Annotated[int, harness.tokens(help="most tokens of a prefill pass")] = PREFILL_TOKENS
     new: Annotated[int, harness.tokens(help="most new tokens of a sequence")] = 256
     mean: Annotated[int | None, harness.tokens(help="of exponential lengths; default: a quarter of new")] = (
         None
@@ -238,6 +239,7 @@ class Subject:
                 runtime.executor,
                 passes=passes,
                 most=bench.at_a_time,
+                prefill_tokens=bench.prefill_tokens,
                 stop=stop,
                 **how,
             )
@@ -254,8 +256,9 @@ class Subject:
         decoder, cache = self.runtime.decoder, passes.cache
         fused = decoder.device.type == "cuda"
         use = Use("model", decoder.spec, self.runtime.placement, decoder.dtype.itemsize, fused=fused)
-        tokens = min(sum(given[0]), max(PREFILL_TOKENS, *given[0]))
-        beside = generation_passes(use, self.runtime.coord.p, tokens, max(passes.groups))
+        tokens, longest = min(sum(given[0]), self.bench.prefill_tokens), max(given[0])
+        cached = longest if longest > tokens else 0
+        beside = generation_passes(use, self.runtime.coord.p, tokens, max(passes.groups), cached)
         weights = sum(p.nbytes for p in decoder.parameters())
         held = 0 if cache is None else cache.k.nbytes + cache.v.nbytes
         return int(device.most(self.world, weights + held + sum(beside.values())))

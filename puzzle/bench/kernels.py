@@ -27,6 +27,7 @@ LENGTHS = (70, 3, 128, 41)
 def compare(device: torch.device) -> Found:
     """(what, the largest difference found, the largest allowed)."""
     yield from _packed(device)
+    yield from _in_parts(device)
     yield from _decode(device)
     if has_kernels(device):
         for kernels in (_fused, _trained, _few_rows, _draws):
@@ -61,6 +62,21 @@ def _packed(device: torch.device) -> Found:
         pairs = [(got, expected), *zip(gradients, wanted, strict=True)]
         worst = max(_relative(a, b) for a, b in pairs)
         yield f"packed attention {heads}/{kv_heads} window {window}", worst, 1e-2
+
+
+def _in_parts(device: torch.device) -> Found:
+    """bf16: the last tokens of a sequence whose first are cached, before other sequences, against float64."""
+    past = LENGTHS[0] // 2
+    for heads, kv_heads, window in ((8, 8, None), (8, 2, None), (8, 2, 20)):
+        generator = torch.Generator().manual_seed(8)
+        q, k, v = (
+            torch.randn(sum(LENGTHS), n, 64, generator=generator).to(device, BF16)
+            for n in (heads, kv_heads, kv_heads)
+        )
+        rest = [list(range(n)) for n in (LENGTHS[0] - past, *LENGTHS[1:])]
+        got = packed_attention(q[past:], k, v, pack(rest, 1, device, past), window)
+        expected = _masked(q.double(), k.double(), v.double(), window)[past:]
+        yield f"attention in parts {heads}/{kv_heads} window {window}", _relative(got, expected), 1e-2
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -64,6 +64,7 @@ def workload_of(plan: RunPlan) -> Workload:
         early_stop=config.generation.early_stop,
         slots=config.generation.max_sequences,
         samples=config.generation.samples,
+        prefill_tokens=config.generation.prefill_tokens,
         graphs=config.generation.graphs and config.device != "cpu",
     )
 

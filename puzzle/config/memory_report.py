@@ -106,13 +106,14 @@ def _estimate(plan: Plan, fused: bool, pages: int | None, keep: bool = False) ->
     uses, batch = _uses(plan, fused), plan.batch
     switched, generation = [Switched()] * plan.world, None
     prefill = decode = most = None
-    samples = 1
+    samples, limits = 1, dict[str, int]()
     if isinstance(plan, RunPlan):
         switched, placement = _switched(plan, uses[0])
         generation = Use("generation", plan.generation_spec, placement, plan.itemsize, fused=fused)
         prefill = plan.config.generation.prefill_microbatch
         decode = plan.config.generation.decode_microbatch
         samples, most = plan.config.generation.samples, plan.config.generation.max_sequences
+        limits["prefill_tokens"] = plan.config.generation.prefill_tokens
     work = Work(
         batch.sequences,
         batch.minibatch,
@@ -124,6 +125,7 @@ def _estimate(plan: Plan, fused: bool, pages: int | None, keep: bool = False) ->
         plan.config.algorithm.microbatch_tokens,
         samples,
         most,
+        **limits,
     )
     shared = plan.training.may_share
     known: dict[object, RankMemory] = {}

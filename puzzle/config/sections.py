@@ -29,6 +29,7 @@ from puzzle.files.limits import (
     SMALLEST,
 )
 from puzzle.files.path import expanded
+from puzzle.plan.pages import PREFILL_TOKENS
 from puzzle.spec.lora import PROJECTIONS
 
 
@@ -239,6 +240,9 @@ class GenerationConfig(Section):
     samples: Sequences = Field(1, description="responses per prompt")
     stop: tuple[str, ...] = Field((), description="texts that end a response, and are no part of its text")
     prefill_microbatch: Sequences | None = Field(None, description="sequences per prefill micro-batch")
+    prefill_tokens: Tokens = Field(
+        PREFILL_TOKENS, description="most tokens of a prefill pass; longer prompts are cached in parts"
+    )
     decode_microbatch: Sequences | None = Field(None, description="sequences per decode micro-batch")
     max_sequences: Sequences | None = Field(
         None, description="of a replica at a time; the others wait (as many as memory holds)"

@@ -34,9 +34,10 @@ COPIED = 1 << 26
 class Slots(NamedTuple):
     """A layer's keys and values, (K, pages, page, h) each, as a pass uses them.
 
-    `places` (int64, n): where those of its first n tokens go, counted through all pages. `table` (int32, B x
-    most pages of a row): for a decode pass, the pages of its rows in the order of their positions. `lying`
-    are the rows' pages where each has a single one and these lie at equal distances.
+    `places` (int64, n): where those of its first n tokens go, counted through all pages; `past` (int64):
+    where those lie that its first sequence has cached already. `table` (int32, B x most pages of a row): for
+    a decode pass, the pages of its rows in the order of their positions. `lying` are the rows' pages where
+    each has a single one and these lie at equal distances.
     """
 
     k_KPSh: Tensor
@@ -44,6 +45,14 @@ class Slots(NamedTuple):
     places: Tensor
     table_BP: Tensor | None = None
     lying: slice | None = None
+    past: Tensor | None = None
+
+    def before(self, k_TKh: Tensor, v_TKh: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a packed pass behind those cached at `past`, of which its first sequence is the
+        continuation."""
+        if self.past is None:
+            return k_TKh, v_TKh
+        return _behind(self.k_KPSh, self.past, k_TKh), _behind(self.v_KPSh, self.past, v_TKh)
 
     def write(self, k_TKh: Tensor, v_TKh: Tensor) -> None:
         """Store them; a dummy segment behind the first n tokens is left out."""
@@ -70,6 +79,14 @@ class Slots(NamedTuple):
         return held.view(x_KPSh.shape[0], len(pages), -1, x_KPSh.shape[3]).transpose(0, 1)
 
 
+def _behind(x_KPSh: Tensor, past: Tensor, x_TKh: Tensor) -> Tensor:
+    """(P + T, K, h), made once: what is cached may be long."""
+    whole = x_TKh.new_empty((len(past) + len(x_TKh), *x_TKh.shape[1:]))
+    torch.index_select(x_KPSh.flatten(1, 2).transpose(0, 1), 0, past, out=whole[: len(past)])
+    whole[len(past) :] = x_TKh
+    return whole
+
+
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of one stage in pages: (layers, K, pages, page, h) each.
@@ -84,23 +101,24 @@ class KVCache:
     places: Tensor | None = None
     table: Tensor | None = None
     lying: slice | None = field(default=None, kw_only=True)
+    past: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def page(self) -> int:
         """Positions of a page."""
         return self.k.shape[3]
 
-    def at(self, places: Tensor, table: Tensor | None = None) -> KVCache:
-        """The same memory for a pass; `places` and `table` as in `Slots`."""
+    def at(self, places: Tensor, table: Tensor | None = None, past: Tensor | None = None) -> KVCache:
+        """The same memory for a pass; `places`, `table` and `past` as in `Slots`."""
         lying = None
         if table is not None and table.device.type == "cpu" and table.shape[1] == 1:
             lying = _evenly(table[:, 0].tolist())
-        return KVCache(self.k, self.v, places, table, lying=lying)
+        return KVCache(self.k, self.v, places, table, lying=lying, past=past)
 
     def slots(self, layer: int) -> Slots:
         """What a layer of the pass uses."""
         assert self.places is not None
-        return Slots(self.k[layer], self.v[layer], self.places, self.table, self.lying)
+        return Slots(self.k[layer], self.v[layer], self.places, self.table, self.lying, self.past)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy pages `sources` over pages `targets` (int64 each), in every layer, some at a time."""
@@ -121,13 +139,23 @@ def _evenly(numbers: list[int]) -> slice | None:
 def packed_attention(
     q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch, window: int | None
 ) -> Tensor:
-    """Causal attention inside each segment, over the last `window` tokens if given. Returns (T, H, h)."""
-    if window is not None and window >= batch.max_len:
+    """Causal attention inside each segment, over the last `window` tokens if given. Returns (T, H, h).
+
+    In front of the keys and values are those of the `batch.past` tokens before the first segment.
+    """
+    if window is not None and window >= batch.max_len + batch.past:
         window = None
     half = q_THh.dtype in (torch.bfloat16, torch.float16)
     if _VARLEN is not None and q_THh.is_cuda and half:
         return _varlen_attention(_VARLEN, q_THh, k_TKh, v_TKh, batch, window)
-    return _row_attention(q_THh, k_TKh, v_TKh, batch, window)
+    past, first = batch.past, batch.segments[0]
+    out = _row_attention(q_THh, k_TKh[past:], v_TKh[past:], batch, window)
+    if past:
+        ends = (past + first, first)
+        out = out.index_copy(
+            0, torch.arange(first, device=out.device), _goes_on(q_THh, k_TKh, v_TKh, ends, window)
+        )
+    return out
 
 
 def decode_attention(q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor) -> Tensor:
@@ -147,8 +175,25 @@ def _varlen_attention(
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    starts, longest = batch.cu_seqlens, batch.max_len
-    return kernel(q, k, v, starts, starts, longest, longest, **options)
+    starts, longest, past = batch.cu_seqlens, batch.max_len, batch.past
+    if not past:
+        return kernel(q, k, v, starts, starts, longest, longest, **options)
+    # The kernel lets the last query of a segment see its last key, whatever their numbers.
+    key_starts = starts + past
+    key_starts[0] = 0
+    return kernel(q, k, v, starts, key_starts, longest, max(longest, batch.segments[0] + past), **options)
+
+
+def _goes_on(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, int], window: int | None) -> Tensor:
+    """(n, H, h) for the first n of q against the first m of k and v; `ends` are m and n. Their ends meet."""
+    keys, count = ends
+    place = torch.arange(keys, device=q.device)
+    query = place[keys - count :, None]
+    mask = place <= query
+    if window is not None:
+        mask &= place > query - window
+    q, k, v = (x.transpose(0, 1)[None] for x in (q[:count], k[:keys], v[:keys]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def _row_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None) -> Tensor:

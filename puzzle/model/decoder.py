@@ -66,6 +66,8 @@ class Pass:
         else:
             return self.pointwise.decode(qkv, *rotation, *norms, slots, batch.positions_T, window)
         if isinstance(batch, PackedBatch):
+            if slots is not None:
+                k, v = slots.before(k, v)
             return packed_attention(q, k, v, batch, window).flatten(1)
         assert slots is not None
         assert self.mask is not None

@@ -27,6 +27,8 @@ class PackedBatch:
     lengths: tuple[int, ...]
     multiple: int
     tokens_T: Tensor  # int64; the dummy segment holds zeros
+    past: int = 0
+    """Tokens of the first sequence that are cached already: it goes on behind them."""
 
     @cached_property
     def total(self) -> int:
@@ -52,8 +54,9 @@ class PackedBatch:
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """int64 (T,): position of each token inside its segment."""
+        """int64 (T,): position of each token in its sequence."""
         positions = torch.cat([torch.arange(n) for n in self.segments])
+        positions[: self.segments[0]] += self.past
         return positions.to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
@@ -68,10 +71,9 @@ class PackedBatch:
     def token_rows(self) -> Tensor:
         """int64 (T,): where each token stands in left-aligned rows; 0 for the dummy segment's tokens."""
         starts = torch.arange(len(self.lengths)) * max(self.lengths)
-        rows = torch.repeat_interleave(starts, torch.tensor(self.lengths)).to(
-            self.tokens_T.device, non_blocking=True
-        )
-        return F.pad(rows + self.positions_T[: len(rows)], (0, self.total - len(rows)))
+        rows = torch.repeat_interleave(starts, torch.tensor(self.lengths))
+        rows += torch.cat([torch.arange(n) for n in self.lengths])
+        return F.pad(rows, (0, self.total - len(rows))).to(self.tokens_T.device, non_blocking=True)
 
     @cached_property
     def last_rows(self) -> Tensor:
@@ -98,12 +100,16 @@ class DecodeBatch:
 
 
 def pack(
-    sequences: Sequence[Sequence[int] | Tensor], multiple: int = 1, device: torch.device | str = "cpu"
+    sequences: Sequence[Sequence[int] | Tensor],
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+    past: int = 0,
 ) -> PackedBatch:
-    """Lay `sequences` (none empty) end to end and round their tokens up to a multiple of `multiple` (tp)."""
+    """Lay `sequences` (none empty) end to end and round their tokens up to a multiple of `multiple` (tp);
+    `past` tokens of the first one are cached already."""
     lengths = tuple(len(sequence) for sequence in sequences)
     if not lengths or min(lengths) == 0:
         raise ValueError(f"cannot pack sequences of lengths {lengths}")
     tokens = torch.zeros(sum(lengths) + padding(lengths, multiple), dtype=torch.int64)
     torch.cat([torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences], out=tokens[: sum(lengths)])
-    return PackedBatch(lengths, multiple, tokens.to(device, non_blocking=True))
+    return PackedBatch(lengths, multiple, tokens.to(device, non_blocking=True), past)

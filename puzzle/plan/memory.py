@@ -26,7 +26,7 @@ class Work:
     `microbatch`, `prefill` and `decode`, which are sequences of one pass (None: no limit, or for the latter
     two an even share per stage). `microbatch_tokens` limits passes by tokens instead: many short sequences
     may fill one. `samples` sequences have a prompt in common; a replica generates at most `most` at a time
-    (None: all)."""
+    (None: all), and prefills at most `prefill_tokens` in a pass."""
 
     batch: int
     minibatch: int
@@ -38,6 +38,7 @@ class Work:
     microbatch_tokens: int | None = None
     samples: int = 1
     most: int | None = None
+    prefill_tokens: int = PREFILL_TOKENS
 
     @property
     def length(self) -> int:
@@ -175,15 +176,19 @@ def _passing(use: Use, work: Work, p: int) -> dict[str, int]:
     return worst([{"one layer": one.forward()}, {"logits": one.logits()}])
 
 
-def generation_passes(use: Use, p: int, tokens: int, rows: int) -> dict[str, int]:
+def generation_passes(use: Use, p: int, tokens: int, rows: int, cached: int = 0) -> dict[str, int]:
     """The larger of a prefill pass of `tokens` tokens and, later, the logits of a decode pass of `rows` rows.
+
+    A sequence of `cached` tokens is cached in parts: a part's keys and values stand behind a copy of those
+    before it, one layer at a time.
 
     Without a kernel, a draw holds about four tensors of logits' shape: logits, noise, their sum,
     probabilities.
     """
     one = Activations(use, p, tokens, 0)
     logits = (1 if use.fused else 4) * FP32 * rows * one.rows
-    return worst([{"one layer": one.forward()}, {"logits": logits if one.last else 0}])
+    copied = 2 * cached * one.kv_heads * use.spec.head_dim * use.itemsize
+    return worst([{"one layer": one.forward() + copied}, {"logits": logits if one.last else 0}])
 
 
 def graph_bytes(use: Use, p: int, rows: int) -> int:
@@ -208,10 +213,12 @@ def _generation(use: Use, work: Work, p: int, pages: int | None = None) -> tuple
     wanted = wanted_pages([(work.prompt, n) for n in samples], work.response, page, rows)
     held = wanted if pages is None else max(columns, min(pages, wanted))
     longest = work.prompt if held == wanted else work.length
-    size = min(_limited(prompts, work.prefill or -(-prompts // layout.pp)), max(1, PREFILL_TOKENS // longest))
+    limit = work.prefill_tokens
+    size = min(_limited(prompts, work.prefill or -(-prompts // layout.pp)), max(1, limit // longest))
     decode = _limited(rows, work.decode or -(-rows // layout.pp))
     cache = Cache(held + 1, kv_bytes(use.spec, layout, p, page, use.itemsize), rows, columns)
-    passes = generation_passes(use, p, longest * size, decode)
+    cached = longest if longest > limit else 0
+    passes = generation_passes(use, p, min(longest * size, limit), decode, cached)
     return {"kv cache": cache.pages * cache.page_bytes, **passes}, cache, graph_bytes(use, p, decode)
 
 

@@ -9,7 +9,7 @@ from puzzle.plan.layout import Layout
 from puzzle.spec.model import ModelSpec
 
 PREFILL_TOKENS = 8192
-"""Most tokens of a prefill pass, unless one sequence alone has more."""
+"""Most tokens of a prefill pass; longer sequences are cached in parts."""
 PAGE = 128
 """Positions of a page of the key/value cache on CUDA: as many as the decode kernel reads at a time. On a CPU
 a sequence has one page, so that rows are read where they lie."""

@@ -75,6 +75,7 @@ def rollout(
         actor.executor,
         passes=passes,
         prefill=generation.prefill_microbatch,
+        prefill_tokens=generation.prefill_tokens,
         decode=generation.decode_microbatch,
         most=generation.max_sequences,
         graphs=generation.graphs,

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from puzzle.engine.generate import decode_ring as generation
@@ -12,11 +14,13 @@ from puzzle.engine.generate.decode_ring import Tally, generate
 from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request, RequestStates
 from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.generate.scheduler import Prefill
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.model import hf
 from puzzle.model.noise import gumbel, row_keys
+from puzzle.model.packing import PackedBatch
 from puzzle.plan.layout import Coord, Layout, Placement
 from tests.helpers import run_ranks
 from tests.model.tiny import VARIANTS, save_variant, stage
@@ -204,14 +208,59 @@ def test_draws_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     together = generate(decoder, requests(), params)
     alone = [generate(decoder, [request], params)[0] for request in requests()]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
-    pieces = generate(decoder, requests(), params)
-    assert [r.tokens for r in together] == [r.tokens for r in pieces]
+    for tokens in (1, 3, 20):  # prompts are cached in parts
+        pieces = generate(decoder, requests(), params, prefill_tokens=tokens)
+        assert [r.tokens for r in together] == [r.tokens for r in pieces]
     for prefill, decode in ((1, None), (2, 3), (5, 1)):
         parts = generate(decoder, requests(), params, prefill=prefill, decode=decode)
         assert [r.tokens for r in together] == [r.tokens for r in parts]
     other = generate(decoder, requests(), SamplingParams(max_new_tokens=NEW, seed=5))
     assert [r.tokens for r in together] != [r.tokens for r in other]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 5), st.integers(1, 12))
+def test_prefill_passes_hold_every_token_once_in_order(counts, most, limit):
+    """Of sequences and tokens a pass has no more than it may; only its first part goes on behind others; what
+    fits into a pass is not cut."""
+    whole = [Prefill(list(range(n)), (number,)) for number, n in enumerate(counts)]
+    passes = generation.cut(whole, most, limit)
+    read = {number: [] for number in range(len(counts))}
+    for parts in passes:
+        assert 0 < len(parts) <= most
+        assert 0 < sum(len(part.tokens) for part in parts) <= limit
+        assert not any(part.past for part in parts[1:])
+        for part in parts:
+            (number,) = part.pages
+            assert part.past == len(read[number])
+            read[number] += part.tokens
+    assert read == {number: list(range(n)) for number, n in enumerate(counts)}
+    pieces = [number for parts in passes for part in parts for number in part.pages]
+    assert [pieces.count(number) for number in range(len(counts))] == [-(-n // limit) for n in counts]
+    assert pieces == sorted(pieces)
+
+
+def test_a_long_prompt_is_cached_in_passes_of_so_many_tokens(tmp_path):
+    """As logged: what the ring has before its first round."""
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    tally, params = Tally(), SamplingParams(max_new_tokens=4, seed=3)
+    prompt = torch.randint(0, 259, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    asked = [Request(prompt, 1), Request(prompt[:9], 2)]
+    truth = generate(decoder, asked, params, tally=tally)
+    seen = []
+    forward = decoder.forward
+
+    def watched(x, batch, cache=None):
+        if isinstance(batch, PackedBatch):
+            seen.append((batch.lengths, batch.past))
+        return forward(x, batch, cache)
+
+    decoder.forward = watched
+    parts = generate(decoder, asked, params, prefill_tokens=64)
+    assert seen == [((64,), 0), ((64,), 64), ((64,), 128), ((7, 8), 192)]
+    for ours, whole in zip(parts, truth, strict=True):
+        assert ours.tokens == whole.tokens
+        assert ours.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
 
 
 def tp_rank(rank, folder, tp, params):
@@ -312,10 +361,10 @@ def test_rings_agree_with_transformers(variant, shape, tmp_path):
         (greedy, {}),
         (drawn, {}),
         (drawn, {"prefill": 3, "decode": 2, "lookahead": 1}),
-        (drawn, {"prefill": 1, "decode": 3}),
+        (drawn, {"prefill": 1, "decode": 3, "prefill_tokens": 2}),
         (drawn, {"decode": 8, "lookahead": 1}),
         (drawn, {"most": 1}),
-        (drawn, {"most": 3, "lookahead": 1, "page": 4}),
+        (drawn, {"most": 3, "lookahead": 1, "page": 4, "prefill_tokens": 5}),
         (drawn, {"most": 5, "prefill": 1, "decode": 1, "early_stop": False}),
         (drawn, {"pages": 12, "page": 4}),
     ]
@@ -335,13 +384,14 @@ ENDING = SamplingParams(
 )
 QUEUED = [
     (ENDING, {"rule": 2000, "page": 4}),
-    (ENDING, {"rule": 2000, "page": 4, "most": 1, "lookahead": 1}),
-    (ENDING, {"rule": 2000, "page": 4, "most": 3, "decode": 2, "prefill": 1}),
+    (ENDING, {"rule": 2000, "page": 4, "most": 1, "lookahead": 1, "prefill_tokens": 3}),
+    (ENDING, {"rule": 2000, "page": 4, "most": 3, "decode": 2, "prefill": 1, "prefill_tokens": 7}),
     (ENDING, {"rule": 2000, "page": 4, "most": 3, "early_stop": False, "lookahead": 1}),
-    (ENDING, {"rule": 2000, "page": 4, "pages": 9}),
+    (ENDING, {"rule": 2000, "page": 4, "pages": 9, "prefill_tokens": 4}),
     (ENDING, {"rule": 2000, "page": 4, "pages": 13, "most": 5, "lookahead": 1}),
 ]
-"""Few rows, few pages (nine hold the longest sequence): stop ids, a stop rule, least lengths, groups."""
+"""Few rows, few pages (nine hold the longest sequence), prompts and sequences that were put back cached in
+parts: stop ids, a stop rule, least lengths, groups."""
 
 
 def check_queued(folder, found):

@@ -197,7 +197,7 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
     monkeypatch.setattr(cache_memory, "cache_memory", lambda *_: beside + 8 * page - 1)
 
     def fitting(wanted: int) -> int:
-        return cache_memory.fitting_pages(passes, wanted, 16, cast(Any, world), 40, 2)
+        return cache_memory.fitting_pages(passes, wanted, 16, cast(Any, world), (40, 2, 0))
 
     assert fitting(12) == 12  # a CPU has what is wanted
     passes.decoder = cast(Any, Cuda(passes.decoder))
@@ -289,13 +289,13 @@ def test_what_one_rank_has_to_record_anew_all_do(tmp_path: Path) -> None:
     decoder = passes.decoder
     passes.decoder = cast(Any, Cuda(decoder))
     others = [0, -(1 << 60)]
-    assert cache_memory.fitting_pages(passes, 99, 16, cast(Any, world), 40, 2, least=10) == 10
+    assert cache_memory.fitting_pages(passes, 99, 16, cast(Any, world), (40, 2, 0), least=10) == 10
     others = [0, -(1 << 60)]
-    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), 40, 2) == 1 << 60
+    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), (40, 2, 0)) == 1 << 60
     assert passes.cache is not None
     assert told == [0, -10, 0, -(1 << 60)]
     others = [1, -7]
-    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), 40, 2) == 7
+    assert cache_memory.fitting_pages(passes, 0, 16, cast(Any, world), (40, 2, 0)) == 7
     assert passes.cache is None
     passes.decoder = decoder
     passes.start((2,), 10, 16, 3, SamplingParams())
@@ -306,7 +306,7 @@ def test_what_one_rank_has_to_record_anew_all_do(tmp_path: Path) -> None:
     others = [0, -7]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_memory, "cache_memory", lambda *_: 1 << 40)
-        assert cache_memory.fitting_pages(passes, 10, 16, cast(Any, world), 40, 2, least=3) == 7
+        assert cache_memory.fitting_pages(passes, 10, 16, cast(Any, world), (40, 2, 0), least=3) == 7
     assert told[0] == 1
 
 

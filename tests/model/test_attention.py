@@ -1,5 +1,7 @@
 """Packed attention against each sequence alone."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,21 +41,23 @@ def textbook(q, k, v, seen):
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-1, -1), enable_gqa=False):
     """What torch's documentation says of `varlen_attn`, segment by segment."""
-    assert torch.equal(cu_q, cu_k)
-    assert max_q == max_k == cu_q.diff().max()
+    assert max_q == cu_q.diff().max()
+    assert max_k == cu_k.diff().max()
     if q.shape[1] != k.shape[1]:
         assert enable_gqa
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     left, right = (-1, 0) if is_causal else window_size
     parts = []
-    for start, stop in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
-        i, j = torch.arange(stop - start)[:, None], torch.arange(stop - start)[None]
-        seen = torch.ones(stop - start, stop - start, dtype=torch.bool)
+    ends = [list(itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k)]
+    for (start, stop), (first, last) in zip(*ends, strict=True):
+        # As of flash attention 2.1: the last query sees the last key.
+        i, j = torch.arange(stop - start)[:, None] + last - first - stop + start, torch.arange(last - first)
+        seen = torch.ones(stop - start, last - first, dtype=torch.bool)
         if left >= 0:
             seen &= j >= i - left
         if right >= 0:
             seen &= j <= i + right
-        parts.append(textbook(*(x[start:stop] for x in (q, k, v)), seen))
+        parts.append(textbook(q[start:stop], k[first:last], v[first:last], seen))
     return torch.cat(parts)
 
 
@@ -74,6 +78,40 @@ def test_the_varlen_kernel_is_asked_for_the_same(monkeypatch, keys, window):
     expected = packed_attention(q, k, v, batch, window)[:13]
     got = attention._varlen_attention(varlen, q, k, v, batch, window)[:13]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("lengths", [(5, 1, 7), (5,), (1, 3)])
+def test_a_sequence_that_goes_on_sees_what_is_cached_of_it(monkeypatch, lengths, kernel, window):
+    """The last part of a sequence of 6 + n tokens, others beside it, and a dummy segment: each as if alone,
+    whole."""
+    monkeypatch.setattr(attention, "_VARLEN_KEYS", frozenset({"window_size", "enable_gqa"}))
+    batch, past = pack([[1] * n for n in lengths], 4, past=6), 6
+    assert batch.positions_T[: lengths[0]].tolist() == list(range(6, 6 + lengths[0]))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(past + batch.total, n, 8, generator=generator) for n in (4, 2, 2))
+    cache = KVCache(*torch.full((2, 1, 2, 4, 4, 8), torch.nan))
+    places = torch.tensor([9, 3, 14, 8, 4, 5])
+    cache.at(places).slots(0).write(k[:past], v[:past])
+    slots = cache.at(torch.arange(0), past=places).slots(0)
+    whole = slots.before(k[past:], v[past:])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(whole, (k, v), strict=True))
+    if kernel:
+        got = attention._varlen_attention(varlen, q[past:], *whole, batch, window)
+    else:
+        got = packed_attention(q[past:], *whole, batch, window)
+    start = 0
+    for number, n in enumerate(lengths):
+        first, stop = start + past * (number > 0), past + start + n
+        place = torch.arange(stop - first)
+        seen = place <= place[:, None]
+        if window is not None:
+            seen &= place > place[:, None] - window
+        keys, values = (x[first:stop].repeat_interleave(2, 1) for x in (k, v))
+        expected = textbook(q[first:stop], keys, values, seen)[-n:]
+        torch.testing.assert_close(got[start : start + n], expected, rtol=1e-5, atol=1e-6)
+        start += n
 
 
 LENGTHS = (3, 1, 4)

@@ -404,6 +404,19 @@ def test_a_generating_rank_has_a_prefill_pass_or_the_logits_of_a_decode_pass(
             assert list(terms.values()) == [max(layer, logits)]
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("prompt", "copied"), [(999, 0), (1000, 0), (3001, 3001)])
+def test_a_long_prompt_needs_one_part_and_a_copy_of_what_is_cached(prompt: int, copied: int, tp: int) -> None:
+    """A prefill pass has 1000 tokens at most; behind others the keys and values of a layer stand twice."""
+    spec, layout = spec_of(vocab_size=16), Layout.even(tp, 1, 1, 4)
+    work = memory.Work(batch=6, minibatch=2, prompt=prompt, response=8, prefill_tokens=1000)
+    use = memory.Use("generation", spec, Placement.default(layout), 2, trained=True, fused=True)
+    held = memory.rank_memory(0, [use], use, work, memory.Switched(), False).stages["generation"]
+    layer = memory.Activations(use, 0, min(prompt, 1000), 0).forward()
+    each = spec.num_kv_heads // tp * spec.head_dim * 2
+    assert held["generation one layer"] == layer + 2 * copied * each
+
+
 @pytest.mark.parametrize(("minibatch", "microbatch"), [(8, 1), (2, 1), (6, 2), (3, 1)])
 def test_models_in_one_stream_hold_what_its_schedule_keeps(minibatch: int, microbatch: int) -> None:
     """As many bytes as the sequential stream whose larger model leads; no stream holds more."""

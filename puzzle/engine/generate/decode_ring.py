@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def generate(
     *,
     passes: ModelRunner | None = None,
     prefill: int | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
     decode: int | None = None,
     most: int | None = None,
     pages: int | None = None,
@@ -80,9 +81,9 @@ def generate(
     `executor` is the pipeline's (None: one stage); all ranks of a run call, those without requests, too.
     `passes` keeps cache and graphs from call to call; without them, `graphs` says whether decode passes are
     recorded (on CUDA). `prefill` and `decode` are sequences per micro-batch
-    (None: a decode micro-batch per stage; a prefill pass has no more than `PREFILL_TOKENS` tokens, or one
-    sequence). At most `most` sequences are decoded at a time, in a cache of at most `pages` pages (None: as
-    many as memory holds); the others wait.
+    (None: a decode micro-batch per stage); a prefill pass has at most `prefill_tokens` tokens, and longer
+    sequences are cached in parts. At most `most` sequences are decoded at a time, in a cache of at most
+    `pages` pages (None: as many as memory holds); the others wait.
     `watch(request, token)` hears of tokens as they are read, `heard(request, tokens)` of a response when its
     last one is. The host reads tokens `lookahead` steps late
     (None: 1 on CUDA, else 0): a row that has ended may be decoded once more, and that token is dropped.
@@ -96,7 +97,8 @@ def generate(
     execution = executor.begin("generation", ring_channels(decoder.layout.pp))
     used = passes or ModelRunner(decoder, graphs)
     rows = min(most or len(requests), len(requests))
-    pages, page = _pages(used, requests, params.max_new_tokens, rows, decode, pages, executor.world)
+    sizes = (params.max_new_tokens, rows, decode, prefill_tokens)
+    pages, page = _pages(used, requests, sizes, pages, executor.world)
     if not requests:
         execution.finish()
         return []
@@ -105,7 +107,8 @@ def generate(
         lookahead = int(decoder.device.type == "cuda")
     ring = ring_of(decoder.layout.pp, min(rows, pages), decode)
     states = RequestStates(requests, params, stop, watch, heard)
-    session = DecodeRingStage(used, ring, states, (pages, page), lookahead, early_stop, prefill)
+    limits = (prefill, prefill_tokens)
+    session = DecodeRingStage(used, ring, states, (pages, page), lookahead, early_stop, limits)
     session.run(execution)
     if passes is None:
         used.release()  # its recordings know it: the cache would stay until the next collection of cycles
@@ -118,13 +121,13 @@ def generate(
 def _pages(
     passes: ModelRunner,
     requests: Sequence[Request],
-    new_tokens: int,
-    rows: int,
-    decode: int | None,
+    sizes: tuple[int, int, int | None, int],
     most: int | None,
     world: World,
 ) -> tuple[int, int]:
-    """Pages for `rows` sequences at a time, all at full length if there is memory; and their positions."""
+    """Pages for so many sequences at a time, all at full length if there is memory, `most` at most; and their
+    positions. `sizes`: new tokens, sequences at a time, those of a decode pass, tokens of a prefill pass."""
+    new_tokens, rows, decode, prefill_tokens = sizes
     prompts = Counter(tuple(request.prompt) for request in requests)
     lengths = [(len(prompt), samples) for prompt, samples in prompts.items()]
     longest = max((length for length, _ in lengths), default=0) + new_tokens
@@ -132,11 +135,13 @@ def _pages(
     wanted = wanted_pages(lengths, new_tokens, page, rows)
     if requests:
         wanted = max(wanted, passes.room.pages)
-    # Where pages run short, a prefill pass may have to cache a sequence of any length again.
-    tokens = min(sum(length for length, _ in lengths), PREFILL_TOKENS)
+    # Where pages run short, prefill passes may have to cache a sequence of any length again.
+    tokens = min(max(longest, sum(length for length, _ in lengths)), prefill_tokens)
+    cached = longest if longest > prefill_tokens else 0
     even = decode or -(-rows // passes.decoder.layout.pp)
     least = max((whole_pages(length, new_tokens, page) for length, _ in lengths), default=0)
-    fitting = fitting_pages(passes, wanted, page, world, max(tokens, longest), min(rows, even), least)
+    beside = (tokens, min(rows, even), cached)
+    fitting = fitting_pages(passes, wanted, page, world, beside, least)
     return min(wanted, most or wanted, fitting), page
 
 
@@ -159,14 +164,20 @@ def ring_of(stages: int, rows: int, decode: int | None) -> Ring:
     return ring
 
 
-def cut(prefills: Sequence[Prefill], most: int) -> list[list[Prefill]]:
-    """Prefills by pass: at most `most` sequences, and `PREFILL_TOKENS` tokens unless one alone has more."""
+def cut(prefills: Sequence[Prefill], most: int, tokens: int) -> list[list[Prefill]]:
+    """Prefills by pass: at most `most` sequences and `tokens` tokens. Longer ones begin passes of their own,
+    as many as they need; the last of these has room for others."""
     passes: list[list[Prefill]] = []
-    for part in prefills:
-        room = passes and len(passes[-1]) < most
-        if not room or sum(len(p.tokens) for p in [*passes[-1], part]) > PREFILL_TOKENS:
-            passes.append([])
-        passes[-1].append(part)
+    room = 0
+    for whole in prefills:
+        count = len(whole.tokens)
+        for start in range(0, count, tokens):
+            part = replace(whole, tokens=whole.tokens[start : start + tokens], past=start)
+            if not passes or len(passes[-1]) == most or len(part.tokens) > room or count > tokens > room:
+                passes.append([])
+                room = tokens
+            passes[-1].append(part)
+            room -= len(part.tokens)
     return passes
 
 
@@ -199,11 +210,12 @@ class DecodeRingStage:
         memory: tuple[int, int],
         lookahead: int,
         early_stop: bool = True,
-        prefill: int | None = None,
+        prefill: tuple[int | None, int] = (None, PREFILL_TOKENS),
     ) -> None:
-        """`memory`: pages of the cache, and positions of each."""
+        """`memory`: pages of the cache, and positions of each; `prefill`: most sequences and tokens of a
+        prefill pass."""
         self.passes, self.ring, self.states, self.lookahead = passes, ring, states, lookahead
-        self.early_stop, self._most = early_stop, prefill
+        self.early_stop, (self._most, self._tokens) = early_stop, prefill
         self.decoder = passes.decoder
         prompts = [request.prompt for request in states.requests]
         new, groups = states.params.max_new_tokens, ring.spec().decode
@@ -239,9 +251,8 @@ class DecodeRingStage:
             if not self.scheduler.busy and not on_their_way:
                 break
             self._first += len(self._passes)
-            self._passes = cut(
-                changes.prefills, self._most or -(-len(changes.prefills) // self.ring.num_stages)
-            )
+            most = self._most or -(-len(changes.prefills) // self.ring.num_stages)
+            self._passes = cut(changes.prefills, most, self._tokens)
             if self._passes:
                 execution.run(self.ring.prefill(self._first, len(self._passes)), models)
             self.prefills.append(tuple(map(len, self._passes)))

@@ -14,10 +14,11 @@ from puzzle.plan.pages import KEPT_FREE, kv_bytes
 
 
 def fitting_pages(
-    passes: ModelRunner, wanted: int, page: int, world: World, tokens: int, rows: int, least: int = 0
+    passes: ModelRunner, wanted: int, page: int, world: World, work: tuple[int, int, int], least: int = 0
 ) -> int:
-    """Pages of `page` positions that the memory of every rank holds, besides the weights, prefill passes of
-    `tokens` tokens and decode passes of `rows` rows; all ranks of the run ask.
+    """Pages of `page` positions that the memory of every rank holds, besides the weights and passes; all
+    ranks of the run ask. `work`: tokens of a prefill pass, rows of a decode pass, and tokens whose keys and
+    values a prefill pass copies, as in `plan.memory.generation_passes`.
 
     A cache that is there is given back, unless it has as many as are wanted, or the runner keeps it and it
     has `least`. On a CPU as many as are wanted.
@@ -40,7 +41,7 @@ def fitting_pages(
     else:
         passes.release()
         use = Use("model", decoder.spec, Placement.default(decoder.layout), decoder.dtype.itemsize)
-        beside = sum(generation_passes(use, decoder.coord.p, tokens, rows).values())
+        beside = sum(generation_passes(use, decoder.coord.p, *work).values())
         size = cache_bytes(decoder) * page
         held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1
     return -int(world.max(torch.tensor(-held, device=world.device)))

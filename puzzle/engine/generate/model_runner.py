@@ -125,23 +125,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, prefills: Sequence[Prefill], x: Tensor | None = None) -> Tensor:
-        """Cache the tokens of `prefills` in their pages; hidden states (T/tp, D) to hand on.
+        """Cache the tokens of `prefills` in their pages; hidden states (T/tp, D) to hand on. Only the first
+        may go on behind tokens of its sequence that are cached.
 
         `x` are the hidden states received, on all stages but the first.
         """
         assert self.cache is not None
         decoder = self.decoder
-        batch = pack([part.tokens for part in prefills], decoder.layout.tp, decoder.device)
-        page = self.cache.page
+        device, page, past = decoder.device, self.cache.page, prefills[0].past
+        batch = pack([part.tokens for part in prefills], decoder.layout.tp, device, past)
         inner = torch.arange(page)
-        places = torch.cat(
-            [
-                (torch.tensor(part.pages)[:, None] * page + inner).flatten()[: len(part.tokens)]
-                for part in prefills
-            ]
-        )
-        places = places.to(decoder.device, non_blocking=True)
-        return decoder(batch.tokens_T if x is None else x, batch, self.cache.at(places))
+        whole = [(torch.tensor(part.pages)[:, None] * page + inner).flatten() for part in prefills]
+        own = [places[part.past :][: len(part.tokens)] for part, places in zip(prefills, whole, strict=True)]
+        before = whole[0][:past].to(device, non_blocking=True) if past else None
+        cache = self.cache.at(torch.cat(own).to(device, non_blocking=True), past=before)
+        return decoder(batch.tokens_T if x is None else x, batch, cache)
 
     @torch.inference_mode()
     def copy(self, pages: Sequence[tuple[int, int]]) -> None:

@@ -26,10 +26,11 @@ prefill pass of a few tokens takes as long as reading all weights."""
 
 @dataclass(frozen=True)
 class Prefill:
-    """Tokens to be cached, one at least, and the pages for them."""
+    """Tokens to be cached, one at least, behind the first `past` of their sequence, and the pages of all."""
 
     tokens: Sequence[int]
     pages: Sequence[int]
+    past: int = 0
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def attend(
     `slots.places[b]`; the query sees the `window` last positions up to there (all if None). ValueError unless
     a page has a power of two of positions, 16 or more.
     """
-    k_KPSh, v_KPSh, place_B, table_BP, _ = slots
+    k_KPSh, v_KPSh, place_B, table_BP, *_ = slots
     groups, _, page, dim = k_KPSh.shape
     if table_BP is None or page < 16 or page & (page - 1):
         raise ValueError(f"no decode pass over pages of {page} positions")

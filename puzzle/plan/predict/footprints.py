@@ -117,4 +117,5 @@ def _work(job: Job, microbatch: int | None, decode: int | None, slots: int | Non
         decode,
         samples=work.samples,
         most=slots or work.slots,
+        prefill_tokens=work.prefill_tokens,
     )

@@ -45,6 +45,7 @@ class Workload:
         early_stop: sequences that have ended are decoded no longer.
         slots: most sequences of a replica that are decoded at a time; None: all of them.
         samples: sequences of a prompt, which is prefilled once.
+        prefill_tokens: most of a prefill pass; longer prompts are cached in parts.
         remapped: bytes that training gives back before generation and takes anew, as both do not fit at once.
     """
 
@@ -71,6 +72,7 @@ class Workload:
     early_stop: bool = True
     slots: int | None = None
     samples: int = 1
+    prefill_tokens: int = PREFILL_TOKENS
     remapped: float = 0.0
 
     @property
@@ -187,8 +189,9 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     rows = -(-work.sequences // layout.dp)
     prompts = -(-rows // work.samples)
     share = -(-prompts // layout.pp)
-    size, count = _cut(prompts, 1, min(work.prefill or share, max(1, PREFILL_TOKENS // work.prompt)))
-    one = Pass(size * work.prompt, work.prompt, size)
+    size, count = _cut(prompts, 1, min(work.prefill or share, max(1, work.prefill_tokens // work.prompt)))
+    parts = -(-work.prompt // work.prefill_tokens)
+    one, count = Pass(size * work.prompt // parts, work.prompt, size), count * parts
     stages = stage_costs(spec, layout, one, costs)
     prefill = forward_makespan([StageCosts(stages.forward)], [count])
     _, count = decode_cut(work)
