@@ -83,7 +83,7 @@ def generate(
     recorded (on CUDA). `prefill` and `decode` are sequences per micro-batch (None: a decode micro-batch per
     stage); a prefill pass has at most `prefill_tokens` tokens, and longer sequences are cached in parts. At
     most `most` sequences are decoded at a time, in a cache of at most `pages` pages (None: as many as memory
-    holds); the others wait. `watch(request, token)` hears of tokens as they are read, `heard(request, tokens)`
+    holds); the others wait. `watch(request, token)` hears of tokens as they are read, `heard(request, ids)`
     of a response when its last one is. The host reads tokens `lookahead` steps late (None: 1 on CUDA, else
     0): a row that has ended may be decoded once more, and that token is dropped. Without `early_stop` all
     rows are decoded to the end, and what comes after a stop is dropped. None of these changes a response.
