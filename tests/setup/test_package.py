@@ -19,11 +19,11 @@ from tests.setup.conftest import REPOSITORY
 TRAIN = """
 iterations: 2
 batch: 4
-actor: {init: {vocab_size: 64, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2,
+actor: {init: {vocab_size: 258, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2,
                num_attention_heads: 2, max_position_embeddings: 64}}
-reward: {init: {vocab_size: 64, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2,
+reward: {init: {vocab_size: 258, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2,
                 num_attention_heads: 2, max_position_embeddings: 64}}
-data: {random_tokens: 4}
+data: {prompts: prompts.jsonl, tokenizer: bytes, max_prompt_tokens: 8}
 generation: {max_new_tokens: 4}
 """
 
@@ -91,12 +91,21 @@ def test_the_wheel_holds_one_package_and_what_it_reads(installed: Installed) -> 
 
 def test_an_installed_package_trains(installed: Installed, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(TRAIN)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "ask {n}"}}\n' for n in range(4)))
     done = installed.run(tmp_path, "puzzle", "train", "--config", "run.yaml", "--out", "out")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        "done: the model is out/checkpoints/last; `puzzle report out` writes a page about the run"
+    )
     records = [json.loads(line) for line in (tmp_path / "out/run.jsonl").read_text().splitlines()]
     assert [one["iteration"] for one in records if one["record"] == "iteration"] == [0, 1]
     assert records[-1]["status"] == "completed"
     assert (tmp_path / "out/plots/curves.png").exists()
+    short = ["--generation.max_new_tokens", "4"]
+    asked = ["--prompts", "prompts.jsonl", "--reward", "puzzle.rlhf.rewards:letter_share"]
+    done = installed.run(tmp_path, "puzzle", "evaluate", "out/checkpoints/last", *asked, *short)
+    assert done.returncode == 0, done.stderr
+    assert "reward" in done.stdout
     done = installed.run(tmp_path, "puzzle", "report", "out")
     assert done.returncode == 0, done.stderr
     assert "<svg" in (tmp_path / "out/report.html").read_text()
