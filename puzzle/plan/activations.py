@@ -73,9 +73,11 @@ class Activations:
     def norm(self, rows: int, width: int) -> int:
         """What a norm saves but for the result: its input, and the factor of each row.
 
-        Step by step it is computed in fp32: a converted input, and the result before the weight.
+        Step by step it is computed in fp32: a converted input, and the result before the weight, which only
+        the weight's gradient reads.
         """
-        saved = self.item if self.use.fused else 2 * FP32
+        steps = FP32 if self.use.spec.lora is not None else 2 * FP32
+        saved = self.item if self.use.fused else steps
         return rows * width * saved + rows * FP32
 
     def layer(self) -> int:

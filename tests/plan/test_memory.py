@@ -27,6 +27,7 @@ from puzzle.plan.pipeline import schedules
 from puzzle.plan.pipeline.schedules import PipelineModel
 from puzzle.rlhf.balance import balanced, contiguous
 from puzzle.rlhf.microbatches import microbatches
+from puzzle.spec.lora import Lora
 from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 from tests.plan.measures import peak_in_flight
@@ -49,8 +50,9 @@ SETTINGS = AdamWSettings(lambda step: 1e-3)
 
 
 def spec_of(**changes: object) -> ModelSpec:
-    head = "value" if changes.pop("value", False) else "lm"
-    return ModelSpec.from_hf({**SHAPE, **changes}, head)
+    head, lora = "value" if changes.pop("value", False) else "lm", changes.pop("lora", None)
+    spec = ModelSpec.from_hf({**SHAPE, **changes}, head)
+    return replace(spec, lora=lora) if isinstance(lora, Lora) else spec
 
 
 def built(
@@ -59,6 +61,8 @@ def built(
     world = World(rank, layout.world, torch.device("cpu"))
     model = ModelRuntime("actor", spec, Placement.default(layout), world, dtype, recompute)
     initialise(model.decoder, 0)
+    for storage in model.stage.storages:
+        model.stage.get_parameter(storage.name).requires_grad_(storage.trained)
     return model
 
 
@@ -113,6 +117,12 @@ def held(rank: int, spec: ModelSpec, layout: Layout, dtype: torch.dtype) -> dict
         (Layout.even(1, 1, 3, 4), {"value": True}, torch.bfloat16),
         (Layout.even(4, 1, 1, 4), {"model_type": "qwen2"}, torch.float32),
         (Layout.even(1, 2, 2, 4), {"model_type": "qwen3", "head_dim": 8}, torch.float32),
+        (Layout.even(2, 1, 2, 4), {"lora": Lora(5, 8.0)}, torch.bfloat16),
+        (
+            Layout.even(1, 2, 1, 4),
+            {"lora": Lora(3, 8.0, ("q_proj", "down_proj")), "value": True},
+            torch.float32,
+        ),
     ],
     ids=str,
 )
@@ -178,6 +188,8 @@ def saved(
         (Layout.even(2, 1, 1, 4), {}, torch.bfloat16, True),
         (Layout.even(4, 1, 1, 4), {"value": True}, torch.bfloat16, False),
         (Layout(1, 3, 1, (1, 2, 1)), {}, torch.bfloat16, False),
+        (Layout.even(1, 1, 1, 4), {"lora": Lora(32, 8.0)}, torch.float32, False),
+        (Layout.even(2, 1, 1, 4), {"lora": Lora(32, 8.0, ("v_proj", "o_proj"))}, torch.bfloat16, False),
     ],
     ids=str,
 )
