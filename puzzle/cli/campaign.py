@@ -1,7 +1,6 @@
 """`puzzle campaign`: run the experiments of the paper's figures at some scale, then draw them."""
 
 import math
-import shlex
 import subprocess
 import sys
 import time
@@ -58,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         _list(experiments, console)
         out = options.out or Path("outputs_from_exec_<time>")
         words = _submitted(arguments, out)
-        submission = slurm.submission(words, _largest(experiments), out) if submits else []
+        submission = slurm.ahead(words, _largest(experiments), out) if submits else []
         _ahead(experiments, console, submission, options.calibration, options.minutes)
         return 0
     if find_spec("matplotlib") is None:
@@ -271,9 +270,8 @@ def _ahead(
     able = [experiment for experiment in experiments if _fits(experiment)]
     if any(NO_CUDA in experiment.lacks for experiment in experiments):
         say(f"{NO_CUDA}: {OTHER_TORCH}")
-    if submission:
-        say(f"job: {slurm.settings().asked(_largest(experiments))}, as slurm.yaml says; submitted by")
-        say(f"  {shlex.join(submission)}")
+    for line in submission:
+        say(line)
     if able:
         how = (
             "the start of its processes"

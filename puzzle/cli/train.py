@@ -76,6 +76,11 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
         print(json.dumps(config.resolved(), indent=2))
         print(plan.table(), file=sys.stderr)
         print(footprint.table(ranks), file=sys.stderr)
+    submits = options.launcher == "slurm" and not slurm.inside()
+    again = [sys.executable, "-P", "-m", "puzzle.cli", name, *(w for w in arguments if w != "--dry-run")]
+    if options.dry_run and submits:
+        lines = slurm.ahead(again, config.world, options.out or Path("OUT"))
+        print("\n".join(lines), file=sys.stderr)
     if memory is not None:
         footprint.require(ranks, memory)
     if options.dry_run:
@@ -83,8 +88,7 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
     if options.out is None:
         raise UserError("--out DIR is missing: the folder for the log, samples and checkpoints")
     require_device(config.device)
-    if options.launcher == "slurm" and not slurm.inside():
-        again = [sys.executable, "-P", "-m", "puzzle.cli", name, *arguments]
+    if submits:
         return slurm.submit(again, config.world, options.out)
     return start(config, options.out, options.resume, options.launcher, given)
 

@@ -224,6 +224,12 @@ def submission(words: Sequence[str], world: int, out: Path) -> list[str]:
     return ["sbatch", *how, *where, *settings().options(world), str(JOB), *words]
 
 
+def ahead(words: Sequence[str], world: int, out: Path) -> list[str]:
+    """Lines that say what `submit` would ask for, and how."""
+    asked = f"job: {settings().asked(world)}, as {file().name} says; submitted by"
+    return [asked, f"  {shlex.join(submission(words, world, out))}"]
+
+
 def submit(words: Sequence[str], world: int, out: Path) -> int:
     """Run the command `words` as a job with room for `world` processes; its output and exit code are ours.
 

@@ -91,6 +91,19 @@ def test_dry_run_prints_the_whole_configuration(folder, capsys):
     assert sorted(p.name for p in folder.iterdir() if p.name == "o") == []
 
 
+def test_dry_run_shows_the_job_that_slurm_would_be_asked_for(folder, capsys, monkeypatch):
+    (folder / "mine.yaml").write_text("time: '1:00:00'\n")
+    monkeypatch.setenv("PUZZLE_SLURM", str(folder / "mine.yaml"))
+    words = ["train", "--config", "run.yaml", "--out", "o", "--launcher", "slurm"]
+    assert main([*words, "--dry-run"]) == 0
+    asked, command = capsys.readouterr().err.splitlines()[-2:]
+    assert asked.startswith("job: 1 cores, limit 1:00:00")
+    assert asked.endswith("as mine.yaml says; submitted by")
+    assert " --time=1:00:00 " in command
+    assert command.endswith(f" -m puzzle.cli {' '.join(words)}")
+    assert not (folder / "o").exists()
+
+
 def test_help_names_every_command_and_key_without_torch():
     code = (
         "import sys; from puzzle.cli import main\n"
