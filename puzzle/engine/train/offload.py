@@ -127,7 +127,8 @@ class Offload:
         self._follow()
 
     def _follow(self) -> None:
-        """Let the device go on only behind the copies."""
+        """Let the device go on only behind the copies, whose times nobody asks for."""
+        self._moves.clear()
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
