@@ -14,11 +14,17 @@ __all__ = ["RunError", "RunFolder", "UserError", "__version__", "load_run", "pla
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `puzzle.api`, loaded when it is first asked for."""
+    """A name of `puzzle.api`, loaded when it is first asked for. UserError where a package is missing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from puzzle import api
+    try:
+        from puzzle import api
+    except ModuleNotFoundError as error:
+        from puzzle.errors import UserError, absent
 
+        if (line := absent(error)) is None:
+            raise
+        raise UserError(line) from None
     return getattr(api, name)
 
 

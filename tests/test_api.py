@@ -78,6 +78,13 @@ def test_importing_is_light(tmp_path: Path) -> None:
         puzzle.runs  # noqa: B018
 
 
+def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
+    """Of what the package itself needs, as in an environment for figures alone."""
+    script = "import sys, puzzle; sys.modules['pydantic'] = None\ntry: puzzle.run\n"
+    (line,) = said(["-c", script + "except Exception as error: print(type(error).__name__, error)"], tmp_path)
+    assert line.startswith("UserError the package pydantic is not installed; ")
+
+
 def test_a_script_without_a_guard_runs_follows_and_ends_runs(tmp_path: Path) -> None:
     """Two processes with a reward of the script; a callback that raises; a rank that is killed."""
     (tmp_path / "script.py").write_text(SCRIPT)
