@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from peers.verl_ppo import means
+
 from claims.claim import Values
 from puzzle.runlog import Run, load_runs
 
@@ -139,9 +141,8 @@ def campaign_log(file: str) -> list[int]:
 
 def verl(critic: str, *parts: str) -> float:
     """Mean seconds of those parts of verl's steps after the first."""
-    lines = (ROOT / f"logs/peers/verl-4xh200/7b-{critic}.jsonl").read_text().splitlines()[1:]
-    steps = [json.loads(line)["data"] for line in lines]
-    return fmean(sum(float(step[f"timing_s/{part}"]) for part in parts) for step in steps)
+    found = means(ROOT / f"logs/peers/verl-4xh200/7b-{critic}.jsonl")
+    return sum(found[part] for part in parts)
 
 
 def generated() -> tuple[list[int], list[int]]:

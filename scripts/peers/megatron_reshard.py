@@ -2,7 +2,7 @@
 
 Plain modules with Megatron's names and attributes; the planner, executor and NCCL service of
 megatron.core.resharding (PyPI: megatron-core, without its dependencies); as many ranks as layouts have:
-    torchrun --nproc-per-node 2 scripts/peers_megatron_reshard.py 1,2,1:2,1,1 [--model 7b] [--out FILE]
+    torchrun --nproc-per-node 2 scripts/peers/megatron_reshard.py 1,2,1:2,1,1 [--model 7b] [--out FILE]
 """
 
 import argparse
