@@ -147,7 +147,7 @@ class Subject:
         self.bandwidth = device.copy_bandwidth(world)
         with ModelRunner(self.runtime.decoder) as warm:
             count = min(bench.sequences)
-            self._seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
+            self.seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
 
     def fixed(self, mode: str, given: Given) -> Row:
         """Responses of one length."""
@@ -156,11 +156,11 @@ class Subject:
         captured: Row = {}
         with ModelRunner(self.runtime.decoder, graphs=mode != "eager") as passes:
             if passes.graphs:
-                first = self._seconds(passes, given, new)
+                first = self.seconds(passes, given, new)
                 captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
                 captured["first_run_s"] = first
-            prefill = self._seconds(passes, (read, [1] * len(read)), 1, tally=tally)
-            total = self._seconds(passes, given, new)
+            prefill = self.seconds(passes, (read, [1] * len(read)), 1, tally=tally)
+            total = self.seconds(passes, given, new)
             predicted = self._predicted(passes, given)
         return captured | {
             "predicted_bytes": predicted,
@@ -186,7 +186,7 @@ class Subject:
 
         def once(early_stop: bool) -> Row:
             tally, before = Tally(), (passes.captures, passes.capture_seconds)
-            seconds = self._seconds(passes, given, bench.new, tally=tally, early_stop=early_stop)
+            seconds = self.seconds(passes, given, bench.new, tally=tally, early_stop=early_stop)
             found = {"seconds": seconds, "captures": passes.captures - before[0]}
             found |= {"capture_s": passes.capture_seconds - before[1]}
             found["predicted_bytes"] = self._predicted(passes, given)
@@ -216,7 +216,7 @@ class Subject:
             found |= {"saved_s": late - early, "ratio": late / early}
         return found
 
-    def _seconds(self, passes: ModelRunner, given: Given, new: int, **how: Any) -> float:
+    def seconds(self, passes: ModelRunner, given: Given, new: int, **how: Any) -> float:
         """Seconds to answer prompts of the lengths given with responses of those given, at most `new`."""
         bench, runtime, (read, wanted) = self.bench, self.runtime, given
         generator = torch.Generator().manual_seed(len(read))

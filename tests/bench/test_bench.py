@@ -64,6 +64,27 @@ def test_generation_of_groups_in_few_rows_with_lengths_from_a_file(tmp_path: Pat
     assert "ratio" not in row
 
 
+def test_rewards_beside_the_longest_responses(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = [
+        "--sequences",
+        "5",
+        "--prompt",
+        "4",
+        "--new",
+        "8",
+        "--repeats",
+        "1",
+        "--reward-seconds",
+        "0.05",
+    ]
+    assert main(["bench", "tails", *SMALL, *options, "--workers", "2", "--out", str(out)]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    # Three after one another of two workers, of which the last response leaves one at least.
+    assert row["waited_s"]["after"][0] >= 3 * 0.05
+    assert 0 <= row["simulated_s"] < 3 * 0.05
+
+
 @pytest.mark.parametrize("text", ["", "0\n", "9\n", "x\n"])
 def test_a_file_without_lengths(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lengths.txt").write_text(text)
