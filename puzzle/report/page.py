@@ -37,6 +37,8 @@ FIRST = {
 }
 """Curves that are shown at once, with their headings; other metrics come behind them."""
 COLOURS = 8
+MOST_NAMED = 3
+"""Runs that a page's title names; of more it says how many."""
 LONGEST_TEXT = 2000
 """Characters of a prompt or response; longer ones lose their middle."""
 GIB = 1 << 30
@@ -104,7 +106,7 @@ def _rendered(name: str, runs: Sequence[Facts], beside: Path, autoescape: bool) 
     differences = differing(runs) if len(runs) > 1 else {}
     return environment.get_template(name).render(
         runs=runs,
-        title=" and ".join(facts.label for facts in runs) if len(runs) < 4 else f"{len(runs)} runs",
+        title=_title([facts.label for facts in runs]),
         summary=summary(runs),
         curves=curves(runs, FIRST) if autoescape else [],
         more=curves(runs, _others(runs)) if autoescape else [],
@@ -113,6 +115,12 @@ def _rendered(name: str, runs: Sequence[Facts], beside: Path, autoescape: bool) 
         colours=COLOURS,
         longest=max((facts.seconds or 0.0 for facts in runs), default=0.0),
     )
+
+
+def _title(labels: Sequence[str]) -> str:
+    if len(labels) > MOST_NAMED:
+        return f"{len(labels)} runs"
+    return " and ".join(filter(None, (", ".join(labels[:-1]), labels[-1])))
 
 
 def summary(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:

@@ -134,6 +134,7 @@ def test_facts_are_those_of_the_log(tmp_path: Path) -> None:
     assert rows["reward, first to last"] == ["0 to 2"]
     assert rows["held-out reward, before to after"] == ["0.5 to 1.5"]
     assert rows["tokens per second and device"] == ["150"]
+    assert rows["began"] == ["2026-11-22 12:00:00 UTC"]
     assert "restarts" not in rows
 
 
@@ -262,3 +263,11 @@ def test_bad_requests_are_one_line(
 def test_published_logs_have_a_page_too(tmp_path: Path) -> None:
     runs = facts_of([ROOT / "logs/published/figure8"])[:2]
     assert Page(html(runs, tmp_path)).text
+
+
+@pytest.mark.parametrize(
+    ("count", "title"), [(1, "a0"), (2, "a0 and a1"), (3, "a0, a1 and a2"), (4, "4 runs")]
+)
+def test_titles_name_few_runs(tmp_path: Path, count: int, title: str) -> None:
+    folders = [written(tmp_path / f"a{number}", 2, run_id=f"a{number}") for number in range(count)]
+    assert f"<title>{title}</title>" in html(facts_of(folders), tmp_path)
