@@ -162,6 +162,7 @@ def aligning(folders: dict[str, Path], shape: tuple[int, int, int], **changes: A
         "reward": {"model": str(folders["value"])},
         "data": {"random_tokens": 4, "tokenizer": "bytes"},
         "generation": {"max_new_tokens": 6, "samples": 2},
+        "switch": {"verify": True},
         "algorithm": {"minibatch": 4, "microbatch": 2},
     }
     config |= {key: {**config[key], **value} for key, value in changes.items()}
