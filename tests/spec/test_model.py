@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from puzzle.errors import UserError
 from puzzle.spec.flops import forward_flops, layer_attention_flops, matmul_flops, train_flops
+from puzzle.spec.lora import Lora
 from puzzle.spec.model import ModelSpec, Rope
 from puzzle.spec.published import PUBLISHED, published
 
@@ -332,3 +333,7 @@ def test_flops_count_every_product(window):
     assert layer_attention_flops(spec, 9) == per_layer
     assert forward_flops(spec, [9, 9]) == 2 * (9 * matmul_flops(spec) + 3 * per_layer)
     assert train_flops(spec, [9]) * 2 == 3 * forward_flops(spec, [9, 9])
+    # Backwards, attention's products have two gradients, frozen weights none.
+    adapted = replace(spec, lora=Lora(2, 1.0))
+    assert train_flops(adapted, [9]) == 2 * 9 * matmul_flops(spec) + 3 * 3 * per_layer
+    assert adapted.parameters - adapted.trained_parameters == adapted.base.parameters == spec.parameters
