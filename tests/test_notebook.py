@@ -66,5 +66,8 @@ def test_a_notebook_runs_follows_and_reads_runs(tmp_path: Path) -> None:
             "differ by 2.0",
         ]
         assert any("3/3" in line for line in lines)  # the lines of the run, as the command prints them
+        sends = "lambda responses, g=(x for x in [1]): []"
+        shown, _ = cell(client, f'puzzle.run(config, "out/three", reward={sends})')
+        assert shown.startswith("UserError: reward.function given: ")
         shown, _ = cell(client, 'puzzle.run(config, "out/two", reward=brief)')
         assert shown.startswith("UserError: --out out/two: already holds a run")

@@ -250,8 +250,8 @@ def pickled_function(function: Callable[..., Any]) -> bytes:
         return dill.dumps(function, recurse=True)
     except Exception as error:  # noqa: BLE001 - whatever a user's object does
         raise UserError(
-            f"reward.function {GIVEN}: it cannot be pickled for another process: {error!r}; put it into a"
-            " module, or set reward.workers to 0"
+            f"reward.function {GIVEN}: it cannot be pickled for another process: {error!r}; make what it"
+            " needs inside the function, or put it into a module and name it as module:name"
         ) from None
 
 
