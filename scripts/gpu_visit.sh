@@ -2,7 +2,7 @@
 # What needs GPUs, in one visit: bash scripts/gpu_visit.sh OUTDIR [PART...]
 # Parts: check switch fuse memory save layouts single end rollout graphs (docs/performance.md); by default all but the last three that the
 # host's GPUs allow. end: PPO in the published layout and in the planner's. Eight GPUs in two visits of ten minutes:
-# check switch layouts, then fuse end. graphs: those of decoding that live on, in five minutes on one GPU. rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
+# check switch layouts, then fuse end. graphs: those of decoding that live on, in seven minutes on one GPU (SECONDS_LEFT=420). rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
 # an older checkout of this repository, to time its generation beside this one's.
 # Steps have time limits of their own and go on after failures; logs lie in OUTDIR, a table of results comes last.
 # SECONDS_LEFT (default 590) bounds the visit; steps that no longer fit are skipped and say so.
@@ -154,8 +154,8 @@ rollout_fixed() {
 }
 
 rollout_kept() { # early stop's gain with graphs recorded in every iteration, and once
-    on 0 bench rollout-kept.log 80 "graphs that live" generate --sequences 128 --modes graphs kept --lengths exponential \
-        --new 256 --repeats 3 --out "$rows"
+    on 0 bench rollout-kept.log 100 "graphs that live" generate --sequences 128 --modes graphs kept --lengths exponential \
+        --new 256 --repeats 2 --out "$rows"
 }
 
 rollout_groups() {
@@ -177,7 +177,7 @@ rollout_long() {
 part_graphs() {
     on 0 bench graphs-check.log 100 "graphs give the same tokens" check --models llama,qwen2
     rollout_kept
-    on 0 bench graphs-long.log 60 "prompts of 32k tokens" generate --sequences 4 --prompt 32768 --new 64 --modes graphs --out "$rows"
+    on 0 bench graphs-long.log 80 "prompts of 32k tokens" generate --sequences 4 --prompt 32768 --new 64 --modes graphs --out "$rows"
     local keep
     for keep in false true; do
         on 0 step "graphs-train-$keep.log" 60 "PPO, graphs kept: $keep" "$python" -m puzzle.cli train --out "$out/graphs-$keep" \
