@@ -8,7 +8,7 @@ T tokens of a pass, S = T/tp, D hidden, Q = H h/tp query columns, R = K h/tp key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -55,6 +55,22 @@ def storages(
     return tuple((param.rows, param.row_size) for param in params if which != "trained" or param.trained)
 
 
+@lru_cache
+def adapter_sizes(spec: ModelSpec, tp: int) -> tuple[int, int, int]:
+    """Elements that a layer's adapters save: for each token of a pass, for each of the rank's own tokens, and
+    at any rate."""
+    one = Layout(tp, 1, 1, (1,))
+    whole = own = spread = 0
+    for matrix, b in adapted(local_params(replace(spec, num_layers=1), one, Coord(0, 0, 0))):
+        columns = len({piece.tensor for piece in b.pieces}) * b.row_size
+        if matrix.transposed:
+            own += columns
+        else:
+            whole += columns
+            spread += 0 if b.shape == (matrix.rows, columns) else matrix.rows * columns
+    return whole, own, spread
+
+
 class Activations:
     """What one micro-batch of `tokens` tokens, `answers` of them answers, costs on a stage."""
 
@@ -95,14 +111,8 @@ class Activations:
 
     def adapters(self) -> int:
         """What a layer's adapters save besides: what A gave, and B by columns of projections (`Adapter`)."""
-        total, layout = 0, self.use.placement.layout
-        for matrix, b in adapted(local_params(self.use.spec, layout, Coord(0, self.p, 0))):
-            if not matrix.name.startswith(f"layers.{layout.first_layers[self.p]}."):
-                continue
-            columns = len({piece.tensor for piece in b.pieces}) * b.row_size
-            total += (self.S if matrix.transposed else self.T) * columns
-            total += 0 if (columns, matrix.rows) == b.shape[::-1] else matrix.rows * columns
-        return total * self.item
+        whole, own, spread = adapter_sizes(self.use.spec, self.use.placement.layout.tp)
+        return (self.T * whole + self.S * own + spread) * self.item
 
     def saved(self) -> int:
         """From a forward to its backward pass on this stage."""
