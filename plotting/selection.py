@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from puzzle.errors import UserError
-from puzzle.runlog import UNFAITHFUL
+from puzzle.runlog import NO_HYBRID_ENGINE, UNFAITHFUL
 from puzzle.runlog.records import GAP
 from puzzle.runlog.run import Run
 
@@ -141,8 +141,9 @@ def _fastest(runs: Sequence[Run]) -> tuple[Sequence[Run], tuple[str, ...]]:
     chosen = settings[best]
     engine = _setting(chosen[0])
     said = []
-    if engine.get("enable_hybrid_engine") and not engine.get("hybrid_engine_engaged"):
-        said.append(f"the Hybrid Engine could not engage: {engine.get('hybrid_engine_obstacle')}")
+    if engine.get("hybrid_engine_engaged") is False:
+        asked = f", which could not engage: {engine.get('hybrid_engine_obstacle')}"
+        said.append(NO_HYBRID_ENGINE + asked * bool(engine.get("enable_hybrid_engine")))
     if len(settings) > 1:
         differing = [k for k in engine if len({json.dumps(json.loads(s).get(k)) for s in settings}) > 1]
 

@@ -119,7 +119,8 @@ def _table(axes: Axes, part: page.Part, letters: Mapping[str, str]) -> None:
 
 def _cell(axes: Axes, middle: float, top: float, row: Row, letters: Mapping[str, str]) -> None:
     if row.value is None:
-        axes.text(middle, top + 0.14, row.gap, size=SMALL, color=GREY, ha="center", va="center")
+        text = page.marked(row, row.gap, letters)
+        axes.text(middle, top + 0.14, text, size=SMALL, color=GREY, ha="center", va="center")
         return
     text = page.marked(row, page.seconds(row.value), letters)
     axes.text(middle, top + 0.11, text, ha="center", va="center")

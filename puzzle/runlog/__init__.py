@@ -5,11 +5,12 @@ A run's log is records, each of a class of `puzzle.runlog.records`: `writer.writ
 """
 
 from puzzle.runlog.load import load_runs
-from puzzle.runlog.records import PROVENANCES, STAGES, UNFAITHFUL, RunHeader
+from puzzle.runlog.records import NO_HYBRID_ENGINE, PROVENANCES, STAGES, UNFAITHFUL, RunHeader
 from puzzle.runlog.run import Loaded, Report, Run
 from puzzle.runlog.writer import RunWriter
 
 __all__ = [
+    "NO_HYBRID_ENGINE",
     "PROVENANCES",
     "STAGES",
     "UNFAITHFUL",

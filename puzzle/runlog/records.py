@@ -17,6 +17,8 @@ STAGES = ("generation", "inference", "training", "switch", "other")
 PROVENANCES = ("measured", "published", "simulated", "rehearsal")
 UNFAITHFUL = "generation does not draw what the trained weights give"
 """How the warning of a run begins whose responses are not its model's; figures look for it."""
+NO_HYBRID_ENGINE = "DeepSpeed-Chat without its Hybrid Engine"
+"""How logs and figures name a baseline that transformers' `generate` generates for."""
 # Stages add up to the end-to-end time within this share of it: published logs print ms with 3 decimals.
 SUM_TOLERANCE = 1e-6
 # Longer than any run; keeps sums of damaged numbers finite.
@@ -296,6 +298,9 @@ class Note(Record, kind="note"):
     indices: Numbers | None = None
     seconds: Number | None = None
     values: Numbers | None = None
+
+    def for_people(self) -> str:
+        return f"note: {self.text}"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+from peers import trl_cpu
 from peers.verl_ppo import means
 
 from claims.claim import Values
@@ -143,6 +144,14 @@ def verl(critic: str, *parts: str) -> float:
     """Mean seconds of those parts of verl's steps after the first."""
     found = means(ROOT / f"logs/peers/verl-4xh200/7b-{critic}.jsonl")
     return sum(found[part] for part in parts)
+
+
+def trl(unit: str) -> list[float]:
+    """Of a GRPO step by PUZZLE and by TRL mean and standard deviation, then the ratio of the means."""
+    log = ROOT / "logs/peers/trl-cpu/smollm2.jsonl"
+    sides = [trl_cpu.seconds_of(log, side, unit) for side in trl_cpu.SIDES]
+    ours, theirs = map(fmean, sides)
+    return [ours, stdev(sides[0]), theirs, stdev(sides[1]), theirs / ours]
 
 
 def generated() -> tuple[list[int], list[int]]:

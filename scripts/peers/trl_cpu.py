@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("puzzle", "trl")
+SIDES, UNITS = ("puzzle", "trl"), ("seconds", "cpu_seconds")
 STEP = "step done"
 WORDS = (
     "river",
@@ -248,17 +248,22 @@ def compare(model: Path, log: Path, trl: str, work: Work, rounds: int) -> None:
     print(summary(log))
 
 
+def seconds_of(log: Path, side: str, unit: str) -> list[float]:
+    """Of a side's steps in a log, `seconds` or `cpu_seconds`."""
+    rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["record"] == "step"]
+    return [row[unit] for row in rows if row["side"] == side]
+
+
 def summary(log: Path) -> str:
     """Means of a log over all steps, with the standard deviation, and what TRL takes of ours."""
-    rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["record"] == "step"]
     lines, means = [], {}
     for side in SIDES:
-        for unit in ("seconds", "cpu_seconds"):
-            values = [row[unit] for row in rows if row["side"] == side]
+        for unit in UNITS:
+            values = seconds_of(log, side, unit)
             means[side, unit] = fmean(values)
             spread = stdev(values) if len(values) > 1 else 0.0
             lines.append(f"{side:<7} {unit:<12} {means[side, unit]:7.2f} +- {spread:.2f} (n={len(values)})")
-    for unit in ("seconds", "cpu_seconds"):
+    for unit in UNITS:
         lines.append(f"trl over puzzle, {unit}: {means['trl', unit] / means['puzzle', unit]:.2f}")
     return "\n".join(lines)
 

@@ -183,6 +183,7 @@ def test_the_log_is_one_of_ours_and_reads_like_a_published_one(runs: dict) -> No
     assert "GPU" in run.config["deepspeed"]["hybrid_engine_obstacle"]
     text = (case.out / "run.log").read_text()
     assert f"warning: {WARNING}\n" in text
+    assert "note: DeepSpeed-Chat without its Hybrid Engine\n" in text
     assert text.count("|E2E latency=") == ITERATIONS
     for iteration in run.iterations:
         assert min(iteration.stage_seconds[s] for s in ("generation", "inference", "training")) > 0

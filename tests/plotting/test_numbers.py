@@ -309,10 +309,18 @@ def test_a_faster_setting_whose_tokens_are_not_its_weights_is_said_not_drawn():
     assert only == UNFAITHFUL
 
 
-def test_a_hybrid_engine_that_could_not_engage_is_named():
-    runs = [chat(7.0, hybrid_engine_engaged=False, hybrid_engine_obstacle="no GPU")]
-    row = rows_of(figure8, runs)["orion", "7B/350M", "DS-Chat", "1"]
-    assert row.notes == ("the Hybrid Engine could not engage: no GPU",)
+def test_a_baseline_without_its_hybrid_engine_says_so():
+    """Whether it was asked for or not; in every figure that draws it."""
+    asked = chat(7.0, hybrid_engine_engaged=False, hybrid_engine_obstacle="no GPU")
+    unasked = chat(7.0, enable_hybrid_engine=False, hybrid_engine_engaged=False, hybrid_engine_obstacle=None)
+    for one, said in (
+        (asked, "DeepSpeed-Chat without its Hybrid Engine, which could not engage: no GPU"),
+        (unasked, "DeepSpeed-Chat without its Hybrid Engine"),
+    ):
+        for figure, series in ((figure8, "DS-Chat"), (table3, "DS-Chat"), (figure12, "Stage1 (Gen.)")):
+            named = replace(one, figures=(figure.NAME,))
+            rows = [row for key, row in rows_of(figure, [named]).items() if key[2] == series]
+            assert {row.notes for row in rows if row.notes} == {(said,)}, figure.NAME
 
 
 def test_theory_is_what_the_run_without_sharing_simulated():

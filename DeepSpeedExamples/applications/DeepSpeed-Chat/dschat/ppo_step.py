@@ -32,7 +32,16 @@ from puzzle.rlhf.recorder import Recorder, describe_rank, experience_metrics
 from puzzle.rlhf.rewards.weighted import function_rewards
 from puzzle.rlhf.rollout import texts
 from puzzle.rlhf.trainer import Trainer
-from puzzle.runlog.records import STAGES, UNFAITHFUL, Iteration, RunHeader, Switch, Warned
+from puzzle.runlog.records import (
+    NO_HYBRID_ENGINE,
+    STAGES,
+    UNFAITHFUL,
+    Iteration,
+    Note,
+    RunHeader,
+    Switch,
+    Warned,
+)
 
 SURPRISE = 0.5
 """Nats per token that rounding does not explain."""
@@ -92,6 +101,8 @@ def run(plan: RunPlan, zero: ZeroOptions, out: Path, data: RunData, world: World
     trainer = ChatTrainer(plan, data, build(plan, zero, world, hybrid), world, function_rewards(config))
     trainer.synced = zero.actor_zero_stage == 3
     with Recorder(out, config, world, header(plan, zero, world, hybrid, obstacle)) as recorder:
+        if not hybrid:
+            recorder.write(Note("engine", NO_HYBRID_ENGINE))
         if obstacle is not None:
             recorder.write(Warned(f"the Hybrid Engine was asked for but cannot engage: {obstacle}"))
         recorder.ranks(describe_rank(trainer.models, world))
