@@ -62,7 +62,9 @@ def read_model_config(key: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"{key}: {folder}: {what}{hint}{fetching(folder)}")
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder")
+        last = folder / "checkpoints" / "last"
+        made = f" but that of a run, whose model is {last}" if (last / "config.json").is_file() else ""
+        raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder{made}")
     try:
         return jsonio.read_object(file)
     except UserError as error:

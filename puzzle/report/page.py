@@ -17,11 +17,13 @@ from puzzle.errors import UserError
 from puzzle.report.charts import Line, chart
 from puzzle.report.facts import Facts, differing
 from puzzle.runlog import load_runs
-from puzzle.runlog.records import readable
+from puzzle.runlog.records import Evaluation, readable
 
 FIRST = {
     "reward": "reward",
-    "held_out": "held-out reward, 95 % interval over prompts",
+    "held out reward": "held-out reward, 95 % interval over prompts",
+    "held out loss": "held-out loss",
+    "held out accuracy": "held-out accuracy",
     "kl": "KL to the reference, nats per token",
     "actor_loss": "actor loss",
     "critic_loss": "critic loss",
@@ -36,6 +38,8 @@ FIRST = {
     "tokens_per_device_second": "tokens per second and device",
 }
 """Curves that are shown at once, with their headings; other metrics come behind them."""
+HELD_OUT = "held out "
+"""Before the name of a metric: as evaluations have it."""
 COLOURS = 8
 MOST_NAMED = 3
 """Runs that a page's title names; of more it says how many."""
@@ -98,11 +102,12 @@ def _rendered(name: str, runs: Sequence[Facts], beside: Path, autoescape: bool) 
         "number": _number,
         "quantity": _quantity,
         "percent": lambda value: "" if value is None else f"{100 * value:.1f} %",
-        "gib": lambda value: "" if value is None else f"{value / GIB:.2f}",
+        "memory": lambda value: "" if value is None else f"{value / scale:.2f}",
         "shown": shown,
         "text": _short,
         "cell": _cell,
     }
+    scale, unit = _memory_unit(runs)
     differences = differing(runs) if len(runs) > 1 else {}
     return environment.get_template(name).render(
         runs=runs,
@@ -111,10 +116,17 @@ def _rendered(name: str, runs: Sequence[Facts], beside: Path, autoescape: bool) 
         curves=curves(runs, FIRST) if autoescape else [],
         more=curves(runs, _others(runs)) if autoescape else [],
         differences=differences,
+        unit=unit,
         link=lambda path: os.path.relpath(path, beside).replace(os.sep, "/"),
         colours=COLOURS,
         longest=max((facts.seconds or 0.0 for facts in runs), default=0.0),
     )
+
+
+def _memory_unit(runs: Sequence[Facts]) -> tuple[int, str]:
+    """What memory is written in: GiB, or MiB where all of it is less."""
+    sizes = [size for facts in runs for one in facts.memory for size in (one.formula, one.measured) if size]
+    return (GIB, "GiB") if max(sizes, default=GIB) >= GIB // 8 else (1 << 20, "MiB")
 
 
 def _title(labels: Sequence[str]) -> str:
@@ -140,7 +152,9 @@ def summary(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     row("layout of generation", [_layout(facts, "generation") for facts in runs])
     row("iterations", [_iterations(facts) for facts in runs])
     row("reward, first to last", [_ends(facts.series("reward")) for facts in runs])
-    row("held-out reward, before to after", [_ends(_held_out(facts)) for facts in runs])
+    row("loss, first to last", [_ends(_loss(facts)) for facts in runs])
+    for name in ("reward", "loss", "accuracy"):
+        row(f"held-out {name}, before to after", [_ends(_held_out(facts, name)) for facts in runs])
     row("seconds of an iteration", [_number(facts.seconds) for facts in runs])
     row("tokens per second and device", [_number(f.mean("tokens_per_device_second")) for f in runs])
     row("warnings", [len(facts.warnings) or None for facts in runs])
@@ -169,15 +183,25 @@ def _line(facts: Facts, name: str, colour: int) -> Line:
     if name == "seconds":
         points = [(float(one.iteration), one.e2e_seconds) for one in facts.run.iterations]
         return Line(facts.label, points, colour)
-    if name == "held_out":
-        spread = [one.metrics.get("reward_ci95", 0.0) for one in facts.run.evaluations]
-        return Line(facts.label, _held_out(facts), colour, spread)
+    if name.startswith(HELD_OUT):
+        name = name.removeprefix(HELD_OUT)
+        spread = [one.metrics.get(f"{name}_ci95", 0.0) for one in _evaluations(facts, name)]
+        return Line(facts.label, _held_out(facts, name), colour, spread if any(spread) else ())
     return Line(facts.label, facts.series(name), colour)
 
 
-def _held_out(facts: Facts) -> list[tuple[float, float]]:
-    evaluations = facts.run.evaluations
-    return [(float(one.iteration), one.metrics.get("reward", float("nan"))) for one in evaluations]
+def _held_out(facts: Facts, name: str) -> list[tuple[float, float]]:
+    return [(float(one.iteration), one.metrics[name]) for one in _evaluations(facts, name)]
+
+
+def _evaluations(facts: Facts, name: str) -> list[Evaluation]:
+    """Those that have the metric."""
+    return [one for one in facts.run.evaluations if name in one.metrics]
+
+
+def _loss(facts: Facts) -> list[tuple[float, float]]:
+    """Of the model that learns from examples; nothing where a policy learns from rewards."""
+    return [] if facts.series("reward") else facts.series("actor_loss") or facts.series("reward_loss")
 
 
 def _ends(points: Sequence[tuple[float, float]]) -> str | None:

@@ -26,6 +26,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
+    (tmp_path / "ended/checkpoints/last").mkdir(parents=True)
+    (tmp_path / "ended/checkpoints/last/config.json").write_text("{}")
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "used").mkdir()
@@ -51,6 +53,10 @@ BAD = [
     ([*RUN, "--out", "/proc/x"], "/proc/x: "),
     ([*RUN, "--actor.model", "absent"], "actor.model: absent: no such folder"),
     ([*RUN, "--actor.model", "empty", "--data.tokenizer", "bytes"], "empty has no config.json"),
+    (
+        [*RUN, "--actor.model", "ended", "--data.tokenizer", "bytes"],
+        "but that of a run, whose model is ended/checkpoints/last",
+    ),
     ([*RUN, "--critic.model", "broken"], "broken/config.json: not valid JSON"),
     ([*RUN, "--reward.model", "weights.gguf"], "is a file, not a model folder; puzzle convert makes"),
     ([*RUN, "--reward.model", "gpt2"], "reward.model: gpt2: config: model_type 'gpt2' is not supported"),

@@ -271,3 +271,23 @@ def test_published_logs_have_a_page_too(tmp_path: Path) -> None:
 def test_titles_name_few_runs(tmp_path: Path, count: int, title: str) -> None:
     folders = [written(tmp_path / f"a{number}", 2, run_id=f"a{number}") for number in range(count)]
     assert f"<title>{title}</title>" in html(facts_of(folders), tmp_path)
+
+
+def test_a_run_that_learns_from_examples_tells_of_its_losses(tmp_path: Path) -> None:
+    """No reward is shown where there is none; held-out metrics are the evaluations' own."""
+    with RunWriter(tmp_path / "run", texts.header()) as log:
+        for index in range(3):
+            stages, e2e = texts.stages(0.0, 0.0, 2.0)
+            log.write(Iteration(index, stages, e2e, {"actor_loss": 3.0 - index}))
+        for done in (0, 3):
+            log.write(Evaluation(done, {"loss": 4.0 - done, "accuracy": done / 4}))
+        log.write(End("completed"))
+    (facts,) = facts_of([tmp_path / "run"])
+    rows = dict(summary([facts]))
+    assert not [name for name in rows if "reward" in name]
+    assert rows["loss, first to last"] == ["3 to 1"]
+    assert rows["held-out loss, before to after"] == ["4 to 1"]
+    assert rows["held-out accuracy, before to after"] == ["0 to 0.75"]
+    page = html([facts], tmp_path)
+    assert "<figcaption>held-out loss</figcaption><svg" in page
+    assert "held-out reward" not in page
