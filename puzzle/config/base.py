@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from puzzle.config.algorithm import PassesConfig
 from puzzle.config.sections import (
@@ -35,6 +35,12 @@ class RunConfig(Section):
     batch: Sequences = Field(32, description="rows of the data per iteration")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where torch sees any")
+    numerics: Literal["fast", "invariant"] = Field(
+        "fast", description="invariant: the same numbers whatever the layout and the batch, for a price"
+    )
+    numerics_parts: Literal[1, 2, 4, 8] | None = Field(
+        None, description="of sums that tensor parallelism cuts; null: the largest tp of the run"
+    )
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
     recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
     layout: LayoutConfig = LayoutConfig()
@@ -81,6 +87,35 @@ class RunConfig(Section):
     def main(self) -> ModelConfig:
         """The model that the run is about."""
         return getattr(self, self.trained[0])
+
+    @property
+    def parts(self) -> int | None:
+        """Of sums that tensor parallelism cuts, if numbers are not to depend on it; None if they may."""
+        if self.numerics == "fast":
+            return None
+        return self.numerics_parts or max(layout.tp for layout in self.layouts().values())
+
+    @model_validator(mode="after")
+    def _numerics(self) -> RunConfig:
+        if self.parts is None:
+            if self.numerics_parts is not None:
+                raise ValueError("numerics_parts: only numerics invariant cuts sums; leave it out")
+            return self
+        if self.compile:
+            raise ValueError("numerics invariant: torch.compile rounds as it likes; set compile to false")
+        if any(getattr(getattr(self, role), "lora", None) for role in self.trained):
+            raise ValueError(
+                "numerics invariant: lora is merged for generation, which rounds otherwise; use fast"
+            )
+        for name, layout in self.layouts().items():
+            if layout.tp not in (1, 2, 4, 8):
+                raise ValueError(f"numerics invariant: {name}.layout.tp is {layout.tp}; use 1, 2, 4 or 8")
+            if self.parts % layout.tp:
+                raise ValueError(
+                    f"numerics_parts: {self.parts} is less than {name}.layout.tp {layout.tp}; raise it, or"
+                    " leave it out"
+                )
+        return self
 
     @property
     def tokenizer(self) -> str | None:

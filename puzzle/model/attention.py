@@ -198,15 +198,18 @@ def _goes_on(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, int], window: int
 
 def _row_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None) -> Tensor:
     rows, longest = len(batch.lengths), max(batch.lengths)
-    # A dummy segment can fill up short rows by chance: their sum alone says nothing.
-    regular = batch.total == sum(batch.lengths) == rows * longest
-    if not regular:
-        q, k, v = (x.index_select(0, batch.row_tokens) for x in (q, k, v))
+    q, k, v = (to_rows(x, batch).transpose(1, 2) for x in (q, k, v))
     mask = None
     if window is not None:
         position = torch.arange(longest, device=q.device)
         mask = (position[None] <= position[:, None]) & (position[None] > position[:, None] - window)
-    q, k, v = (x.view(rows, longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     out = out.transpose(1, 2).reshape(rows * longest, *out.shape[1:2], out.shape[3])
-    return out if regular else out.index_select(0, batch.token_rows)
+    return out if batch.regular else out.index_select(0, batch.token_rows)
+
+
+def to_rows(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(T, ...) -> (B, S, ...): left-aligned rows; what lies behind the end of a sequence is any token's."""
+    if not batch.regular:
+        x = x.index_select(0, batch.row_tokens)
+    return x.view(len(batch.lengths), max(batch.lengths), *x.shape[1:])

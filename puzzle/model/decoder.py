@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.errors import UserError
 from puzzle.model.adapter import Adapter
-from puzzle.model.attention import KVCache, decode_attention, packed_attention
-from puzzle.model.linear import Later, Weight, linear
-from puzzle.model.logprobs import TokenStats, project, token_stats
+from puzzle.model.attention import KVCache
+from puzzle.model.linear import Later, Weight
+from puzzle.model.logprobs import TokenStats
+from puzzle.model.numerics import Fast, Invariant
 from puzzle.model.packing import DecodeBatch, PackedBatch
-from puzzle.model.parallel import TensorGroup, column_linear, gather_outputs, gather_tokens
-from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
+from puzzle.model.parallel import TensorGroup, gather_outputs
+from puzzle.model.pointwise import Pointwise
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, adapted, local_params
@@ -38,7 +39,7 @@ class Pass:
     """
 
     spec: ModelSpec
-    group: TensorGroup
+    numerics: Fast
     batch: PackedBatch | DecodeBatch
     cache: KVCache | None
     cos: Tensor
@@ -47,9 +48,6 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
-        self.mask = None
-        if isinstance(self.batch, DecodeBatch) and self.pointwise.decode is None:
-            self.mask = self.batch.mask(self.spec.sliding_window)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Attention (T, H h) of a layer of the stage; keys and values go into the cache if there is one."""
@@ -57,21 +55,20 @@ class Pass:
         slots, batch, window = None, self.batch, self.spec.sliding_window
         if self.cache is not None:
             slots = self.cache.slots(layer.index)
-        if self.pointwise.decode is None:
+        if self.pointwise.decode is not None and isinstance(batch, DecodeBatch):
+            return self.pointwise.decode(qkv, *rotation, *norms, slots, batch.positions_T, window)
+        if self.pointwise.stores:
+            q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms, slots)
+        else:
             q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms)
             if slots is not None:
                 slots.write(k, v)
-        elif isinstance(batch, PackedBatch):
-            q, k, v = self.pointwise.heads(qkv, layer.kv_groups, *rotation, *norms, slots)
-        else:
-            return self.pointwise.decode(qkv, *rotation, *norms, slots, batch.positions_T, window)
         if isinstance(batch, PackedBatch):
             if slots is not None:
                 k, v = slots.before(k, v)
-            return packed_attention(q, k, v, batch, window).flatten(1)
+            return self.numerics.packed_attention(q, k, v, batch, window).flatten(1)
         assert slots is not None
-        assert self.mask is not None
-        return decode_attention(q, *slots.read(batch.reach), self.mask).flatten(1)
+        return self.numerics.decode_attention(q, slots, batch, window).flatten(1)
 
 
 class Layer(nn.Module):
@@ -115,16 +112,16 @@ class Layer(nn.Module):
         return x, self._ffn(normed, run)
 
     def _attention(self, x: Tensor, run: Pass) -> Tensor:
-        qkv = column_linear(x, self.qkv, self.qkv_bias, run.group, run.sharded)
+        qkv = run.numerics.column(x, self.qkv, self.qkv_bias, run.sharded)
         if self.qkv_adapter is not None:
-            qkv = self.qkv_adapter.add(qkv, x, run.group, run.sharded)
+            qkv = self.qkv_adapter.add(qkv, x, run.numerics.group, run.sharded)
         weights = (self.attention_out, self.attention_out_bias, self.attention_out_adapter)
         return self._row_linear(run.attend(self, qkv), *weights, run)
 
     def _ffn(self, x: Tensor, run: Pass) -> Tensor:
-        both = column_linear(x, self.gate_up, self.gate_up_bias, run.group, run.sharded)
+        both = run.numerics.column(x, self.gate_up, self.gate_up_bias, run.sharded)
         if self.gate_up_adapter is not None:
-            both = self.gate_up_adapter.add(both, x, run.group, run.sharded)
+            both = self.gate_up_adapter.add(both, x, run.numerics.group, run.sharded)
         weights = (self.down, self.down_bias, self.down_adapter)
         return self._row_linear(run.pointwise.gated(both, self.ffn_blocks), *weights, run)
 
@@ -132,17 +129,17 @@ class Layer(nn.Module):
     def _row_linear(
         x: Tensor, weight_transposed: Tensor, bias: Tensor | None, adapter: Adapter | None, run: Pass
     ) -> Tensor:
-        out = run.group.combine(linear(x, weight_transposed, transposed=True), run.sharded)
+        out = run.numerics.row(x, weight_transposed, run.sharded)
         if adapter is not None:
-            out = adapter.add(out, x, run.group, run.sharded)
-        return out if bias is None else out + bias
+            out = adapter.add(out, x, run.numerics.group, run.sharded)
+        return out if bias is None else run.numerics.plus(out, bias)
 
 
 class Decoder(nn.Module):
     """Stage `coord.p` of a model, tensor rank `coord.t`. Weights are zero until `model.hf` fills them.
 
-    `recompute` keeps only the layers' inputs for the backward pass. UserError if the layout does not fit
-    the model.
+    `recompute` keeps only the layers' inputs for the backward pass. With `parts`, numbers are those of every
+    layout with these parts (`numerics.Invariant`). UserError if the layout does not fit the model.
     """
 
     embed: nn.Parameter
@@ -159,6 +156,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: bool = False,
+        parts: int | None = None,
     ) -> None:
         super().__init__()
         layout.check(spec)
@@ -171,6 +169,7 @@ class Decoder(nn.Module):
         self.spec, self.layout, self.coord, self.group = spec, layout, coord, group
         self.first, self.last = coord.p == 0, coord.p == layout.pp - 1
         self.recompute, self.pointwise, self.later = recompute, Pointwise.eager(), Later()
+        self.numerics = Fast(group) if parts is None else Invariant(group, parts)
         # Tokens from this one on count as padding: they are in no distribution. Lower than the model's own
         # where other models, padded to fewer rows, must read what this one draws.
         self.vocabulary = spec.vocab_size
@@ -187,7 +186,7 @@ class Decoder(nn.Module):
             kind = Weight if len(storage.shape) > 1 else nn.Parameter
             weight = kind(torch.zeros(storage.shape, dtype=dtype, device=device))
             if isinstance(weight, Weight):
-                weight.later = self.later
+                weight.later, weight.accumulate = self.later, self.numerics.accumulate
             self.get_submodule(path).register_parameter(name, weight)
         self.register_buffer("freq", frequencies(spec.rope, spec.head_dim).to(device), persistent=False)
 
@@ -232,10 +231,8 @@ class Decoder(nn.Module):
         where keys and values go (`KVCache.at`).
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
-        pointwise = self.pointwise
-        if has_kernels(x.device):
-            pointwise = training_kernels(pointwise) if torch.is_grad_enabled() else kernels()
-        run = Pass(self.spec, self.group, batch, cache, cos, sin, pointwise)
+        pointwise = self.numerics.pointwise(x.device, self.pointwise)
+        run = Pass(self.spec, self.numerics, batch, cache, cos, sin, pointwise)
         h, more = self._embedded(x, run.sharded) if self.first else x, None
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
@@ -256,15 +253,13 @@ class Decoder(nn.Module):
         entropy: bool = False,
     ) -> TokenStats:
         """float32 (N,) log-probabilities of `targets_N` after the tokens `rows_N` (of T), from (T/tp, D)."""
-        chosen = gather_tokens(hidden, self.group).index_select(0, rows_N)
-        return token_stats(
-            chosen, self.head_weight, targets_N, self.group, self.vocabulary, temperature, entropy
+        return self.numerics.token_stats(
+            hidden, rows_N, self.head_weight, targets_N, self.vocabulary, temperature, entropy
         )
 
     def values(self, hidden: Tensor) -> Tensor:
         """float32 (T,) outputs of the value head from (T/tp, D)."""
-        values = F.linear(hidden.float(), self.head_weight.float())[:, 0]
-        return gather_outputs(values, self.group)
+        return gather_outputs(self.numerics.values(hidden, self.head_weight), self.group)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (N, V here) for hidden states (N, D) that are the same on every tensor rank.
@@ -272,7 +267,9 @@ class Decoder(nn.Module):
         No padded rows.
         """
         weight = self.head_weight
-        return project(hidden, weight[: max(0, self.vocabulary - self.coord.t * weight.shape[0])])
+        return self.numerics.logits(
+            hidden, weight[: max(0, self.vocabulary - self.coord.t * weight.shape[0])]
+        )
 
     def _embedded(self, tokens_T: Tensor, sharded: bool) -> Tensor:
         if self.group.size == 1:

@@ -51,10 +51,11 @@ class Later:
 
 class Weight(nn.Parameter):
     """A matrix; with a `sink`, its gradients from products go there, as `later` says, and `grad` stays
-    None."""
+    None. `accumulate` adds such a product to a sum."""
 
     sink: Sink | None = None
     later: Later | None = None
+    accumulate: Callable[[Tensor, Tensor, Tensor, bool], None] | None = None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ Indices are made on the host and copied to the device without waiting for it: it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -45,6 +45,12 @@ class PackedBatch:
     def max_len(self) -> int:
         """Length of the longest segment."""
         return max(self.segments)
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether the tokens are rows of one length as they lie."""
+        # A dummy segment can fill up short rows by chance: their sum alone says nothing.
+        return self.total == sum(self.lengths) == len(self.lengths) * max(self.lengths)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -88,9 +94,15 @@ class DecodeBatch:
     tokens_T: Tensor
     positions_T: Tensor
     reach: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def mask(self, window: int | None) -> Tensor:
         """bool (B, 1, 1, reach): cached positions that a row's new token sees, the last `window` if given."""
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int | None) -> Tensor:
         position = torch.arange(self.reach, device=self.positions_T.device)
         last = self.positions_T[:, None]
         seen = position <= last

@@ -82,6 +82,14 @@ class TensorGroup:
 
         return result
 
+    def exchange(self, x: Tensor) -> Tensor:
+        """(size * n, ...) on every rank -> (size, n, ...): what each rank has of the own n, in rank order."""
+        parts = self._ordered(x, self._ours).contiguous()
+        out = torch.empty_like(parts)
+        dist.all_to_all_single(out, parts, group=self.group)
+        self.moved += out.nbytes
+        return self._ordered(out, self._theirs).view(self.size, -1, *x.shape[1:])
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:

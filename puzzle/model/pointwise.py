@@ -61,14 +61,15 @@ def gated(gate_up: Tensor, blocks: int) -> Tensor:
 class Pointwise:
     """The functions above as a layer calls them.
 
-    Where there is a `decode`, `heads` also takes the slots of the cache that keys and values go to, and
-    `decode` makes attention of `qkv` for a decode pass (`flash_decode.attend`).
+    Where it `stores`, `heads` also takes the slots of the cache that keys and values go to. Where there is a
+    `decode`, that makes attention of `qkv` for a decode pass (`flash_decode.attend`).
     """
 
     add_norm: Callable[..., tuple[Tensor, Tensor]]
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gated: Callable[..., Tensor]
     decode: Callable[..., Tensor] | None = None
+    stores: bool = False
 
     @classmethod
     def eager(cls) -> Pointwise:
@@ -104,4 +105,4 @@ def kernels() -> Pointwise:
     from puzzle.model.kernels import flash_decode
     from puzzle.model.kernels import inference as fused
 
-    return Pointwise(fused.add_norm, fused.heads, fused.gated, flash_decode.attend)
+    return Pointwise(fused.add_norm, fused.heads, fused.gated, flash_decode.attend, stores=True)

@@ -15,6 +15,7 @@ from typing import Literal
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.shards import adapted, local_params
 from puzzle.spec.model import ModelSpec
+from puzzle.spec.tensors import VocabSplit
 
 FP32 = 4
 LOGITS_BLOCK = 1 << 24
@@ -83,7 +84,7 @@ class Activations:
         self.heads = spec.num_heads // layout.tp
         self.kv_heads = max(1, spec.num_kv_heads // layout.tp)
         self.Q, self.R = self.heads * spec.head_dim, self.kv_heads * spec.head_dim
-        self.rows = -(-spec.vocab_size // layout.tp) if spec.head == "lm" else spec.num_labels
+        self.rows = VocabSplit.chunk(spec.vocab_size, layout.tp) if spec.head == "lm" else spec.num_labels
         self.first, self.last = p == 0, p == layout.pp - 1
 
     def norm(self, rows: int, width: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.spec.lora import adapter_names
 from puzzle.spec.model import ModelSpec
-from puzzle.spec.tensors import TensorSpec
+from puzzle.spec.tensors import TensorSpec, VocabSplit
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class _Cut:
         dim = tensor.split.dim if tensor.split else 0
         shape = (box.shape[dim], *(n for i, n in enumerate(box.shape) if i != dim))
         if tensor.place in ("embed", "tied") or tensor_name == "lm_head.weight":
-            shape = (-(-tensor.shape[0] // self.tp), *shape[1:])
+            shape = (VocabSplit.chunk(tensor.shape[0], self.tp), *shape[1:])
         pieces = (Piece(tensor_name, box, 0, dim),) if box.size else ()
         return LocalParam(name, shape, pieces, transposed=dim == 1, trained=tensor.trained)
 

@@ -90,7 +90,7 @@ class MicroBatches:
             width = None if config.packing else int(lengths.max())
             if width:
                 held = [[*sequence, *[0] * (width - len(sequence))] for sequence in held]
-            batch = pack(held, model.placement.layout.tp, model.world.device)
+            batch = pack(held, model.stage.numerics.multiple, model.world.device)
             self.batches.append(batch)
             self.widths.append(width)
             starts = torch.tensor((0, *batch.lengths[:-1])).cumsum(0)

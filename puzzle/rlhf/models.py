@@ -138,7 +138,8 @@ def build_runtimes(plan: Plan, world: World, host: HostMemory | None = None) -> 
             made[role] = borrower(role, model.spec, made[model.shares])
             continue
         section, recompute = getattr(config, role), config.recompute and model.trained
-        runtime = load_model(model, section, world, config.dtype, config.seed, recompute, config.compile)
+        options = {"recompute": recompute, "compiled": config.compile, "parts": config.parts}
+        runtime = load_model(model, section, world, config.dtype, config.seed, **options)
         made[role] = runtime
     for role, model in plan.models.items():
         if model.trained:
@@ -156,15 +157,17 @@ def load_model(
     world: World,
     dtype: str,
     seed: int,
+    *,
     recompute: bool = False,
     compiled: bool = False,
+    parts: int | None = None,
 ) -> ModelRuntime:
-    """One model with its weights from `source`, or drawn from `seed` and its role."""
+    """One model, its weights from `source` or drawn from `seed` and its role; `parts` as in `Decoder`."""
     role, folder = model.role, Path(source.model or "")
     new_head = model.trained and model.spec.head == "value"
     if source.model is not None:  # before memory is taken for what config.json alone says
         hf.check_weights(folder, model.spec, new_head=new_head)
-    runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[dtype], recompute)
+    runtime = ModelRuntime(role, model.spec, model.placement, world, DTYPES[dtype], recompute, parts=parts)
     if compiled:
         runtime.decoder.compile_layers()
     seed += ROLE_SEEDS[role]

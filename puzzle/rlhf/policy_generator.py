@@ -180,7 +180,13 @@ def build_policy_generator(
         raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
     switch = request.plan
     runtime = ModelRuntime(
-        "generation", plan.generation_spec, switch.destination, world, actor.decoder.dtype, allocate=False
+        "generation",
+        plan.generation_spec,
+        switch.destination,
+        world,
+        actor.decoder.dtype,
+        parts=plan.config.parts,
+        allocate=False,
     )
     switcher = Resharder(
         switch,

@@ -35,15 +35,29 @@ class Split:
         return range(first, first + copies)
 
 
+EIGHTHS = 8
+
+
 @dataclass(frozen=True)
 class VocabSplit:
-    """Rows (dimension 0) are cut into tp chunks of `ceil(V/tp)`; what lies beyond V is padding, in no box."""
+    """Rows (dimension 0) are cut into tp equal chunks; what lies beyond V is padding, in no box.
+
+    Chunks of 2, 4 and 8 ranks are whole eighths of `8 ceil(V/8)` rows, so that borders of one such layout are
+    borders of the next; others have `ceil(V/tp)` rows.
+    """
 
     dim: int = 0
 
+    @staticmethod
+    def chunk(size: int, tp: int) -> int:
+        """Rows of a chunk, padding included."""
+        if tp > 1 and EIGHTHS % tp == 0:
+            return -(-size // EIGHTHS) * (EIGHTHS // tp)
+        return -(-size // tp)
+
     def interval(self, size: int, tp: int, t: int) -> tuple[int, int]:
         """Half-open interval of rows that rank t holds; empty for ranks past the last row."""
-        chunk = -(-size // tp)
+        chunk = self.chunk(size, tp)
         return min(t * chunk, size), min((t + 1) * chunk, size)
 
     def holders(self, tp: int, t: int) -> range:

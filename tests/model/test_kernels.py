@@ -279,7 +279,7 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     seeds = row_seeds(5, 0, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist()
     found = []
     for with_kernels in (False, True):
-        monkeypatch.setattr("puzzle.model.decoder.has_kernels", lambda _, found=with_kernels: found)
+        monkeypatch.setattr("puzzle.model.numerics.has_kernels", lambda _, found=with_kernels: found)
         decoder = stage(folder)
         passes = ModelRunner(decoder)
         passes.start((4,), 8, 16, 2, params)

@@ -32,7 +32,7 @@ def test_blocks_go_to_ranks_in_order_and_few_are_shared(units: int, tp: int) -> 
 @pytest.mark.parametrize("size", [1, 5, 8, 259])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_vocabulary_is_cut_into_chunks_whose_last_ones_may_be_short_or_empty(size: int, tp: int) -> None:
-    chunk = math.ceil(size / tp)
+    chunk = size if tp == 1 else math.ceil(size / 8) * 8 // tp
     ranks = [row // chunk for row in range(size)]
     for t in range(tp):
         low, high = VocabSplit().interval(size, tp, t)
@@ -40,6 +40,14 @@ def test_vocabulary_is_cut_into_chunks_whose_last_ones_may_be_short_or_empty(siz
         assert 0 <= low <= high <= size
         assert list(VocabSplit().holders(tp, t)) == [t]
     assert VocabSplit().dim == 0  # rows of (V, D)
+
+
+@pytest.mark.parametrize("tp", [3, 6, 16])
+def test_other_cuts_of_a_vocabulary_have_its_share_rounded_up(tp: int) -> None:
+    borders = [VocabSplit().interval(259, tp, t) for t in range(tp)]
+    assert borders == [
+        (min(259, t * math.ceil(259 / tp)), min(259, (t + 1) * math.ceil(259 / tp))) for t in range(tp)
+    ]
 
 
 def test_every_tensor_has_its_place_and_the_heads_its_name() -> None:

@@ -281,9 +281,9 @@ class DecodeRingStage:
         device, wide = self.decoder.device, self.decoder.spec.hidden_size
         if action.payload is Payload.ACTIVATION and not action.step:
             tokens = sum(len(part.tokens) for part in self._passes[action.microbatch - self._first])
-            return torch.empty(
-                (-(-tokens // self.decoder.layout.tp), wide), dtype=self.decoder.dtype, device=device
-            )
+            multiple = self.decoder.numerics.multiple
+            here = -(-tokens // multiple) * multiple // self.decoder.layout.tp
+            return torch.empty((here, wide), dtype=self.decoder.dtype, device=device)
         share = self.shares[action.microbatch]
         drew = len(share.drawn)
         if action.payload is Payload.TOKENS:

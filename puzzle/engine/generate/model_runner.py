@@ -109,7 +109,7 @@ class ModelRunner:
         self.state.zero_()[1] = INACTIVE
         if decoder.last:
             width = decoder.head_weight.shape[0]
-            self.shard = VocabShard(decoder.group, decoder.coord.t * width, width)
+            self.shard = VocabShard(decoder.group, decoder.coord.t * width, width, decoder.numerics.log_total)
 
     @property
     def unmoved(self) -> bool:
@@ -133,7 +133,7 @@ class ModelRunner:
         assert self.cache is not None
         decoder = self.decoder
         device, page, past = decoder.device, self.cache.page, prefills[0].past
-        batch = pack([part.tokens for part in prefills], decoder.layout.tp, device, past)
+        batch = pack([part.tokens for part in prefills], decoder.numerics.multiple, device, past)
         inner = torch.arange(page)
         whole = [(torch.tensor(part.pages)[:, None] * page + inner).flatten() for part in prefills]
         own = [places[part.past :][: len(part.tokens)] for part, places in zip(prefills, whole, strict=True)]

@@ -6,6 +6,7 @@ drawn in nor on the layout. Suffixes: B rows, V vocabulary rows here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,9 @@ class VocabShard:
     group: TensorGroup
     offset: int
     width: int
+    log_total: Callable[[Tensor], Tensor] | None = None
+    """(B,) logarithms of the sums of exponentials of logits (B, V) over the group, in training's order; None:
+    in whatever order is quick."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def draw(
     `row_seed_B` are the rows' `noise.row_seeds`, `count_B` the tokens sampled so far, both int64; nothing
     waits for the device. Otherwise as `choose`.
     """
-    if has_kernels(logits_BV.device) and not params.filtered:
+    if has_kernels(logits_BV.device) and not params.filtered and shard.log_total is None:
         return draw_by_kernel(logits_BV, row_seed_B, count_B, params, shard)
     keys_B2 = None if params.greedy else position_keys(row_seed_B, count_B)
     young_B = count_B < params.min_new_tokens if params.stop_ids and params.min_new_tokens else None
@@ -142,7 +146,7 @@ def choose(
     (None when greedy).
     """
     if params.temperature != 1:
-        logits_BV.div_(params.temperature)
+        logits_BV.mul_(1.0 / params.temperature)
     if params.filtered:
         assert keys_B2 is not None
         return _draw_filtered(logits_BV, keys_B2, young_B, params, shard)
@@ -161,9 +165,11 @@ def _draw(
     Each rank offers its best; all ranks compare the same bits, so the owner of the best decides for all.
     """
     rows, count = logits_BV.shape
+    total_B = None if shard.log_total is None else shard.log_total(logits_BV)
     offers = logits_BV.new_full((1, 4, rows), -torch.inf)
     if count:
-        offers[0, 3] = logits_BV.logsumexp(1)
+        if shard.log_total is None:
+            offers[0, 3] = logits_BV.logsumexp(1)
         noisy_BV = without_stops(logits_BV, young_B, params.stop_ids, shard.offset)
         if keys_B2 is not None:
             noisy_BV = gumbel(keys_B2, shard.offset, count).add_(noisy_BV)
@@ -175,13 +181,14 @@ def _draw(
     offers = shard.group.all_gather(offers)
     winner = offers[:, 0].argmax(0, keepdim=True)
     token, picked = (offers[:, row].gather(0, winner)[0] for row in (1, 2))
-    return token.long(), picked - offers[:, 3].logsumexp(0)
+    return token.long(), picked - (offers[:, 3].logsumexp(0) if total_B is None else total_B)
 
 
 def _draw_filtered(
     logits_BV: Tensor, keys_B2: Tensor, young_B: Tensor | None, params: SamplingParams, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """A draw under top-k and top-p: the first rank sees the whole vocabulary and decides."""
+    total_B = None if shard.log_total is None else shard.log_total(logits_BV)
     padded = F.pad(logits_BV, (0, shard.width - logits_BV.shape[1]), value=-torch.inf)
     whole_BV = shard.group.all_gather(padded.t()).t().contiguous()
     tokens_B = torch.empty(len(whole_BV), dtype=torch.int64, device=whole_BV.device)
@@ -190,7 +197,8 @@ def _draw_filtered(
         kept_BV = keep_likely(kept_BV, params.top_k, params.top_p)
         tokens_B = gumbel(keys_B2, 0, kept_BV.shape[1]).add_(kept_BV).argmax(1)
     tokens_B = shard.group.broadcast(tokens_B)
-    return tokens_B, whole_BV.gather(1, tokens_B[:, None])[:, 0] - whole_BV.logsumexp(1)
+    total_B = whole_BV.logsumexp(1) if total_B is None else total_B
+    return tokens_B, whole_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
 
 
 def keep_likely(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -11,6 +11,7 @@ from puzzle.engine.pipeline.executor import Executor
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import BUCKET, AdamWSettings, ZeroAdamW
 from puzzle.model.decoder import Decoder
+from puzzle.model.numerics import Invariant
 from puzzle.model.parallel import TensorGroup
 from puzzle.plan.layout import Coord, Placement
 from puzzle.spec.model import ModelSpec
@@ -28,9 +29,11 @@ class ModelRuntime:
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         *,
+        parts: int | None = None,
         allocate: bool = True,
     ) -> None:
         """Weights are zero until `model.hf` fills `decoder`; without `allocate` a switcher brings them.
+        `parts` as `Decoder` takes them.
 
         UserError if the layout does not fit.
         """
@@ -40,7 +43,7 @@ class ModelRuntime:
         tensor_ranks = placement.tp_group(self.coord)
         self.tensor = TensorGroup(world.groups(placement.groups("tp"), "tp"), tensor_ranks)
         device = world.device if allocate else torch.device("meta")
-        self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute)
+        self.stage = Decoder(spec, placement.layout, self.coord, self.tensor, dtype, device, recompute, parts)
         self.stage.register_forward_hook(lambda *_: world.progress.tick())
         self.executor = Executor(world, placement.pp_group(self.coord), placement.groups("pp"))
         self.optimizer: ZeroAdamW | None = None
@@ -55,9 +58,9 @@ class ModelRuntime:
         for storage in self.stage.storages:
             self.stage.get_parameter(storage.name).requires_grad_(storage.trained)
         params = [(s, self.stage.get_parameter(s.name)) for s in self.stage.storages if s.trained]
-        self.optimizer = ZeroAdamW(
-            self.name, self.spec, self.placement, self.coord, params, self.world, settings, bucket
-        )
+        placed = (self.name, self.spec, self.placement, self.coord)
+        exact = isinstance(self.stage.numerics, Invariant)
+        self.optimizer = ZeroAdamW(*placed, params, self.world, settings, bucket, exact)
         self.optimizer.arrive_before(self.stage)
 
     @property

@@ -39,6 +39,7 @@ class Bucket:
     chunk: int = 0
     grads: Tensor | None = None  # fp32 (dp, chunk)
     shard: Tensor | None = None  # fp32 (chunk,): the sum over replicas of the own rows; NCCL's lies in grads
+    exchanged: Tensor | None = None  # fp32 (dp, chunk): what every replica has of the own rows
     hits: int = 0
     work: dist.Work | None = None
     gathered: Tensor | None = None
@@ -56,8 +57,9 @@ class Bucket:
 
     def add_product(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """`add` of left @ right, by the product itself."""
+        add = getattr(slot.param, "accumulate", None) or accumulate
         for rows, home in self._homes(slot):
-            accumulate(home, left[rows], right, slot.empty)
+            add(home, left[rows], right, slot.empty)
         self._arrived(slot)
 
     def _homes(self, slot: Slot) -> Iterator[tuple[slice, Tensor]]:

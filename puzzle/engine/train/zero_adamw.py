@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from puzzle.engine.runtime.tracing import Instant
 from puzzle.engine.runtime.world import World
+from puzzle.engine.train import norms
 from puzzle.engine.train.adamw import AdamWSettings, clipped_step, make_adam
 from puzzle.engine.train.grad_buckets import Bucket, Slot, fill_buckets
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
+from puzzle.model.invariant.sums import tree_sum
 from puzzle.model.linear import Weight
 from puzzle.model.parallel import reduce_scatter_flat
 from puzzle.plan.layout import Coord, Placement
@@ -51,7 +53,11 @@ class ZeroAdamW:
         world: World,
         settings: AdamWSettings,
         bucket: int = BUCKET,
+        exact: bool = False,
     ) -> None:
+        """With `exact`, replicas' gradients and the squares of their norm are added in an order that layouts
+        of one dp share."""
+        self.exact = exact
         self.name, self.spec, self.placement, self.coord = name, spec, placement, coord
         self.world, self.settings = world, settings
         self.dp = placement.layout.dp
@@ -61,7 +67,7 @@ class ZeroAdamW:
         self.norms: list[Tensor] = []  # of gradients before clipping, on the device, until they are taken
         self.passes = 0
         self._reducing = False
-        self._norm: tuple[Tensor, dist.Work | None] | None = None
+        self._norm: tuple[dist.Work | None, norms.Finish] | None = None
         self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
         self.before_use: Callable[[], None] = lambda: None  # masters and moments may lie elsewhere
         self.defer_gather = False  # after the next step, weights are not gathered before `start_gather`
@@ -151,6 +157,14 @@ class ZeroAdamW:
         if self.group is None:
             bucket.shard = bucket.grads[0]
             return
+        if self.exact:
+            bucket.exchanged = torch.empty_like(bucket.grads)
+            bucket.work = dist.all_to_all_single(
+                bucket.exchanged, bucket.grads, group=self.group, async_op=True
+            )
+            bucket.began = self._now()
+            self.world.moved["reduce_scatter"] += bucket.grads.nbytes
+            return
         if bucket.grads.is_cuda:  # NCCL reduces in place
             bucket.shard = bucket.grads[dist.get_rank(self.group)]
         elif bucket.shard is None:
@@ -185,6 +199,14 @@ class ZeroAdamW:
                 self._await(bucket.work, "reduce-scatter of gradients", self.group)
                 bucket.work = None
                 self._note(bucket, "reduce-scatter")
+            if bucket.exchanged is not None:
+                assert bucket.grads is not None
+                assert self.group is not None
+                ranks = self.placement.dp_group(self.coord)
+                theirs = [dist.get_group_rank(self.group, rank) for rank in ranks]
+                bucket.shard = bucket.grads[dist.get_rank(self.group)]
+                bucket.shard.copy_(tree_sum(bucket.exchanged[theirs], 0))
+                bucket.exchanged = None
         for group, rows in self.shared:
             parts = [self._grad(i)[first:last] for i, first, last in rows]
             flat = torch.cat([part.reshape(-1) for part in parts])
@@ -213,21 +235,16 @@ class ZeroAdamW:
 
     def _start_norm(self) -> None:
         parts = [self._grad(i)[first:last] for i, first, last in self.owned]
-        device = self.world.device
-        norms = torch.stack(torch._foreach_norm(parts)) if parts else torch.zeros(1, device=device)
-        square = norms.square().sum()
-        work = None
-        if self.everyone is not None:
-            work = dist.all_reduce(square, group=self.everyone, async_op=True)
-        self._norm = (square, work)
+        start = norms.start_exact if self.exact else norms.start
+        self._norm = start(parts, self.world.device, self.everyone)
 
     def _wait_norm(self) -> None:
         assert self._norm is not None
-        square, work = self._norm
+        work, finish = self._norm
         if work is not None:
             self._await(work, "all-reduce of the gradients' norm", self.everyone)
         self._norm = None
-        self.norms.append(square.sqrt())
+        self.norms.append(finish().sqrt())
 
     def pop_grad_norms(self) -> list[float]:
         """The gradients' norms before clipping in all steps since the last call; waits for the device.

@@ -19,8 +19,10 @@ from torch import Tensor
 from puzzle.model.kernels import inference as fused
 from puzzle.model.pointwise import Pointwise
 
-_ROWS = 16
+ROWS = 16
 """Tokens whose part of a norm's weight gradient one program adds up."""
+
+Sum = Callable[[Tensor], Tensor]
 
 
 def kernels(plain: Pointwise) -> Pointwise:
@@ -28,9 +30,14 @@ def kernels(plain: Pointwise) -> Pointwise:
     return Pointwise(add_norm, partial(heads, plain.heads), gated)
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y (or x) and its root-mean-square norm, (T, D) each."""
-    return _AddNorm.apply(x, y, weight, eps)
+def add_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, add: Sum = lambda parts: parts.sum(0)
+) -> tuple[Tensor, Tensor]:
+    """x + y (or x) and its root-mean-square norm, (T, D) each.
+
+    `add` adds up the weight's gradient over (blocks of `ROWS` tokens, D).
+    """
+    return _AddNorm.apply(x, y, weight, eps, add)
 
 
 def heads(
@@ -56,27 +63,29 @@ def gated(gate_up: Tensor, blocks: int) -> Tensor:
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, add: Sum
+    ) -> tuple[Tensor, Tensor]:
         total, normed = fused.add_norm(x, y, weight, eps)
-        ctx.eps, ctx.summed = eps, y is not None
+        ctx.eps, ctx.summed, ctx.add = eps, y is not None, add
         ctx.save_for_backward(total, weight)
         return (total if ctx.summed else x), normed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         total, weight = ctx.saved_tensors
         grad_total, grad_normed = (grad.contiguous() for grad in grads)
         rows, width = total.shape
         grad = torch.empty_like(total)
-        programs = triton.cdiv(rows, _ROWS)
+        programs = triton.cdiv(rows, ROWS)
         parts = torch.empty((programs, width), dtype=torch.float32, device=total.device)
         if rows:
             block = triton.next_power_of_2(width)
             _add_norm_backward[(programs,)](
-                *(total, weight, grad_total, grad_normed, grad, parts, rows, width, ctx.eps, _ROWS, block),
+                *(total, weight, grad_total, grad_normed, grad, parts, rows, width, ctx.eps, ROWS, block),
                 num_warps=fused.warps(block),
             )
-        return grad, (grad if ctx.summed else None), parts.sum(0).to(weight.dtype), None
+        return grad, (grad if ctx.summed else None), ctx.add(parts).to(weight.dtype), None, None
 
 
 class _Heads(torch.autograd.Function):

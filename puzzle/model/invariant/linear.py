@@ -1,0 +1,88 @@
+"""Column- and row-parallel products and their gradients, the same for every tensor parallelism that divides
+the parts.
+
+A sum that tensor parallelism cuts (over the inputs of a row-parallel product, over the outputs of a
+column-parallel one in its backward pass) is cut into `parts` on every layout. A rank adds those it has, and
+the ranks' sums go on in the same tree, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.model.invariant.products import product
+from puzzle.model.invariant.sums import across, tree_sum
+from puzzle.model.linear import weight_gradient
+from puzzle.model.parallel import TensorGroup
+
+
+def column(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: TensorGroup, parts: int, sharded: bool
+) -> Tensor:
+    """As `parallel.column_linear`."""
+    return _Column.apply(x, weight, bias, group, parts, sharded)
+
+
+def row(x: Tensor, weight_transposed: Tensor, group: TensorGroup, parts: int, sharded: bool) -> Tensor:
+    """x @ weight, summed over the group: the own T/tp rows if `sharded`, else all."""
+    return _Row.apply(x, weight_transposed, group, parts, sharded)
+
+
+def shares(extent: int, group: TensorGroup, parts: int) -> int:
+    """Parts of a cut dimension on a rank. One, where more ranks than there are units hold some of them twice:
+    then layouts of that kind agree with each other alone."""
+    here = parts // group.size
+    return here if extent % here == 0 else 1
+
+
+class _Column(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: TensorGroup,
+        parts: int,
+        sharded: bool,
+    ) -> Tensor:
+        ctx.group, ctx.parts, ctx.biased = group, parts, bias is not None
+        ctx.save_for_backward(x, weight)
+        out = product(group.all_gather(x) if sharded else x, weight)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            here = shares(len(weight), group, ctx.parts)
+            grad_x = across(product(grad, weight.t(), here, torch.float32), group, sharded=True).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            x = x.detach()
+            grad_weight = weight_gradient(weight, grad.t(), lambda: group.all_gather(x))
+        if ctx.biased:
+            grad_bias = tree_sum(grad.float(), 0).to(grad.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: TensorGroup, parts: int, sharded: bool) -> Tensor:
+        ctx.group, ctx.sharded = group, sharded
+        ctx.save_for_backward(x, weight)
+        out = product(x, weight.t(), shares(len(weight), group, parts), torch.float32)
+        return across(out, group, sharded).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = ctx.group.all_gather(grads[0])
+        grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(weight, x.detach().t(), lambda: grad)
+        return grad_x, grad_weight, None, None, None

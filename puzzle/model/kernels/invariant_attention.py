@@ -1,0 +1,260 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the types of a kernel's arguments off its call)
+"""Attention whose output for a query is the same from a packed pass and from a decode pass.
+
+```
+positions   0        64       128      ...     512      576
+            |--block-|--block-|-- ...          |--block-|-- ...      blocks of 64, online softmax in a run
+            |------------- run ----------------|------ run -----     runs of 512, joined from the first on
+```
+
+64 queries go through the matrix units at once: of a packed pass 64 tokens, of a decode pass the query heads
+of one kv head, filled up with zeros. Blocks and runs begin at the same positions of a sequence for all of
+them, and keys that a query does not see change nothing. So packed and decode passes differ in who computes a
+run (flash-attention, Dao 2023; flash-decoding, Dao et al. 2023) and not in the numbers.
+Suffixes: T packed tokens, B rows, H query heads, K key/value heads, P pages, S positions of a page, h
+head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puzzle.model.attention import Slots
+from puzzle.model.kernels.invariant_attention_blocks import SIDE, block, first, joined, seen_of
+from puzzle.model.kernels.invariant_attention_grads import backward_k, backward_q
+from puzzle.model.packing import PackedBatch
+
+RUN = 512
+_SIDE, _RUN = tl.constexpr(SIDE), tl.constexpr(RUN)
+_LOG2_E = 1.4426950408889634
+_FUSION: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def packed(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch, window: int | None) -> Tensor:
+    """Causal attention inside each segment, over the last `window` tokens if given. Returns (T, H, h)."""
+    return _Packed.apply(q_THh, k_TKh, v_TKh, batch, window)
+
+
+def decode(q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None) -> Tensor:
+    """(B, H, h): one query per row, at `position_B` (int64), against what its row has cached up to there.
+
+    Lengths are read on the device. ValueError unless a page has a power of two of positions, 16 or more.
+    """
+    k_KPSh, v_KPSh, _, table_BP, *_ = slots
+    groups, _, page, dim = k_KPSh.shape
+    if table_BP is None or page < 16 or page & (page - 1):
+        raise ValueError(f"no decode pass over pages of {page} positions")
+    rows, heads = q_BHh.shape[:2]
+    q_BHh = q_BHh.contiguous()
+    out = torch.empty_like(q_BHh)
+    runs = triton.cdiv(table_BP.shape[1] * page, RUN)
+    scratch = out
+    if runs > 1:
+        scratch = torch.empty((runs, rows * heads, dim + 2), dtype=torch.float32, device=out.device)
+    width = max(16, triton.next_power_of_2(dim))
+    scale = _LOG2_E / dim**0.5
+    sizes = (heads // groups, dim, width)
+    _decode[(rows * groups, runs)](
+        *(q_BHh, k_KPSh, v_KPSh, position_B, table_BP, scratch, rows, k_KPSh.stride(0), table_BP.stride(0)),
+        *(scale, groups, *sizes, page, window or 0, runs),
+        **_FUSION,
+    )
+    if runs > 1:
+        _join[(rows * heads,)](
+            scratch, position_B, out, rows * heads, heads, dim, width, window or 0, **_FUSION
+        )
+    return out
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None) -> Tensor:
+        q, k = q.contiguous(), k.contiguous()
+        out = torch.empty_like(q)
+        sums = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        if q.numel():
+            grid, shape = _over(batch, q.shape[1]), (batch.past, *_shape(q, k, window))
+            _forward[grid](q, k, v, out, sums, batch.cu_seqlens, *_strides(q, k, v), *shape, **_FUSION)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.batch, ctx.window = batch, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, sums = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+        delta = torch.empty_like(sums)
+        if q.numel():
+            batch, shape = ctx.batch, _shape(q, k, ctx.window)
+            told = (batch.cu_seqlens, *_strides(q, k, v), *shape)
+            backward_q[_over(batch, q.shape[1])](q, k, v, out, grad, sums, delta, grad_q, *told, **_FUSION)
+            backward_k[_over(batch, k.shape[1])](q, k, v, grad, sums, delta, grad_k, grad_v, *told, **_FUSION)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _over(batch: PackedBatch, heads: int) -> tuple[int, int, int]:
+    return triton.cdiv(batch.max_len, SIDE), len(batch.segments), heads
+
+
+def _strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    return q.stride(0), k.stride(0), v.stride(0), v.stride(1)
+
+
+def _shape(q: Tensor, k: Tensor, window: int | None) -> tuple[float, int, int, int, int]:
+    dim = q.shape[2]
+    width = max(16, triton.next_power_of_2(dim))
+    return _LOG2_E / dim**0.5, q.shape[1] // k.shape[1], dim, width, window or 0
+
+
+@triton.jit(do_not_specialize=["past"])
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    sums_ptr,
+    starts_ptr,
+    q_token,
+    k_token,
+    v_token,
+    v_head,
+    past,
+    scale,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """64 tokens of a segment, one head. The first segment goes on behind `past` keys."""
+    side: tl.constexpr = _SIDE
+    head = tl.program_id(2)
+    start = tl.load(starts_ptr + tl.program_id(1)).to(tl.int64)
+    length = (tl.load(starts_ptr + tl.program_id(1) + 1) - start).to(tl.int32)
+    begin = tl.program_id(0) * side
+    if begin < length:
+        r, d = tl.arange(0, side), tl.arange(0, WIDTH)
+        inner = begin + r
+        here = (inner < length)[:, None] & (d < DIM)[None, :]
+        place = (start + inner)[:, None] * q_token + head * DIM + d[None, :]
+        q = tl.load(q_ptr + place, mask=here, other=0.0)
+        before = tl.where(tl.program_id(1) == 0, past, 0)
+        k = k_ptr + (start + past - before) * k_token + head // QUERIES * DIM
+        v = v_ptr + (start + past - before) * v_token + head // QUERIES * v_head
+        position, keys_end = before + inner, before + length
+        stop = tl.minimum(before + begin + side, keys_end)
+        tops = tl.full([side], -1e30, tl.float32)
+        totals = tl.zeros([side], tl.float32)
+        sums = tl.zeros([side, WIDTH], tl.float32)
+        for run in range(first(before + begin, WINDOW, _RUN), stop, _RUN):
+            more_tops = tl.full([side], -1e30, tl.float32)
+            more_totals = tl.zeros([side], tl.float32)
+            more_sums = tl.zeros([side, WIDTH], tl.float32)
+            for at in range(run, tl.minimum(run + _RUN, stop), side):
+                n = at + r
+                inside = (n < keys_end)[:, None] & (d < DIM)[None, :]
+                keys = tl.load(k + n.to(tl.int64)[:, None] * k_token + d[None, :], mask=inside, other=0.0)
+                values = tl.load(v + n.to(tl.int64)[:, None] * v_token + d[None, :], mask=inside, other=0.0)
+                seen = seen_of(n, position, WINDOW)
+                more_tops, more_totals, more_sums = block(
+                    q, keys, values, seen, more_tops, more_totals, more_sums, scale
+                )
+            tops, totals, sums = joined(tops, totals, sums, more_tops, more_totals, more_sums)
+        tl.store(out_ptr + place, sums / totals[:, None], mask=here)
+        heads = tl.num_programs(2)
+        tl.store(sums_ptr + (start + inner) * heads + head, tops + tl.log2(totals), mask=inner < length)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _decode(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    position_ptr,
+    table_ptr,
+    to_ptr,
+    rows,
+    group_stride,
+    table_stride,
+    scale,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """The queries of one kv head of a row, one run of its positions."""
+    side: tl.constexpr = _SIDE
+    row, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    run = tl.program_id(1) * _RUN
+    last = tl.load(position_ptr + row).to(tl.int32)
+    if (run <= last) & (run >= first(last, WINDOW, _RUN)):
+        r, d = tl.arange(0, side), tl.arange(0, WIDTH)
+        line = (row * GROUPS + group) * QUERIES
+        some = (r < QUERIES)[:, None] & (d < DIM)[None, :]
+        q = tl.load(q_ptr + (line + r)[:, None] * DIM + d[None, :], mask=some, other=0.0)
+        k, v = k_ptr + group.to(tl.int64) * group_stride, v_ptr + group.to(tl.int64) * group_stride
+        table = table_ptr + row * table_stride
+        position = last + 0 * r
+        tops = tl.full([side], -1e30, tl.float32)
+        totals = tl.zeros([side], tl.float32)
+        sums = tl.zeros([side, WIDTH], tl.float32)
+        for at in range(run, tl.minimum(run + _RUN, last + 1), side):
+            n = at + r
+            inside = (n <= last)[:, None] & (d < DIM)[None, :]
+            if side <= PAGE:
+                page = tl.load(table + at // PAGE).to(tl.int64)
+                place = (page * PAGE + at % PAGE + r) * DIM
+            else:
+                page = tl.load(table + n // PAGE, mask=n <= last, other=0).to(tl.int64)
+                place = (page * PAGE + n % PAGE) * DIM
+            keys = tl.load(k + place[:, None] + d[None, :], mask=inside, other=0.0)
+            values = tl.load(v + place[:, None] + d[None, :], mask=inside, other=0.0)
+            tops, totals, sums = block(
+                q, keys, values, seen_of(n, position, WINDOW), tops, totals, sums, scale
+            )
+        if RUNS == 1:
+            none = tl.zeros([side], tl.float32)
+            tops, totals, sums = joined(none - 1e30, none, sums * 0.0, tops, totals, sums)
+            to = to_ptr + (line + r)[:, None] * DIM + d[None, :]
+            tl.store(to, sums / totals[:, None], mask=some)
+        else:
+            to = to_ptr + (tl.program_id(1) * (rows * GROUPS * QUERIES) + line + r) * (DIM + 2)
+            tl.store(to[:, None] + d[None, :], sums, mask=some)
+            tl.store(to + DIM, tops, mask=r < QUERIES)
+            tl.store(to + DIM + 1, totals, mask=r < QUERIES)
+
+
+@triton.jit(do_not_specialize=["lines"])
+def _join(
+    from_ptr,
+    position_ptr,
+    out_ptr,
+    lines,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One query's attention from its runs, the first of them first."""
+    line = tl.program_id(0).to(tl.int64)
+    last = tl.load(position_ptr + line // HEADS).to(tl.int32)
+    d = tl.arange(0, WIDTH)
+    tops = tl.full([1], -1e30, tl.float32)
+    totals = tl.zeros([1], tl.float32)
+    sums = tl.zeros([1, WIDTH], tl.float32)
+    for run in range(first(last, WINDOW, _RUN) // _RUN, last // _RUN + 1):
+        here = from_ptr + (run * lines + line) * (DIM + 2)
+        more_sums = tl.load(here + d, mask=d < DIM, other=0.0)[None, :]
+        none = tl.zeros([1], tl.float32)
+        more_tops, more_totals = tl.load(here + DIM) + none, tl.load(here + DIM + 1) + none
+        tops, totals, sums = joined(tops, totals, sums, more_tops, more_totals, more_sums)
+    out = tl.sum(sums / totals[:, None], 0)
+    tl.store(out_ptr + line * DIM + d, out, mask=d < DIM)
