@@ -70,7 +70,10 @@ def workload_of(plan: RunPlan) -> Workload:
 
 
 def remapped(work: Workload, ranks: Sequence[RankMemory], memory: int) -> Workload:
-    """With what a rank of `memory` bytes gives back between training and generation, and takes anew."""
+    """With what a rank of `memory` bytes gives back between training and generation, and takes anew; nothing
+    where the cache is kept, beside which training fits."""
+    if all(rank.cache is not None and rank.cache.kept for rank in ranks):
+        return replace(work, kept=True)
     most = 0
     for rank in ranks:
         resident = sum(rank.resident.values())

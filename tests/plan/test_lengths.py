@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from puzzle.cli.workloads import remapped
 from puzzle.errors import UserError
 from puzzle.plan.memory import RankMemory
+from puzzle.plan.pages import Cache, kv_bytes
 from puzzle.plan.predict.bounds import bounds
 from puzzle.plan.predict.calibration import read_calibration
 from puzzle.plan.predict.costs import Fixed
-from puzzle.plan.predict.iteration import generation_seconds, predict
+from puzzle.plan.predict.iteration import decode_cut, generation_seconds, predict
 from puzzle.plan.predict.lengths import Lengths, merged, stretches
 from puzzle.plan.predict.passes import decode_stages
 from tests.plan.test_predict import workload
@@ -126,3 +127,20 @@ def test_memory_that_both_stages_want_is_taken_anew() -> None:
     assert after.generation - before.generation == pytest.approx(0.5)
     assert after.training - before.training == pytest.approx(0.5)
     assert after.inference == before.inference
+
+
+def test_a_cache_that_is_kept_is_mapped_and_recorded_for_once() -> None:
+    cache = Cache(pages=2, page_bytes=15, rows=1, columns=1, kept=True)
+    stages = {"training": {"kv cache": 30}, "generation": {"kv cache": 30}}
+    rank = RankMemory(0, {"weights": 10}, stages, cache=cache)
+    rates = replace(RATES, fixed=Fixed(map_s_per_byte=1e-9, capture_s_per_bucket=0.3))
+    work = workload(graphs=True)
+    kept = remapped(work, [rank, rank], 1)
+    assert kept == replace(work, kept=True)
+    assert remapped(work, [rank, replace(rank, cache=replace(cache, kept=False))], 100) == work
+    before, after = predict(work, rates), predict(kept, rates)
+    rows = -(-work.sequences // work.generation.dp)
+    mapped = kv_bytes(work.actor.spec, work.generation, 0, rows * (work.prompt + work.response), 2) * 1e-9
+    recorded = 0.3 * decode_cut(work)[1]
+    assert before.generation - after.generation == pytest.approx(mapped + recorded)
+    assert after.training == before.training

@@ -46,6 +46,7 @@ class Workload:
         slots: most sequences of a replica that are decoded at a time; None: all of them.
         samples: sequences of a prompt, which is prefilled once.
         prefill_tokens: most of a prefill pass; longer prompts are cached in parts.
+        kept: cache and graphs are there from the iteration before.
         remapped: bytes that training gives back before generation and takes anew, as both do not fit at once.
     """
 
@@ -73,6 +74,7 @@ class Workload:
     slots: int | None = None
     samples: int = 1
     prefill_tokens: int = PREFILL_TOKENS
+    kept: bool = False
     remapped: float = 0.0
 
     @property
@@ -184,7 +186,7 @@ def step_seconds(part: Part, costs: Costs) -> float:
 
 def generation_seconds(work: Workload, costs: Costs) -> float:
     """Prefill through the pipeline, then a step of the decode ring per token but the first; before them what
-    mapping the cache and recording graphs take."""
+    mapping the cache and recording graphs take, unless both are kept."""
     spec, layout = work.actor.spec, work.generation
     rows = -(-work.sequences // layout.dp)
     prompts = -(-rows // work.samples)
@@ -199,8 +201,8 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     cache = kv_bytes(
         spec, layout, 0, min(rows, work.slots or rows) * (work.prompt + work.response), costs.item
     )
-    before = fixed.map_s_per_byte * (cache + work.remapped) + fixed.stage_s
-    if work.graphs:
+    before = fixed.map_s_per_byte * ((0 if work.kept else cache) + work.remapped) + fixed.stage_s
+    if work.graphs and not work.kept:
         before += fixed.capture_s_per_bucket * count
     return before + prefill + decode_seconds(work, costs)
 
