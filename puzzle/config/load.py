@@ -17,11 +17,13 @@ from puzzle.config.base import ROLES, SOURCES, RunConfig
 from puzzle.config.document import Document, Key, read_yaml, shown
 from puzzle.config.renamed import RENAMED, modernised, present
 from puzzle.config.run import TrainConfig
+from puzzle.config.supervised import SUPERVISED
 from puzzle.errors import UserError
 
 Config = TypeVar("Config", bound=RunConfig)
 Schema = type[BaseModel]
-
+COMMANDS: Mapping[str, Schema] = {TrainConfig.task_name(): TrainConfig, **SUPERVISED}
+"""Commands that run a configuration, and what it may say."""
 
 _EXPECTED = {
     "int_parsing": "a whole number",
@@ -80,6 +82,9 @@ def suggestion(key: Key, schema: Schema = TrainConfig) -> str:
     if present(key) != key:
         return f"; it is now {'.'.join(present(key))}, which is given, too"
     known = [k for k, _ in keys(schema)]
+    others = [f"puzzle {name}" for name, other in COMMANDS.items() if key in {k for k, _ in keys(other)}]
+    if others and key not in known:
+        return f"; it is a key of {', '.join(others)}"
     siblings = {k[-1]: k for k in known if k[:-1] == key[:-1]}
     near = get_close_matches(key[-1], siblings, 1)
     if near:

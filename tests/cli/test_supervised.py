@@ -142,7 +142,7 @@ BAD = [
     ({"max_tokens": 500}, "data.max_tokens 500 exceeds its 128 positions"),
     ({"examples": "notes.txt"}, "examples must be .jsonl, .parquet or a Hugging Face dataset folder"),
     ({"eval_examples": None}, "eval.every needs data.eval_examples"),
-    ({"prompts": "chats.jsonl"}, "data.prompts: unknown key"),
+    ({"prompts": "chats.jsonl"}, "data.prompts: unknown key; it is a key of puzzle train"),
 ]
 
 

@@ -92,6 +92,10 @@ WRONG = [
     (["--algorithm.cilp", "0.3"], "--algorithm.cilp: unknown option; did you mean algorithm.clip?"),
     (["--lr", "1"], "--lr: unknown option; did you mean actor.optimizer.lr?"),
     (["--sead=1"], "--sead: unknown option; did you mean seed?"),
+    (
+        ["--data.examples", "chats.jsonl"],
+        "--data.examples: unknown option; it is a key of puzzle sft, puzzle reward-model, puzzle dpo",
+    ),
     (["stray"], "unrecognized arguments: stray"),
     (["--batch"], "argument --batch: expected one argument"),
     (["--batch", "many"], "command line: batch: expected a whole number, got 'many'"),
