@@ -170,7 +170,7 @@ rollout_varied() {
 }
 
 rollout_long() {
-    on 3 bench rollout-long.log 260 "2048 of at most 8k" "${long[@]}" --sequences 2048 --prompt 256-1024 --new 7168 --mean 512
+    on 3 bench rollout-long.log 320 "2048 of at most 8k" "${long[@]}" --sequences 2048 --prompt 256-1024 --new 7168 --mean 512
 }
 
 # Graphs that go on from iteration to iteration: same tokens, what recording costs, and a whole run with and without.

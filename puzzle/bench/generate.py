@@ -146,7 +146,7 @@ class Subject:
         self.runtime.freeze()
         self.bandwidth = device.copy_bandwidth(world)
         with ModelRunner(self.runtime.decoder) as warm:
-            count = min(bench.sequences)
+            count = min(256, *bench.sequences)
             self.seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
 
     def fixed(self, mode: str, given: Given) -> Row:
