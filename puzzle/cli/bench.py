@@ -11,6 +11,10 @@ BENCHES = {
     "memory": ("memory:run", "measure the peak memory of PPO stages beside the formula"),
     "check": ("check:CheckBench.run", "compare with transformers on this device, in the layouts that fit"),
     "iterations": ("iterations:run", "compare whole runs on devices with one process on a CPU"),
+    "exact": (
+        "exact:run",
+        "compare runs with invariant numerics bit for bit, and time them beside fast ones",
+    ),
     "switch": ("switch:SwitchBench.run", "time changes of layout, three strategies beside the links' floor"),
     "overlap": ("switch:OverlapBench.run", "time the way to generation, also beside the first prefill"),
     "train": ("train:TrainBench.run", "time training and forward passes"),

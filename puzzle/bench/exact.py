@@ -1,0 +1,269 @@
+"""`puzzle bench exact`: whether invariant numerics are invariant, and what they cost beside fast ones.
+
+One process runs two iterations of GRPO for every model and dtype. All layouts of this host's devices, and
+other ways through the same work (few rows at a time, prompts in parts, no graphs), must give the same tokens
+and log-probs and, where they have as many replicas, the same weights: bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puzzle.cli import Parser, whole
+from puzzle.config.load import build, merge
+from puzzle.config.resolve import resolve
+from puzzle.config.run import TrainConfig
+from puzzle.data.prepare import prepare
+from puzzle.engine.runtime.world import World
+from puzzle.files.limits import MOST_LAYERS, MOST_PROCESSES
+from puzzle.launch import local
+from puzzle.model.weights import boxes
+from puzzle.rlhf.experience import Experience
+from puzzle.rlhf.models import build_models
+from puzzle.rlhf.rewards.weighted import function_rewards
+from puzzle.rlhf.trainer import Trainer
+from puzzle.runlog.record import Record
+from puzzle.runlog.records import Iteration
+
+Sizes = tuple[int, int, int]
+"""tp, pp, dp."""
+FAMILIES = ("llama", "qwen2", "qwen3")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+PARTS = 4
+"""Of sums in all runs that are compared, so that up to four tensor ranks agree with one."""
+COMMON: dict[str, Any] = {
+    "iterations": 2,
+    "batch": 8,
+    "numerics": "invariant",
+    "numerics_parts": PARTS,
+    "algorithm": {"name": "grpo", "microbatch": 4},
+    "actor": {"optimizer": {"lr": 1e-3}},
+    "data": {"random_tokens": 70},
+    "generation": {"samples": 2, "max_new_tokens": 24, "temperature": 0.9},
+    "checkpoint": {"save": False},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "3 rows at a time": {"max_sequences": 3},
+    "prompts in parts": {"prefill_tokens": 32},
+    "no early stop": {"early_stop": False},
+}
+"""Of generation; the first one stands for itself."""
+
+
+@dataclass
+class Found:
+    """What a run left on a rank: digests of tokens and log-probs, its weights, seconds of stages."""
+
+    bits: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    pieces: list[tuple[str, tuple[tuple[int, int], ...], Tensor]] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+
+
+class Kept:
+    """In the place of the log."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+
+    def samples(self, _iteration: int, experience: Experience, *_: Any, **__: Any) -> None:
+        """Digest what was drawn and how likely that was."""
+        assert experience.sampled_logprobs_BS is not None
+        told = repr(experience.responses).encode() + experience.sampled_logprobs_BS.cpu().numpy().tobytes()
+        self.found.bits.append(hashlib.sha256(told).hexdigest()[:12])
+
+    def write(self, *records: Record | None) -> None:
+        """Keep the distance of training from generation, and times."""
+        for record in records:
+            if isinstance(record, Iteration):
+                gaps = (record.metrics["first_ratio_gap"], record.metrics["logprob_gap_max"])
+                self.found.gaps.append(max(gaps))
+                self.found.seconds.append(dict(record.stage_seconds))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare, then measure the price; 1 if anything differs."""
+    parser = Parser("puzzle bench exact", description="Compare runs with invariant numerics bit for bit.")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
+    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
+    parser.add_argument(
+        "--price", metavar="SIZE", help="a published size whose stages are timed; none without"
+    )
+    parser.add_argument("--layers", type=whole(1, MOST_LAYERS), default=8, help="of the model that is timed")
+    parser.add_argument("--sequences", type=whole(1, 4096), default=64, help="of 256 + 256 tokens, timed")
+    options = parser.parse_args(arguments)
+    good = True
+    for family, dtype in product(options.models, options.dtypes):
+        good &= _compare(options, family, dtype)
+    if options.price is not None:
+        _price(options)
+    return 0 if good else 1
+
+
+def _compare(options: argparse.Namespace, family: str, dtype: str) -> bool:
+    model = {"init": SHAPE | {"model_type": family}}
+    common = merge(COMMON, {"dtype": dtype, "device": options.device, "actor": model, "reward": model})
+    good = True
+    truths: dict[int, list[Found]] = {
+        1: _run([merge(common, {"generation": way}) for way in WAYS.values()], 1)[0]
+    }
+    for way, found in zip(list(WAYS)[1:], truths[1][1:], strict=True):
+        good &= _tell(f"{family} {dtype}  1,1,1, {way}", [found], [truths[1][0]])
+    pairs = list(product(layouts(options.world), repeat=2))
+    cases = [
+        merge(common, {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}})
+        for training, generation in pairs
+    ]
+    for (training, generation), ranks in zip(
+        pairs, zip(*_run(cases, options.world), strict=True), strict=True
+    ):
+        replicas = training[2]
+        expected = truths.get(replicas)
+        if replicas == 1:
+            expected = [truths[1][0]]
+        elif expected is None:
+            expected = truths[replicas] = list(ranks)
+        name = f"{family} {dtype}  {_name(training)} -> {_name(generation)}"
+        good &= _tell(name, list(ranks), expected, first=truths[1][0])
+    return good
+
+
+def _tell(name: str, ranks: list[Found], expected: list[Found], first: Found | None = None) -> bool:
+    """Print whether ranks of a run found what is expected; `first` is whose first iteration all must have."""
+    wrong = []
+    if any(ranks[0].gaps):
+        wrong.append(f"training is {max(ranks[0].gaps):.2g} nats from generation")
+    if ranks[0].bits != expected[0].bits or (first is not None and ranks[0].bits[0] != first.bits[0]):
+        wrong.append("other tokens or log-probs")
+    if not _same(_weights(ranks), _weights(expected)):
+        wrong.append("other weights")
+    print(f"{'FAIL' if wrong else 'ok  '} {name:<44}{', '.join(wrong) or 'the same bits'}", flush=True)
+    return not wrong
+
+
+def _weights(ranks: list[Found]) -> dict[str, Tensor]:
+    """Whole tensors of the actor, by name, from what all ranks have."""
+    pieces = [piece for found in ranks for piece in found.pieces]
+    ends: dict[str, list[int]] = {}
+    for name, intervals, _ in pieces:
+        known = ends.get(name, [0] * len(intervals))
+        ends[name] = [max(end, stop) for end, (_, stop) in zip(known, intervals, strict=True)]
+    whole = {name: torch.full(shape, torch.nan) for name, shape in ends.items()}
+    for name, intervals, values in pieces:
+        whole[name][tuple(slice(*interval) for interval in intervals)] = values.float()
+    return whole
+
+
+def _same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def layouts(world: int) -> list[Sizes]:
+    """Every layout of so many processes with 1, 2 or 4 tensor ranks and at most 4 stages."""
+    found = []
+    for tp, pp in product((1, 2, 4), (1, 2, 4)):
+        if world % (tp * pp) == 0 and COMMON["batch"] % (world // (tp * pp)) == 0:
+            found.append((tp, pp, world // (tp * pp)))
+    return found
+
+
+def _price(options: argparse.Namespace) -> None:
+    """Seconds of stages of both numerics, by turns, the first iteration left out."""
+    sizes = {"preset": options.price, "num_hidden_layers": options.layers, "max_position_embeddings": 1024}
+    common: dict[str, Any] = {
+        "iterations": 3,
+        "batch": options.sequences,
+        "dtype": "bf16",
+        "device": options.device,
+        "layout": _sizes((1, 1, options.world)),
+        "algorithm": {"name": "grpo", "microbatch": 16},
+        "generation": {"samples": 2, "max_new_tokens": 256, "greedy": True},
+        "data": {"random_tokens": 256},
+        "actor": {"init": sizes},
+        "reward": {"init": sizes},
+        "checkpoint": {"save": False},
+    }
+    common["batch"] = max(options.world, options.sequences // 2)
+    kinds = ({"numerics": "fast"}, {"numerics": "invariant"}, {"numerics": "invariant", "numerics_parts": 2})
+    ranks = _run([merge(common, kind) for kind in kinds], options.world, keep=False)
+    fast, *others = [
+        {
+            stage: mean(row[stage] for row in found.seconds[1:])
+            for stage in ("generation", "inference", "training")
+        }
+        for found in ranks[0]
+    ]
+    print(
+        f"seconds of {options.price}, {options.layers} layers, {2 * common['batch']} sequences of 256 + 256"
+    )
+    for kind, seconds in zip(("1 part", "2 parts"), others, strict=True):
+        for stage, value in seconds.items():
+            told = f"{value:.3f}  {value / fast[stage]:.2f} x"
+            print(f"{stage:<12}fast {fast[stage]:.3f}  invariant, {kind:<8}{told}")
+
+
+def _name(sizes: Sizes) -> str:
+    return ",".join(map(str, sizes))
+
+
+def _sizes(layout: Sizes) -> dict[str, int]:
+    return dict(zip(("tp", "pp", "dp"), layout, strict=True))
+
+
+def _run(cases: list[dict[str, Any]], world: int, keep: bool = True) -> list[list[Found]]:
+    """What every rank found in every case, all in the same processes."""
+    configs = [build(case, lambda key: "the bench") for case in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        local.run("puzzle.bench.exact:work", (configs, folder, keep), world)
+        return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(world)]
+
+
+def work(configs: list[TrainConfig], folder: str, keep: bool) -> None:
+    """What every process does; weights are kept on request."""
+    with World.start(configs[0].device, timeout=600.0) as world:
+        found = [_case(world, config, keep) for config in configs]
+        torch.save(found, Path(folder, str(world.rank)))
+
+
+def _case(world: World, config: TrainConfig, keep: bool) -> Found:
+    plan, found = resolve(config), Found()
+    models = build_models(plan, world)
+    data = prepare(config, plan.actor.spec.vocab_size)
+    trainer = Trainer(plan, data, models, world, function_rewards(config))
+    for iteration in range(config.iterations):
+        trainer.iteration(iteration, Kept(found))  # ty: ignore[invalid-argument-type]
+    decoder = models.actor.decoder
+    found.pieces = [
+        (name, box.intervals, values.detach().cpu().clone())
+        for name, box, values in boxes(decoder, decoder.get_parameter)
+        if keep
+    ]
+    del trainer, models, decoder
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
