@@ -151,6 +151,7 @@ ROOMS = {
             "puzzle/spec",
             "puzzle/plan",
             "puzzle/config",
+            "puzzle/data",
             "puzzle/runlog",
             "puzzle/model",
             "puzzle/engine",
