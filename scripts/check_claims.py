@@ -24,7 +24,7 @@ from claims.pages import every_claim  # noqa: E402
 
 from puzzle.errors import exit_code  # noqa: E402
 
-WHOLE = ("README.md",)
+WHOLE = ("README.md", "docs/peers.md", "docs/artifact.md")
 """Pages without a measured number that no claim has."""
 
 
@@ -43,7 +43,7 @@ def uncovered(name: str, page: str, claims: Sequence[Claim]) -> list[str]:
     """Numbers of a page that neither a claim nor `UNMEASURED` explains, each with some words around it."""
     for claim in claims:
         page = page.replace(claim.rendered(), " ")
-    for pattern, _ in UNMEASURED:
+    for pattern, _ in (*UNMEASURED, *UNMEASURED_ON.get(name, ())):
         page = re.sub(pattern, " ", page)
     return [
         f"{name}: no claim computes the number in: ...{page[max(0, m.start() - 40) : m.end() + 25]}..."
@@ -71,6 +71,41 @@ UNMEASURED = [
     (r"\(seed 0; |12-year-old|Apache-2\.0", "a seed, what a model wrote, the licence"),
 ]
 """What is no measured number on a page, and why; removed in this order."""
+UNMEASURED_ON = {
+    "docs/peers.md": [
+        (r"## Again .*?(?=## Not measured)", "commands, what they need, and minutes by estimate"),
+        (
+            r"Measured on 2026-11-29|commit e62b24e|verl 0\.9\.1|vLLM 0\.26\.0|DeepSpeed 0\.19\.8",
+            "what was run",
+        ),
+        (r"Megatron-core 0\.16\.1|TRL 1\.16\.0|torch 2\.13|SmolLM2-135M", "what was run"),
+        (r"fp32|bf16|16-bit", "dtypes"),
+        (r"256 \+ 256 tokens|all responses have 256 tokens|0\.4 of the memory", "the work"),
+        (r"\| sequences( \| \d+){5} \|", "the work"),
+    ],
+    "docs/artifact.md": [
+        (r"## Kick the tires .*?(?=## Claims)", "commands and their minutes"),
+        (r"\| C\d+ \||Figures 8-12|and 12 of smaller pairs", "names"),
+        (
+            r"\| (CPU|[\dN] GPUs?(, NVLink)?|\d|2 cores) +\| [\d; ]+( a seed)?( \||(?= at equal))",
+            "devices and minutes by estimate",
+        ),
+        (r"transformers, 1e-5|\+-10 %|within 2 % of the peak|by at least 0\.3", "tolerances"),
+        (
+            r"0\.3-0\.6 of Megatron|within 5 % end to end, 8 % per stage|training: 0\.1 to 0\.7 of it",
+            "tolerances",
+        ),
+        (
+            r"and 33B actors|33B wants 32 GPUs|on their 32 GPUs|32 A800 on PCIe, 32 A100|1 to 8 GPUs",
+            "machines",
+        ),
+        (r"16 sequences per GPU", "the work"),
+        (r"transformers 4\.35\.2|tokenizers 0\.15\.2|huggingface-hub 0\.23\.5|Qwen[23]", "versions"),
+        (r"up to 2\.12x|and 2\.12", "the paper's"),
+        (r"bf16|fp32|fp16|fp8", "dtypes"),
+    ],
+}
+"""The same of single pages."""
 
 
 def main() -> int:

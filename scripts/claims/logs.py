@@ -7,10 +7,10 @@ import re
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peers import trl_cpu
-from peers.verl_ppo import means
+from peers.verl_ppo import means, steps_of
 
 from claims.claim import Values
 from puzzle.runlog import Run, load_runs
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 VISIT = ROOT / "logs/bench/2026-11-29-4xh200"
+TRL = ROOT / "logs/peers/trl-cpu"
 
 
 @cache
@@ -146,12 +147,39 @@ def verl(critic: str, *parts: str) -> float:
     return sum(found[part] for part in parts)
 
 
-def trl(unit: str) -> list[float]:
-    """Of a GRPO step by PUZZLE and by TRL mean and standard deviation, then the ratio of the means."""
-    log = ROOT / "logs/peers/trl-cpu/smollm2.jsonl"
-    sides = [trl_cpu.seconds_of(log, side, unit) for side in trl_cpu.SIDES]
-    ours, theirs = map(fmean, sides)
-    return [ours, stdev(sides[0]), theirs, stdev(sides[1]), theirs / ours]
+def trl(tokens: int) -> list[float]:
+    """Of GRPO with responses of so many tokens: steps, then of computing and of the clock mean and standard
+    deviation by PUZZLE and by TRL, and the ratio of the means."""
+    log, found = TRL / f"{tokens}.jsonl", []
+    for unit in ("cpu_seconds", "seconds"):
+        ours, theirs = (trl_cpu.seconds_of(log, side, unit) for side in trl_cpu.SIDES)
+        found += [fmean(ours), stdev(ours), fmean(theirs), stdev(theirs), fmean(theirs) / fmean(ours)]
+    return [len(theirs), *found]
+
+
+def trl_settings() -> list[dict[str, Any]]:
+    """What the logs of GRPO say that was run."""
+    return [json.loads(log.read_text().splitlines()[0]) for log in sorted(TRL.glob("*.jsonl"))]
+
+
+def trl_work() -> list[int]:
+    """Prompts of a step, their tokens, responses to each and in all, rows of a micro-batch: of all runs."""
+    names = ("groups", "prompt", "samples", "microbatch")
+    ((groups, prompt, samples, microbatch),) = {tuple(s["work"][n] for n in names) for s in trl_settings()}
+    return [groups, prompt, samples, groups * samples, microbatch]
+
+
+def trl_versions() -> list[str]:
+    """transformers beside TRL and beside ours, without the last number."""
+    (found,) = {
+        tuple(s["versions"][side]["transformers"] for side in ("trl", "puzzle")) for s in trl_settings()
+    }
+    return [text.rpartition(".")[0] for text in found]
+
+
+def first_of_verl() -> list[float]:
+    """Seconds of its first iteration, which does not count, with the smaller critic."""
+    return [steps_of(ROOT / "logs/peers/verl-4xh200/7b-350m.jsonl")[0]["step"]]
 
 
 def generated() -> tuple[list[int], list[int]]:
@@ -171,6 +199,13 @@ def switched(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
     order = ("planned", "planned, peer", "megatron-core 0.16.1", "gather-all")
     floor = ways["planned"]["least_floor_seconds"]
     return [1e3 * value for value in (floor, *(ways[way]["kept_seconds"] for way in order))]
+
+
+def switched_beside_megatron() -> list[float]:
+    """What switches from 1,4,1 to 2,2,1 and 4,1,1 take of Megatron-core's time, least and most."""
+    found = [switched(((1, 4, 1), other)) for other in ((2, 2, 1), (4, 1, 1))]
+    shares = [ours / theirs for _, *both, theirs, _ in found for ours in both]
+    return [min(shares), max(shares)]
 
 
 def published_speedups() -> list[float]:

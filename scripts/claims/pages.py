@@ -9,6 +9,7 @@ from claims.logs import (
     added,
     campaign_log,
     environment_bytes,
+    first_of_verl,
     generated,
     held_out,
     iterations_seconds,
@@ -21,9 +22,12 @@ from claims.logs import (
     seconds,
     stages_of,
     switched,
+    switched_beside_megatron,
     third,
     training_peak,
     trl,
+    trl_versions,
+    trl_work,
     usage,
     verl,
     wall_seconds,
@@ -278,15 +282,18 @@ def peers_page() -> list[Claim]:
                 ],
             )
         )
-    for said, unit in (("deviation of 4 steps |", "cpu_seconds"), ("| of the clock |", "seconds")):
-        claims.append(
-            Claim(
-                page,
-                f"{said} {{:.2f}} +- {{:.2f}} | {{:.2f}} +- {{:.2f}} | {{:.2f}} |",
-                lambda u=unit: trl(u),
-            )
-        )
+    row = "| {:d} |" + 2 * " {:.2f} +- {:.2f} | {:.2f} +- {:.2f} | {:.2f} |"
+    for tokens in (32, 48):
+        claims.append(Claim(page, f"| {tokens} tokens {row}", lambda tokens=tokens: trl(tokens)))
     claims += [
+        Claim(
+            page,
+            "a CPU: {:d} prompts of {:d} tokens, {:d} responses to each, a function as reward, KL to a"
+            " reference, one step of AdamW over all {:d}, micro-batches of {:d};",
+            trl_work,
+        ),
+        Claim(page, "transformers differ ({} and {})", trl_versions),
+        Claim(page, "its first iteration, {:.0f} s, do not count", first_of_verl),
         Claim(page, "| PUZZLE | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[0]),
         Claim(page, "| vLLM | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[1]),
         Claim(
@@ -322,6 +329,7 @@ def artifact_page() -> list[Claim]:
     ratios = [a / b for a, b in zip(*generated(), strict=True)]
     return [
         Claim(page, "takes {:.1f} to {:.1f} times less than verl", lambda: [min(faster), max(faster)]),
+        Claim(page, "| {:.2f} to {:.2f} of it, [peers.md]", switched_beside_megatron),
         Claim(page, "| {:.2f} to {:.2f} times vLLM's tokens/s", lambda: [min(ratios), max(ratios)]),
         Claim(page, "lie between {:.2f} and {:.2f} times DeepSpeed-Chat", lambda: published_speedups()[:2]),
         Claim(page, "is not their mean ({:.2f})", lambda: published_speedups()[2:]),
