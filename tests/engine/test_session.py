@@ -20,7 +20,7 @@ from puzzle.engine.generate.decode_ring import DecodeRingStage, ring_of
 from puzzle.engine.generate.requests import Request, RequestStates, Response
 from puzzle.engine.generate.sampling import Sampled, SamplingParams
 from puzzle.engine.generate.scheduler import Changes, Scheduler
-from puzzle.plan.pages import whole_pages
+from puzzle.plan.pages import PREFILL_TOKENS, whole_pages
 from puzzle.plan.pipeline.actions import Action, Op
 from tests.engine.accounting import audit
 
@@ -46,6 +46,7 @@ class ToyPasses:
             last=last,
             spec=SimpleNamespace(hidden_size=WIDE),
             layout=SimpleNamespace(tp=1),
+            numerics=SimpleNamespace(multiple=1),
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
@@ -64,12 +65,16 @@ class ToyPasses:
         self.recorded = leaving
 
     def prefill(self, prefills: list[Any], x: Any) -> torch.Tensor:
-        told = [[n, token, place] for n, p in enumerate(prefills) for place, token in enumerate(p.tokens)]
+        told = [
+            [n, token, place] for n, p in enumerate(prefills) for place, token in enumerate(p.tokens, p.past)
+        ]
+        assert not any(part.past for part in prefills[1:])
         if x is not None:
             assert x.tolist() == told
         for part in prefills:
-            assert len(part.pages) == -(-len(part.tokens) // self.page)
-            for place, token in enumerate(part.tokens):
+            assert len(part.pages) >= -(-(part.past + len(part.tokens)) // self.page)
+            assert None not in [t for page in part.pages for t in self.memory[page]][: part.past]
+            for place, token in enumerate(part.tokens, part.past):
                 self.memory[part.pages[place // self.page]][place % self.page] = token
         self.prefilled += sum(len(part.tokens) for part in prefills)
         return torch.tensor(told, dtype=torch.float32)
@@ -198,13 +203,13 @@ def play(
     stages: int,
     requests: list[Request],
     params: SamplingParams,
-    sizes: Any = (None, None),
+    sizes: Any = (None, None, PREFILL_TOKENS),
     late: int = 0,
     most: int | None = None,
     memory: tuple[int, int | None] = (4, None),
 ) -> list[Played]:
-    """`sizes` of prefill and decode micro-batches, `memory` the positions of a page and how many more pages
-    there are than the longest sequence needs (None: enough for all)."""
+    """`sizes` of prefill and decode micro-batches, and tokens of the former; `memory` the positions of a page
+    and how many more pages there are than the longest sequence needs (None: enough for all)."""
     wires, found, decisions = Wires(), [None] * stages, [[] for _ in range(stages)]
     page, more = memory
     whole = max(whole_pages(len(request.prompt), params.max_new_tokens, page) for request in requests)
@@ -214,7 +219,8 @@ def play(
 
     def stage(number: int) -> None:
         states, passes = RequestStates(requests, params), ToyPasses(number, stages)
-        session = DecodeRingStage(cast(Any, passes), ring, states, (pages, page), late, prefill=sizes[0])
+        limits = (sizes[0], sizes[2])
+        session = DecodeRingStage(cast(Any, passes), ring, states, (pages, page), late, prefill=limits)
         between = session.scheduler.between
 
         def audited(early: bool) -> Changes:
@@ -268,7 +274,7 @@ def truth_of(texts: list[list[int]], new: int, stops: Any) -> list[list[int]]:
     st.lists(st.tuples(st.lists(st.integers(0, 96), min_size=1, max_size=9), st.integers(1, 4)), min_size=1)
     .map(lambda groups: [text for text, samples in groups for _ in range(samples)])
     .filter(lambda texts: len(texts) < 20),
-    st.tuples(sizes, sizes),
+    st.tuples(sizes, sizes, st.just(PREFILL_TOKENS) | st.integers(1, 9)),
     st.integers(1, 9),
     st.sets(st.integers(0, 96), max_size=40),
     st.integers(0, 1),
