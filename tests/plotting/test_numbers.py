@@ -16,7 +16,7 @@ from puzzle.plotting.selection import Pool, agree
 from puzzle.plotting.speedups import figure8, figure9, figure11
 from puzzle.plotting.stats import mean, of
 from puzzle.runlog import UNFAITHFUL, Report, RunWriter, load_runs
-from puzzle.runlog.records import Iteration, Simulation
+from puzzle.runlog.records import GAP, End, Iteration, Note, Simulation
 from tests.plotting import builders
 from tests.plotting.builders import run
 from tests.runlog import texts
@@ -321,6 +321,36 @@ def test_a_baseline_without_its_hybrid_engine_says_so():
             named = replace(one, figures=(figure.NAME,))
             rows = [row for key, row in rows_of(figure, [named]).items() if key[2] == series]
             assert {row.notes for row in rows if row.notes} == {(said,)}, figure.NAME
+
+
+def test_one_run_serves_every_figure_that_knows_it_by_another_name():
+    """`base` is train-opt and PUZZLE without ts; where a figure has `base`, it is that."""
+    figures = {
+        "figures": ("figure8", "figure9", "figure11"),
+        "printed": dict.fromkeys(("e2e", "training"), (9.0, 6.0)),
+    }
+    shorter = {**figures, "printed": dict.fromkeys(("e2e", "training"), (9.0, 3.0))}
+    runs = [run("base", **figures), run("w_bulk", **shorter), run("opt", **shorter)]
+    for figure, base, other in (
+        (figure9, "PUZZLE w/o ts", "PUZZLE w/ ts"),
+        (figure11, "train-opt", "PUZZLE"),
+    ):
+        rows = rows_of(figure, runs)
+        assert rows["orion", "7B/350M", base, "1"].value == 1.0
+        assert rows["orion", "7B/350M", other, "1"].value == 2.0
+    assert rows_of(figure8, runs)["orion", "7B/350M", "PUZZLE-Base", "s"].value == 6.0
+
+
+def test_a_planned_run_is_a_gap_with_its_reason_until_a_run_is_there():
+    planned = run(
+        "opt", printed={}, records=(Note(GAP, "no memory"), End("not run", "it needs 200 GiB")), run_id="p"
+    )
+    base = run("dschat")
+    gap = rows_of(figure8, [base, planned])["orion", "7B/350M", "PUZZLE", "1"]
+    assert (gap.value, gap.gap) == (None, "no memory")
+    assert (
+        rows_of(figure8, [base, planned, planned, run("opt")])["orion", "7B/350M", "PUZZLE", "1"].value == 1.0
+    )
 
 
 def test_theory_is_what_the_run_without_sharing_simulated():

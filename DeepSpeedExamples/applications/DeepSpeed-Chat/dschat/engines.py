@@ -200,6 +200,7 @@ class ZeroModel:
         self.placement = Placement.default(Layout.even(1, 1, world.size, spec.num_layers))
         self.coord = Coord(0, 0, world.rank)
         self.tensor = SimpleNamespace(size=1)
+        self.stage = SimpleNamespace(numerics=SimpleNamespace(multiple=1))  # packed tokens are not padded
         self.decoder = Outputs(engine.module)
         self._norms: list[float] = []
         self.optimizer = SimpleNamespace(pop_grad_norms=self._take_norms, release=lambda: None)
