@@ -59,7 +59,7 @@ def flat(text: str) -> str:
 UNMEASURED = [
     (r"```.*?```", "commands"),
     (r"`[^`]*`", "names and options"),
-    (r"\]\([^)]*\)", "links"),
+    (r"\]\([^)]*\)|<img [^>]*>", "links and pictures"),
     (r"USENIX ATC '24|Python 3\.11|Debian 12", "names and versions"),
     (r"figures? \d+(-\d+)?|table \d", "the paper's"),
     (r"(tp|pp) \d", "a drawing's layouts"),

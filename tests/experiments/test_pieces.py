@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from puzzle.campaign import runs as campaign
-from puzzle.campaign.experiments import Experiment, Selection, expand, read_table
+from puzzle.campaign.experiments import TABLE, Experiment, Selection, expand, read_table
 from puzzle.campaign.forecast import Expectation, run_seconds
+from puzzle.cli import main
+from puzzle.runlog import load_runs
 
 
 @pytest.fixture
@@ -97,3 +100,26 @@ def test_seconds_are_expected_from_what_ran_before() -> None:
     assert quick(opt) == pytest.approx(nothing(opt) / 4)
     assert quick(chat) == nothing(chat)
     assert quick(repeat) == pytest.approx(1.1 * run_seconds(base.config) / 4)
+
+
+@pytest.mark.long
+def test_a_campaign_of_toys_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real runs of two processes: a piece too short for one, then the rest, then nothing."""
+    table = yaml.safe_load(TABLE.read_text())
+    scale = table["scales"]["cpu"]
+    scale["fit"], scale["devices"] = True, 2
+    table["figures"]["figure9"]["pairs"] = ["7B/350M"]
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    monkeypatch.chdir(tmp_path)
+    words = ["campaign", "--scale", "cpu", "--table", "table.yaml", "--only", "figure9", "--iterations", "3"]
+    words += ["--devices", "2", "--cluster", "toys", "--out", "out", "--ship", "ship", "--minutes"]
+    assert main([*words, "0.03"]) == 1  # nothing to draw
+    assert sorted(run.status for run in campaign.recorded(Path("out")).values()) == ["later", "later"]
+    assert main([*words, "9"]) == 0
+    logs = {run.variant: run for run in load_runs(Path("ship")).runs}
+    assert logs.keys() == {"base", "w_bulk"}
+    assert all(len(run.iterations) == 3 and run.cluster == "toys" for run in logs.values())
+    before = (Path("out") / "campaign.json").read_text()
+    assert main([*words, "9"]) == 0
+    assert {run.status for run in campaign.recorded(Path("out")).values()} == {"kept"}
+    assert json.loads(before)["complete"] is True
