@@ -8,6 +8,7 @@ and log-probs and, where they have as many replicas, the same weights: bit for b
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -263,7 +264,8 @@ def _case(world: World, config: TrainConfig, keep: bool) -> Found:
         for name, box, values in boxes(decoder, decoder.get_parameter)
         if keep
     ]
-    del trainer, models, decoder
+    del trainer, models, decoder, data
+    gc.collect()  # trainers and their hooks hold each other
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return found

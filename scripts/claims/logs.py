@@ -48,6 +48,25 @@ def learnt(folder: str, iterations: int) -> list[float]:
     return [*before, *after, after[0] - before[0]]
 
 
+def apart(folder: str) -> list[float]:
+    """How far generation is from training over a run: mean of rms gaps, largest gap and ratio, % clipped."""
+    metrics = [one.metrics for one in run(folder).iterations]
+    return [
+        fmean(each["logprob_gap_rms"] for each in metrics),
+        max(each["logprob_gap_max"] for each in metrics),
+        max(each["first_ratio_gap"] for each in metrics),
+        100 * fmean(each["first_clip_frac"] for each in metrics),
+    ]
+
+
+def price(stage: str) -> list[float]:
+    """Seconds of a stage by fast numerics, and by invariant ones of one and two parts with their ratios."""
+    lines = (ROOT / "logs/bench/2026-12-01-h200/price.log").read_text().splitlines()
+    rows = [line.replace(",", "").split() for line in lines if line.startswith(stage)]
+    fast, *others = [float(rows[0][2]), *(float(row[-3]) for row in rows)]
+    return [fast, *(number for other in others for number in (other, other / fast))]
+
+
 def iterations_seconds(folder: str, count: int) -> float:
     """End-to-end seconds of the first `count` iterations together."""
     return sum(one.e2e_seconds for one in run(folder).iterations[:count])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from claims.claim import Claim
 from claims.logs import (
     added,
+    apart,
     campaign_log,
     environment_bytes,
     first_of_verl,
@@ -16,6 +17,7 @@ from claims.logs import (
     largest_gib,
     learnt,
     planned,
+    price,
     published_speedups,
     right_answers,
     run,
@@ -121,6 +123,27 @@ def readme() -> list[Claim]:
                 lambda folder=folder: [*learnt(folder, 32), iterations_seconds(folder, 32)],
             )
         )
+    return claims
+
+
+def numerics_page() -> list[Claim]:
+    """Of invariant numerics."""
+    page, folder = "docs/numerics.md", "learning/arithmetic-h200/"
+    claims = [
+        Claim(
+            page,
+            "| fast | {:.3f} +- {:.3f} | {:.3f} +- {:.3f} | {:.4f} | {:.3f} | {:.3f} | {:.3f} % |",
+            lambda: [*learnt(folder + "fast", 100)[:4], *apart(folder + "fast")],
+        ),
+        Claim(
+            page,
+            "| invariant | {:.3f} +- {:.3f} | {:.3f} +- {:.3f} | {:.0f} | {:.0f} | {:.0f} | {:.0f} % |",
+            lambda: [*learnt(folder + "invariant", 100)[:4], *apart(folder + "invariant")],
+        ),
+    ]
+    for stage in ("generation", "inference", "training"):
+        form = "| {:.3f} | {:.3f} | {:.2f} x | {:.3f} | {:.2f} x |"
+        claims.append(Claim(page, f"| {stage} {form}", lambda stage=stage: price(stage)))
     return claims
 
 
@@ -338,4 +361,11 @@ def artifact_page() -> list[Claim]:
 
 def every_claim() -> list[Claim]:
     """All of them, by page."""
-    return [*readme(), *baseline_page(), *algorithms_page(), *peers_page(), *artifact_page()]
+    return [
+        *readme(),
+        *baseline_page(),
+        *algorithms_page(),
+        *numerics_page(),
+        *peers_page(),
+        *artifact_page(),
+    ]
