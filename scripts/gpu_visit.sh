@@ -231,7 +231,7 @@ done
     for log in switch fuse memory save; do
         [ -f "$out/$log.log" ] && tail -n 30 "$out/$log.log"
     done
-    cat "$out"/check*.log | grep -c '^ok ' | sed 's/$/ comparisons held/'
+    cat "$out"/*check*.log | grep -c '^ok ' | sed 's/$/ comparisons held/'
     echo
     cat "$summary"
 } >"$out/table.txt" 2>/dev/null
