@@ -313,9 +313,10 @@ class CudaGraphDecode:
         As `torch.cuda.graph` does, but for what that gives back first, always: torch's unused memory to the
         device (8 ms per GB), and pinned memory to the host.
         """
-        began = time.perf_counter()
         stream, device = self.passes.stream, self.decoder.device
         assert stream is not None
+        torch.cuda.synchronize(device)  # or what others have begun would count
+        began = time.perf_counter()
         # Memory of its own: the next graph overwrites the pool's.
         rows, wide = self.state.shape[1], self.decoder.spec.hidden_size
         shape, dtype = ((2, rows), torch.int32) if self.decoder.last else ((rows, wide), self.decoder.dtype)
