@@ -24,6 +24,8 @@ from puzzle.config.sections import (
 
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
+PARTS = (1, 2, 4, 8)
+"""Of sums under invariant numerics."""
 SOURCES = ("model", "init", "function", "url")
 
 
@@ -38,8 +40,8 @@ class RunConfig(Section):
     numerics: Literal["fast", "invariant"] = Field(
         "fast", description="invariant: the same numbers whatever the layout and the batch, for a price"
     )
-    numerics_parts: Literal[1, 2, 4, 8] | None = Field(
-        None, description="of sums that tensor parallelism cuts; null: the largest tp of the run"
+    numerics_parts: Count | None = Field(
+        None, description="1, 2, 4 or 8, of sums that tensor parallelism cuts; null: the run's largest tp"
     )
     compile: bool = Field(False, description="fuse norms, rotations and gates by torch.compile")
     recompute: bool = Field(False, description="keep layers' inputs alone for backward passes: less memory")
@@ -107,8 +109,10 @@ class RunConfig(Section):
             raise ValueError(
                 "numerics invariant: lora is merged for generation, which rounds otherwise; use fast"
             )
+        if self.numerics_parts not in (None, *PARTS):
+            raise ValueError(f"numerics_parts: is {self.numerics_parts}; use 1, 2, 4 or 8, or leave it out")
         for name, layout in self.layouts().items():
-            if layout.tp not in (1, 2, 4, 8):
+            if layout.tp not in PARTS:
                 raise ValueError(f"numerics invariant: {name}.layout.tp is {layout.tp}; use 1, 2, 4 or 8")
             if self.parts % layout.tp:
                 raise ValueError(

@@ -81,7 +81,10 @@ class Plan:
     def table(self) -> str:
         """The plan as lines for people."""
         per_node = min(self.cluster.devices_per_node, self.world)
-        lines = [f"run plan {self.hash}: {self.world} processes, {per_node} per node, {self.config.dtype}"]
+        how = self.config.dtype
+        if self.config.parts is not None:
+            how += f", invariant numerics of {self.config.parts} parts"
+        lines = [f"run plan {self.hash}: {self.world} processes, {per_node} per node, {how}"]
         for role, model in self.models.items():
             lines.append(f"  {role:<11}{model}")
         lines += self._stages()

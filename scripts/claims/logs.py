@@ -42,6 +42,21 @@ def held_out(folder: str, iteration: int) -> tuple[float, float]:
     return found["reward"], found["reward_ci95"]
 
 
+def three_steps(seed: int) -> list[float]:
+    """Held-out loss before and after fine-tuning, accuracy of the reward model, reward before and after ten
+    iterations of PPO, and the seconds of all."""
+    folder = f"three-steps/seed-{seed}/"
+    losses = [one.metrics["loss"] for one in run(folder + "sft").evaluations]
+    judge = run(folder + "reward").evaluations[-1].metrics
+    lines = (ROOT / "logs" / folder / "ppo/run.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    (ended,) = (r["time"] for r in records if r["record"] == "evaluation" and r["iteration"] == 10)
+    spent = wall_seconds(folder + "sft") + wall_seconds(folder + "reward") + ended - records[0]["time"]
+    policy = folder + "ppo"
+    judged = [judge["accuracy"], judge["accuracy_ci95"]]
+    return [losses[0], losses[-1], *judged, *held_out(policy, 0), *held_out(policy, 10), spent]
+
+
 def learnt(folder: str, iterations: int) -> list[float]:
     """Held-out reward before and after, each with half its interval, and the gain."""
     before, after = held_out(folder, 0), held_out(folder, iterations)

@@ -155,6 +155,13 @@ WRONG = [
     ),
     (["--algorithm.kl.place", "loss"], "algorithm.kl.place loss needs estimator k2 or k3"),
     (["--recompute", "true", "--intra.split_backward", "true"], "set one of them to false"),
+    (["--numerics", "exact"], "numerics: expected"),
+    (["--numerics_parts", "2"], "numerics_parts: only numerics invariant cuts sums"),
+    (["--numerics", "invariant", "--numerics_parts", "3"], "numerics_parts: is 3; use 1, 2, 4 or 8"),
+    (["--numerics", "invariant", "--layout.tp", "3"], "layout.tp is 3; use 1, 2, 4 or 8"),
+    (["--numerics", "invariant", "--numerics_parts", "2", "--generation.layout.tp", "4"], "2 is less than"),
+    (["--numerics", "invariant", "--compile", "true"], "set compile to false"),
+    (["--numerics", "invariant", "--actor.lora.rank", "2"], "numerics invariant: lora is merged"),
     (["--intra.split_backward", "true"], "intra.split_backward: one stage has nothing to fill"),
     (
         ["--switch.source", "zero_shards", "--layout.dp=1"],

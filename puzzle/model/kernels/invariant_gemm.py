@@ -108,6 +108,8 @@ class _Run:
         """Whether the copy engine takes these operands."""
         if self.x.itemsize != 2 or self.share % ENGINE_DEPTH or self.out.stride(1) != 1:
             return False
+        if not _has_engine(self.out.device):
+            return False
         return all(_along(t) is not None and t.data_ptr() % 16 == 0 for t in (self.x, self.w))
 
     def by_engine(self, parts: int, add: bool) -> None:
@@ -171,6 +173,12 @@ def _described(x: Tensor, long: int, deep: int) -> TensorDescriptor:
     if _along(x) == 1:
         return TensorDescriptor.from_tensor(x, [long, deep])
     return TensorDescriptor.from_tensor(x.t(), [deep, long])
+
+
+@cache
+def _has_engine(device: torch.device) -> bool:
+    """Hopper's and later GPUs have one; the interpreter plays it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
