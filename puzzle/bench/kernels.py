@@ -76,7 +76,7 @@ def _in_parts(device: torch.device) -> Found:
         rest = [list(range(n)) for n in (LENGTHS[0] - past, *LENGTHS[1:])]
         got = packed_attention(q[past:], k, v, pack(rest, 1, device, past), window)
         expected = _masked(q.double(), k.double(), v.double(), window)[past:]
-        yield f"attention in parts {heads}/{kv_heads} window {window}", _relative(got, expected), 1e-2
+        yield f"packed attention in parts {heads}/{kv_heads} window {window}", _relative(got, expected), 1e-2
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -156,6 +156,8 @@ def rank_plans(
             if memory.peak > calibration.memory_bytes:
                 tight = memory
                 continue
+            ranks = footprint.estimate(resolved, job.fused, calibration.memory_bytes)
+            memory = max(ranks, key=lambda rank: rank.peak)
             work = remapped(work, ranks, calibration.memory_bytes)
         plans.append(Ranked(plan.choice, options, predict(work, costs), memory))
         if len(plans) == top:
