@@ -154,7 +154,7 @@ def test_a_failed_comparison_fails_the_command(
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_bench_has_the_name_of_its_command(name: str) -> None:
     bench = getattr(resolve_name(f"puzzle.bench.{BENCHES[name][0]}"), "__self__", None)
-    assert name in ("memory", "iterations") if bench is None else name == bench.command()
+    assert name in ("memory", "iterations", "exact") if bench is None else name == bench.command()
 
 
 def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
