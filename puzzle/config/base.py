@@ -107,7 +107,8 @@ class RunConfig(Section):
             raise ValueError("numerics invariant: torch.compile rounds as it likes; set compile to false")
         if any(getattr(getattr(self, role), "lora", None) for role in self.trained):
             raise ValueError(
-                "numerics invariant: lora is merged for generation, which rounds otherwise; use fast"
+                "numerics invariant: sums of adapters (lora) are not cut into parts; leave lora out, or use"
+                " fast"
             )
         if self.numerics_parts not in (None, *PARTS):
             raise ValueError(f"numerics_parts: is {self.numerics_parts}; use 1, 2, 4 or 8, or leave it out")

@@ -3,9 +3,11 @@
 The command line wins over the file, the file over the defaults.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -116,8 +118,24 @@ def parse_overrides(
         )
         return source()
     except SettingsError as error:
+        if isinstance(error.__cause__, JSONDecodeError):
+            raise UserError(f"{_without_json(arguments)}: neither JSON nor names between commas") from None
         text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
         raise UserError(" ".join(text.split())) from None
+
+
+def _without_json(arguments: Sequence[str]) -> str:
+    """The option whose value, a list or a section, is no JSON; all that may be meant where several are."""
+    found, option = list[str](), ""
+    for word in arguments:
+        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        option = name
+        try:
+            if value.startswith(("[", "{")):
+                json.loads(value)
+        except JSONDecodeError:
+            found.append(f"{name} {shown(value)}")
+    return ", ".join(found) or "the command line"
 
 
 def _under_present_names(arguments: Sequence[str]) -> list[str]:
@@ -185,7 +203,7 @@ def validated(schema: type[Any], data: Mapping[str, Any], place: Callable[[Key],
     except ValidationError as error:
         problems = error.errors()
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-        raise UserError(_explain(problem, place, schema)) from None
+        raise UserError(_explain(problem, problems, place, schema)) from None
 
 
 def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:
@@ -198,13 +216,22 @@ def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix:
     return kept
 
 
-def _explain(problem: Mapping[str, Any], place: Callable[[Key], str], schema: Schema) -> str:
+def _explain(
+    problem: Mapping[str, Any],
+    problems: Sequence[Mapping[str, Any]],
+    place: Callable[[Key], str],
+    schema: Schema,
+) -> str:
+    """The line of one of `problems`."""
     known = {key for key, _ in keys(schema)}
-    path = tuple(str(part) for part in problem["loc"])
-    key = path
-    if problem["type"] != "extra_forbidden":
-        while key and key not in known:
+
+    def place_of(one: Mapping[str, Any]) -> Key:
+        key = tuple(str(part) for part in one["loc"])
+        while one["type"] != "extra_forbidden" and key and key not in known:
             key = key[:-1]  # list positions and names of union branches
+        return key
+
+    key = place_of(problem)
     name = ".".join(key)
     head = f"{place(key)}: {name}: " if key else f"{place(())}: "
     if problem["type"] == "extra_forbidden":
@@ -215,8 +242,10 @@ def _explain(problem: Mapping[str, Any], place: Callable[[Key], str], schema: Sc
         return f"{head}{reason}{', got ' + shown(problem['input']) if plain else ''}"
     if problem["type"] == "missing":
         return f"{head}a value is missing"
-    template = _EXPECTED.get(problem["type"])
-    expected = template.format(**problem.get("ctx", {})) if template else problem["msg"]
+    # Each type that a key may have, such as true, false or auto, has a problem of its own with a value.
+    same = [p for p in problems if p["input"] is problem["input"] and place_of(p) == key]
+    wanted = [_EXPECTED[p["type"]].format(**p.get("ctx", {})) for p in same if p["type"] in _EXPECTED]
+    expected = " or ".join(dict.fromkeys(wanted)) or problem["msg"]
     return f"{head}expected {expected}, got {shown(problem['input'])}"
 
 

@@ -248,6 +248,10 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "intra.overlap_rollout: no reward is called for each response; give reward.workers, or auto"
             )
+        if self.generation.keep_graphs is True and not self.generation.graphs:
+            raise ValueError(
+                "generation.keep_graphs: generation.graphs false leaves none to keep; leave one of them out"
+            )
         if self.switch.overlap == "prefill" and self.generation.keep_graphs is True:
             raise ValueError(
                 "generation.keep_graphs: a graph cannot await weights layer by layer, as with switch.overlap"

@@ -181,7 +181,7 @@ def _targets(value: Any) -> Any:
         if name != "all" and name not in PROJECTIONS:
             near = get_close_matches(str(name), PROJECTIONS, 1)
             hint = f"did you mean {near[0]}?" if near else f"use all, or of {', '.join(PROJECTIONS)}"
-            raise ValueError(f"{name} is no projection of a layer; {hint}")
+            raise ValueError(f"{name!r} is no projection of a layer; {hint}")
     return tuple(name for name in PROJECTIONS if name in names or "all" in names)
 
 

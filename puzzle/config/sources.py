@@ -40,6 +40,11 @@ def spec_of(role: Role, source: ModelConfig) -> ModelSpec:
             raise UserError(f"{role}.layers is {source.layers}, but the model has only {spec.num_layers}")
         spec = replace(spec, num_layers=source.layers)
     lora = source.lora if isinstance(source, TrainedConfig) else None
+    if lora is not None and lora.rank > spec.hidden_size:
+        raise UserError(
+            f"{role}.lora.rank is {lora.rank}, but no matrix of the model has more than {spec.hidden_size}"
+            " (hidden_size); lower it"
+        )
     return spec if lora is None else replace(spec, lora=Lora(lora.rank, lora.alpha, lora.targets))
 
 
@@ -64,6 +69,8 @@ def read_model_config(key: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         last = folder / "checkpoints" / "last"
         made = f" but that of a run, whose model is {last}" if (last / "config.json").is_file() else ""
+        if (folder / "adapter_config.json").is_file():
+            made = " but adapters, which are added to the weights in the folder around an export's"
         raise UserError(f"{key}: {folder} has no config.json; it is not a Hugging Face model folder{made}")
     try:
         return jsonio.read_object(file)

@@ -31,6 +31,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # no environment of a peer has this project
+
+from puzzle.cli import Parser, new_file, real, whole  # noqa: E402
+from puzzle.errors import UserError, exit_code, one_line  # noqa: E402
+
 SIDES, UNITS = ("puzzle", "trl"), ("seconds", "cpu_seconds")
 STEP = "step done"
 WORDS = (
@@ -86,7 +91,6 @@ def brevity(responses: Sequence[str]) -> list[float]:
 
 def run_puzzle(model: Path, work: Work, texts: Sequence[str]) -> None:
     """The project's side: one process."""
-    sys.path.insert(0, str(ROOT))
     import puzzle
 
     with TemporaryDirectory() as folder:
@@ -196,7 +200,7 @@ def _stat(process: int) -> list[str]:
 def measured(command: Sequence[str], work: Work, output: Path) -> list[tuple[float, float]]:
     """Seconds of the clock and of computing of every step but a child's first; its output goes to a file.
 
-    Raises RuntimeError where it fails or prints another number of steps.
+    Raises UserError where it fails or prints another number of steps.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait for others shall not count as computing
@@ -210,7 +214,7 @@ def measured(command: Sequence[str], work: Work, output: Path) -> list[tuple[flo
             told.write(line)
         code = child.wait()
     if code or len(marks) != work.steps:
-        raise RuntimeError(f"{command[0]} ended with {code} after {len(marks)} steps; see {output}")
+        raise UserError(f"{command[0]} ended with {code} after {len(marks)} steps; see {output}")
     return [(now - before, cpu - cpu_before) for (before, cpu_before), (now, cpu) in pairwise(marks)]
 
 
@@ -218,7 +222,10 @@ def versions(python: str, packages: Sequence[str]) -> dict[str, str]:
     """What an interpreter has of the packages."""
     code = "import sys, json; from importlib.metadata import version\n"
     code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    answer = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True)
+    answer = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        why = one_line((answer.stderr.splitlines() or ["it says nothing"])[-1])
+        raise UserError(f"{python} lacks one of {', '.join(packages)} ({why}); give --trl another Python")
     return json.loads(answer.stdout)
 
 
@@ -268,20 +275,28 @@ def summary(log: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 2 after a mistake, which gets one line."""
+    return exit_code(lambda: do(sys.argv[1:] if arguments is None else arguments))
+
+
+def do(arguments: Sequence[str]) -> None:
+    """What the command line says."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=Path(__file__).name, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", type=Path)
-    parser.add_argument("log", type=Path)
+    parser.add_argument("log", type=new_file)
     parser.add_argument("--trl", default=sys.executable, help="the Python that has trl")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each runs")
+    parser.add_argument("--rounds", type=whole(1), default=2, help="times that each runs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     for field in fields(Work):
         default = field.default
         assert isinstance(default, int | float)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
-    given = parser.parse_args()
+        kind = real(0.0) if isinstance(default, float) else whole(2 if field.name == "steps" else 1)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=default)
+    given = parser.parse_args(arguments)
+    if not (given.model / "config.json").is_file():
+        parser.error(f"{given.model}: is no Hugging Face model folder")
     work = Work(**{field.name: getattr(given, field.name) for field in fields(Work)})
     if given.side is None:
         compare(given.model.resolve(), given.log, given.trl, work, given.rounds)
@@ -291,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,6 @@ loads with that.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -30,6 +29,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # no environment of a peer has this project
+
+from puzzle.cli import Parser, named, real, whole  # noqa: E402
+from puzzle.errors import UserError, exit_code  # noqa: E402
 
 VOCABULARY, PROMPT, RESPONSE, ROWS = 32000, 256, 256, 16
 SHAPES = {"7b": (4096, 32, 32), "350m": (512, 16, 16)}  # hidden size, layers, heads; all 11008 wide
@@ -204,6 +209,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def prepare(work: Path, prompts: int) -> None:
     """Write model folders with random weights, whose words are tokens, prompts of 256 words, and a reward."""
+    work.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what could not be written
     import pandas
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -257,10 +263,14 @@ def _tokenizer() -> Any:
 
 def steps_of(metrics: Path) -> list[dict[str, float]]:
     """Seconds of the parts of every step that verl's file logger wrote, the first one too."""
-    rows = [json.loads(line)["data"] for line in metrics.read_text().splitlines() if line.strip()]
-    return [
-        {part: float(row[f"timing_s/{part}"]) for part in PARTS if f"timing_s/{part}" in row} for row in rows
-    ]
+    try:
+        rows = [json.loads(line)["data"] for line in metrics.read_text().splitlines() if line.strip()]
+        return [
+            {part: float(row[f"timing_s/{part}"]) for part in PARTS if f"timing_s/{part}" in row}
+            for row in rows
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{metrics}: is no log of verl's file logger ({error})") from None
 
 
 def means(metrics: Path) -> dict[str, float]:
@@ -322,16 +332,21 @@ def table(out: Path) -> str:
     return "\n".join([*lines, *(f"{name}: no numbers" for name in found if not found[name])])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 2 after a mistake, which gets one line."""
+    return exit_code(lambda: do(sys.argv[1:] if arguments is None else arguments))
+
+
+def do(arguments: Sequence[str]) -> None:
+    """What the command line says."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=Path(__file__).name, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=("prepare", "search", "table", "command"))
-    parser.add_argument("folders", nargs="+", type=Path, metavar="WORK|OUT")
-    parser.add_argument("--gpus", type=int, default=4)
+    parser.add_argument("folders", nargs="+", type=named, metavar="WORK|OUT")
+    parser.add_argument("--gpus", type=whole(1), default=4)
     parser.add_argument("--critic", choices=SHAPES, default="350m")
-    parser.add_argument("--minutes", type=float, default=50.0)
-    parser.add_argument("--steps", type=int, default=4, help="iterations, of which the first warms up")
+    parser.add_argument("--minutes", type=real(0.0), default=50.0)
+    parser.add_argument("--steps", type=whole(2), default=4, help="iterations, of which the first warms up")
     parser.add_argument("--attention", default="flash_attention_2")
     parser.add_argument("--only", help="of `command`: one setting")
     parser.add_argument("--extra", nargs="+", default=[], metavar="KEY=VALUE", help="more of verl's options")
@@ -346,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given.what == "table":
         print(table(folders[0]))
     elif given.what == "search":
+        if not (host.work / "train.parquet").is_file():
+            raise UserError(f"{host.work}: `prepare` has not written prompts here")
         search(host, folders[1], given.minutes)
     else:
         known = settings(given.critic, given.gpus)
@@ -358,4 +375,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,15 +9,21 @@ line of OUT is a batch without (null) or with (0) log-probs: seconds of the fast
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # no environment of a peer has this project
+
+from puzzle.cli import Parser, new_file, whole  # noqa: E402
+from puzzle.errors import exit_code  # noqa: E402
 
 LENGTH, VOCABULARY = 256, 32000
 SHAPE = {
@@ -71,21 +77,32 @@ def engine(folder: Path, tp: int, sequences: int) -> Generate:
     return generate
 
 
-def main() -> None:
-    """The command."""
+def wholes(text: str) -> list[int]:
+    """The type of an option that is whole numbers between commas."""
+    return [whole(1)(word) for word in text.split(",")]
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Measure, and write what was measured; the file appears when the engine stands."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--batches", default="16,32,64,128,256")
-    parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
-    batches = [int(word) for word in given.batches.split(",")]
-    with TemporaryDirectory() as folder, given.out.open("w") as out:
-        for row in rows(engine(Path(folder), given.tp, max(batches)), given.tp, batches, given.repeats):
-            print(json.dumps(row))
-            print(json.dumps(row), file=out, flush=True)
+    parser = Parser(prog=Path(__file__).name, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("out", type=new_file)
+    parser.add_argument("--tp", type=whole(1), default=1)
+    parser.add_argument("--batches", type=wholes, default="16,32,64,128,256")
+    parser.add_argument("--repeats", type=whole(1), default=3)
+    given = parser.parse_args(arguments)
+    with TemporaryDirectory() as folder:
+        generate = engine(Path(folder), given.tp, max(given.batches))
+        with given.out.open("w") as out:
+            for row in rows(generate, given.tp, given.batches, given.repeats):
+                print(json.dumps(row))
+                print(json.dumps(row), file=out, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 2 after a mistake, which gets one line."""
+    return exit_code(lambda: command(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -161,7 +161,13 @@ WRONG = [
     (["--numerics", "invariant", "--layout.tp", "3"], "layout.tp is 3; use 1, 2, 4 or 8"),
     (["--numerics", "invariant", "--numerics_parts", "2", "--generation.layout.tp", "4"], "2 is less than"),
     (["--numerics", "invariant", "--compile", "true"], "set compile to false"),
-    (["--numerics", "invariant", "--actor.lora.rank", "2"], "numerics invariant: lora is merged"),
+    (["--numerics", "invariant", "--actor.lora.rank", "2"], "sums of adapters (lora) are not cut"),
+    (["--generation.keep_graphs", "maybe"], "keep_graphs: expected true or false or 'auto', got 'maybe'"),
+    (["--intra.overlap_rollout", "2"], "overlap_rollout: expected true or false or 'auto', got '2'"),
+    (
+        ["--generation.keep_graphs", "true", "--generation.graphs", "false"],
+        "generation.keep_graphs: generation.graphs false leaves none to keep",
+    ),
     (["--intra.split_backward", "true"], "intra.split_backward: one stage has nothing to fill"),
     (
         ["--switch.source", "zero_shards", "--layout.dp=1"],
@@ -171,8 +177,13 @@ WRONG = [
     (["--switch.overlap", "prefill"], "the actor generates as it trains, nothing is filled"),
     (["--actor.lora.rank", "0"], "command line: actor.lora.rank: expected at least 1, got '0'"),
     (["--actor.lora.rank", "4", "--actor.lora.alpha", "0"], "actor.lora.alpha: expected more than 0"),
-    (["--actor.lora.targets", "q_prj"], "q_prj is no projection of a layer; did you mean q_proj?"),
-    (["--actor.lora.targets", "c_attn"], "c_attn is no projection of a layer; use all, or of q_proj, k_proj"),
+    (["--actor.lora.targets", "q_prj"], "'q_prj' is no projection of a layer; did you mean q_proj?"),
+    (
+        ["--actor.lora.targets", "c_attn"],
+        "'c_attn' is no projection of a layer; use all, or of q_proj, k_proj",
+    ),
+    (["--actor.lora.targets", ""], "actor.lora.targets: '' is no projection of a layer"),
+    (["--actor.lora.targets", "[[q_proj]]"], "--actor.lora.targets '[[q_proj]]': neither JSON nor names"),
     (["--actor.lora.targets", "[]"], "actor.lora.targets: expected all, or names of projections"),
     (["--actor.lora.rank=4", "--offload.reference=true"], "the reference is the actor without adapters"),
     (

@@ -1,5 +1,6 @@
 """A run resolved before it starts: the plan says what runs where, and equal plans have equal hashes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from puzzle.plan.cluster import Cluster
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.reshard.plan import plan_switch
 from puzzle.rlhf.preflight import agree
+from puzzle.spec.model import ModelSpec
 from tests.helpers import run_ranks
 
 TINY = {
@@ -37,6 +39,23 @@ BASE: dict[str, Any] = {
 
 def configured(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**BASE, **changes})
+
+
+def test_adapters_are_no_wider_than_the_model() -> None:
+    def spec(rank: int) -> ModelSpec:
+        return resolve(configured(actor={"init": TINY, "lora": {"rank": rank}})).models["actor"].spec
+
+    assert spec(16).lora is not None
+    with pytest.raises(UserError, match="no matrix of the model has more than 16"):
+        spec(17)
+
+
+def test_a_folder_of_adapters_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="it is not a Hugging Face model folder but adapters, which are added"
+    ):
+        resolve(configured(actor={"model": str(tmp_path)}))
 
 
 def test_a_plan_says_what_runs_where() -> None:

@@ -14,6 +14,8 @@ import pytest
 from peers import trl_cpu, verl_ppo, vllm_alone
 from peers.verl_ppo import Host, Setting
 
+from puzzle.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 LOGS = ROOT / "logs/peers/verl-4xh200"
 HOST = Host(Path("/w"), "7b", 4, 4, "sdpa", ("+more=1",))
@@ -121,12 +123,52 @@ def test_a_search_stops_in_time_and_goes_on(
         (["table", "one", "two"], "table takes one folder"),
         (["command", "one", "two", "--only", "fast"], "--only fast: there are default, fused-triton"),
         (["search", "one", "two", "--critic", "13b"], "invalid choice: '13b'"),
+        (["search", "one", "two", "--gpus", "0"], "--gpus: '0': give a whole number, at least 1"),
+        (["search", "one", "two", "--minutes", "nan"], "--minutes: 'nan': give a finite number"),
+        (["search", "/nowhere", "two"], "/nowhere: `prepare` has not written prompts here"),
+        (["table", "/nowhere"], "/nowhere: No such file"),
+        (["prepare", "/proc/nowhere"], "/proc/nowhere: No such file"),
     ],
 )
 def test_bad_arguments_end_in_a_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        verl_ppo.main(words)
-    assert said in capsys.readouterr().err
+    assert_line(verl_ppo.main(words), said, capsys)
+
+
+def assert_line(code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = capsys.readouterr().err
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert said in err
+
+
+def test_bad_arguments_beside_trl_and_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, log = tmp_path / "model", str(tmp_path / "log.jsonl")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for words, said in (
+        ([str(tmp_path), log], "is no Hugging Face model folder"),
+        ([str(model), "/nowhere/log.jsonl"], "no folder /nowhere"),
+        ([str(model), log, "--trl", "/nowhere/python"], "/nowhere/python: No such file"),
+        ([str(model), log, "--trl", "/bin/false"], "/bin/false lacks one of torch, transformers, trl"),
+        ([str(model), log, "--steps", "1"], "--steps: '1': give a whole number, at least 2"),
+        ([str(model), log, "--kl", "nan"], "--kl: 'nan': give a finite number"),
+    ):
+        assert_line(trl_cpu.main(words), said, capsys)
+    for words, said in (
+        (["/nowhere/log.jsonl"], "no folder /nowhere"),
+        ([log, "--batches", "16,,32"], "--batches: '': give a whole number, at least 1"),
+        ([log, "--tp", "0"], "--tp: '0': give a whole number"),
+        ([log], "the package vllm is not installed"),
+    ):
+        assert_line(vllm_alone.main(words), said, capsys)
+    assert not Path(log).exists()
+
+
+def test_a_torn_log_of_verl_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "default").mkdir()
+    for text in ("{torn", "[]", '{"data": 3}'):
+        (tmp_path / "default/metrics.jsonl").write_text(text)
+        assert_line(verl_ppo.main(["table", str(tmp_path)]), "is no log of verl's file logger", capsys)
 
 
 def test_vllms_rows_are_those_that_ship() -> None:
@@ -160,7 +202,7 @@ def test_a_childs_steps_are_timed_and_its_computing_counted(tmp_path: Path) -> N
     for seconds, cpu in found:
         assert 0.4 < cpu < 0.8
         assert seconds > cpu - 0.1
-    with pytest.raises(RuntimeError, match="after 0 steps"):
+    with pytest.raises(UserError, match="after 0 steps"):
         trl_cpu.measured([sys.executable, "-c", "raise SystemExit(1)"], work, tmp_path / "out.txt")
 
 
