@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from puzzle.engine.train import norms
+from puzzle.model.invariant import pointwise
 from puzzle.model.invariant import products as made
-from puzzle.model.invariant.sums import exact_sum, tree_sum
+from puzzle.model.invariant.sums import equal_parts, exact_sum, tree_sum
 from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup
 from tests.model.tiny import VARIANTS, save_variant, sequences, stage
@@ -58,6 +59,49 @@ def test_parts_of_a_product_are_added_as_ranks_would(parts: int) -> None:
     x, w = random(33, 1040, seed=1), random(40, 1040, seed=2)
     apart = [made.product(a, b) for a, b in zip(x.chunk(parts, 1), w.chunk(parts, 1), strict=True)]
     assert torch.equal(made.product(x, w, parts), tree_sum(torch.stack(apart), 0))
+
+
+class OneOf(TensorGroup):
+    """One of several tensor ranks, which are not there: keeps what it would gather."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.given: list[Tensor] = []
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self.given.append(x[0])
+        return x.repeat(self.size, *[1] * (x.dim() - 1))
+
+
+@pytest.mark.parametrize("depth", [44, 48, 24, 520])
+def test_sums_that_do_not_cut_into_all_parts_go_on_over_ranks(depth: int) -> None:
+    x, w = random(17, depth, seed=1), random(20, depth, seed=2)
+    whole = made.product(x, w, equal_parts(depth, TensorGroup(), 8))
+    for ranks in (2, 4):
+        here = equal_parts(depth // ranks, OneOf(ranks), 8)
+        apart = [made.product(*each, here) for each in zip(x.chunk(ranks, 1), w.chunk(ranks, 1), strict=True)]
+        assert torch.equal(tree_sum(torch.stack(apart), 0), whole)
+
+
+def test_norms_of_fewer_heads_than_parts_go_on_over_ranks() -> None:
+    """Of 4 key/value heads under sums of 8 parts, over tokens that are no power of two."""
+    heads, tokens, width = 4, 24, 8
+    qkv, (cos, sin) = random(tokens, heads * 4 * width), random(2, tokens, 1, 1, width, seed=3)
+
+    def gradient(ranks: int, which: int) -> Tensor:
+        apart = []
+        for mine in qkv.chunk(ranks, 1):
+            group = OneOf(ranks)
+            weights = [random(width, seed=n).requires_grad_() for n in (1, 2)]
+            out = pointwise.heads(mine, heads // ranks, cos, sin, *weights, 1e-5, group, 8)
+            (grad,) = torch.autograd.grad(out[which].sin().sum(), weights[which])
+            apart.append(grad if ranks == 1 else group.given[0])
+        return tree_sum(torch.stack(apart), 0)
+
+    for which in (0, 1):
+        whole = gradient(1, which)
+        assert all(torch.equal(gradient(ranks, which), whole) for ranks in (2, 4))
 
 
 def test_a_blas_that_is_not_steady_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

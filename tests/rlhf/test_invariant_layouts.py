@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from puzzle.config.load import merge
 from tests.rlhf.ppo_ranks import Boxes, Case, Watch
 from tests.rlhf.test_algorithm_layouts import assembled
 from tests.rlhf.test_trainer_reference import run_all
@@ -163,6 +164,19 @@ def test_four_ranks_equal_one() -> None:
 def test_all_pairs(world: int) -> None:
     layouts = OF_TWO if world == 2 else OF_FOUR
     check(list(product(layouts, layouts)), world, MODELS)
+
+
+@pytest.mark.long
+def test_holders_of_one_head_agree_on_several_stages() -> None:
+    """Four ranks have parts of the only key/value head's gradient: they add them in one order."""
+    one_stage = case(((4, 1, 1), (4, 1, 1)), "llama", "fp32", 0)
+    two_stages = case(((4, 2, 1), (4, 1, 2)), "llama", "fp32", 0)
+    for role in ("actor", "critic", "reward"):
+        for one in (one_stage, two_stages):
+            one.config[role] = merge(one.config[role], {"init": {"num_key_value_heads": 1}})
+    found = run_all([two_stages], 8)[0]
+    no_gap(found)
+    same(found, run_all([one_stage], 4)[0])
 
 
 def test_fast_numerics_do_differ() -> None:

@@ -24,9 +24,9 @@ from puzzle.engine.train.adamw import AdamWSettings, clipped_step, make_adam
 from puzzle.engine.train.grad_buckets import Bucket, Slot, fill_buckets
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
-from puzzle.model.invariant.sums import tree_sum
+from puzzle.model.invariant.sums import across, tree_sum
 from puzzle.model.linear import Weight
-from puzzle.model.parallel import reduce_scatter_flat
+from puzzle.model.parallel import TensorGroup, reduce_scatter_flat
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.pipeline.actions import Op
 from puzzle.plan.shards import LocalParam, sharer_groups, sharers
@@ -55,8 +55,8 @@ class ZeroAdamW:
         bucket: int = BUCKET,
         exact: bool = False,
     ) -> None:
-        """With `exact`, replicas' gradients and the squares of their norm are added in an order that layouts
-        of one dp share."""
+        """With `exact`, gradients of replicas and of ranks that hold the same boxes, and the squares of their
+        norm, are added in an order that layouts of one dp share."""
         self.exact = exact
         self.name, self.spec, self.placement, self.coord = name, spec, placement, coord
         self.world, self.settings = world, settings
@@ -89,7 +89,7 @@ class ZeroAdamW:
         own = slot.param.detach()[slot.low : slot.high]
         return own if own.dtype == torch.float32 else own.float()
 
-    def _shared_rows(self) -> list[tuple[dist.ProcessGroup, list[tuple[int, int, int]]]]:
+    def _shared_rows(self) -> list[tuple[TensorGroup, list[tuple[int, int, int]]]]:
         """Per set of ranks of the replica that hold the same boxes: (slot, first, last own row)."""
         tensors = {t.name: t for t in self.spec.tensors()}
         rows: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
@@ -104,7 +104,8 @@ class ZeroAdamW:
             group = self.world.groups([ranks], "sharers")
             if group is not None and ranks in rows:
                 # A tied embedding and its head are different slots: order by what both stages agree on.
-                shared.append((group, sorted(rows[ranks], key=lambda r: _order(self.slots[r[0]], r))))
+                ordered = sorted(rows[ranks], key=lambda r: _order(self.slots[r[0]], r))
+                shared.append((TensorGroup(group, ranks), ordered))
         return shared
 
     def _owned_rows(self) -> list[tuple[int, int, int]]:
@@ -210,7 +211,8 @@ class ZeroAdamW:
         for group, rows in self.shared:
             parts = [self._grad(i)[first:last] for i, first, last in rows]
             flat = torch.cat([part.reshape(-1) for part in parts])
-            dist.all_reduce(flat, group=group)
+            # An all-reduce of three or more adds in an order of its own at each place of the message.
+            flat = across(flat, group, sharded=False) if self.exact else group.all_reduce(flat)
             self.world.moved["all_reduce"] += flat.nbytes
             for part, summed in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
                 part.copy_(summed.view_as(part))

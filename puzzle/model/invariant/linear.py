@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puzzle.model.invariant.products import product
-from puzzle.model.invariant.sums import across, tree_sum
+from puzzle.model.invariant.sums import across, equal_parts, tree_sum
 from puzzle.model.linear import weight_gradient
 from puzzle.model.parallel import TensorGroup
 
@@ -29,13 +29,6 @@ def column(
 def row(x: Tensor, weight_transposed: Tensor, group: TensorGroup, parts: int, sharded: bool) -> Tensor:
     """x @ weight, summed over the group: the own T/tp rows if `sharded`, else all."""
     return _Row.apply(x, weight_transposed, group, parts, sharded)
-
-
-def shares(extent: int, group: TensorGroup, parts: int) -> int:
-    """Parts of a cut dimension on a rank. One, where more ranks than there are units hold some of them twice:
-    then layouts of that kind agree with each other alone."""
-    here = parts // group.size
-    return here if extent % here == 0 else 1
 
 
 class _Column(torch.autograd.Function):
@@ -59,7 +52,7 @@ class _Column(torch.autograd.Function):
         (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            here = shares(len(weight), group, ctx.parts)
+            here = equal_parts(len(weight), group, ctx.parts)
             grad_x = across(product(grad, weight.t(), here, torch.float32), group, sharded=True).to(x.dtype)
         if ctx.needs_input_grad[1]:
             x = x.detach()
@@ -74,7 +67,7 @@ class _Row(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: TensorGroup, parts: int, sharded: bool) -> Tensor:
         ctx.group, ctx.sharded = group, sharded
         ctx.save_for_backward(x, weight)
-        out = product(x, weight.t(), shares(len(weight), group, parts), torch.float32)
+        out = product(x, weight.t(), equal_parts(len(weight), group, parts), torch.float32)
         return across(out, group, sharded).to(x.dtype)
 
     @staticmethod

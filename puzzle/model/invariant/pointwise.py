@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.model.invariant.sums import across, over_tokens, tree_sum
+from puzzle.model.invariant.sums import across, equal_parts, over_tokens, tree_sum
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels
 
@@ -92,7 +92,7 @@ def heads(
 
         def over_heads(grad: Tensor) -> Tensor:
             """Heads are cut over ranks, tokens are not: parts are kv groups."""
-            here = parts // group.size if kv_groups % (parts // group.size) == 0 else 1
+            here = equal_parts(kv_groups, group, parts)
             mine = grad.transpose(0, 1).reshape(here, -1, grad.shape[-1])
             return across(tree_sum(tree_sum(mine, 1), 0), group, sharded=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,16 @@ def across(x: Tensor, group: TensorGroup, sharded: bool) -> Tensor:
     if group.size == 1:
         return x
     return tree_sum(group.exchange(x) if sharded else group.all_gather(x[None]), 0)
+
+
+def equal_parts(extent: int, group: TensorGroup, parts: int) -> int:
+    """In how many of `parts` a rank cuts its `extent` of a dimension that is cut over the group.
+
+    Fewer than `parts` / tp where those would not be equal, but as many over all ranks in every layout:
+    gcd(E/tp, parts/tp) tp = gcd(E, parts). Where several ranks hold the same, E is not: such layouts agree
+    with each other alone.
+    """
+    return math.gcd(extent, parts // group.size)
 
 
 def over_tokens(x_TD: Tensor, group: TensorGroup, parts: int) -> Tensor:
