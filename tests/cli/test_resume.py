@@ -148,6 +148,10 @@ def test_a_damaged_checkpoint_is_said_and_the_former_used(folder: Path, tmp_path
             ["--out", "copy", "--actor.init.hidden_size", "64"],
             "actor: the checkpoint is of a model of another shape",
         ),
+        (
+            ["--out", "copy", "--actor.lora.rank", "4"],
+            "actor: the checkpoint is of a model of another shape, or with other adapters (lora.rank",
+        ),
         (["--out", "copy", "--seed", "7"], "seed is 7 but 0 in the checkpoint"),
         (["--out", "copy", "--log.variant", "other"], "holds a run with variant 'tiny', not 'other'"),
     ],

@@ -119,8 +119,10 @@ class Manifest:
         if name not in self.models:
             raise UserError(f"{name}: the checkpoint holds no such model; it has {', '.join(self.models)}")
         if self.models[name].identity != identity(spec):
+            adapters = spec.lora or any(e.model == name and ".lora_" in e.tensor for e in self.entries)
+            kind = ", or with other adapters (lora.rank, alpha, targets)" if adapters else ""
             raise UserError(
-                f"{name}: the checkpoint is of a model of another shape; resume with the model it had"
+                f"{name}: the checkpoint is of a model of another shape{kind}; resume with the model it had"
             )
         sizes: dict[tuple[str, str], int] = {}
         shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
