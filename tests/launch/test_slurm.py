@@ -131,6 +131,7 @@ def test_ray_over_the_nodes_of_a_job(folder: Path, alone: Path) -> None:
 
 
 @under_slurm
+@pytest.mark.long
 def test_a_campaign_cancelled_half_way_leaves_nothing_and_goes_on(folder: Path) -> None:
     def start() -> subprocess.Popen:
         with (folder / "console.txt").open("w") as said:

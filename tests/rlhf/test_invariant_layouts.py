@@ -152,9 +152,10 @@ def check(pairs: list[Pair], world: int, models: tuple[tuple[str, str], ...]) ->
 
 
 def test_two_ranks_equal_one() -> None:
-    check([((2, 1, 1), (1, 2, 1)), ((1, 1, 2), (2, 1, 1))], 2, MODELS[::3])
+    check([((2, 1, 1), (1, 2, 1)), ((1, 1, 2), (2, 1, 1))], 2, MODELS[3:4])
 
 
+@pytest.mark.long
 def test_four_ranks_equal_one() -> None:
     check([((2, 2, 1), (4, 1, 1)), ((1, 4, 1), (2, 2, 1)), ((2, 1, 2), (1, 1, 4))], 4, MODELS[3:4])
 
@@ -182,6 +183,5 @@ def test_holders_of_one_head_agree_on_several_stages() -> None:
 def test_fast_numerics_do_differ() -> None:
     """What the other tests look at sees rounding."""
     pair: Pair = ((2, 1, 1), (1, 2, 1))
-    for dtype in ("fp32", "bf16"):
-        fast = run_all([case(pair, "llama", dtype, 0, numerics="fast")], 2)[0]
-        assert fast[0].metrics[0]["logprob_gap_max"] > 0
+    fast = run_all([case(pair, "llama", "bf16", 0, numerics="fast")], 2)[0]
+    assert fast[0].metrics[0]["logprob_gap_max"] > 0

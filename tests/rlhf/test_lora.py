@@ -127,6 +127,7 @@ def assert_sft(found: list[list[Seen]], runs: list[tuple[Path, tuple[str, ...], 
         assert_learned([rank[number] for rank in found], model, loss, "actor")
 
 
+@pytest.mark.long
 def test_preferences_are_learned_as_by_peft(tmp_path: Path) -> None:
     """A reward model, whose score head is trained in full; DPO, whose reference is the base."""
     judge, folder = save_value(tmp_path / "judge"), save_lm(tmp_path / "lm")

@@ -81,10 +81,10 @@ def test_the_log_proves_layouts_and_schedules(folder: Path) -> None:
         t, p = rank % 2, rank // 2
         assert record["coordinates"]["actor"] == {"t": t, "p": p, "d": 0}
         assert record["coordinates"]["critic"] == {"t": 0, "p": p, "d": t}
-        actor = 2 * layer_bytes(2) + words // 2 + (4 * D if p else 0)
+        # 258 words are cut by eighths of 33 rows: 132 on each of 2 ranks, 66 on each of 4.
+        actor = 2 * layer_bytes(2) + 4 * 132 * D + (4 * D if p else 0)
         critic = 2 * layer_bytes(1) + (words if p == 0 else 8 * D)
-        # 258 words on 4 ranks: rows are padded to 65 each, for the embedding and the head.
-        reference = LAYERS * layer_bytes(4) + 2 * 4 * 65 * D + 4 * D
+        reference = LAYERS * layer_bytes(4) + 2 * 4 * 66 * D + 4 * D
         assert record["parameter_bytes"] == actor + critic + reference
         moved = record["collective_bytes"]
         # 2 iterations x 2 minibatches; a value head of one row is padded to one row per replica.
