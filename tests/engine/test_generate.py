@@ -338,8 +338,8 @@ LONG_RINGS = [
 @pytest.mark.parametrize(
     ("variant", "shape"),
     [
-        *RINGS[1:3],
-        *(pytest.param(*case, marks=pytest.mark.long) for case in (RINGS[0], *RINGS[3:], *LONG_RINGS)),
+        *RINGS,
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_RINGS),
     ],
 )
 def test_rings_agree_with_transformers(variant, shape, tmp_path):
