@@ -194,7 +194,7 @@ def layouts(world: int) -> list[Sizes]:
 
 
 def _price(options: argparse.Namespace) -> None:
-    """Seconds of stages of both numerics, by turns, the first iteration left out."""
+    """Seconds of stages of both numerics, one after the other, the first iteration left out."""
     sizes = {"preset": options.price, "num_hidden_layers": options.layers, "max_position_embeddings": 1024}
     common: dict[str, Any] = {
         "iterations": 3,

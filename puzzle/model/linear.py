@@ -23,6 +23,9 @@ FEW = 64
 FEW_ON_CPU = 16
 """Rows up to which a CPU multiplies wide matrices from the left."""
 
+Accumulate = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""(total, left, right, first): total (float32) += left @ right, or = if it is the first."""
+
 Sink = Callable[[Tensor, Tensor], None]
 """Takes a weight gradient as the two matrices (in the shape of the weight) whose product it is."""
 
@@ -31,6 +34,35 @@ Sink = Callable[[Tensor, Tensor], None]
 _ONEDNN: Callable[..., Tensor] | None = None
 if torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total (float32) += left @ right, or = if it is the `first`."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right, beta=0.0 if first else 1.0)
+    elif left.is_cuda and sums_in_place(left.device):
+        if first:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)
+
+
+@cache
+def sums_in_place(device: torch.device) -> bool:
+    """Whether torch adds a bf16 product to a float32 matrix by itself, and rightly: versions differ."""
+    left = torch.arange(16.0, device=device).to(torch.bfloat16).repeat(8, 1).t()[4:12]
+    right = torch.arange(24.0, device=device).to(torch.bfloat16).repeat(8, 1)
+    total = torch.full((8, 24), torch.nan, device=device)
+    try:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return torch.equal(total, 2 * (left.float() @ right.float()))
 
 
 class Later:
@@ -55,7 +87,7 @@ class Weight(nn.Parameter):
 
     sink: Sink | None = None
     later: Later | None = None
-    accumulate: Callable[[Tensor, Tensor, Tensor, bool], None] | None = None
+    accumulate: Accumulate = staticmethod(accumulate)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
@@ -107,35 +139,6 @@ def waits_for(weight: Tensor) -> list[Callable[[], None]] | None:
     """Where the weight's gradients wait, None where they do not."""
     later = getattr(weight, "later", None)
     return None if later is None or getattr(weight, "sink", None) is None else later.waiting
-
-
-def accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total (float32) += left @ right, or = if it is the `first`."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right, beta=0.0 if first else 1.0)
-    elif left.is_cuda and sums_in_place(left.device):
-        if first:
-            torch.mm(left, right, out_dtype=torch.float32, out=total)
-        else:
-            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    elif first:
-        total.copy_(left @ right)
-    else:
-        total.add_(left @ right)
-
-
-@cache
-def sums_in_place(device: torch.device) -> bool:
-    """Whether torch adds a bf16 product to a float32 matrix by itself, and rightly: versions differ."""
-    left = torch.arange(16.0, device=device).to(torch.bfloat16).repeat(8, 1).t()[4:12]
-    right = torch.arange(24.0, device=device).to(torch.bfloat16).repeat(8, 1)
-    total = torch.full((8, 24), torch.nan, device=device)
-    try:
-        torch.mm(left, right, out_dtype=torch.float32, out=total)
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return torch.equal(total, 2 * (left.float() @ right.float()))
 
 
 class _Linear(torch.autograd.Function):

@@ -21,13 +21,11 @@ from puzzle.model.invariant import logprobs as steady_logprobs
 from puzzle.model.invariant import pointwise as steady_pointwise
 from puzzle.model.invariant.products import SIDE, accumulate, product
 from puzzle.model.invariant.sums import over_tokens
+from puzzle.model.linear import Accumulate
 from puzzle.model.logprobs import TokenStats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
-
-Accumulate = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""(total, left, right, first): total (float32) += left @ right, or = if it is the first."""
 
 
 @dataclass(frozen=True)

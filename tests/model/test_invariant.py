@@ -121,7 +121,7 @@ def test_steadiness_is_found_out() -> None:
         assert not made.steady.__wrapped__()
 
 
-@pytest.mark.parametrize("largest", [1.0, 1e-18, 3e17])
+@pytest.mark.parametrize("largest", [1.0, 1e-18, 1e18])
 def test_the_norm_of_gradients_does_not_depend_on_how_they_are_cut(largest: float) -> None:
     grads = random(4001) * torch.logspace(-9, 0, 4001) * largest
     whole = norms.start_exact([grads], grads.device, None)[1]()
@@ -129,6 +129,12 @@ def test_the_norm_of_gradients_does_not_depend_on_how_they_are_cut(largest: floa
         parts = list(grads.split(sizes))[::-1]
         assert torch.equal(norms.start_exact(parts, grads.device, None)[1](), whole)
     torch.testing.assert_close(whole.double(), grads.double().square().sum(), rtol=1e-6, atol=0)
+
+
+def test_a_square_beside_the_largest_float_is_one() -> None:
+    """The power of two that gradients are divided by has a square beyond float32."""
+    found = norms.start_exact([torch.tensor([1.5e19, -1.0])], torch.device("cpu"), None)[1]()
+    assert found == torch.tensor(1.5e19).square()
 
 
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from puzzle.engine.runtime.tracing import Instant
-from puzzle.model.linear import accumulate
+from puzzle.model.linear import Weight
 from puzzle.model.parallel import all_gather_flat
 from puzzle.plan.shards import LocalParam, zero_rows
 
@@ -57,9 +57,9 @@ class Bucket:
 
     def add_product(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """`add` of left @ right, by the product itself."""
-        add = getattr(slot.param, "accumulate", None) or accumulate
+        assert isinstance(slot.param, Weight), f"{slot.local.name} is no matrix"
         for rows, home in self._homes(slot):
-            add(home, left[rows], right, slot.empty)
+            slot.param.accumulate(home, left[rows], right, slot.empty)
         self._arrived(slot)
 
     def _homes(self, slot: Slot) -> Iterator[tuple[slice, Tensor]]:

@@ -42,7 +42,8 @@ def start_exact(
     work = None if group is None else dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
     def finish() -> Tensor:
-        exponent = torch.frexp(top.double()).exponent
+        # In double: float32 powers of two end at 2^127, squares of float32 gradients do not.
+        exponent = torch.frexp(top.double()).exponent.double()
         limbs = torch.zeros(2, dtype=torch.int64, device=device)
         for part in parts:
             for piece in part.reshape(-1).split(PIECE):
