@@ -15,14 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import __version__  # ty: ignore[import-not-found]
-from megatron.core.resharding import (  # ty: ignore[import-not-found]
-    build_centralized_reshard_plan,
-    execute_reshard_plan,
-)
-from megatron.core.resharding.copy_services.nccl_copy_service import (  # ty: ignore[import-not-found]
-    NCCLCopyService,
-)
 from torch import Tensor, nn
 
 from puzzle.bench import device
@@ -31,6 +23,18 @@ from puzzle.cli.plan_switch import model_spec, triple
 from puzzle.engine.runtime.world import World
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.model import ModelSpec
+
+try:
+    from megatron.core import __version__  # ty: ignore[import-not-found]
+    from megatron.core.resharding import (  # ty: ignore[import-not-found]
+        build_centralized_reshard_plan,
+        execute_reshard_plan,
+    )
+    from megatron.core.resharding.copy_services.nccl_copy_service import (  # ty: ignore[import-not-found]
+        NCCLCopyService,
+    )
+except ImportError as error:
+    raise SystemExit(f"error: {error}; pip install --no-deps megatron-core==0.16.1") from None
 
 Numbers = tuple[int, int, int]
 Spread = tuple[tuple[int, ...], int | None, int]
@@ -103,10 +107,18 @@ def measured(spec: ModelSpec, before: Numbers, after: Numbers, world: World) -> 
     return {"equal": equal, "kept_seconds": statistics.median(times), "kept_all_seconds": times}
 
 
+def pair_of(text: str) -> tuple[Numbers, Numbers]:
+    """Two layouts. ArgumentTypeError for anything else."""
+    before, colon, after = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two layouts, such as 1,4,1:2,2,1")
+    return triple(before), triple(after)
+
+
 def main() -> None:
     """One line per pair as soon as it is measured."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("pairs", nargs="+", metavar="TP,PP,DP:TP,PP,DP")
+    parser.add_argument("pairs", nargs="+", type=pair_of, metavar="TP,PP,DP:TP,PP,DP")
     parser.add_argument("--model", default="7b")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -117,15 +129,12 @@ def main() -> None:
             "model": given.model,
         }
         facts |= {"link_bytes_per_second": link_rate(world, 1 << 28)} | device.facts(world)
-        for pair in given.pairs:
-            before, after = map(triple, pair.split(":"))
+        for before, after in given.pairs:
             row: dict[str, Any] = {**facts, "from": before, "to": after}
             row |= measured(model_spec(given.model), before, after, world)
             if world.rank == 0:
-                print(
-                    f"{pair} {row['way']} {row['kept_seconds'] * 1e3:.2f} ms, equal: {row['equal']}",
-                    flush=True,
-                )
+                told = f"{row['kept_seconds'] * 1e3:.2f} ms, equal: {row['equal']}"
+                print(f"{before} -> {after} {row['way']} {told}", flush=True)
                 if given.out is not None:
                     with given.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
