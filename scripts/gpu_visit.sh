@@ -91,7 +91,7 @@ part_layouts() {
     layouts=("$gpus,1,1" "$half,2,1" "1,$gpus,1" "1,1,$gpus")
     [ "$gpus" -ge 8 ] && layouts+=("2,4,1") && sequences=(128 512) && lengths=(fixed)
     for layout in "${layouts[@]}"; do
-        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences "${sequences[@]}" --modes graphs \
+        bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences "${sequences[@]}" --modes graphs --repeats 1 \
             --lengths "${lengths[@]}" --repeats 3 --out "$rows"
     done
 }
@@ -135,7 +135,7 @@ part_single() {
     on 0 bench train.log 200 "7B, gradients summed" train --out "$rows" &
     [ "$gpus" -lt 2 ] && wait
     {
-        on 1 bench generate.log 240 "generate 7B" generate --out "$rows"
+        on 1 bench generate.log 240 "generate 7B" generate --repeats 1 --out "$rows"
         on 1 bench generate.log 90 "early stop" generate --sequences 128 --modes graphs --lengths exponential --repeats 3 --out "$rows"
     } &
     [ "$gpus" -lt 3 ] && wait
@@ -147,7 +147,7 @@ part_single() {
 long=(generate --modes graphs --arms early --repeats 1 --lengths exponential --out "$rows")
 
 rollout_fixed() {
-    on 0 bench rollout-fixed.log 100 "fixed lengths" generate --sequences 16 32 64 128 256 --modes graphs --out "$rows"
+    on 0 bench rollout-fixed.log 100 "fixed lengths" generate --sequences 16 32 64 128 256 --modes graphs --repeats 1 --out "$rows"
     [ -z "${OLD:-}" ] || (cd "$OLD" && PYTHONPATH=$OLD on 0 bench rollout-old.log 100 "fixed lengths, before" generate \
         --batches 16 32 64 128 256 --modes graphs)
     on 0 bench rollout-check.log 100 "queue and pages give the same tokens" check --models llama,qwen2
@@ -159,9 +159,9 @@ rollout_kept() { # early stop's gain with graphs recorded in every iteration, an
 }
 
 rollout_groups() {
-    on 1 bench rollout-groups.log 90 "64 prompts of 8 samples" generate --sequences 512 --samples 8 --prompt 1024 \
+    on 1 bench rollout-groups.log 90 "64 prompts of 8 samples" generate --sequences 512 --repeats 1 --samples 8 --prompt 1024 \
         --modes graphs --out "$rows"
-    on 1 bench rollout-groups.log 110 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --out "$rows"
+    on 1 bench rollout-groups.log 110 "512 prompts" generate --sequences 512 --prompt 1024 --modes graphs --repeats 1 --out "$rows"
 }
 
 rollout_varied() {
@@ -177,7 +177,7 @@ rollout_long() {
 part_graphs() {
     on 0 bench graphs-check.log 100 "graphs give the same tokens" check --models llama,qwen2
     rollout_kept
-    on 0 bench graphs-long.log 80 "prompts of 32k tokens" generate --sequences 4 --prompt 32768 --new 64 --modes graphs --out "$rows"
+    on 0 bench graphs-long.log 80 "prompts of 32k tokens" generate --sequences 4 --prompt 32768 --new 64 --modes graphs --repeats 1 --out "$rows"
     local keep
     for keep in false true; do
         on 0 step "graphs-train-$keep.log" 60 "PPO, graphs kept: $keep" "$python" -m puzzle.cli train --out "$out/graphs-$keep" \
@@ -207,7 +207,7 @@ part_rollout() {
     [ "$gpus" -ge 4 ] || return 0
     local layout
     for layout in 4,1,1 2,2,1 1,4,1 1,1,4; do
-        bench rollout-layouts.log 60 "generate on $layout" generate --layout "$layout" --sequences 128 --modes graphs --out "$rows"
+        bench rollout-layouts.log 60 "generate on $layout" generate --layout "$layout" --sequences 128 --modes graphs --repeats 1 --out "$rows"
         bench rollout-layouts.log 60 "a queue on $layout" "${long[@]}" --layout "$layout" --sequences 512 --at-a-time 128 \
             --prompt 64-256 --new 512
     done

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
-from puzzle.cli import named, whole
+from puzzle.bench.requests import Given, Requests, span
+from puzzle.cli import named
 from puzzle.engine.generate.decode_ring import Tally, generate
 from puzzle.engine.generate.memory import cache_bytes
 from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request, StopRule
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
-from puzzle.errors import UserError
-from puzzle.files.limits import MOST_TOKENS
 from puzzle.model import hf
 from puzzle.model.decoder import Decoder
 from puzzle.model.parallel import TensorGroup
@@ -39,17 +38,6 @@ from puzzle.plan.pages import PREFILL_TOKENS
 
 ARMS = {"early stop": True, "to the end": False}
 Answer = Callable[[], list[list[int]]]
-Given = tuple[list[int], list[int]]
-"""Tokens of every sequence's prompt, and of its response."""
-
-
-def span(text: str) -> tuple[int, int]:
-    """The ends of "64-1024", or 256 twice for "256"."""
-    least, _, most = text.partition("-")
-    ends = whole(1, MOST_TOKENS)(least), whole(1, MOST_TOKENS)(most or least)
-    if ends[0] > ends[1]:
-        raise ValueError(text)
-    return ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +71,20 @@ class GenerateBench(harness.LayoutBench):
 
     def check(self) -> None:
         for lengths in self.lengths:
-            self.given(1, lengths)
+            self.requests.given(1, lengths)
 
     def measure(self, world: World) -> Iterator[Row]:
         subject = Subject(self, world)
         for count, mode, lengths in itertools.product(self.sequences, self.modes, self.lengths):
             found = (subject.fixed if lengths == "fixed" else subject.varied)(
-                mode, self.given(count, lengths)
+                mode, self.requests.given(count, lengths)
             )
             yield found | {"sequences": count, "mode": mode, "lengths": lengths}
 
-    def given(self, count: int, lengths: str) -> Given:
-        """What `count` sequences read and write. UserError for a file without such numbers."""
-        generator = torch.Generator().manual_seed(count)
-        prompts = torch.randint(
-            self.prompt[0], self.prompt[1] + 1, (-(-count // self.samples),), generator=generator
-        )
-        read = prompts.repeat_interleave(self.samples)[:count].tolist()
-        if lengths == "fixed":
-            return read, [self.new] * count
-        if lengths == "exponential":
-            rate = 1 / (self.mean or self.new / 4)
-            drawn = torch.empty(count).exponential_(rate, generator=torch.Generator().manual_seed(count))
-            return read, drawn.ceil().clamp(1, self.new).int().tolist()
-        wanted = _numbers(Path(lengths), self.new)
-        return read, [wanted[row % len(wanted)] for row in range(count)]
+    @property
+    def requests(self) -> Requests:
+        """What is drawn."""
+        return Requests(prompt=self.prompt, samples=self.samples, new=self.new, mean=self.mean)
 
     def line(self, row: Row) -> str:
         least, most = self.prompt
@@ -150,23 +127,27 @@ class Subject:
             self.seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
 
     def fixed(self, mode: str, given: Given) -> Row:
-        """Responses of one length."""
-        new, (read, _), tally = self.bench.new, given, Tally()
+        """Responses of one length, after a first run that records graphs."""
+        bench, (read, _), tally = self.bench, given, Tally()
         device.reset_peak(self.world.device)
         captured: Row = {}
         with ModelRunner(self.runtime.decoder, graphs=mode != "eager") as passes:
             if passes.graphs:
-                first = self.seconds(passes, given, new)
+                first = self.seconds(passes, given, bench.new)
                 captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
                 captured["first_run_s"] = first
-            prefill = self.seconds(passes, (read, [1] * len(read)), 1, tally=tally)
-            total = self.seconds(passes, given, new)
+            prefills = [
+                self.seconds(passes, (read, [1] * len(read)), 1, tally=tally) for _ in range(bench.repeats)
+            ]
+            totals = [self.seconds(passes, given, bench.new) for _ in range(bench.repeats)]
             predicted = self._predicted(passes, given)
+        prefill, total = median(prefills), median(totals)
         return captured | {
             "predicted_bytes": predicted,
+            "seconds": totals,
             "total_s": total,
             "prefill_s": prefill,
-            "prefilled_tokens": tally.prefilled,
+            "prefilled_tokens": tally.prefilled // bench.repeats,
             "decode_s": total - prefill,
             "decode_floor_s": self._floor(given, -1),
             "tokens_per_s": sum(given[1]) / total,
@@ -219,14 +200,9 @@ class Subject:
     def seconds(self, passes: ModelRunner, given: Given, new: int, **how: Any) -> float:
         """Seconds to answer prompts of the lengths given with responses of those given, at most `new`."""
         bench, runtime, (read, wanted) = self.bench, self.runtime, given
-        generator = torch.Generator().manual_seed(len(read))
-        count = -(-len(read) // bench.samples)
-        prompts = torch.randint(0, bench.spec.vocab_size, (count, max(read)), generator=generator).tolist()
+        prompts = bench.requests.tokens(read, bench.spec.vocab_size)
         rows = runtime.rows(len(read))
-        requests = []
-        for row in rows:
-            number, sample = divmod(row, bench.samples)
-            requests.append(Request(prompts[number][: read[row]], number, sample))
+        requests = [Request(prompts[row], *divmod(row, bench.samples)) for row in rows]
         params = SamplingParams(max_new_tokens=new)
         stop = None if min(wanted) == new else _ends([wanted[row] for row in rows])
         found: list[int] = []
@@ -297,17 +273,6 @@ def _peak(row: Row) -> str:
     arms = row["arms"].values() if "arms" in row else [row]
     predicted = max(arm["predicted_bytes"] for arm in arms)
     return f"{device.gib(row['peak_bytes'])} (predicted {predicted / 2**30:.1f})" if row["peak_bytes"] else ""
-
-
-def _numbers(path: Path, most: int) -> list[int]:
-    """Whole numbers from 1 to `most`, one in a line. UserError for anything else."""
-    try:
-        found = [int(line) for line in path.read_text().split()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--lengths {path}: {error}; give fixed, exponential or a file of numbers") from None
-    if not found or not all(1 <= number <= most for number in found):
-        raise UserError(f"--lengths {path}: give numbers from 1 to {most} (--new), one in a line")
-    return found
 
 
 def _ends(lengths: Iterable[int]) -> StopRule:

@@ -10,8 +10,9 @@ from statistics import median
 from typing import Annotated
 
 from puzzle.bench import device, harness
-from puzzle.bench.generate import GenerateBench, Given, Subject
+from puzzle.bench.generate import GenerateBench, Subject
 from puzzle.bench.harness import Row, option
+from puzzle.bench.requests import Given
 from puzzle.cli import real
 from puzzle.config.reward import RewardConfig
 from puzzle.engine.generate.model_runner import ModelRunner
@@ -44,7 +45,7 @@ class TailsBench(GenerateBench):
         for count, mode, lengths in (
             (c, m, n) for c in self.sequences for m in self.modes for n in self.lengths
         ):
-            found = Tails(self, subject).both(mode, self.given(count, lengths))
+            found = Tails(self, subject).both(mode, self.requests.given(count, lengths))
             yield found | {"sequences": count, "mode": mode, "lengths": lengths}
 
     def line(self, row: Row) -> str:

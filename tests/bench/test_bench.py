@@ -39,12 +39,15 @@ def test_training_rows_fit_together(tmp_path: Path) -> None:
 
 def test_generation_counts_every_token(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    options = ["--sequences", "3", "--prompt", "4", "--new", "3", "--out", str(out)]
+    options = ["--sequences", "3", "--prompt", "4", "--new", "3", "--repeats", "3"]
+    options += ["--out", str(out)]
     assert main(["bench", "generate", *SMALL, *options]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["mode"] for row in rows] == ["eager", "graphs"]
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(9 / row["total_s"])
+        assert len(row["seconds"]) == 3
+        assert row["total_s"] == sorted(row["seconds"])[1]
         assert row["decode_s"] == pytest.approx(row["total_s"] - row["prefill_s"])
         assert row["decode_floor_s"] > 0
         assert row["prefilled_tokens"] == 3 * 3

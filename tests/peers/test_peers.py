@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from peers import trl_cpu, verl_ppo, vllm_alone
 from peers.verl_ppo import Host, Setting
 
+from puzzle.bench import harness
+from puzzle.bench.generate import GenerateBench
 from puzzle.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +161,11 @@ def test_bad_arguments_beside_trl_and_vllm(tmp_path: Path, capsys: pytest.Captur
         (["/nowhere/log.jsonl"], "no folder /nowhere"),
         ([log, "--batches", "16,,32"], "--batches: '': give a whole number, at least 1"),
         ([log, "--tp", "0"], "--tp: '0': give a whole number"),
+        ([log, "--workloads", "fixed", "mixed"], "'mixed': there are fixed, varied, groups, long"),
+        ([log, "--workloads", "fixed:0"], "'0': give a whole number, at least 1"),
+        ([log, "--memory", "1.5"], "give a finite number above 0 and at most 1"),
+        ([log, "--workloads", "groups", "--batches", "8,12"], "groups has 8 samples of each prompt"),
+        ([], "no file for the rows"),
         ([log], "the package vllm is not installed"),
     ):
         assert_line(vllm_alone.main(words), said, capsys)
@@ -171,19 +179,93 @@ def test_a_torn_log_of_verl_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert_line(verl_ppo.main(["table", str(tmp_path)]), "is no log of verl's file logger", capsys)
 
 
-def test_vllms_rows_are_those_that_ship() -> None:
-    """The same keys as the shipped log, of the fastest repeat; a batch that ends early is refused."""
+class FakeVllm:
+    """Stands in for the package: as many tokens as asked for, and what the engine was told."""
+
+    def __init__(self, lost: int = 0) -> None:
+        self.lost, self.settings, self.calls, self.resets = lost, {}, [], 0
+
+    def LLM(self, folder: str, **settings: Any) -> FakeVllm:
+        self.settings = settings | json.loads((Path(folder) / "config.json").read_text())
+        return self
+
+    def SamplingParams(self, **how: Any) -> SimpleNamespace:
+        assert how["ignore_eos"]
+        return SimpleNamespace(**how)
+
+    def reset_prefix_cache(self) -> bool:
+        self.resets += 1
+        return True
+
+    def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
+        self.calls.append(([one["prompt_token_ids"] for one in prompts], params))
+        answers = []
+        for one in params:
+            made = [SimpleNamespace(token_ids=[0] * (one.max_tokens - self.lost)) for _ in range(one.n)]
+            answers.append(SimpleNamespace(outputs=made))
+        assert len(params) == len(prompts)
+        return answers
+
+
+def vllm_rows(words: list[str], out: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeVllm) -> list[Any]:
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    assert vllm_alone.main([str(out), *words]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_vllms_rows_have_what_the_shipped_ones_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fastest run; the cache of prefixes is empty before each."""
     shipped = (ROOT / "logs/bench/2026-11-29-4xh200/vllm.jsonl").read_text().splitlines()
-
-    def generate(prompts: Sequence[Sequence[int]], wanted: int | None) -> int:
-        assert {len(prompt) for prompt in prompts} == {256}
-        return 256 * len(prompts)
-
-    rows = list(vllm_alone.rows(generate, 1, [2, 3], 2))
+    fake = FakeVllm()
+    rows = vllm_rows(["--batches", "2,3", "--repeats", "2"], tmp_path / "out", monkeypatch, fake)
     assert [(row["batch"], row["logprobs"]) for row in rows] == [(2, None), (2, 0), (3, None), (3, 0)]
-    assert all(row.keys() == json.loads(shipped[0]).keys() for row in rows)
-    with pytest.raises(RuntimeError, match="511 tokens came instead of 512"):
-        list(vllm_alone.rows(lambda prompts, wanted: 511, 1, [2], 1))
+    assert all(row.keys() >= json.loads(shipped[0]).keys() for row in rows)
+    assert all(row["gen_s"] == round(min(row["seconds"]), 3) and len(row["seconds"]) == 2 for row in rows)
+    assert {len(prompt) for prompts, _ in fake.calls for prompt in prompts} == {256}
+    assert fake.resets == len(fake.calls) == 8
+    assert (fake.settings["max_num_seqs"], fake.settings["max_model_len"]) == (3, 512)
+
+
+def test_vllm_is_asked_for_what_our_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, their samples and lengths of every workload, beside a run of the bench by its own words."""
+    fake, found = FakeVllm(), {}
+    names = list(vllm_alone.WORKLOADS)
+    words = ["--workloads", *(f"{name}:1" for name in names), "--batches", "16", "--logprobs", "with"]
+    rows = vllm_rows(words, tmp_path / "out", monkeypatch, fake)
+    assert [row["workload"] for row in rows] == names
+
+    monkeypatch.setattr(harness.local, "run", lambda _, bench, ranks: found.setdefault("bench", bench[0]))
+    for name, row, (prompts, params) in zip(names, rows, fake.calls, strict=True):
+        found.clear()
+        work = replace(vllm_alone.WORKLOADS[name], sequences=[16])
+        assert GenerateBench.run(work.arguments()) == 0
+        bench = found["bench"]
+        assert bench.sequences == [16]
+        read, wanted = bench.requests.given(16, *bench.lengths)
+        ours = list(zip(bench.requests.tokens(read, 32000), wanted, strict=True))
+        asked = zip(prompts, params, strict=True)
+        assert [(prompt, one.max_tokens) for prompt, one in asked for _ in range(one.n)] == ours
+        assert {one.logprobs for one in params} == {0}
+        assert max(one.n for one in params) == bench.samples
+        assert row["tokens"] == sum(wanted)
+    assert fake.settings["max_model_len"] == 1024 + 7168
+
+
+def test_vllm_that_ends_early_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", FakeVllm(lost=1))
+    with pytest.raises(RuntimeError, match="fixed, 2 sequences: 510 tokens came instead of 512"):
+        vllm_alone.command([str(tmp_path / "out"), "--batches", "2"])
+
+
+def test_our_commands_beside_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vllm_alone.main(["--ours", "--workloads", "groups", "varied:1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "puzzle bench generate --sequences 512 --modes graphs --lengths fixed --prompt 1024 --new 256"
+        " --samples 8 --repeats 3",
+        "puzzle bench generate --sequences 1024 --modes graphs --lengths exponential --prompt 64-1024"
+        " --new 2048 --mean 512 --arms early --repeats 1",
+    ]
 
 
 def test_a_childs_steps_are_timed_and_its_computing_counted(tmp_path: Path) -> None:
