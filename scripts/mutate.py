@@ -205,6 +205,8 @@ def alone(tree: Path, test: str, end: float) -> Alone:
 def noticed(tree: Path, fault: Fault, tests: list[str], limits: Limits) -> tuple[str, float]:
     """What fails first in a copy of `tree` with the fault, SURVIVED or UNDECIDED; and the seconds it took."""
     spent = 0.0
+    if time.monotonic() > limits.end:
+        return UNDECIDED, spent
     try:
         with copied(tree) as root:
             (root / fault.file).write_bytes(fault.planted((root / fault.file).read_bytes()))
