@@ -13,6 +13,7 @@ its tokens per second.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16",
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-LOGPROBS = {"without": (None,), "with": (0,), "both": (None, 0)}
+LOGPROBS = {"without": (None,), "with": (0,), "both": (0, None)}
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,22 @@ def asked(work: Workload, count: int) -> Asked:
 def rows(
     generate: Generate, works: Sequence[tuple[str, Workload, int]], logprobs: Sequence[int | None]
 ) -> Iterator[dict[str, Any]]:
-    """A row per workload (its name, itself, how often it runs), number of sequences and kind of log-probs."""
-    for name, work, repeats in works:
+    """A row per kind of log-probs, workload (its name, itself, how often it runs) and number of sequences."""
+    for wanted, (name, work, repeats) in itertools.product(logprobs, works):
         for count in work.sequences:
             given = asked(work, count)
-            tokens = sum(given.lengths)
-            for wanted in logprobs:
-                seconds = []
-                for _ in range(repeats):
-                    took, made = generate(given, wanted)
-                    if made != list(given.lengths):
-                        raise RuntimeError(
-                            f"{name}, {count} sequences: {sum(made)} tokens came instead of {tokens}"
-                        )
-                    seconds.append(took)
-                best = min(seconds)
-                what = {"workload": name, "batch": count, "lengths": work.lengths, **asdict(work.requests)}
-                measured = {"seconds": seconds, "gen_s": round(best, 3), "tok_s": round(tokens / best)}
-                yield what | {"logprobs": wanted, "tokens": tokens} | measured
+            tokens, seconds = sum(given.lengths), []
+            for _ in range(repeats):
+                took, made = generate(given, wanted)
+                if made != list(given.lengths):
+                    raise RuntimeError(
+                        f"{name}, {count} sequences: {sum(made)} tokens came instead of {tokens}"
+                    )
+                seconds.append(took)
+            best = min(seconds)
+            what = {"workload": name, "batch": count, "lengths": work.lengths, **asdict(work.requests)}
+            measured = {"seconds": seconds, "gen_s": round(best, 3), "tok_s": round(tokens / best)}
+            yield what | {"logprobs": wanted, "tokens": tokens} | measured
 
 
 def engine(folder: Path, longest: int, settings: dict[str, Any]) -> Generate:
@@ -132,6 +131,13 @@ def engine(folder: Path, longest: int, settings: dict[str, Any]) -> Generate:
         **settings,
     )  # fmt: skip
 
+    def forget() -> None:
+        for _ in range(50):  # blocks of the run before may still be on their way back
+            if model.reset_prefix_cache():
+                return
+            time.sleep(0.1)
+        raise RuntimeError("vLLM did not forget the prefixes of the run before")
+
     def generate(asked: Asked, wanted: int | None) -> tuple[float, list[int]]:
         params = [
             SamplingParams(
@@ -140,8 +146,7 @@ def engine(folder: Path, longest: int, settings: dict[str, Any]) -> Generate:
             for length in asked.lengths[:: asked.samples]
         ]
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in asked.prompts]
-        if not model.reset_prefix_cache():
-            raise RuntimeError("vLLM did not forget the prefixes of the run before")
+        forget()
         began = time.perf_counter()
         made = model.generate(prompts, params, use_tqdm=False)
         took = time.perf_counter() - began
@@ -167,7 +172,7 @@ def parser() -> Parser:
     """Its options."""
     assert __doc__ is not None
     found = Parser(prog=Path(__file__).name, description=__doc__.splitlines()[0], allow_abbrev=False)
-    found.add_argument("out", type=new_file, nargs="?", help="the rows, one JSON per line")
+    found.add_argument("out", type=new_file, nargs="?", help="the rows, a JSON a line")
     found.add_argument("--ours", action="store_true", help="print our commands for the workloads, no more")
     names = ", ".join(WORKLOADS)
     found.add_argument(
@@ -183,7 +188,7 @@ def parser() -> Parser:
     found.add_argument("--logprobs", choices=LOGPROBS, default="both")
     found.add_argument("--tp", type=whole(1), default=1)
     found.add_argument("--at-a-time", type=whole(1), help="max_num_seqs; default: all, at most vLLM's 1024")
-    found.add_argument("--memory", type=real(0.0, 1.0), default=0.9, help="gpu_memory_utilization")
+    found.add_argument("--memory", type=real(0.0, 1.0), default=0.92, help="gpu_memory_utilization")
     return found
 
 
