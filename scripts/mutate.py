@@ -276,6 +276,20 @@ def choose(tree: Path, options: argparse.Namespace) -> list[tuple[Fault, str]]:
     return [(fault, keys[fault]) for fault in chosen]
 
 
+@contextmanager
+def workers(jobs: int) -> Generator[ProcessPoolExecutor]:
+    """Processes that end with the block, and with them what they have started, also where it ends early."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
 def plant(tree: Path, chosen: list[tuple[Fault, str]], limits: Limits, options: argparse.Namespace) -> int:
     """Plant the faults of a run into copies of `tree`, and print who notices; the exit code."""
     graph = Graph(tree)
@@ -285,8 +299,7 @@ def plant(tree: Path, chosen: list[tuple[Fault, str]], limits: Limits, options: 
         importlib.import_module(library)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
     number = {SURVIVED: 0, UNDECIDED: 0}
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+    with workers(options.jobs) as pool:
         answers = {
             pool.submit(noticed, tree, fault, files, limits): at
             for at, ((fault, _), files) in enumerate(zip(chosen, tests, strict=True))
