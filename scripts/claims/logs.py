@@ -43,18 +43,34 @@ def held_out(folder: str, iteration: int) -> tuple[float, float]:
 
 
 def three_steps(seed: int) -> list[float]:
-    """Held-out loss before and after fine-tuning, accuracy of the reward model, reward before and after ten
-    iterations of PPO, and the seconds of all."""
+    """Held-out loss before and after fine-tuning, accuracy of the reward model; rewards by `puzzle evaluate`
+    before and after PPO; the seconds of the whole script."""
     folder = f"three-steps/seed-{seed}/"
     losses = [one.metrics["loss"] for one in run(folder + "sft").evaluations]
     judge = run(folder + "reward").evaluations[-1].metrics
-    lines = (ROOT / "logs" / folder / "ppo/run.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    (ended,) = (r["time"] for r in records if r["record"] == "evaluation" and r["iteration"] == 10)
-    spent = wall_seconds(folder + "sft") + wall_seconds(folder + "reward") + ended - records[0]["time"]
-    policy = folder + "ppo"
-    judged = [judge["accuracy"], judge["accuracy_ci95"]]
-    return [losses[0], losses[-1], *judged, *held_out(policy, 0), *held_out(policy, 10), spent]
+    rewards: list[float] = []
+    for model in ("sft", "ppo"):
+        found = json.loads((ROOT / "logs" / folder / f"evaluation-{model}/evaluation.json").read_text())
+        rewards += [found["metrics"]["reward"], found["metrics"]["reward_ci95"]]
+    (spent,) = re.findall(r"^rc 0 after (\d+) s$", (ROOT / "logs" / folder / "console.log").read_text(), re.M)
+    return [losses[0], losses[-1], judge["accuracy"], judge["accuracy_ci95"], *rewards, float(spent)]
+
+
+def sft_7b() -> list[float]:
+    """Tokens of a step of fine-tuning a 7B shape, seconds and MFU, means without the first step."""
+    late = run("bench/2026-12-01-1xh200-b/sft-7b").iterations[1:]
+    return [
+        late[0].metrics["tokens"],
+        fmean(one.e2e_seconds for one in late),
+        fmean(one.metrics["mfu_training"] for one in late),
+    ]
+
+
+def bench_row(file: str, **wanted: Any) -> dict[str, Any]:
+    """The row of a bench's file under `logs/bench` that has these values."""
+    rows = [json.loads(line) for line in (ROOT / "logs/bench" / file).read_text().splitlines()]
+    (found,) = (row for row in rows if wanted.items() <= row.items())
+    return found
 
 
 def learnt(folder: str, iterations: int) -> list[float]:

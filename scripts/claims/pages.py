@@ -1,39 +1,32 @@
-"""The claims of every page."""
+"""The claims of every page: those of speed here, those of learning and rollouts beside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from claims.claim import Claim
+from claims.learning import algorithms_page, numerics_page, recipe_page, rollout_rows
 from claims.logs import (
     added,
-    apart,
     campaign_log,
     environment_bytes,
     first_of_verl,
     generated,
-    held_out,
     iterations_seconds,
     largest_gib,
     learnt,
     planned,
-    price,
     published_speedups,
-    right_answers,
     run,
     seconds,
     stages_of,
     switched,
     switched_beside_megatron,
-    third,
-    three_steps,
-    training_peak,
     trl,
     trl_versions,
     trl_work,
     usage,
     verl,
-    wall_seconds,
 )
 
 FOUR = "baseline/4xh200/"
@@ -127,35 +120,6 @@ def readme() -> list[Claim]:
     return claims
 
 
-def recipe_page() -> list[Claim]:
-    """Of the three steps."""
-    form = "| {:.3f} | {:.3f} | {:.3f} +- {:.3f} | {:.2f} +- {:.2f} | {:.2f} +- {:.2f} | {:.0f} |"
-    return [
-        Claim("docs/recipe.md", f"| {seed} {form}", lambda seed=seed: three_steps(seed)) for seed in range(3)
-    ]
-
-
-def numerics_page() -> list[Claim]:
-    """Of invariant numerics."""
-    page, folder = "docs/numerics.md", "learning/arithmetic-h200/"
-    claims = [
-        Claim(
-            page,
-            "| fast | {:.3f} +- {:.3f} | {:.3f} +- {:.3f} | {:.4f} | {:.3f} | {:.3f} | {:.3f} % |",
-            lambda: [*learnt(folder + "fast", 100)[:4], *apart(folder + "fast")],
-        ),
-        Claim(
-            page,
-            "| invariant | {:.3f} +- {:.3f} | {:.3f} +- {:.3f} | {:.0f} | {:.0f} | {:.0f} | {:.0f} % |",
-            lambda: [*learnt(folder + "invariant", 100)[:4], *apart(folder + "invariant")],
-        ),
-    ]
-    for stage in ("generation", "inference", "training"):
-        form = "| {:.3f} | {:.3f} | {:.2f} x | {:.3f} | {:.2f} x |"
-        claims.append(Claim(page, f"| {stage} {form}", lambda stage=stage: price(stage)))
-    return claims
-
-
 def baseline_page() -> list[Claim]:
     """Of the comparison with DeepSpeed-Chat."""
     rows = {
@@ -177,67 +141,6 @@ def baseline_page() -> list[Claim]:
         )
         for words, (folder, bold) in rows.items()
     ]
-
-
-def algorithms_page() -> list[Claim]:
-    """Of what the algorithms learn, and of GRPO on GPUs."""
-    page, claims = "docs/algorithms.md", []
-    for name in ("grpo", "rloo", "ppo"):
-        for seed in range(3):
-            folder = f"learning/arithmetic/{name}-{seed}"
-            claims.append(
-                Claim(
-                    page,
-                    f"| {seed} | {{:.3f}} +- {{:.3f}} | {{:.3f}} +- {{:.3f}} | {{:.3f}} | {{:.0f}} |",
-                    lambda folder=folder: [*learnt(folder, 30), wall_seconds(folder)],
-                )
-            )
-    answered = ("before.jsonl", "after-grpo-0.jsonl", "after-rloo-0.jsonl", "after-ppo-0.jsonl")
-    claims.append(
-        Claim(
-            page,
-            "answers {:.3f} of the held-out sums rightly before training,"
-            " {:.3f} after GRPO, {:.3f} after RLOO and {:.3f} after PPO",
-            lambda: [right_answers(file) for file in answered],
-        )
-    )
-    sentiment = {
-        name: [f"learning/sentiment-algorithms/{name}-{s}" for s in range(3)] for name in ("grpo", "ppo")
-    }
-    claims.append(
-        Claim(
-            page,
-            "from {:.3f}, {:.3f}, {:.3f} to {:.3f}, {:.3f}, {:.3f} (GRPO)"
-            " and {:.3f}, {:.3f}, {:.3f} (PPO) after 24 iterations",
-            lambda: [
-                *(held_out(folder, 0)[0] for folder in sentiment["grpo"]),
-                *(held_out(folder, 24)[0] for name in ("grpo", "ppo") for folder in sentiment[name]),
-            ],
-        )
-    )
-    for layouts, folder in {
-        "1,4,1 -> 2,2,1": "grpo-141-221", "2,1,2 -> 4,1,1": "grpo-212-411", "1,1,4 -> 1,1,4": "grpo-114-114",
-    }.items():  # fmt: skip
-        claims.append(
-            Claim(
-                page,
-                f"| {layouts} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
-                lambda folder=folder: [*third(folder), training_peak(folder)],
-            )
-        )
-    for tokens in (4096, 8192, 16384, 32768):
-        said = " (the default)" if tokens == 16384 else ""
-        claims.append(
-            Claim(
-                page,
-                f"{tokens}{said} {{:.2f}}, {{:.2f}}",
-                lambda tokens=tokens: [
-                    one.stage_seconds["inference"] + one.stage_seconds["training"]
-                    for one in run(f"bench/2026-11-30-4xh200/tokens-{tokens}").iterations[1:3]
-                ],
-            )
-        )
-    return claims
 
 
 def bars(*values: float) -> list[str | float]:
@@ -373,6 +276,7 @@ def every_claim() -> list[Claim]:
     return [
         *readme(),
         *recipe_page(),
+        *rollout_rows(),
         *baseline_page(),
         *algorithms_page(),
         *numerics_page(),
