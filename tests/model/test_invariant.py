@@ -131,6 +131,22 @@ def test_the_norm_of_gradients_does_not_depend_on_how_they_are_cut(largest: floa
     torch.testing.assert_close(whole.double(), grads.double().square().sum(), rtol=1e-6, atol=0)
 
 
+def test_gradients_that_lie_side_by_side_are_squared_together() -> None:
+    """Only those, and all of them: gaps are left out, and other memory that begins where they end."""
+    buffer, other = random(100), random(40, seed=1)
+    parts = [
+        buffer[:20].view(4, 5),
+        buffer[20:20],
+        buffer[20:50],
+        buffer[60:70].view(2, 5),
+        other[30:],
+        other[:30],
+    ]
+    joined = norms._joined(parts)
+    assert [len(vector) for vector in joined] == [50, 10, 10, 30]
+    assert torch.equal(torch.cat(joined), torch.cat([part.flatten() for part in parts]))
+
+
 def test_a_square_beside_the_largest_float_is_one() -> None:
     """The power of two that gradients are divided by has a square beyond float32."""
     found = norms.start_exact([torch.tensor([1.5e19, -1.0])], torch.device("cpu"), None)[1]()

@@ -6,7 +6,9 @@ interpreter multiplies as numpy does.
 
 from __future__ import annotations
 
+import math
 import os
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench exact` runs the kernels there", allow_module_level=True)
 
+from puzzle.engine.train import norms
 from puzzle.model.attention import KVCache, packed_attention
 from puzzle.model.kernels import invariant_attention, invariant_gemm, invariant_sums
 from puzzle.model.packing import pack
@@ -106,3 +109,19 @@ def test_sums_of_exponentials() -> None:
     assert (got - (logits - top[:, None]).double().exp().sum(1)).abs().max() <= 1e-5
     halves = [invariant_sums.exponentials(part, top, 40) for part in (logits[:, :1111], logits[:, 1111:])]
     assert torch.equal(halves[0] + halves[1], invariant_sums.exponentials(logits, top, 40))
+
+
+@pytest.mark.parametrize("count", [1, 2048, 40_001])
+def test_squares_are_those_of_integers(count: int) -> None:
+    """Against whole numbers of Python, and bit for bit against plain torch."""
+    grads = random((count + 3,), 0)[3:] * torch.logspace(-12, 0, count)
+    scale = torch.tensor(2.0 ** -int(torch.frexp(grads.abs().amax()).exponent), dtype=torch.float64)
+    limbs = torch.zeros(2, dtype=torch.int64)
+    invariant_sums.squares(grads, scale, limbs, norms.LIMB)
+    mine, plain = (
+        (int(high) << norms.LIMB) + int(low) for high, low in (limbs, norms._limbs([grads], scale))
+    )
+    assert mine == plain
+    assert mine == sum(
+        math.floor(Fraction(float(g) * float(scale)) ** 2 * 2**50 + Fraction(1, 2)) for g in grads
+    )

@@ -53,7 +53,8 @@ class _Column(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             here = equal_parts(len(weight), group, ctx.parts)
-            grad_x = across(product(grad, weight.t(), here, torch.float32), group, sharded=True).to(x.dtype)
+            grad_x = product(grad, weight.t(), here, _travels(x.dtype, group))
+            grad_x = across(grad_x, group, sharded=True).to(x.dtype)
         if ctx.needs_input_grad[1]:
             x = x.detach()
             grad_weight = weight_gradient(weight, grad.t(), lambda: group.all_gather(x))
@@ -67,7 +68,7 @@ class _Row(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: TensorGroup, parts: int, sharded: bool) -> Tensor:
         ctx.group, ctx.sharded = group, sharded
         ctx.save_for_backward(x, weight)
-        out = product(x, weight.t(), equal_parts(len(weight), group, parts), torch.float32)
+        out = product(x, weight.t(), equal_parts(len(weight), group, parts), _travels(x.dtype, group))
         return across(out, group, sharded).to(x.dtype)
 
     @staticmethod
@@ -79,3 +80,8 @@ class _Row(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, x.detach().t(), lambda: grad)
         return grad_x, grad_weight, None, None, None
+
+
+def _travels(dtype: torch.dtype, group: TensorGroup) -> torch.dtype:
+    """Of a rank's sum: float32 where other ranks' are added to it, or else what it is rounded to at once."""
+    return dtype if group.size == 1 else torch.float32
