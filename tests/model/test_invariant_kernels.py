@@ -21,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from puzzle.engine.train import norms
 from puzzle.model.attention import KVCache, packed_attention
 from puzzle.model.kernels import invariant_attention, invariant_gemm, invariant_sums
+from puzzle.model.kernels import invariant_attention_grads as attention_grads
+from puzzle.model.kernels.invariant_attention_blocks import SIDE, Tile, fitting
 from puzzle.model.packing import pack
 
 
@@ -46,6 +48,19 @@ def test_products(rows: int, parts: int, turned: tuple[bool, bool]) -> None:
             assert (out - total - expected).abs().max() <= limit
 
 
+def test_tiles_of_the_copy_engine() -> None:
+    """Those of any shape that a multiprocessor may take, and loops that are one, give the same sums."""
+    x, w = random((200, 256), 0, torch.float16), random((136, 256), 1, torch.float16)
+    expected = x.double() @ w.double().t()
+    for tile in (
+        invariant_gemm.Tile(64, 32, 128, 4, 2, 2),
+        invariant_gemm.Tile(128, 64, 64, 8, 3, flat=True),
+    ):
+        for parts in (1, 2):
+            got = invariant_gemm.product(x, w, parts, dtype=torch.float32, tile=tile)
+            assert (got - expected).abs().max() <= 1e-4
+
+
 def test_what_does_not_go_in_parts_is_refused() -> None:
     x = random((3, 12), 0)
     for parts, add in ((3, False), (8, False), (2, True)):
@@ -68,6 +83,37 @@ def test_packed_attention(heads: int, groups: int, dim: int, window: int | None)
         found.append((out, *torch.autograd.grad((out * grad).sum(), leaves)))
     for ours, plain in zip(*found, strict=True):
         assert (ours[:count] - plain[:count]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(128, 64), (64, 128), (32, 32)])
+def test_tiles_of_packed_attention(queries: int, keys: int) -> None:
+    """Queries and keys that are not as many as a block has, against plain attention."""
+    batch, window = pack([list(range(n)) for n in (7, 140)], 16), 70
+    q, k, v, grad = (random((batch.total, n, 16), i) for i, n in enumerate((2, 1, 1, 2)))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    plain = packed_attention(*leaves, batch, window)
+    count = sum(batch.lengths)
+    wanted = torch.autograd.grad((plain * grad)[:count].sum(), leaves)
+    grad[count:] = 0.0
+    tile = Tile(queries, keys, 4, 1)
+    out, sums = invariant_attention.attend(q, k, v, batch, window, tile._replace(keys=SIDE))
+    saved = attention_grads.Saved(q, k, v, out, sums, batch, window)
+    grad_q, delta = attention_grads.of_queries(saved, grad, tile)
+    found = (out, grad_q, *attention_grads.of_keys(saved, grad, delta, tile))
+    for ours, expected in zip(found, (plain, *wanted), strict=True):
+        assert (ours[:count] - expected[:count]).abs().max() <= 2e-5
+
+
+def test_tiles_fit_into_shared_memory() -> None:
+    """What is largest first; a head of 256 numbers, or of float32, has to take less."""
+    tiles = attention_grads.QUERY_TILES
+
+    def chosen(dim: int, dtype: torch.dtype) -> int:
+        given = torch.empty((1, 1, dim), dtype=dtype)
+        return tiles.index(fitting(tiles, given, lambda t: 2 * t.queries + 2 * t.stages * t.keys))
+
+    assert chosen(128, torch.bfloat16) == 0
+    assert [chosen(200, torch.bfloat16), chosen(256, torch.float32)] == [1, len(tiles) - 1]
 
 
 @pytest.mark.parametrize("window", [None, 30])

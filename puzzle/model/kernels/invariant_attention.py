@@ -7,7 +7,7 @@ positions   0        64       128      ...     512      576
             |------------- run ----------------|------ run -----     runs of 512, joined from the first on
 ```
 
-64 queries go through the matrix units at once: of a packed pass 64 tokens, of a decode pass the query heads
+64 queries go through the matrix units at once: of a packed pass tokens, of a decode pass the query heads
 of one kv head, filled up with zeros. Blocks and runs begin at the same positions of a sequence for all of
 them, and keys that a query does not see change nothing. So packed and decode passes differ in who computes a
 run (flash-attention, Dao 2023; flash-decoding, Dao et al. 2023) and not in the numbers.
@@ -25,13 +25,31 @@ import triton.language as tl
 from torch import Tensor
 
 from puzzle.model.attention import Slots
-from puzzle.model.kernels.invariant_attention_blocks import SIDE, block, first, joined, seen_of
-from puzzle.model.kernels.invariant_attention_grads import backward_k, backward_q
+from puzzle.model.kernels.invariant_attention_blocks import (
+    SIDE,
+    Tile,
+    block,
+    first,
+    fitting,
+    joined,
+    seen_of,
+    width_of,
+)
+from puzzle.model.kernels.invariant_attention_grads import (
+    LOG2_E,
+    Saved,
+    of_keys,
+    of_queries,
+    over,
+    shape_of,
+    strides,
+)
 from puzzle.model.packing import PackedBatch
 
 RUN = 512
+TILES = (Tile(64, SIDE, 4, 3), Tile(64, SIDE, 4, 2), Tile(64, SIDE, 4, 1))
+"""Of packed passes; the first that fits into shared memory. They change speed alone."""
 _SIDE, _RUN = tl.constexpr(SIDE), tl.constexpr(RUN)
-_LOG2_E = 1.4426950408889634
 _FUSION: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -56,8 +74,8 @@ def decode(q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None) 
     scratch = out
     if runs > 1:
         scratch = torch.empty((runs, rows * heads, dim + 2), dtype=torch.float32, device=out.device)
-    width = max(16, triton.next_power_of_2(dim))
-    scale = _LOG2_E / dim**0.5
+    width = width_of(q_BHh)
+    scale = LOG2_E / dim**0.5
     sizes = (heads // groups, dim, width)
     _decode[(rows * groups, runs)](
         *(q_BHh, k_KPSh, v_KPSh, position_B, table_BP, scratch, rows, k_KPSh.stride(0), table_BP.stride(0)),
@@ -71,45 +89,39 @@ def decode(q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None) 
     return out
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """`packed` without gradients, and for these the logarithms (base 2, float32 (T, H)) of its sums.
+
+    `q` and `k` are contiguous. `tile` is what its size asks for, unless given.
+    """
+    out = torch.empty_like(q)
+    sums = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    tile = tile or fitting(TILES, q, lambda t: t.queries + 2 * t.stages * t.keys)
+    if q.numel():
+        _forward[over(batch, q.shape[1], tile.queries)](
+            *(q, k, v, out, sums, batch.cu_seqlens, *strides(q, k, v), batch.past),
+            *(*shape_of(q, k, window), tile.queries),
+            **tile.options,
+        )
+    return out, sums
+
+
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
-        out = torch.empty_like(q)
-        sums = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if q.numel():
-            grid, shape = _over(batch, q.shape[1]), (batch.past, *_shape(q, k, window))
-            _forward[grid](q, k, v, out, sums, batch.cu_seqlens, *_strides(q, k, v), *shape, **_FUSION)
+        out, sums = attend(q, k, v, batch, window)
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.batch, ctx.window = batch, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, sums = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-        delta = torch.empty_like(sums)
-        if q.numel():
-            batch, shape = ctx.batch, _shape(q, k, ctx.window)
-            told = (batch.cu_seqlens, *_strides(q, k, v), *shape)
-            backward_q[_over(batch, q.shape[1])](q, k, v, out, grad, sums, delta, grad_q, *told, **_FUSION)
-            backward_k[_over(batch, k.shape[1])](q, k, v, grad, sums, delta, grad_k, grad_v, *told, **_FUSION)
-        return grad_q, grad_k, grad_v, None, None
-
-
-def _over(batch: PackedBatch, heads: int) -> tuple[int, int, int]:
-    return triton.cdiv(batch.max_len, SIDE), len(batch.segments), heads
-
-
-def _strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    return q.stride(0), k.stride(0), v.stride(0), v.stride(1)
-
-
-def _shape(q: Tensor, k: Tensor, window: int | None) -> tuple[float, int, int, int, int]:
-    dim = q.shape[2]
-    width = max(16, triton.next_power_of_2(dim))
-    return _LOG2_E / dim**0.5, q.shape[1] // k.shape[1], dim, width, window or 0
+        saved, grad = Saved(*ctx.saved_tensors, ctx.batch, ctx.window), grads[0].contiguous()
+        grad_q, delta = of_queries(saved, grad)
+        return grad_q, *of_keys(saved, grad, delta), None, None
 
 
 @triton.jit(do_not_specialize=["past"])
@@ -130,15 +142,16 @@ def _forward(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """64 tokens of a segment, one head. The first segment goes on behind `past` keys."""
+    """Some tokens of a segment, one head. The first segment goes on behind `past` keys."""
     side: tl.constexpr = _SIDE
     head = tl.program_id(2)
     start = tl.load(starts_ptr + tl.program_id(1)).to(tl.int64)
     length = (tl.load(starts_ptr + tl.program_id(1) + 1) - start).to(tl.int32)
-    begin = tl.program_id(0) * side
+    begin = tl.program_id(0) * ROWS
     if begin < length:
-        r, d = tl.arange(0, side), tl.arange(0, WIDTH)
+        r, d, block_at = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, side)
         inner = begin + r
         here = (inner < length)[:, None] & (d < DIM)[None, :]
         place = (start + inner)[:, None] * q_token + head * DIM + d[None, :]
@@ -147,20 +160,20 @@ def _forward(
         k = k_ptr + (start + past - before) * k_token + head // QUERIES * DIM
         v = v_ptr + (start + past - before) * v_token + head // QUERIES * v_head
         position, keys_end = before + inner, before + length
-        stop = tl.minimum(before + begin + side, keys_end)
-        tops = tl.full([side], -1e30, tl.float32)
-        totals = tl.zeros([side], tl.float32)
-        sums = tl.zeros([side, WIDTH], tl.float32)
+        stop = tl.minimum(before + begin + ROWS, keys_end)
+        tops = tl.full([ROWS], -1e30, tl.float32)
+        totals = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, WIDTH], tl.float32)
         for run in range(first(before + begin, WINDOW, _RUN), stop, _RUN):
-            more_tops = tl.full([side], -1e30, tl.float32)
-            more_totals = tl.zeros([side], tl.float32)
-            more_sums = tl.zeros([side, WIDTH], tl.float32)
+            more_tops = tl.full([ROWS], -1e30, tl.float32)
+            more_totals = tl.zeros([ROWS], tl.float32)
+            more_sums = tl.zeros([ROWS, WIDTH], tl.float32)
             for at in range(run, tl.minimum(run + _RUN, stop), side):
-                n = at + r
+                n = at + block_at
                 inside = (n < keys_end)[:, None] & (d < DIM)[None, :]
                 keys = tl.load(k + n.to(tl.int64)[:, None] * k_token + d[None, :], mask=inside, other=0.0)
                 values = tl.load(v + n.to(tl.int64)[:, None] * v_token + d[None, :], mask=inside, other=0.0)
-                seen = seen_of(n, position, WINDOW)
+                seen = seen_of(n[None, :], position[:, None], WINDOW)
                 more_tops, more_totals, more_sums = block(
                     q, keys, values, seen, more_tops, more_totals, more_sums, scale
                 )
@@ -218,7 +231,7 @@ def _decode(
             keys = tl.load(k + place[:, None] + d[None, :], mask=inside, other=0.0)
             values = tl.load(v + place[:, None] + d[None, :], mask=inside, other=0.0)
             tops, totals, sums = block(
-                q, keys, values, seen_of(n, position, WINDOW), tops, totals, sums, scale
+                q, keys, values, seen_of(n[None, :], position[:, None], WINDOW), tops, totals, sums, scale
             )
         if RUNS == 1:
             none = tl.zeros([side], tl.float32)

@@ -3,11 +3,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 SIDE = 64
-"""Queries, and keys of a block."""
+"""Queries of a decode pass, and keys of a block."""
+
+SHARED = 200 << 10
+"""Bytes of shared memory that tiles may take of what a Hopper GPU has (227 KiB)."""
+
+
+class Tile(NamedTuple):
+    """Queries and keys that go through the matrix units at once; warps, stages of copies."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a launch. Products and sums stay apart: which of them a compiler fuses is not told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+
+def fitting(tiles: Sequence[Tile], x: Tensor, rows: Callable[[Tile], int]) -> Tile:
+    """The first of `tiles` whose `rows` of x (T, heads, dim) fit into shared memory; else the last one."""
+    size = width_of(x) * x.itemsize
+    return next((tile for tile in tiles if rows(tile) * size <= SHARED), tiles[-1])
+
+
+def width_of(x: Tensor) -> int:
+    """The head_dim of x (T, heads, dim), rounded up to what a tile may have."""
+    return max(16, triton.next_power_of_2(x.shape[2]))
 
 
 @triton.jit
@@ -34,9 +66,9 @@ def joined(tops, totals, sums, more_tops, more_totals, more_sums):
 @triton.jit
 def seen_of(n, position, WINDOW: tl.constexpr):
     """Which keys at `n` the queries at `position` see."""
-    seen = n[None, :] <= position[:, None]
+    seen = n <= position
     if WINDOW > 0:
-        seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        seen = seen & (n > position - WINDOW)
     return seen
 
 

@@ -37,13 +37,19 @@ FEW = 128
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a tile; warps, stages. They change speed alone."""
+    """Rows, columns and depth of a tile; warps, stages. They change speed alone.
+
+    Where the copy engine brings tiles: `programs` that a multiprocessor runs at a time, and whether the loops
+    over tiles and over K are one (`flat`), so that the next tile is copied while one is stored.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    programs: int = 1
+    flat: bool = False
 
 
 def product(
@@ -53,10 +59,12 @@ def product(
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
     add: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
     """x @ w.T, (M, N) in `dtype` (that of x), or added to `out`; operands may have any strides.
 
-    ValueError unless parts are 1, 2, 4 or 8, K divides into them, and only whole sums are added.
+    `tile` is another than what was quickest for the copy engine. ValueError unless parts are 1, 2, 4 or 8, K
+    divides into them, and only whole sums are added.
     """
     rows, depth = x_MK.shape
     width = w_NK.shape[0]
@@ -68,7 +76,7 @@ def product(
         return out
     run = _Run(x_MK, w_NK, out, depth // parts)
     if rows > FEW and parts <= 2 and run.copied_by_engine():
-        run.by_engine(parts, add)
+        run.by_engine(parts, add, tile or engine_tile(parts))
     elif parts == 1:
         run.part(0, out, [out] if add else [])
     elif rows <= FEW:
@@ -112,17 +120,16 @@ class _Run:
             return False
         return all(_along(t) is not None and t.data_ptr() % 16 == 0 for t in (self.x, self.w))
 
-    def by_engine(self, parts: int, add: bool) -> None:
+    def by_engine(self, parts: int, add: bool, tile: Tile) -> None:
         """One or two parts, both in one launch, whose programs take one tile after the other."""
-        tile = Tile(128, 256, ENGINE_DEPTH, 8, 3) if parts == 1 else Tile(128, 128, ENGINE_DEPTH, 8, 4)
         tiles = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.width, tile.columns)
-        programs = min(tiles, _multiprocessors(self.out.device))
+        programs = min(tiles, tile.programs * _multiprocessors(self.out.device))
         x_deep, w_deep = _along(self.x) == 1, _along(self.w) == 1
         _large[(programs,)](
             _described(self.x, tile.rows, tile.depth),
             _described(self.w, tile.columns, tile.depth),
             *(self.out, self.rows, self.width, self.share, self.out.stride(0), programs),
-            *(x_deep, w_deep, parts, add, tile.rows, tile.columns, tile.depth),
+            *(x_deep, w_deep, parts, add, tile.flat, tile.rows, tile.columns, tile.depth),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -158,6 +165,11 @@ def tile_for(rows: int, width: int, dtype: torch.dtype) -> Tile:
     if rows <= 512:
         return Tile(128, 128, 64, 8, 4)
     return Tile(256, 128, 64, 8, 3)
+
+
+def engine_tile(parts: int) -> Tile:
+    """What was quickest on an H200 for many rows that the copy engine brings."""
+    return Tile(128, 256, ENGINE_DEPTH, 8, 3) if parts == 1 else Tile(128, 128, ENGINE_DEPTH, 8, 4)
 
 
 def _along(x: Tensor) -> int | None:
@@ -312,13 +324,14 @@ def _large(
     W_DEEP: tl.constexpr,
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
+    FLAT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Tile after tile."""
     m_tiles, n_tiles = tl.cdiv(rows, BM), tl.cdiv(width, BN)
-    for tile in range(tl.program_id(0), m_tiles * n_tiles, programs):
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=FLAT):
         m_tile, n_tile = _in_bands(tile, m_tiles, n_tiles)
         m_first, n_first = m_tile * BM, n_tile * BN
         total = _copied(x, w, m_first, n_first, 0, share, X_DEEP, W_DEEP, BM, BN, BK)

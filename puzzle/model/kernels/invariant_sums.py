@@ -50,7 +50,7 @@ def _exponentials(logits_ptr, top_ptr, out_ptr, stride, width, scale, BLOCK: tl.
 def _squares(
     x_ptr, scale_ptr, limbs_ptr, count, BITS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Some blocks of a vector. A limb of all of them is below 2^(BITS + 14), and sums of those have no order."""
+    """Some blocks of a vector. Programs add up with atomics: integers have no order."""
     first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
     scale = tl.load(scale_ptr)
     high, low = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
