@@ -21,19 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.bench.spent import Watch, WatchedTrainer, table
 from puzzle.cli import Parser, whole
-from puzzle.config.load import build, merge
+from puzzle.config.load import build, merge, parse_overrides
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import prepare
 from puzzle.engine.runtime.world import World
+from puzzle.errors import UserError
 from puzzle.files.limits import MOST_LAYERS, MOST_PROCESSES
 from puzzle.launch import local
 from puzzle.model.weights import boxes
 from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.models import build_models
+from puzzle.rlhf.preflight import check_memory
 from puzzle.rlhf.rewards.weighted import function_rewards
-from puzzle.rlhf.trainer import Trainer
 from puzzle.runlog.record import Record
 from puzzle.runlog.records import Iteration
 
@@ -64,9 +66,9 @@ COMMON: dict[str, Any] = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
-    "3 rows at a time": {"max_sequences": 3},
-    "prompts in parts": {"prefill_tokens": 32},
-    "no early stop": {"early_stop": False},
+    "few-rows": {"max_sequences": 3},
+    "prompts-in-parts": {"prefill_tokens": 32},
+    "no-early-stop": {"early_stop": False},
 }
 """Of generation; the first one stands for itself."""
 
@@ -79,6 +81,7 @@ class Found:
     gaps: list[float] = field(default_factory=list)
     pieces: list[tuple[str, tuple[tuple[int, int], ...], Tensor]] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
 
 
 class Kept:
@@ -107,22 +110,42 @@ class Kept:
 
 def run(arguments: Sequence[str]) -> int:
     """Compare, then measure the price; 1 if anything differs."""
-    parser = Parser("puzzle bench exact", description="Compare runs with invariant numerics bit for bit.")
+    parser = Parser(
+        "puzzle bench exact",
+        description="Compare runs with invariant numerics bit for bit.",
+        epilog="Every key of the configuration is an option of the runs that are timed, --section.key VALUE.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
-    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument(
+        "--models", nargs="*", choices=FAMILIES, default=FAMILIES, help="none: compare nothing"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
+    parser.add_argument(
+        "--ways", nargs="*", choices=list(WAYS)[1:], default=list(WAYS)[1:], help="other ways of generation"
+    )
     parser.add_argument(
         "--price", metavar="SIZE", help="a published size whose stages are timed; none without"
     )
-    parser.add_argument("--layers", type=whole(1, MOST_LAYERS), default=8, help="of the model that is timed")
+    parser.add_argument(
+        "--layers", type=whole(1, MOST_LAYERS), help="of the model that is timed; its own number if not given"
+    )
     parser.add_argument("--sequences", type=whole(1, 4096), default=64, help="of 256 + 256 tokens, timed")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--profile", action="store_true", help="tell what the stages that are timed spend their time on"
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    given = parse_overrides(overrides, program="puzzle bench exact")
+    if options.price is None and (overrides or options.profile):
+        raise UserError("puzzle bench exact: keys of the configuration and --profile are for --price SIZE")
+    if options.profile and options.device == "cpu":
+        raise UserError("--profile: it reads a GPU's kernels; leave it out, or --device cpu")
     good = True
     for family, dtype in product(options.models, options.dtypes):
         good &= _compare(options, family, dtype)
     if options.price is not None:
-        _price(options)
+        _price(options, given)
     return 0 if good else 1
 
 
@@ -130,10 +153,9 @@ def _compare(options: argparse.Namespace, family: str, dtype: str) -> bool:
     model = {"init": SHAPE | {"model_type": family}}
     common = merge(COMMON, {"dtype": dtype, "device": options.device, "actor": model, "reward": model})
     good = True
-    truths: dict[int, list[Found]] = {
-        1: _run([merge(common, {"generation": way}) for way in WAYS.values()], 1)[0]
-    }
-    for way, found in zip(list(WAYS)[1:], truths[1][1:], strict=True):
+    ways = [{}, *(WAYS[way] for way in options.ways)]
+    truths: dict[int, list[Found]] = {1: _run([merge(common, {"generation": way}) for way in ways], 1)[0]}
+    for way, found in zip(options.ways, truths[1][1:], strict=True):
         good &= _tell(f"{family} {dtype}  1,1,1, {way}", [found], [truths[1][0]])
     pairs = list(product(layouts(options.world), repeat=2))
     cases = [
@@ -193,12 +215,15 @@ def layouts(world: int) -> list[Sizes]:
     return found
 
 
-def _price(options: argparse.Namespace) -> None:
-    """Seconds of stages of both numerics, one after the other, the first iteration left out."""
-    sizes = {"preset": options.price, "num_hidden_layers": options.layers, "max_position_embeddings": 1024}
+def _price(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Seconds of stages of both numerics, one after the other, the first iteration left out; with a profile,
+    the last one, too."""
+    sizes = {"preset": options.price, "max_position_embeddings": 1024}
+    if options.layers is not None:
+        sizes["num_hidden_layers"] = options.layers
     common: dict[str, Any] = {
-        "iterations": 3,
-        "batch": options.sequences,
+        "iterations": 3 + options.profile,
+        "batch": max(options.world, options.sequences // 2),
         "dtype": "bf16",
         "device": options.device,
         "layout": _sizes((1, 1, options.world)),
@@ -209,23 +234,33 @@ def _price(options: argparse.Namespace) -> None:
         "reward": {"init": sizes},
         "checkpoint": {"save": False},
     }
-    common["batch"] = max(options.world, options.sequences // 2)
-    kinds = ({"numerics": "fast"}, {"numerics": "invariant"}, {"numerics": "invariant", "numerics_parts": 2})
-    ranks = _run([merge(common, kind) for kind in kinds], options.world, keep=False)
-    fast, *others = [
-        {
-            stage: mean(row[stage] for row in found.seconds[1:])
+    common = merge(common, given)
+    kinds = {
+        "fast": {"numerics": "fast"},
+        "1 part": {"numerics": "invariant"},
+        "2 parts": {"numerics": "invariant", "numerics_parts": 2},
+    }
+    cases = [merge(common, kind) for kind in kinds.values()]
+    found = dict(zip(kinds, _run(cases, options.world, keep=False, profile=options.profile)[0], strict=True))
+    timed = slice(1, -1 if options.profile else None)
+    seconds = {
+        kind: {
+            stage: mean(row[stage] for row in one.seconds[timed])
             for stage in ("generation", "inference", "training")
         }
-        for found in ranks[0]
-    ]
-    print(
-        f"seconds of {options.price}, {options.layers} layers, {2 * common['batch']} sequences of 256 + 256"
-    )
-    for kind, seconds in zip(("1 part", "2 parts"), others, strict=True):
-        for stage, value in seconds.items():
+        for kind, one in found.items()
+    }
+    count, length = common["batch"] * common["generation"]["samples"], common["generation"]["max_new_tokens"]
+    lengths = f"{count} sequences of {common['data']['random_tokens']} + {length}"
+    print(f"seconds of {options.price}, {options.layers or 'all'} layers, {lengths}")
+    fast = seconds.pop("fast")
+    for kind, stages in seconds.items():
+        for stage, value in stages.items():
             told = f"{value:.3f}  {value / fast[stage]:.2f} x"
             print(f"{stage:<12}fast {fast[stage]:.3f}  invariant, {kind:<8}{told}")
+    if options.profile:
+        for stage in ("inference", "training"):
+            print(*table(stage, {kind: one.watch.stages[stage] for kind, one in found.items()}), sep="\n")
 
 
 def _name(sizes: Sizes) -> str:
@@ -236,27 +271,31 @@ def _sizes(layout: Sizes) -> dict[str, int]:
     return dict(zip(("tp", "pp", "dp"), layout, strict=True))
 
 
-def _run(cases: list[dict[str, Any]], world: int, keep: bool = True) -> list[list[Found]]:
+def _run(
+    cases: list[dict[str, Any]], world: int, keep: bool = True, profile: bool = False
+) -> list[list[Found]]:
     """What every rank found in every case, all in the same processes."""
     configs = [build(case, lambda key: "the bench") for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        local.run("puzzle.bench.exact:work", (configs, folder, keep), world)
+        local.run("puzzle.bench.exact:work", (configs, folder, keep, profile), world)
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(world)]
 
 
-def work(configs: list[TrainConfig], folder: str, keep: bool) -> None:
-    """What every process does; weights are kept on request."""
+def work(configs: list[TrainConfig], folder: str, keep: bool, profile: bool) -> None:
+    """What every process does; weights are kept, and last iterations profiled, on request."""
     with World.start(configs[0].device, timeout=600.0) as world:
-        found = [_case(world, config, keep) for config in configs]
+        found = [_case(world, config, keep, profile) for config in configs]
         torch.save(found, Path(folder, str(world.rank)))
 
 
-def _case(world: World, config: TrainConfig, keep: bool) -> Found:
+def _case(world: World, config: TrainConfig, keep: bool, profile: bool) -> Found:
     plan, found = resolve(config), Found()
+    check_memory(plan, world)
     models = build_models(plan, world)
     data = prepare(config, plan.actor.spec.vocab_size)
-    trainer = Trainer(plan, data, models, world, function_rewards(config))
+    trainer = WatchedTrainer(plan, data, models, world, function_rewards(config), watch=found.watch)
     for iteration in range(config.iterations):
+        found.watch.active = profile and iteration == config.iterations - 1
         trainer.iteration(iteration, Kept(found))  # ty: ignore[invalid-argument-type]
     decoder = models.actor.decoder
     found.pieces = [

@@ -15,6 +15,10 @@ BENCHES = {
         "exact:run",
         "compare runs with invariant numerics bit for bit, and time them beside fast ones",
     ),
+    "numerics": (
+        "numerics:NumericsBench.run",
+        "time kernels of invariant numerics, tile by tile, beside fast ones",
+    ),
     "switch": ("switch:SwitchBench.run", "time changes of layout, three strategies beside the links' floor"),
     "overlap": ("switch:OverlapBench.run", "time the way to generation, also beside the first prefill"),
     "train": ("train:TrainBench.run", "time training and forward passes"),

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from puzzle.engine.runtime.tracing import Instant
 from puzzle.engine.runtime.world import World
@@ -177,8 +178,8 @@ class ZeroAdamW:
         self.world.moved["reduce_scatter"] += bucket.grads.nbytes
 
     def do(self, op: Op) -> None:
-        """Run one optimizer action of a schedule."""
-        {
+        """Run one optimizer action of a schedule; torch's profiler calls it "optimizer norm" or the like."""
+        action = {
             Op.REDUCE: self._check_reduced,
             Op.WAIT_REDUCE: self._wait_reduce,
             Op.NORM: self._start_norm,
@@ -186,7 +187,9 @@ class ZeroAdamW:
             Op.STEP: self._step,
             Op.GATHER: self._start_gather,
             Op.WAIT_GATHER: self._let_arrive,
-        }[op]()
+        }[op]
+        with record_function(f"optimizer {op}"):
+            action()
 
     def _check_reduced(self) -> None:
         """The hooks start every reduction with the last backward, unless a schedule lost one."""
