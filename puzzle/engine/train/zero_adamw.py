@@ -179,17 +179,16 @@ class ZeroAdamW:
 
     def do(self, op: Op) -> None:
         """Run one optimizer action of a schedule; torch's profiler calls it "optimizer norm" or the like."""
-        action = {
-            Op.REDUCE: self._check_reduced,
-            Op.WAIT_REDUCE: self._wait_reduce,
-            Op.NORM: self._start_norm,
-            Op.WAIT_NORM: self._wait_norm,
-            Op.STEP: self._step,
-            Op.GATHER: self._start_gather,
-            Op.WAIT_GATHER: self._let_arrive,
-        }[op]
         with record_function(f"optimizer {op}"):
-            action()
+            {
+                Op.REDUCE: self._check_reduced,
+                Op.WAIT_REDUCE: self._wait_reduce,
+                Op.NORM: self._start_norm,
+                Op.WAIT_NORM: self._wait_norm,
+                Op.STEP: self._step,
+                Op.GATHER: self._start_gather,
+                Op.WAIT_GATHER: self._let_arrive,
+            }[op]()
 
     def _check_reduced(self) -> None:
         """The hooks start every reduction with the last backward, unless a schedule lost one."""

@@ -160,10 +160,7 @@ def _backward_k(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Gradients of some keys and values of one kv head, over its query heads and their tokens in order.
-
-    Weights have keys as rows, as what they are multiplied by in the end asks for.
-    """
+    """Gradients of some keys and values of one kv head, over its query heads and their tokens in order."""
     group = tl.program_id(2)
     heads = tl.num_programs(2) * QUERIES
     start = tl.load(starts_ptr + tl.program_id(1)).to(tl.int64)
@@ -193,11 +190,20 @@ def _backward_k(
                 row = (start + position) * heads + head
                 total = tl.load(sums_ptr + row, mask=position < length, other=0.0)
                 delta = tl.load(delta_ptr + row, mask=position < length, other=0.0)
-                s = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
                 seen = seen_of(n[:, None], position[None, :], WINDOW) & (position < length)[None, :]
-                p = tl.where(seen, tl.exp2(s - total[None, :]), 0.0)
-                grad_v = tl.dot(p.to(q.dtype), grad, grad_v, input_precision="ieee")
-                slope = p * (tl.dot(values, tl.trans(grad), input_precision="ieee") - delta[None, :])
-                grad_k = tl.dot(slope.to(q.dtype), q, grad_k, input_precision="ieee")
+                grad_k, grad_v = _of_block(keys, values, q, grad, total, delta, seen, scale, grad_k, grad_v)
         tl.store(grad_k_ptr + place, grad_k * (scale / _LOG2_E), mask=here)
         tl.store(grad_v_ptr + place, grad_v, mask=here)
+
+
+@triton.jit
+def _of_block(keys, values, q, grad, total, delta, seen, scale, grad_k, grad_v):
+    """Gradients of keys and values, those from a block of queries added.
+
+    Weights have keys as rows, as what they are multiplied by asks for.
+    """
+    s = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
+    p = tl.where(seen, tl.exp2(s - total[None, :]), 0.0)
+    grad_v = tl.dot(p.to(q.dtype), grad, grad_v, input_precision="ieee")
+    slope = p * (tl.dot(values, tl.trans(grad), input_precision="ieee") - delta[None, :])
+    return tl.dot(slope.to(q.dtype), q, grad_k, input_precision="ieee"), grad_v
