@@ -15,6 +15,8 @@ from puzzle.engine.runtime.world import World
 from puzzle.spec.flops import peak_flops
 
 T = TypeVar("T")
+COPIED = 1 << 30
+"""Bytes that are copied to measure a device's bandwidth."""
 
 
 def facts(world: World) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def alternated(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, l
     return found
 
 
-def copy_bandwidth(world: World, size: int = 1 << 30) -> float:
+def copy_bandwidth(world: World, size: int = COPIED) -> float:
     """Bytes read and written per second by copies of `size` bytes on the device: the median of nine times.
 
     On a GPU eight copies are timed together: starting one and waiting for it takes a twentieth of its time.

@@ -7,17 +7,17 @@ costs of both parts of a split backward come from runs one after the other that 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from scipy.stats import t as student
 
-from puzzle.bench import device, harness
+from puzzle.bench import device, fit, harness
 from puzzle.bench.harness import Row, option
 from puzzle.bench.texts import last_values, mean_loss, mean_square_value, random_batches, token_logprobs
 from puzzle.cli import named
@@ -27,6 +27,7 @@ from puzzle.engine.runtime.tracing import Clock, gathered
 from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
+from puzzle.plan.memory import RankMemory
 from puzzle.plan.pipeline.actions import Op, Schedule
 from puzzle.plan.simulate.cost import CostTable
 from puzzle.plan.simulate.measured import measured_costs
@@ -68,6 +69,11 @@ class FuseBench(harness.Bench):
         None
     )
     traced: Annotated[int, harness.microbatches(help="micro-batches of traces")] = 8
+    smaller: ClassVar[Mapping[str, str]] = {
+        "activations": "lower --rows or --length",
+        "logits": "lower --rows or --length",
+        "": "give fewer --layers, a smaller --actor or --critic, or one of --stages",
+    }
 
     def spec(self, role: str) -> ModelSpec:
         """The model of a role: the reference is the actor's size, the reward model the critic's."""
@@ -85,6 +91,25 @@ class FuseBench(harness.Bench):
 
     def layouts(self) -> Sequence[harness.Sizes]:
         return (self.layout,)
+
+    def trains(self, role: str) -> bool:
+        """Whether a model has an optimizer."""
+        return role in STAGES["training"] and "training" in self.stages
+
+    def memory(self, world: World) -> RankMemory:
+        """All models at once, in the stage that needs most."""
+        itemsize, fused = harness.DTYPES[self.dtype].itemsize, world.device.type == "cuda"
+        uses = [
+            replace(
+                fit.use(role, self.spec(role), self.layout, itemsize, fused),
+                trained=self.trains(role),
+                compiled=self.compile,
+                split=self.split and self.trains(role),
+            )
+            for role in sorted({role for stage in self.stages for role in STAGES[stage]})
+        ]
+        sequences = max(self.microbatches) * self.rows * self.layout[2]
+        return fit.steps(world.rank, uses, sequences, self.length, self.rows, self.stages)
 
     def measure(self, world: World) -> Iterator[Row | str]:
         team = Team(self, world)
@@ -132,7 +157,7 @@ class Team:
     def _model(self, role: str) -> ModelRuntime:
         bench = self.bench
         runtime = harness.random_model(role, bench.spec(role), bench.layout, self.world, bench.dtype)
-        if role in STAGES["training"] and "training" in bench.stages:
+        if bench.trains(role):
             runtime.attach_optimizer(AdamWSettings(lr_at=lambda step: 1e-6))
         else:
             runtime.freeze()

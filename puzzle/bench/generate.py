@@ -1,43 +1,34 @@
-"""`puzzle bench generate` and `transformers`: prefill and decoding of random prompts.
+"""`puzzle bench generate`: prefill and decoding of random prompts.
 
 Beside the least time that memory allows; with responses of various lengths, early stop beside decoding to
-the end; and a model folder beside transformers' own generation.
+the end.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
 from puzzle.bench.requests import Given, Requests, span
-from puzzle.cli import named
 from puzzle.engine.generate.decode_ring import Tally, generate
 from puzzle.engine.generate.memory import cache_bytes
 from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.requests import Request, StopRule
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
-from puzzle.model import hf
-from puzzle.model.decoder import Decoder
-from puzzle.model.parallel import TensorGroup
-from puzzle.plan.layout import Coord, Layout
-from puzzle.plan.memory import Use, generation_passes
+from puzzle.plan.memory import RankMemory, Switched, Use, Work, generation_passes, rank_memory
 from puzzle.plan.pages import PREFILL_TOKENS
 
 ARMS = {"early stop": True, "to the end": False}
-Answer = Callable[[], list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +59,31 @@ class GenerateBench(harness.LayoutBench):
         "late",
     )
     repeats: harness.Repeats = 5
+    smaller: ClassVar[Mapping[str, str]] = {
+        "cache": "lower --sequences, --at-a-time or --new",
+        "layer": "lower --prefill-tokens",
+        **harness.Bench.smaller,
+    }
+
+    def memory(self, world: World) -> RankMemory:
+        """Only a GPU puts up with fewer pages than all sequences need."""
+        one, count = self.use("model", self.layout, world), max(self.sequences)
+        work = Work(
+            count,
+            count,
+            self.prompt[1],
+            self.new,
+            samples=self.samples,
+            most=self.at_a_time,
+            prefill_tokens=self.prefill_tokens,
+        )
+        pages = 0 if one.fused else None
+        found = rank_memory(world.rank, [one], one, work, Switched(), False, pages)
+        stages = {"bandwidth": {"copied bytes": 2 * device.COPIED}, "generation": found.stages["generation"]}
+        return RankMemory(world.rank, found.resident, stages)
 
     def check(self) -> None:
+        super().check()
         for lengths in self.lengths:
             self.requests.given(1, lengths)
 
@@ -284,80 +298,3 @@ def _ends(lengths: Iterable[int]) -> StopRule:
         return lambda token: next(heard) >= length
 
     return rule
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformersBench(harness.Bench):
-    """Time generation beside transformers' own: greedy, a fixed number of new tokens."""
-
-    model: Annotated[Path, option(positional=True, type=named, help="Hugging Face model folder")]
-    batch: Annotated[int, harness.count(help="prompts")] = 8
-    prompt: Annotated[int, harness.tokens(help="tokens of a prompt")] = 32
-    new: Annotated[int, harness.tokens(help="new tokens of every sequence")] = 64
-    dtype: harness.Dtype = "fp32"
-    repeats: harness.Repeats = 5
-
-    def measure(self, world: World) -> Iterator[Row]:
-        spec = hf.read_spec(self.model, "lm")
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, spec.vocab_size, (self.batch, self.prompt), generator=generator)
-        arms = {"puzzle": self._ours(prompts, world), "transformers": self._theirs(prompts, world)}
-        first = {name: answer() for name, answer in arms.items()}  # warm-up
-
-        def timed(answer: Answer) -> tuple[float, float]:
-            used = time.process_time()
-            (seconds,) = device.measure(world, answer, 1)
-            return seconds, time.process_time() - used
-
-        found = device.alternated({n: partial(timed, answer) for n, answer in arms.items()}, self.repeats)
-        seconds = {name: [wall for wall, _ in times] for name, times in found.items()}
-        cpu = {name: [used for _, used in times] for name, times in found.items()}
-        rates = {name: self.batch * self.new / median(times) for name, times in seconds.items()}
-        yield {
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            "tokens_per_s": rates,
-            "faster": rates["puzzle"] / rates["transformers"],
-            "cpu_ratio": median(cpu["transformers"]) / median(cpu["puzzle"]),
-            "equal_responses": sum(a == b for a, b in zip(*first.values(), strict=True)),
-        }
-
-    def _ours(self, prompts: Tensor, world: World) -> Answer:
-        spec = hf.read_spec(self.model, "lm")
-        layout = Layout.even(1, 1, 1, spec.num_layers)
-        dtype, alone = harness.DTYPES[self.dtype], (Coord(0, 0, 0), TensorGroup())
-        decoder = Decoder(spec, layout, *alone, dtype, world.device)
-        hf.load(decoder, self.model)
-        decoder.requires_grad_(False)
-        passes = ModelRunner(decoder)
-        requests = [Request(prompt, row) for row, prompt in enumerate(prompts.tolist())]
-        params = SamplingParams(greedy=True, min_new_tokens=self.new, max_new_tokens=self.new)
-        return lambda: [answer.tokens for answer in generate(decoder, requests, params, passes=passes)]
-
-    def _theirs(self, prompts: Tensor, world: World) -> Answer:
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=harness.DTYPES[self.dtype])
-        model, ids = model.to(world.device).eval(), prompts.to(world.device)
-        lengths = {"min_new_tokens": self.new, "max_new_tokens": self.new}
-        # Its own settings stop at end-of-text tokens: with min_new_tokens it masks them, we have none.
-        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **lengths}
-
-        @torch.no_grad()
-        def answer() -> list[list[int]]:
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            return made[:, self.prompt :].tolist()
-
-        return answer
-
-    def line(self, row: Row) -> str:
-        arms = "  ".join(
-            f"{name} {rate:.1f} tokens/s ({median(row['seconds'][name]):.2f} s, CPU"
-            f" {median(row['cpu_seconds'][name]):.2f} s)"
-            for name, rate in row["tokens_per_s"].items()
-        )
-        return (
-            f"{self.model.name}  batch {self.batch}  {self.prompt}+{self.new}  {self.dtype}  {arms}"
-            f"  {row['faster']:.2f} x (CPU {row['cpu_ratio']:.2f} x)"
-            f"  equal responses {row['equal_responses']} of {self.batch}"
-        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import torch
 
-from puzzle.bench import device
+from puzzle.bench import device, fit
 from puzzle.cli import Parser, new_file, whole
 from puzzle.cli.plan_switch import model_spec, triple
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -26,7 +26,9 @@ from puzzle.errors import UserError
 from puzzle.files.limits import MOST_LAYERS, MOST_MICROBATCHES, MOST_SEQUENCES, MOST_TOKENS
 from puzzle.launch import local
 from puzzle.model.weights import initialise
+from puzzle.plan.activations import Use
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.memory import RankMemory
 from puzzle.spec.model import ModelSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,6 +68,8 @@ class Bench(ABC):
     out: Annotated[Path | None, option(type=new_file, help="add the results to it, one JSON per line")] = None
     timeout: ClassVar[float] = 600.0
     """Seconds that a rank waits for another."""
+    smaller: ClassVar[Mapping[str, str]] = {"": "give fewer --layers or a smaller --model"}
+    """Which option lowers what takes most memory, by the end of its name; "" stands for all others."""
 
     @classmethod
     def command(cls) -> str:
@@ -99,6 +103,10 @@ class Bench(ABC):
         """What the processes are laid out as, all of one size."""
         return ((1, 1, 1),)
 
+    def memory(self, world: World) -> RankMemory | None:
+        """What this rank will need, at least; None where all that is made is small."""
+        return None
+
     @abstractmethod
     def measure(self, world: World) -> Iterator[Row | str]:
         """What every process does: yields rows as soon as they are measured, and headings above them."""
@@ -123,6 +131,9 @@ class Bench(ABC):
 def work(bench: Bench) -> None:
     """What every process does; rank 0 reports."""
     with World.start(bench.device, timeout=bench.timeout) as world:
+        needed, free = bench.memory(world), world.free_memory()
+        if needed is not None and free is not None:
+            fit.require(f"bench {bench.command()}", needed, free, bench.smaller)
         for found in bench.measure(world):
             if world.rank == 0:
                 bench.report(found, device.facts(world))
@@ -166,6 +177,11 @@ class ModelBench(Bench):
 
     def settings(self) -> Row:
         return super().settings() | {"layers": self.spec.num_layers}
+
+    def use(self, name: str, sizes: Sizes, world: World) -> Use:
+        """The model in a layout, as memory is counted."""
+        fused = world.device.type == "cuda"
+        return fit.use(name, self.spec, sizes, DTYPES[self.dtype].itemsize, fused)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,12 @@ def run(arguments: Sequence[str]) -> int:
         if folder.exists():
             raise UserError(f"--out {given.out}: already holds {folder.name}; choose another folder")
         folder.mkdir(parents=True)
-        local.run("puzzle.rlhf.trainer:train", (config, folder), config.world, folder / "ranks")
+        try:
+            local.run("puzzle.rlhf.trainer:train", (config, folder), config.world, folder / "ranks")
+        except UserError:  # nothing stands in the way of the next try
+            if not (folder / "run.jsonl").exists():
+                shutil.rmtree(folder)
+            raise
         (measured,) = load_runs(folder).runs
         found = peaks(footprint.estimate(plans[layout], fused=config.device != "cpu"), measured)
         where = {"actor": measured.actor, "critic": measured.critic, "layout": ",".join(map(str, layout))}

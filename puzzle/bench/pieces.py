@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from puzzle.bench import device, harness
+from puzzle.bench import device, fit, harness
 from puzzle.bench.harness import Row, option
 from puzzle.bench.train import GradientSum
 from puzzle.cli import new_file, real, whole
@@ -32,7 +32,10 @@ from puzzle.model.decoder import Decoder
 from puzzle.model.packing import pack
 from puzzle.model.parallel import TensorGroup
 from puzzle.model.weights import initialise
-from puzzle.plan.layout import Coord, Layout
+from puzzle.plan.activations import FP32, Activations, Use
+from puzzle.plan.layout import Coord, Layout, Placement
+from puzzle.plan.memory import RankMemory, weight_bytes
+from puzzle.plan.pages import kv_bytes
 from puzzle.plan.predict.costs import Fixed
 from puzzle.plan.predict.tables import (
     CollectiveRow,
@@ -112,7 +115,40 @@ class PiecesBench(harness.Bench):
     engine: Annotated[str, option(help="commit or name of the engine; default: this checkout's")] = ""
     seconds: Annotated[float, option(type=real(0), metavar="S", help="begin nothing after so long")] = 150.0
     repeats: harness.Repeats = 7
+    smaller: ClassVar[Mapping[str, str]] = {
+        "cache": "lower --rows or --prompts",
+        "activations": "lower --tokens",
+        "": "give smaller --models",
+    }
     timeout: ClassVar[float] = 120.0
+
+    def memory(self, world: World) -> RankMemory:
+        """With one tensor rank, the widest part that is measured."""
+        itemsize, fused = harness.DTYPES[self.dtype].itemsize, world.device.type == "cuda"
+        specs = [harness.cut(name, 0) for name in self.models]
+        stages = {}
+        for name, spec in zip(self.models, specs, strict=True):
+            cut, layout = replace(spec, num_layers=LAYERS + 2), Layout(1, 3, 1, (1, LAYERS, 1))
+            one = Use(name, cut, Placement.default(layout), itemsize, fused=fused, compiled=self.compile)
+            weights = weight_bytes(cut, layout, Coord(0, 1, 0), itemsize)
+            stages[f"layers of {name}"] = {
+                f"{name} weights": weights,
+                f"{name} gradients": weights // itemsize * FP32,
+                f"{name} activations": Activations(one, 1, max(self.tokens), 0).saved(),
+            }
+        alone = {n: Layout.even(1, 1, 1, n) for n in (SHALLOW, DEEP)}
+        first = {n: replace(specs[0], num_layers=n) for n in alone}
+        cached = max(self.rows) * (max(self.prompts) + STEPS + 2)
+        stages["decode passes"] = {
+            "weights": sum(weight_bytes(first[n], alone[n], Coord(0, 0, 0), itemsize) for n in alone),
+            "kv cache": kv_bytes(first[DEEP], alone[DEEP], 0, cached, itemsize),
+        }
+        sizes = (world.size, 1, 1) if fits(specs[0], world.size) else (1, 1, world.size)
+        stepped = replace(fit.use(self.models[0], first[SHALLOW], sizes, itemsize, fused), trained=True)
+        length = min(self.length, *self.tokens)
+        steps = fit.steps(world.rank, [stepped], 4 * sizes[2], length, 1, ["training"])
+        stages["optimizer steps"] = {**steps.resident, **steps.stages["training"]}
+        return RankMemory(world.rank, {}, stages)
 
 
 def fits(spec: ModelSpec, tp: int) -> bool:

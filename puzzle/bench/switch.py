@@ -1,7 +1,6 @@
-"""`puzzle bench switch` and `overlap`: the way from one layout of a model to another.
+"""`puzzle bench switch`: the way from one layout of a model to another.
 
-The first times the three strategies beside the least that the links allow; the second what filling
-generation from ZeRO shards, and beside the first prefill, saves.
+Times the three strategies beside the least that the links allow.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import argparse
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,22 +23,21 @@ from puzzle.bench import device, harness
 from puzzle.bench.harness import Row, option
 from puzzle.cli import whole
 from puzzle.cli.plan_switch import triple
-from puzzle.engine.generate.decode_ring import generate
-from puzzle.engine.generate.requests import Request
-from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.reshard.transports import Unreachable, open_peers
 from puzzle.engine.runtime.world import World
-from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.files.limits import MOST_BYTES
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Layout, Placement
+from puzzle.plan.memory import RankMemory, weight_bytes
 from puzzle.plan.reshard.plan import MIB, SwitchPlan, Transport, plan_switch
 from puzzle.plan.reshard.routing import STRATEGIES, Strategy
 
 Pair = tuple[harness.Sizes, harness.Sizes]
+STAGING = 512 * MIB
+ALONE = "bench switch needs layouts of at least 2 processes: one alone has no links"
 WAYS: list[tuple[Strategy, Transport]] = [*((way, "messages") for way in STRATEGIES), ("planned", "peer")]
 
 
@@ -68,8 +66,15 @@ class PairsBench(harness.ModelBench):
             raise UserError(f"--pairs: layouts of {sorted(worlds)} processes; give layouts of one size")
         super().check()
 
+    def plan(self, pair: Pair, world: World, destination: Placement | None = None, **how: Any) -> SwitchPlan:
+        """How a switch goes; `destination` by default in rank order."""
+        before, after = (Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair)
+        cluster, itemsize = Cluster(world.per_node), harness.DTYPES[self.dtype].itemsize
+        return plan_switch(self.spec, before, destination or after, cluster, itemsize=itemsize, **how)
 
-def _ends(row: Row) -> str:
+
+def ends_of(row: Row) -> str:
+    """The layouts of a row, as its line begins."""
     return f"{'->'.join(','.join(map(str, row[side])) for side in ('from', 'to')):>15}"
 
 
@@ -78,14 +83,11 @@ class LayoutChange:
 
     def __init__(self, bench: PairsBench, pair: Pair, world: World) -> None:
         self.bench, self.pair, self.world, self.spec = bench, pair, world, bench.spec
-        self.sides = [Placement.default(Layout.even(*side, self.spec.num_layers)) for side in pair]
         self.source = harness.random_model("source", self.spec, pair[0], world, bench.dtype)
 
     def plan(self, destination: Placement | None = None, **how: Any) -> SwitchPlan:
         """How this switch goes; `destination` by default in rank order."""
-        cluster, itemsize = Cluster(self.world.per_node), harness.DTYPES[self.bench.dtype].itemsize
-        ends = (self.sides[0], destination or self.sides[1])
-        return plan_switch(self.spec, *ends, cluster, itemsize=itemsize, **how)
+        return self.bench.plan(self.pair, self.world, destination, **how)
 
     def made(self, plan: SwitchPlan, **how: Any) -> tuple[Resharder, ModelRuntime]:
         """What makes the destination's parameters by that plan, and the model that they are made for."""
@@ -120,6 +122,33 @@ class SwitchBench(PairsBench):
     repeats: harness.Repeats = 7
     rate_bytes: Annotated[int, option(type=whole(1, MOST_BYTES), help="to measure links with")] = 1 << 30
 
+    smaller: ClassVar[Mapping[str, str]] = {
+        "link": "lower --rate-bytes",
+        **harness.Bench.smaller,
+    }
+
+    def check(self) -> None:
+        super().check()
+        if math.prod(self.pairs[0][0]) == 1:
+            raise UserError(ALONE)
+
+    def memory(self, world: World) -> RankMemory:
+        """The model of the pair that needs most, what another strategy brought, and what is brought."""
+        stages = {"links": {"bytes sent over a link": 2 * self.rate_bytes}}
+        for pair in self.pairs:
+            one = self.use("source", pair[0], world)
+            coord = one.placement.coord_of(world.rank)
+            parts = {
+                way: self.plan(pair, world, strategy=way, staging_bytes=STAGING).for_rank(world.rank)
+                for way in STRATEGIES
+            }
+            stages[ends_of({"from": pair[0], "to": pair[1]})] = {
+                "source weights": weight_bytes(self.spec, one.placement.layout, coord, one.itemsize),
+                "compared weights": one.itemsize * sum(param.size for param in parts["gather-all"].allocate),
+                "weights and staging": max(part.peak_extra for part in parts.values()),
+            }
+        return RankMemory(world.rank, {}, stages)
+
     def measure(self, world: World) -> Iterator[Row | str]:
         rates = {"link_bytes_per_second": link_rate(world, self.rate_bytes)}
         try:
@@ -140,7 +169,7 @@ class SwitchBench(PairsBench):
             tidy(world)
 
     def line(self, row: Row) -> str:
-        line, floor = f"{_ends(row)} {row['way']:>13}", row["least_floor_seconds"]
+        line, floor = f"{ends_of(row)} {row['way']:>13}", row["least_floor_seconds"]
         if "error" in row:
             return f"{line} {row['error']}"
         ratio = f"{row['kept_seconds'] / floor:6.2f}" if floor else "     -"
@@ -154,7 +183,7 @@ def link_rate(world: World, size: int) -> float:
     """Bytes per second that every rank sends to the next one while it receives from the one before."""
     group = world.groups([tuple(range(world.size))], "rate")
     if group is None:
-        raise UserError("bench switch needs layouts of at least 2 processes: one alone has no links")
+        raise UserError(ALONE)
     outgoing, incoming = (torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in range(2))
     right, left = (world.rank + 1) % world.size, (world.rank - 1) % world.size
 
@@ -184,9 +213,9 @@ class _Switched(LayoutChange):
         """One per way."""
         self.source.freeze()
         self.truth: tuple[Placement, list[Tensor]] | None = None
-        least, rate = _most_traffic(self.plan(staging_bytes=512 * MIB)), rates["link_bytes_per_second"]
+        least, rate = _most_traffic(self.plan(staging_bytes=STAGING)), rates["link_bytes_per_second"]
         for strategy, transport in WAYS:
-            plan = self.plan(strategy=strategy, staging_bytes=512 * MIB)
+            plan = self.plan(strategy=strategy, staging_bytes=STAGING)
             row: Row = {"way": strategy if transport == "messages" else f"{strategy}, {transport}"}
             row |= {"strategy": plan.strategy, "transport": transport, "hash": plan.hash}
             row |= {"bytes": plan.bytes_received, "lower_bound_bytes": plan.lower_bound_bytes}
@@ -234,7 +263,7 @@ class _Switched(LayoutChange):
         """This rank's weights under `destination` by gather-all, whose checksums are those of the source."""
         if self.truth is None or self.truth[0] != destination:
             self.truth = None
-            plan = self.plan(destination, strategy="gather-all", staging_bytes=512 * MIB)
+            plan = self.plan(destination, strategy="gather-all", staging_bytes=STAGING)
             switcher, _ = self.made(plan)
             switcher.fill()
             switcher.verify()
@@ -250,117 +279,3 @@ def _most_traffic(plan: SwitchPlan) -> int:
 def _weights(switcher: Resharder) -> Iterator[Tensor]:
     assert switcher.destination is not None
     return (p.detach() for p in switcher.destination.parameters())
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverlapBench(PairsBench):
-    """Time the way to generation, in turn and beside."""
-
-    rows: harness.Rows = 32
-    length: harness.Length = 256
-
-    def measure(self, world: World) -> Iterator[Row | str]:
-        yield (
-            f"{self.model} {self.dtype}, {world.size} ranks on {device.facts(world)['device']}; ms\n"
-            f"{'switch':>15} {'filled from':>11} {'by':>8}     GB   gather     fill     pass"
-            "  in turn   beside  saved by fill  saved beside"
-        )
-        for pair in self.pairs:
-            yield from _Overlapped(self, pair, world).ways()
-            tidy(world)
-
-    def line(self, row: Row) -> str:
-        line = f"{_ends(row)} {row['filled_from']:>11} {row['transport']:>8}"
-        if "error" in row:
-            return f"{line} {row['error']}"
-        names = ("gather", "fill", "pass", "in_turn", "beside")
-        times = " ".join(f"{1e3 * row[f'{name}_seconds']:8.2f}" for name in names)
-        saved = [1e3 * row[f"saved_{what}_seconds"] for what in ("by_fill", "beside")]
-        return f"{line} {row['bytes'] / GB:6.2f} {times} {saved[0]:14.2f} {saved[1]:13.2f}"
-
-
-class _Overlapped(LayoutChange):
-    """Weights after an optimizer step, and generation's first pass with them."""
-
-    bench: OverlapBench
-
-    def ways(self) -> Iterator[Row]:
-        """One row per way to fill; what gathered weights take is compared with."""
-        self.source.attach_optimizer(AdamWSettings(lambda _: 0.0))
-        assert self.source.optimizer is not None
-        self.optimizer = self.source.optimizer
-        shape = (self.bench.rows, self.bench.length)
-        tokens = torch.arange(math.prod(shape)).remainder(self.spec.vocab_size).view(shape)
-        self.requests = [Request(prompt, number) for number, prompt in enumerate(tokens.tolist())]
-        for transport in get_args(Transport):
-            before: Row = {}
-            for zero in (False, True) if self.sides[0].layout.dp > 1 else (False,):
-                row = {"transport": transport, "filled_from": "shards" if zero else "gathered"}
-                row = self.tried(row, partial(self._measured, transport, zero))
-                if "error" not in row:
-                    before = before or row
-                    way = [r["gather_seconds"] + r["in_turn_seconds"] for r in (before, row)]
-                    row["saved_by_fill_seconds"] = way[0] - way[1]
-                    row["saved_beside_seconds"] = row["in_turn_seconds"] - row["beside_seconds"]
-                yield row
-
-    def _measured(self, transport: Transport, zero: bool) -> Row:
-        """Seconds until generation's weights are there, of a prefill pass, of both in turn and beside."""
-        gathers = self.optimizer.group is not None and not zero
-        row: Row = {"gather_seconds": self._median(self.gather) if gathers else 0.0}
-        for beside in (False, True):
-            plan = self.plan(zero=zero)
-            switcher, made = self.made(plan, transport=transport, beside=beside)
-            if zero:
-                self.forget()
-            turn = partial(self._turn, switcher, made, zero)
-            turn()
-            switcher.verify()
-            if not beside:
-                row |= {
-                    "bytes": plan.bytes_received,
-                    "pass_seconds": self._median(partial(self.prefill, made)),
-                }
-            switcher.drop()
-            if not beside:
-                row["fill_seconds"] = self._median(switcher.fill, switcher.drop)
-            row["beside_seconds" if beside else "in_turn_seconds"] = self._median(turn, switcher.drop)
-            if beside and switcher.side is not None:
-                fills, waits = switcher.take_times()
-                row["beside_fill_seconds"] = fills
-                row["beside_awaited_seconds"] = waits / (self.bench.repeats + 2)
-        return row
-
-    def _turn(self, switcher: Resharder, made: ModelRuntime, zero: bool) -> None:
-        """From the end of training to that of a prefill pass; out of shards, the gather goes on beside it,
-        and what it brought is put in place behind it."""
-        switcher.fill()
-        self.optimizer.gather_pending = zero
-        self.optimizer.start_gather()
-        self.prefill(made)
-        self.optimizer.wait_gather()
-
-    def _median(self, work: Callable[[], object], after: Callable[[], object] = lambda: None) -> float:
-        """Of all repeats but the first; `after` each comes what is not timed."""
-        found = []
-        for _ in range(self.bench.repeats + 1):
-            found += device.measure(self.world, work, 1)
-            after()
-        return median(found[1:])
-
-    def gather(self) -> None:
-        """The all-gather after an optimizer step."""
-        self.optimizer.gather_pending = True
-        self.optimizer.wait_gather()
-
-    @torch.no_grad()
-    def forget(self) -> None:
-        """Spoil the rows that other replicas step."""
-        for slot in self.optimizer.slots:
-            slot.param[: slot.low] = 0
-            slot.param[slot.high :] = 0
-
-    def prefill(self, made: ModelRuntime) -> None:
-        """A pass over the prompts, and a token of each."""
-        once = SamplingParams(max_new_tokens=1)
-        generate(made.decoder, self.requests, once, made.executor, graphs=False)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from puzzle.bench import device, harness
+from puzzle.bench import device, fit, harness
 from puzzle.bench.harness import Row, option
 from puzzle.bench.texts import mean_loss, random_batches, token_logprobs
 from puzzle.cli import named, whole
@@ -30,6 +30,7 @@ from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.linear import Weight, accumulate
 from puzzle.model.packing import PackedBatch
+from puzzle.plan.memory import RankMemory
 from puzzle.plan.pipeline.actions import Op
 from puzzle.spec.flops import forward_flops, train_flops
 
@@ -41,6 +42,17 @@ class StepBench(harness.LayoutBench):
     rows: harness.Rows = 4
     length: harness.Length = 512
     microbatches: Annotated[int, harness.microbatches(help="per replica and step")] = 4
+    smaller: ClassVar[Mapping[str, str]] = {
+        "activations": "lower --rows or --length",
+        "logits": "lower --rows or --length",
+        "one layer": "lower --rows or --length",
+        **harness.Bench.smaller,
+    }
+
+    def memory(self, world: World) -> RankMemory:
+        one = replace(self.use("model", self.layout, world), trained=True)
+        sequences = self.rows * self.microbatches * self.layout[2]
+        return fit.steps(world.rank, [one], sequences, self.length, self.rows, ["training"])
 
     def made(self, world: World) -> tuple[ModelRuntime, list[PackedBatch], PipelineInput]:
         """The model, this replica's micro-batches, and what training takes of them."""
@@ -57,6 +69,10 @@ class TrainBench(StepBench):
     optimizer: Annotated[bool, option(help="end every step with AdamW")] = False
     modes: Annotated[Sequence[str], harness.several("eager", "compile")] = ("eager", "compile")
     repeats: harness.Repeats = 5
+
+    def memory(self, world: World) -> RankMemory:
+        found = super().memory(world)
+        return found if self.optimizer else fit.without_states(found, self.use("model", self.layout, world))
 
     def measure(self, world: World) -> Iterator[Row]:
         device.reset_peak(world.device)

@@ -190,23 +190,27 @@ def _together(cache: Cache, unit: str) -> str:
     return f"generation: up to {cache.rows} sequences of a replica at a time {room}{kept}"
 
 
-def require(ranks: Sequence[RankMemory], limit: int) -> None:
-    """UserError, naming the largest term and what lowers it, if a rank needs more than `limit` bytes."""
+def require(ranks: Sequence[RankMemory], limit: int, host: str | None = None) -> None:
+    """UserError, naming the largest term and what lowers it, if a rank needs more than `limit` bytes: of its
+    device or, where `host` tells so in front of the number, of its host."""
     most = max(ranks, key=lambda rank: rank.peak)
     if most.peak > limit:
         raise UserError(
-            f"rank {most.rank} needs {most.peak / GIB:.1f} GiB in {most.worst}, its device has"
-            f" {limit / GIB:.1f}; {remedy(most)}"
+            f"rank {most.rank} needs {most.peak / GIB:.1f} GiB in {most.worst}, {host or 'its device has'}"
+            f" {limit / GIB:.1f}; {remedy(most, host is not None)}"
         )
 
 
-def remedy(rank: RankMemory) -> str:
-    """The largest term at a rank's peak, and the option that lowers it."""
+def remedy(rank: RankMemory, on_host: bool = False) -> str:
+    """The largest term at a rank's peak, and the option that lowers it. Where models lie in a host's memory,
+    neither more ranks of that host nor offloading to it make room."""
     name, size = rank.largest
     advice = next(text for end, text in REMEDIES.items() if name.endswith(end))
     for end, (option, stage) in OFFLOADS.items():
         if name in rank.resident and name.endswith(end) and rank.worst != stage:
             advice = f"set {option}"
+    if on_host and advice.startswith(("raise", "set offload")):
+        advice = "choose a smaller {model}"
     return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=name.partition(' ')[0])}"
 
 

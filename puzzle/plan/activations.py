@@ -180,5 +180,5 @@ class Activations:
 
 
 def worst(cases: Sequence[dict[str, int]]) -> dict[str, int]:
-    """Of things that follow one another, the terms of the one that needs most."""
-    return max(cases, key=lambda terms: sum(terms.values()))
+    """Of things that follow one another, the terms of the one that needs most; none where nothing follows."""
+    return max(cases, key=lambda terms: sum(terms.values()), default={})

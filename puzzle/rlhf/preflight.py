@@ -28,6 +28,8 @@ def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded."""
     if (limit := world.device_memory) is not None:
         footprint.require(footprint.estimate(plan, True, limit), limit)
+    elif (free := world.free_memory()) is not None:
+        footprint.require(footprint.estimate(plan, False), free.bytes, free.told)
 
 
 def refuse_replacing(checkpoints: Path, world: World) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puzzle.engine.runtime.free_memory import FreeMemory, host_free
 from puzzle.engine.runtime.identity import Identity, check_address, launched
 from puzzle.engine.runtime.tracing import Clock
 from puzzle.engine.runtime.watchdog import LAST_RESORT, Progress, Watch, Watchdog
@@ -189,6 +190,19 @@ class World:
         if self.device.type != "cuda":
             return None
         return torch.cuda.get_device_properties(self.device).total_memory
+
+    def free_memory(self) -> FreeMemory | None:
+        """What this rank may take now: of its device, or its part of what its host has free; all ranks call,
+        before any takes much. None where the system does not say."""
+        if self.device.type == "cuda":
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            found = FreeMemory(torch.cuda.mem_get_info(self.device)[0] + unused, "its device has free")
+        elif (free := host_free()) is not None:
+            found = FreeMemory(free // self.per_node, "its part of this host's free memory is")
+        else:
+            found = None
+        self.gather(None)  # nobody takes before all have looked
+        return found
 
     def synchronize(self) -> None:
         """Wait until this rank's device is idle."""
