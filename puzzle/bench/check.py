@@ -284,24 +284,30 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     runtime = _runtime(folder, placement, world, FULL)
     rows = runtime.rows(len(truth.texts))
     requests = [Request(truth.texts[row], row) for row in rows]
+    samples = [Request(truth.texts[row], row, sample) for row in rows for sample in range(3)]
     pages = whole_pages(max(map(len, truth.texts)), NEW_TOKENS, PAGE)
     # One token of every other answer: rows leave their micro-batch at different steps.
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     for mode in ("eager", "graphs"):
         with ModelRunner(runtime.decoder, graphs=mode == "graphs", page=PAGE) as passes:
-            for ends, stop_ids, told in (
-                ("", (), {}),
-                (", early ends", stops, {}),
-                (", a queue", stops, {"most": 2}),
-                (", few pages", (), {"pages": 1 + pages}),
-                (", prompts in parts", (), {"prefill_tokens": 7}),
+            for ends, asked, stop_ids, told in (
+                ("", requests, (), {}),
+                (", early ends", requests, stops, {}),
+                (", a queue", requests, stops, {"most": 2}),
+                (", few pages", requests, (), {"pages": 1 + pages}),
+                (", prompts in parts", requests, (), {"prefill_tokens": 7}),
+                (", samples", samples, stops, {"most": 5}),
             ):
                 params = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)
                 how: dict[str, Any] = {"passes": passes, **told}
-                answers = generate(runtime.decoder, requests, params, runtime.executor, **how)
+                answers = generate(runtime.decoder, asked, params, runtime.executor, **how)
                 margins = [
-                    truth.margin(truth.texts[row], _until(truth.answers[row], stop_ids), answer.tokens)
-                    for row, answer in zip(rows, answers, strict=True)
+                    truth.margin(
+                        truth.texts[one.prompt_id],
+                        _until(truth.answers[one.prompt_id], stop_ids),
+                        answer.tokens,
+                    )
+                    for one, answer in zip(asked, answers, strict=True)
                 ]
                 yield f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN
     yield from _graphs_that_live(runtime, requests, truth)

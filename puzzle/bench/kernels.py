@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw
 from puzzle.model import pointwise
-from puzzle.model.attention import KVCache, decode_attention, packed_attention
+from puzzle.model.attention import MEMBERS, Families, KVCache, decode_attention, packed_attention
 from puzzle.model.linear import accumulate, product, sums_in_place
 from puzzle.model.noise import gumbel, position_keys, row_keys, row_seeds
 from puzzle.model.packing import DecodeBatch, pack
@@ -30,7 +30,7 @@ def compare(device: torch.device) -> Found:
     yield from _in_parts(device)
     yield from _decode(device)
     if has_kernels(device):
-        for kernels in (_fused, _trained, _few_rows, _draws):
+        for kernels in (_fused, _families, _trained, _few_rows, _draws):
             yield from kernels(device)
     yield from _sums(device)
     yield from _noise(device)
@@ -141,6 +141,39 @@ def _fused(device: torch.device) -> Found:
             name = f"kernel: decode {groups * queries}/{groups} x {dim}, {rows} rows"
             yield name, _relative(got, expected), 1e-2
             yield "kernel: heads", _relative(ours.heads(qkv, groups, *turn, *weights, EPS)[0], q), 1e-2
+
+
+def _families(device: torch.device) -> Found:
+    """bf16: decode passes of which all rows but some share two pages of 128 positions, by families of eight
+    and of three, against the plain functions in float64."""
+    ours, plain = pointwise.kernels(), Pointwise.eager()
+    assert ours.decode is not None
+    for groups, queries, dim in ((8, 1, 128), (2, 4, 64), (2, 7, 96)):
+        for rows in (14, 280):
+            places = torch.randint(256, 384, (rows,), device=device)
+            freq = 1e-4 ** (torch.arange(0, dim, 2, device=device) / dim)
+            turn = rotation(places, freq, BF16)
+            qkv = torch.randn((rows, groups * (queries + 2) * dim), device=device, dtype=BF16)
+            kept = KVCache(*torch.randn((2, 1, groups, 3 * rows, 128, dim), device=device, dtype=BF16))
+            table = torch.randperm(3 * rows, device=device).view(rows, 3).int()
+            members = torch.zeros((rows // 2, 1 + MEMBERS), dtype=torch.int32)
+            shared = torch.zeros(rows, dtype=torch.int32)
+            order = torch.randperm(rows)[: rows // 14 * 11]
+            sizes = [8, 3] * (rows // 14)
+            for number, some in enumerate(order.split(sizes)):
+                members[number] = -1
+                members[number, : 1 + len(some)] = torch.tensor([256, *some.tolist()])
+                shared[some] = 256
+                table[some.to(device), :2] = table[int(some[0]), :2]
+            into = table.gather(1, places[:, None] // 128)[:, 0].long() * 128 + places % 128
+            slots = kept.at(into, table, None, Families(members.to(device), shared.to(device))).slots(0)
+            got = ours.decode(qkv, *turn, None, None, EPS, slots, places, None)
+            q, k, v = plain.heads(qkv, groups, *turn, None, None, EPS)
+            slots.write(k, v)
+            wide = (x.double() for x in (q, *slots.read(384)))
+            expected = decode_attention(*wide, DecodeBatch(places, places, 384).mask(None)).flatten(1)
+            name = f"kernel: families {groups * queries}/{groups} x {dim}, {rows} rows"
+            yield name, _relative(got, expected), 1e-2
 
 
 def _trained(device: torch.device) -> Found:

@@ -31,13 +31,29 @@ COPIED = 1 << 26
 """Most bytes of pages that lie in memory twice while they are copied."""
 
 
+MEMBERS = 8
+"""Most rows of a family: their queries go through the matrix units together."""
+
+
+class Families(NamedTuple):
+    """Rows of a decode pass that begin with the same pages (samples of one prompt), whose keys and values a
+    kernel reads once for all of them.
+
+    `members_FM` (int32, F x 1 + MEMBERS): how many positions these pages have (0: no family), then the rows,
+    in front, -1 for none. `shared_B` (int32): those positions by row, 0 where it is in no family.
+    """
+
+    members_FM: Tensor
+    shared_B: Tensor
+
+
 class Slots(NamedTuple):
     """A layer's keys and values, (K, pages, page, h) each, as a pass uses them.
 
     `places` (int64, n): where those of its first n tokens go, counted through all pages; `past` (int64):
     where those lie that its first sequence has cached already. `table` (int32, B x most pages of a row): for
     a decode pass, the pages of its rows in the order of their positions. `lying` are the rows' pages where
-    each has a single one and these lie at equal distances.
+    each has a single one and these lie at equal distances. Kernels read what `families` share once.
     """
 
     k_KPSh: Tensor
@@ -46,6 +62,7 @@ class Slots(NamedTuple):
     table_BP: Tensor | None = None
     lying: slice | None = None
     past: Tensor | None = None
+    families: Families | None = None
 
     def before(self, k_TKh: Tensor, v_TKh: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a packed pass behind those cached at `past`, of which its first sequence is the
@@ -102,23 +119,31 @@ class KVCache:
     table: Tensor | None = None
     lying: slice | None = field(default=None, kw_only=True)
     past: Tensor | None = field(default=None, kw_only=True)
+    families: Families | None = field(default=None, kw_only=True)
 
     @property
     def page(self) -> int:
         """Positions of a page."""
         return self.k.shape[3]
 
-    def at(self, places: Tensor, table: Tensor | None = None, past: Tensor | None = None) -> KVCache:
-        """The same memory for a pass; `places`, `table` and `past` as in `Slots`."""
+    def at(
+        self,
+        places: Tensor,
+        table: Tensor | None = None,
+        past: Tensor | None = None,
+        families: Families | None = None,
+    ) -> KVCache:
+        """The same memory for a pass; `places`, `table`, `past` and `families` as in `Slots`."""
         lying = None
         if table is not None and table.device.type == "cpu" and table.shape[1] == 1:
             lying = _evenly(table[:, 0].tolist())
-        return KVCache(self.k, self.v, places, table, lying=lying, past=past)
+        return KVCache(self.k, self.v, places, table, lying=lying, past=past, families=families)
 
     def slots(self, layer: int) -> Slots:
         """What a layer of the pass uses."""
         assert self.places is not None
-        return Slots(self.k[layer], self.v[layer], self.places, self.table, self.lying, self.past)
+        memory = self.k[layer], self.v[layer]
+        return Slots(*memory, self.places, self.table, self.lying, self.past, self.families)
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy pages `sources` over pages `targets` (int64 each), in every layer, some at a time."""

@@ -54,7 +54,10 @@ class ToyPasses:
         self.next: dict[int, int | None] = {}
         self.position: dict[int, int] = {}
 
-    def start(self, groups: list[int], pages: int, page: int, columns: int, params: SamplingParams) -> None:
+    def start(
+        self, groups: list[int], pages: int, page: int, columns: int, params: SamplingParams, sharing: bool
+    ) -> None:
+        self.shares, self.families = sharing, [list[tuple[int, list[int]]]() for _ in groups]
         self.groups, self.recorded, self.page = groups, None, page
         self.starts = [sum(groups[:j]) for j in range(len(groups))]
         self.memory: list[list[int | None]] = [[None] * self.page for _ in range(pages + 1)]
@@ -94,8 +97,31 @@ class ToyPasses:
             self.next[join.row], self.position[join.row] = join.token, join.position
             self.table[join.row][: len(join.pages)] = join.pages
 
+    def relate(self, group: int, families: list[tuple[int, list[int]]]) -> None:
+        assert self.shares
+        self.families[group] = families
+
+    def audit(self, group: int, rows: list[int]) -> None:
+        """Families are the rows that have their first page in common, and have all positions in common that
+        they are said to."""
+        by_page: defaultdict[int, list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            by_page[self.table[row][0]].append(number)
+        related = [sorted(numbers) for _, numbers in self.families[group]]
+        assert sorted(related) == sorted(numbers for numbers in by_page.values() if len(numbers) > 1)
+        for positions, numbers in self.families[group]:
+            pages, rest = divmod(positions, self.page)
+            assert pages
+            assert not rest
+            assert len({tuple(self.table[rows[number]][:pages]) for number in numbers}) == 1
+            assert all(self.position[rows[number]] >= positions for number in numbers)
+            further = [tuple(self.table[rows[number]][: pages + 1]) for number in numbers]
+            if all(self.position[rows[number]] // self.page >= pages for number in numbers):
+                assert len(set(further)) == len(further), "they share more"
+
     def decode(self, group: int, active: int, x: Any) -> Any:
         rows = [self.starts[group] + i for i in range(active)]
+        self.audit(group, rows)
         # Several stages have recorded what they need before the ring began; a single one has not.
         assert (self.recorded is None) == (self.decoder.first and self.decoder.last)
         assert self.recorded is not False or active == self.groups[group]

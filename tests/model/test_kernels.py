@@ -15,11 +15,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this host has a GPU: `puzzle bench check` runs the kernels there", allow_module_level=True)
 
+from puzzle.engine.generate.decode_ring import generate
 from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import Sampled, SamplingParams, VocabShard, choose
 from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.model import pointwise
-from puzzle.model.attention import KVCache, decode_attention
+from puzzle.model.attention import MEMBERS, Families, KVCache, decode_attention
 from puzzle.model.kernels import flash_decode
 from puzzle.model.kernels import inference as fused
 from puzzle.model.kernels import sample as gumbel_max
@@ -177,6 +179,44 @@ def test_decode_attention_reads_live_places(monkeypatch, parts, window, dtype, g
         close(*stored, dtype)
 
 
+@pytest.mark.parametrize(
+    ("parts", "dtype", "groups", "queries", "dim", "norms"),
+    [
+        (1, torch.float32, 2, 1, 64, False),
+        (2, torch.float16, 2, 3, 24, True),
+        (2, torch.float32, 1, 16, 10, False),
+    ],
+)
+def test_what_families_share_is_read_once_for_all(monkeypatch, parts, dtype, groups, queries, dim, norms):
+    """Rows in any order: eight share three pages, two share one, two are alone; and what is shared has been
+    taken from the tables of all but a family's first, so that reading it row by row would show."""
+    monkeypatch.setattr(flash_decode, "_parts", lambda *_: parts)
+    families = [(48, [7, 1, 3, 11, 0, 9, 5, 8]), (16, [4, 10])]
+    places = torch.tensor([48, 60, 5, 63, 16, 51, 0, 79, 49, 50, 40, 48])
+    table = torch.arange(1, 61, dtype=torch.int32).view(12, 5)
+    for positions, rows in families:
+        table[rows, : positions // 16] = table[rows[0], : positions // 16].clone()
+    qkv, weights = qkv_of(12, groups, queries, dim, dtype, norms)
+    turn = rotation(places, 1.0 / 50 ** torch.arange(0, 1, 2 / dim), dtype)
+    cache = KVCache(*random((2, 1, groups, 61, 16, dim), dtype, 8))
+    into = table.gather(1, places[:, None] // 16)[:, 0].long() * 16 + places % 16
+    q, k, v = pointwise.heads(qkv, groups, *turn, *weights, EPS)
+    held = cache.at(into, table).slots(0)
+    held.write(k, v)
+    expected = decode_attention(q, *held.read(80), DecodeBatch(places, places, 80).mask(None)).flatten(1)
+    members = torch.zeros(6, 1 + MEMBERS, dtype=torch.int32)
+    shared = torch.zeros(12, dtype=torch.int32)
+    cache.k[:, :, 0] = cache.v[:, :, 0] = torch.nan
+    for number, (positions, rows) in enumerate(families):
+        members[number] = -1
+        members[number, : 1 + len(rows)] = torch.tensor([positions, *rows])
+        shared[rows] = positions
+        table[rows[1:], : positions // 16] = 0
+    held = cache.at(into, table, families=Families(members, shared)).slots(0)
+    got = flash_decode.attend(qkv, *turn, *weights, EPS, held, places, None)
+    close(got, expected, dtype)
+
+
 @pytest.mark.parametrize("page", [8, 24])
 def test_pages_that_a_kernel_cannot_read(page):
     cache = KVCache(*torch.zeros(2, 1, 2, 3, page, 16))
@@ -292,3 +332,30 @@ def test_a_whole_stage(monkeypatch, tmp_path: Path, variant: str):
     for plain, ours in zip(*found, strict=True):
         assert ours[0] == plain[0]
         torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(plain[1]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.long
+def test_samples_of_prompts_as_families(monkeypatch, tmp_path: Path):
+    """A queue of samples, of which some end early: kernels draw for families what is drawn without."""
+    folder = save_variant(tmp_path / "model", "qwen3")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 259, (n,), generator=generator).tolist() for n in (34, 9, 17)]
+    requests = [Request(prompts[n], n, sample) for sample in range(3) for n in range(3)]
+    params = SamplingParams(max_new_tokens=3, seed=5, stop_ids=tuple(range(100)))
+    related, found = [], []
+    relate = ModelRunner.relate
+
+    def counted(passes: ModelRunner, group: int, families: Sequence[tuple[int, Sequence[int]]]) -> None:
+        related.append([(positions, len(rows)) for positions, rows in families])
+        relate(passes, group, families)
+
+    monkeypatch.setattr(ModelRunner, "relate", counted)
+    for with_kernels in (False, True):
+        monkeypatch.setattr("puzzle.model.numerics.has_kernels", lambda _, found=with_kernels: found)
+        decoder = stage(folder)
+        passes = ModelRunner(decoder, page=16)
+        made = generate(decoder, requests, params, passes=passes, most=8)
+        found.append([response.tokens for response in made])
+        assert bool(related) == with_kernels
+    assert found[0] == found[1]
+    assert sorted(related[0]) == [(16, 2), (32, 3)]

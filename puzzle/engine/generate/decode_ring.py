@@ -186,7 +186,7 @@ class _Share:
 
     `drawn` are the requests of its latest pass, `rows` how many it had when the round began. Messages are as
     long: their receiver knows it when it makes room for them. `unread` are the tokens on their way to the
-    host, and whose they are.
+    host, and whose they are. `families` are those of the scheduler that the runner knows of.
     """
 
     number: int
@@ -195,6 +195,7 @@ class _Share:
     drawn: tuple[int, ...] = ()
     rows: int = 0
     unread: deque[tuple[tuple[int, ...], Fetched]] = field(default_factory=deque)
+    families: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class DecodeRingStage:
@@ -229,7 +230,7 @@ class DecodeRingStage:
         self._passes: list[list[Prefill]] = []
         self._first = 0
         columns = max(whole_pages(len(prompt), new, page) for prompt in prompts)
-        passes.start(groups, pages, page, columns, states.params)
+        passes.start(groups, pages, page, columns, states.params, self.scheduler.sharing)
         if ring.num_stages > 1:
             short = ring.rows < len(prompts) or pages < ring.rows * columns
             passes.record(leaving=short or (early_stop and states.may_end))
@@ -315,6 +316,9 @@ class DecodeRingStage:
         self._read(share, self.lookahead if share.order else 0)
         left = scheduler.leave(share.number, self.early_stop)
         self.passes.move(left.moves, left.parked)
+        if self.passes.shares and share.families != (found := scheduler.families(share.number)):
+            share.families = found
+            self.passes.relate(share.number, found)
         active = len(share.order)
         self.rows += active
         share.drawn = tuple(share.order)

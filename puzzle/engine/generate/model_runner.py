@@ -26,7 +26,7 @@ from torch import Tensor
 from puzzle.engine.generate.pages import NOBODY
 from puzzle.engine.generate.sampling import Sampled, SamplingParams, VocabShard, draw
 from puzzle.engine.generate.scheduler import Join, Prefill
-from puzzle.model.attention import KVCache
+from puzzle.model.attention import MEMBERS, Families, KVCache
 from puzzle.model.decoder import Decoder
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.plan.pages import PAGE
@@ -67,7 +67,7 @@ class ModelRunner:
         self._page = page or (PAGE if decoder.device.type == "cuda" else None)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
-        self._recorded: dict[tuple[object, int, int], CudaGraphDecode] = {}
+        self._recorded: dict[tuple[object, bool, int, int], CudaGraphDecode] = {}
         self._drawing: object = None
         self._addresses: tuple[int, ...] = ()
         self.warm: set[object] = set()  # what has been launched once: its kernels are there
@@ -85,10 +85,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def start(
-        self, groups: Sequence[int], pages: int, page: int, columns: int, params: SamplingParams
+        self,
+        groups: Sequence[int],
+        pages: int,
+        page: int,
+        columns: int,
+        params: SamplingParams,
+        sharing: bool = False,
     ) -> None:
         """Make ready for decode micro-batches of `groups` rows each, in `pages` pages besides `NOBODY`, of
-        `page` positions, of which a row has at most `columns`. All rows are inactive."""
+        `page` positions, of which a row has at most `columns`. All rows are inactive. Where rows may be
+        `sharing` pages, kernels read these once for all of them (`relate`)."""
         decoder, rows = self.decoder, sum(groups)
         kept, room = self.cache, self.room
         if kept is None or kept.k.shape[2] <= pages or kept.page != page:
@@ -100,6 +107,7 @@ class ModelRunner:
             # token, position, tokens sampled, row seed of the noise
             self.state = torch.zeros((4, rows), dtype=torch.int64, device=decoder.device)
             self.table = torch.zeros((rows, columns), dtype=torch.int32, device=decoder.device)
+            self.families = Families(self.table.new_zeros(rows, 1 + MEMBERS), self.table.new_zeros(rows))
         if not self.unmoved:
             self._forget()
             self._addresses = self._read_addresses()
@@ -107,6 +115,11 @@ class ModelRunner:
         self._drawing = replace(params, min_new_tokens=least, max_new_tokens=1 << 30, seed=0)
         self.params, self.groups = params, tuple(groups)
         self.state.zero_()[1] = INACTIVE
+        for told in self.families:
+            told.zero_()
+        # With a window there may be nothing that all see; and only kernels know of families.
+        reads = decoder.numerics.pointwise(decoder.device, decoder.pointwise).decode is not None
+        self.shares = sharing and reads and decoder.spec.sliding_window is None
         if decoder.last:
             width = decoder.head_weight.shape[0]
             self.shard = VocabShard(decoder.group, decoder.coord.t * width, width, decoder.numerics.log_total)
@@ -120,8 +133,8 @@ class ModelRunner:
         cache, decoder = self.cache, self.decoder
         if cache is None:
             return ()
-        read = (*decoder.parameters(), *decoder.buffers(), cache.k, cache.v, self.state, self.table)
-        return tuple(x.data_ptr() for x in read)
+        told = (cache.k, cache.v, self.state, self.table, *self.families)
+        return tuple(x.data_ptr() for x in (*decoder.parameters(), *decoder.buffers(), *told))
 
     @torch.inference_mode()
     def prefill(self, prefills: Sequence[Prefill], x: Tensor | None = None) -> Tensor:
@@ -154,6 +167,22 @@ class ModelRunner:
         if pages:
             rows, columns, numbers = self._put_there(list(zip(*pages, strict=True)))
             self.table[rows, columns] = numbers.int()
+
+    @torch.inference_mode()
+    def relate(self, group: int, families: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """From now on these rows of a group, counted from its first, share pages of so many positions, and no
+        others do. More than `MEMBERS` rows are several families."""
+        start, size = sum(self.groups[:group]), self.groups[group]
+        members, shared = [], [0] * size
+        for positions, rows in families:
+            for some in (rows[at : at + MEMBERS] for at in range(0, len(rows), MEMBERS)):
+                if len(some) > 1:
+                    members.append([positions, *some, *[-1] * (MEMBERS - len(some))])
+                    for row in some:
+                        shared[row] = positions
+        members += [[0] * (1 + MEMBERS)] * (size - len(members))
+        self.families.members_FM[start : start + size] = self._put_there(members)
+        self.families.shared_B[start : start + size] = self._put_there(shared)
 
     @torch.inference_mode()
     def join(self, joins: Sequence[Join], row_seeds: Sequence[int]) -> None:
@@ -201,7 +230,7 @@ class ModelRunner:
 
     def _recording(self, group: int, rows: int) -> CudaGraphDecode:
         start = sum(self.groups[:group])
-        key = (self._drawing, start, rows)
+        key = (self._drawing, self.shares, start, rows)
         if key not in self._recorded:
             # A pass of this key launches the same kernels, wherever its tensors lie.
             shape = (*key, self.state.shape, self.table.shape)
@@ -265,6 +294,10 @@ class CudaGraphDecode:
             passes.table[start:stop],
             passes.cache,
         )
+        # Of two rows at least each; so there are never more.
+        members, shared = passes.families
+        some = slice(start, start + max(1, (stop - start) // 2))
+        self.families = Families(members[some], shared[start:stop]) if passes.shares else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inbox: Tensor | None = None
         if not decoder.first:
@@ -298,7 +331,10 @@ class CudaGraphDecode:
         places_B = torch.where(position_B >= 0, pages_B, NOBODY).long() * page + at_B % page
         # Kernels read lengths on the device; without them the host may wait.
         reach = self.table.shape[1] * page if at_B.is_cuda else int(at_B.max()) + 1
-        batch, cache = DecodeBatch(token_B, at_B, reach), self.cache.at(places_B, self.table)
+        batch, cache = (
+            DecodeBatch(token_B, at_B, reach),
+            self.cache.at(places_B, self.table, None, self.families),
+        )
         out = self.decoder(token_B if self.inbox is None else self.inbox, batch, cache)
         if self.decoder.last:
             out = draw(self.decoder.logits(out), row_seed_B, count_B, self.passes.params, self.passes.shard)

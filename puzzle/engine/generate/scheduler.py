@@ -97,6 +97,10 @@ class Scheduler:
         self._fresh = [0] * len(numbers)  # waiting samples of a prompt that have drawn nothing
         for number in self._prompt:
             self._fresh[number] += 1
+        self._sharing = any(
+            self._fresh[number] > 1 and len(prompt) > page
+            for number, prompt in zip(self._prompt, prompts, strict=True)
+        )
         self.held: dict[int, list[int]] = {}  # pages of prompts, for samples that wait
         if any(self._whole(i) > pages for i in range(len(prompts))):
             raise ValueError(f"{pages} pages of {page} tokens hold no whole sequence")
@@ -113,6 +117,21 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether anybody is decoded or waits."""
         return bool(self.running or self.waiting)
+
+    @property
+    def sharing(self) -> bool:
+        """Whether samples of a prompt may share pages that it fills."""
+        return self._sharing
+
+    def families(self, group: int) -> list[tuple[int, list[int]]]:
+        """The rows of a group, counted from its first, that share whole pages of a prompt, two at least, and
+        how many positions these have."""
+        found: dict[int, tuple[int, list[int]]] = {}
+        for row, i in enumerate(self.groups[group]):
+            whole = (len(self.prompts[i]) - 1) // self.page * self.page
+            if whole and self.pool.holders[first := self.tables[i][0]] > 1:
+                found.setdefault(first, (whole, []))[1].append(row)
+        return [family for family in found.values() if len(family[1]) > 1]
 
     def drew(self, group: int) -> None:
         """A pass drew a token for every row in use of a group."""

@@ -4,8 +4,9 @@ cache, and one query per head against what its row has cached, and no more.
 
 Lengths are read on the device: the launch is the same whatever they are, as a CUDA graph asks. Where rows
 and kv heads are too few to fill the device, a row's positions are cut into parts that a second kernel joins
-(flash-decoding, Dao et al. 2023). Suffixes: B rows, H query heads, K key/value heads, P pages, S positions
-of a page, h head_dim.
+(flash-decoding, Dao et al. 2023). What a family of rows shares is read once for all of them, by a kernel of
+its own before (as in Hydragen, Juravsky et al. 2024). Suffixes: B rows, H query heads, K key/value heads, P
+pages, S positions of a page, h head_dim.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzle.model.attention import Slots
+from puzzle.model.attention import MEMBERS, Slots
 
 MOST_PARTS = 16
 
@@ -54,11 +55,25 @@ def attend(
     # 32 KiB of keys under way while the block before them is used; an H100 is busy with that.
     block = max(16, min(128, page, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
+    numbers = (rows, k_KPSh.stride(0), table_BP.stride(0), eps, 1.4426950408889634 / dim**0.5)
+    shape, norm = (dim, padded, block, page), q_norm is not None
+    before, shared_B, shared = out, position_B, 0
+    if slots.families is not None and window is None:
+        members_FM, shared_B = slots.families
+        shared = _parts(max(1, rows // MEMBERS) * groups, capacity, qkv.device)
+        before = qkv.new_empty((shared, rows * groups * queries, dim + 2), dtype=torch.float32)
+        some = min(MEMBERS, max(1, 64 // triton.next_power_of_2(queries)))
+        _prefix[(len(members_FM) * (MEMBERS // some) * groups, shared)](
+            *(qkv, cos, sin, q_weight, k_KPSh, v_KPSh, members_FM, table_BP, before, *numbers),
+            *(groups, queries, some, MEMBERS, max(16, triton.next_power_of_2(some * queries)), *shape),
+            *(shared, norm),
+            num_warps=4,
+        )
     _attend[(rows * groups, parts)](
         *(qkv, cos, sin, q_weight, k_weight, k_KPSh, v_KPSh, position_B, place_B, table_BP, scratch),
-        *(rows, k_KPSh.stride(0), table_BP.stride(0), eps, 1.4426950408889634 / dim**0.5),
-        *(groups, queries, max(16, triton.next_power_of_2(queries)), dim, padded, block, page),
-        *(window or 0, parts, q_norm is not None),
+        *(shared_B, before, *numbers),
+        *(groups, queries, max(16, triton.next_power_of_2(queries)), *shape, window or 0, parts, shared),
+        norm,
         num_warps=4,
     )
     if parts > 1:
@@ -95,6 +110,8 @@ def _attend(
     place_ptr,
     table_ptr,
     to_ptr,
+    shared_ptr,
+    before_ptr,
     rows,
     group_stride,
     table_stride,
@@ -109,44 +126,118 @@ def _attend(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """One kv head of a row, one part of its positions. Softmax in base 2, in float32: maxima m, weights n.
-
-    Its queries go through the matrix units together, filled up with zeros to the size that these ask for. A
-    single one does, too: the copies into shared memory that feed the units keep the memory busiest.
-    """
+    """One kv head of a row, one part of its positions; first those that it shares, which `_prefix` has read
+    in `SHARED` parts. Softmax in base 2, in float32: maxima m, weights n."""
     row, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
-    part, table = tl.program_id(1), table_ptr + row * table_stride
-    d = tl.arange(0, WIDTH)
-    position = tl.load(position_ptr + row).to(tl.int32)
-    first, start, stop = _part(position, part, PARTS, WINDOW, BLOCK)
-    owner = part == 0  # has the new token
+    part, owner = tl.program_id(1), tl.program_id(1) == 0  # who has the new token
+    table = table_ptr + row * table_stride
+    d, g = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    position, begin = tl.load(position_ptr + row).to(tl.int32), tl.load(shared_ptr + row) if SHARED > 0 else 0
+    first, start, stop = _part(begin, position, part, PARTS, WINDOW, BLOCK)
     heads_ptr = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM)
-    cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    element = k_ptr.dtype.element_ty
-    key = _turned(heads_ptr + QUERIES * DIM, 1, k_norm_ptr, cos, sin, eps, 1, DIM, WIDTH, NORM, element)
-    value = tl.load(heads_ptr + (QUERIES + 1) * DIM + d, mask=d < DIM, other=0.0)
+    cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
     k, v = k_ptr + group.to(tl.int64) * group_stride, v_ptr + group.to(tl.int64) * group_stride
+    element, new_ptr = k_ptr.dtype.element_ty, heads_ptr + QUERIES * DIM
+    key, value = _new(new_ptr, k_norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
     if owner:
         place = tl.load(place_ptr + row) * DIM
         tl.store(k + place + d, tl.sum(key, 0), mask=d < DIM)
         tl.store(v + place + d, value, mask=d < DIM)
-    q = _turned(heads_ptr, QUERIES, q_norm_ptr, cos, sin, eps, PADDED, DIM, WIDTH, NORM, element)
+    q = _turned(heads_ptr + g * DIM, g < QUERIES, q_norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
     m = tl.where(owner, tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale, -1e30)
     n = tl.where(owner, 1.0, 0.0) + tl.zeros([PADDED], tl.float32)
     out = n[:, None] * value.to(tl.float32)[None, :]
+    for p in tl.static_range(SHARED):
+        known_ptr = before_ptr + (((p * rows + row) * GROUPS + group) * QUERIES + g) * (DIM + 2)
+        m, n, out = _with(known_ptr, (g < QUERIES) & owner & (begin > 0), m, n, out, DIM, WIDTH)
     m, n, out = _over(q, k, v, table, first, start, stop, scale, m, n, out, DIM, WIDTH, BLOCK, PAGE, WINDOW)
     line = ((part * rows + row) * GROUPS + group) * QUERIES
     _put(to_ptr, line, m, n, out, QUERIES, PADDED, DIM, WIDTH, PARTS)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _prefix(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_ptr,
+    v_ptr,
+    members_ptr,
+    table_ptr,
+    to_ptr,
+    rows,
+    group_stride,
+    table_stride,
+    eps,
+    scale,
+    GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SOME: tl.constexpr,
+    MOST: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """One kv head of `SOME` rows of a family, one part of what they share: for `_attend` to go on from.
+
+    The queries of all those rows go through the matrix units together. Who is in no family reads nothing.
+    """
+    some, group, part = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
+    members_ptr += some // (MOST // SOME) * (1 + MOST)
+    d = tl.arange(0, WIDTH)
+    g = tl.arange(0, PADDED)
+    head = g % QUERIES
+    member = some % (MOST // SOME) * SOME + g // QUERIES
+    row = tl.load(members_ptr + 1 + member, mask=g < SOME * QUERIES, other=-1).to(tl.int64)
+    count = tl.where(tl.max(row, 0) >= 0, tl.load(members_ptr), 0)
+    used = (row >= 0) & (count > 0)
+    table = table_ptr + tl.load(members_ptr + 1).to(tl.int64) * table_stride
+    heads = qkv_ptr + row * (GROUPS * (QUERIES + 2) * DIM) + group * ((QUERIES + 2) * DIM) + head * DIM
+    inside = used[:, None] & (d < DIM)[None, :]
+    cos = tl.load(cos_ptr + row[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    element = k_ptr.dtype.element_ty
+    q = _turned(heads, used, q_norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
+    k, v = k_ptr + group.to(tl.int64) * group_stride, v_ptr + group.to(tl.int64) * group_stride
+    m = tl.zeros([PADDED], tl.float32) - 1e30
+    n = tl.zeros([PADDED], tl.float32)
+    out = tl.zeros([PADDED, WIDTH], tl.float32)
+    first, start, stop = _part(0, count, part, PARTS, 0, BLOCK)
+    m, n, out = _over(q, k, v, table, first, start, stop, scale, m, n, out, DIM, WIDTH, BLOCK, PAGE, 0)
+    to = to_ptr + (((part * rows + row) * GROUPS + group) * QUERIES + head) * (DIM + 2)
+    tl.store(to[:, None] + d[None, :], out, mask=inside)
+    tl.store(to + DIM, m, mask=used)
+    tl.store(to + DIM + 1, n, mask=used)
+
+
 @triton.jit
-def _part(position, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """The first position that is seen, and those of a part: the first, in whole blocks, and the one behind
-    the last."""
-    first = 0
+def _with(known_ptr, told, tops, totals, sums, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Queries' maxima, weights and weighted sums of values with what is known of other positions, where it
+    is `told`; the pointers lead to the sums, behind which stand maximum and weight."""
+    d = tl.arange(0, WIDTH)
+    known = tl.load(known_ptr + DIM, mask=told, other=-1e30)
+    more = tl.load(known_ptr + DIM + 1, mask=told, other=0.0)
+    inside = told[:, None] & (d < DIM)[None, :]
+    values = tl.load(known_ptr[:, None] + d[None, :], mask=inside, other=0.0)
+    highest = tl.maximum(tops, known)
+    old, new = tl.exp2(tops - highest), tl.exp2(known - highest)
+    return highest, totals * old + more * new, sums * old[:, None] + values * new[:, None]
+
+
+@triton.jit
+def _part(begin, position, part, PARTS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """The first position that is seen, and those of a part of [begin, position): the first, in whole blocks,
+    and the one behind the last."""
+    first = begin
     if WINDOW > 0:
         first = tl.maximum(position + 1 - WINDOW, 0)
     begin = first // BLOCK * BLOCK
@@ -176,7 +267,9 @@ def _over(
 ):
     """Queries' maxima, weights and weighted sums of values, those of positions [start, stop) added.
 
-    A block lies in one page, whose number is loaded a block ahead: no copy waits for it.
+    Queries go through the matrix units together, filled up with zeros to the size that these ask for. A
+    single one does, too: the copies into shared memory that feed the units keep the memory busiest. A block
+    lies in one page, whose number is loaded a block ahead: no copy waits for it.
     """
     d = tl.arange(0, WIDTH)
     inner = tl.arange(0, BLOCK)
@@ -231,32 +324,49 @@ def _put(
 
 
 @triton.jit
-def _turned(
+def _new(
     ptr,
-    heads,
     norm_ptr,
     cos,
     sin,
     eps,
-    PADDED: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
     element: tl.constexpr,
 ):
-    """Normed and rotated heads (PADDED, WIDTH), rounded as the cache is; zeros beyond the `heads` first."""
-    g = tl.arange(0, PADDED)
+    """The new token's key (1, WIDTH), normed and rotated, and behind it its value (WIDTH)."""
+    d, one = tl.arange(0, WIDTH), tl.arange(0, 1)
+    key = _turned(ptr + one, one < 1, norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
+    return key, tl.load(ptr + DIM + d, mask=d < DIM, other=0.0)
+
+
+@triton.jit
+def _turned(
+    heads_ptr,
+    used,
+    norm_ptr,
+    cos,
+    sin,
+    eps,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    element: tl.constexpr,
+):
+    """Normed and rotated heads (n, WIDTH), rounded as the cache is, for `heads_ptr` (n,); zeros where they
+    are not `used`."""
     d = tl.arange(0, WIDTH)
     other = (d + DIM // 2) % DIM
-    inside = (g < heads)[:, None] & (d < DIM)[None, :]
-    x = tl.load(ptr + g[:, None] * DIM + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    turned = tl.load(ptr + g[:, None] * DIM + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = used[:, None] & (d < DIM)[None, :]
+    x = tl.load(heads_ptr[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    turned = tl.load(heads_ptr[:, None] + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
         scale = (1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps))[:, None]
         x = x * scale * tl.load(norm_ptr + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
         turned = turned * scale * tl.load(norm_ptr + other, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
         x, turned = x.to(element).to(tl.float32), turned.to(element).to(tl.float32)
-    return (x * cos[None, :] + turned * sin[None, :]).to(element)
+    return (x * cos + turned * sin).to(element)
 
 
 @triton.jit(do_not_specialize=["lines"])
