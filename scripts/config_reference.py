@@ -24,8 +24,9 @@ HEAD = """\
 # Configuration
 
 Every key of `puzzle train --config FILE.yaml`. Each is an option of the command line, too
-(`--algorithm.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the configuration as
-it resolves, and the plan of the run. Former names of keys are read, too, and say their present ones.
+(`--algorithm.kl.coef 0.05`), which wins over the file. `puzzle train --dry-run` prints the plan of the
+run, `--dry-run=json` the configuration as it resolves, which is a file for `--config`, too.
+Former names of keys are read, too, and say their present ones.
 
 Whole numbers are at most 2147483647, others at most 1e30, where nothing less is said.
 

@@ -72,15 +72,17 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
         check_files(config)
     if options.dry_run or memory is not None:
         ranks = footprint.estimate(plan, config.device != "cpu", memory)
-    if options.dry_run:
+    shown = sys.stdout
+    if options.dry_run == "json":
         print(json.dumps(config.resolved(), indent=2))
-        print(plan.table(), file=sys.stderr)
-        print(footprint.table(ranks), file=sys.stderr)
+        shown = sys.stderr
+    if options.dry_run:
+        print(plan.table(), footprint.table(ranks), sep="\n", file=shown)
     submits = options.launcher == "slurm" and not slurm.inside()
-    again = [sys.executable, "-P", "-m", "puzzle.cli", name, *(w for w in arguments if w != "--dry-run")]
+    again = [sys.executable, "-P", "-m", "puzzle.cli", name, *_without_dry_run(arguments)]
     if options.dry_run and submits:
         lines = slurm.ahead(again, config.world, options.out or Path("OUT"))
-        print("\n".join(lines), file=sys.stderr)
+        print("\n".join(lines), file=shown)
     if memory is not None:
         footprint.require(ranks, memory)
     if options.dry_run:
@@ -107,7 +109,14 @@ def _parser(name: str, about: str, plans: bool) -> Parser:
     parser.add_argument("--out", type=named, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out DIR")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the processes")
-    parser.add_argument("--dry-run", action="store_true", help="check, print configuration and memory, stop")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        choices=("text", "json"),
+        const="text",
+        help="check, print the plan and the memory of every rank, stop; json: the configuration as it"
+        " resolves on standard output, the plan on standard error",
+    )
     parser.add_argument("--profile", metavar="N,...", help="short for --log.profile: iterations to profile")
     parser.set_defaults(plan=None, calibration=None)
     if plans:
@@ -119,6 +128,14 @@ def _parser(name: str, about: str, plans: bool) -> Parser:
         parser.add_argument("--calibration", metavar="C", help="what --plan auto rests on; default: h200")
     parser.add_argument("--device-memory", metavar="SIZE", help="refuse what does not fit, such as 80GB")
     return parser
+
+
+def _without_dry_run(arguments: Sequence[str]) -> list[str]:
+    """The command line of the run itself."""
+    words = list(arguments)
+    for place in [i for i, word in enumerate(words) if word == "--dry-run"][::-1]:
+        del words[place : place + 1 + (words[place + 1 : place + 2] in (["text"], ["json"]))]
+    return [word for word in words if not word.startswith("--dry-run=")]
 
 
 def _planned(
@@ -139,7 +156,8 @@ def _planned(
         ranking = layouts.rank_plans(file, overrides, config.world, per_node, found, layouts.TOP)
         best = ranking.plans[ranking.taken]
         taken = best.options
-        where = f"{name} predicts {best.seconds.total:.2f} s an iteration"
+        hours = best.seconds.total * config.iterations / 3600
+        where = f"{name} predicts {best.seconds.total:.2f} s an iteration, {hours:.2g} hours in all"
     said = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
     print(f"plan ({where}): {said}", file=sys.stderr)
     return layouts.flags(taken)

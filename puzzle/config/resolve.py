@@ -68,7 +68,7 @@ class Plan:
         return ITEMSIZE[self.config.dtype]
 
     def describe(self) -> dict[str, Any]:
-        """The plan as JSON values: what `--dry-run` prints and the log's header carries."""
+        """The plan as JSON values, as the log's header carries it."""
         return {
             "world": self.world,
             "devices_per_node": self.cluster.devices_per_node,
@@ -88,6 +88,9 @@ class Plan:
         for role, model in self.models.items():
             lines.append(f"  {role:<11}{model}")
         lines += self._stages()
+        trained = " and ".join(model.role for model in self.trained)
+        steps = f"{self.config.iterations} iterations, {self.batch.all_steps} optimizer steps of {trained}"
+        lines.append(f"  {'steps':<11}{steps}")
         options = self.config.algorithm
         limit = options.microbatch_tokens
         pieces = f"at most {limit} tokens" if limit else f"{options.microbatch} sequences"

@@ -27,10 +27,7 @@ from tests.bench.metered import Meter
 GIB = 1 << 30
 LARGE = {
     "memory": (["--device", "cpu", "--out", "OUT/m"], "choose a smaller actor"),
-    "exact": (
-        ["--device", "cpu", "--models", "llama", "--dtypes", "fp32", "--price", "7b"],
-        "choose a smaller actor",
-    ),
+    "exact": (["--device", "cpu", "--models", "llama", "--price", "7b"], "algorithm.microbatch"),
     "overlap": (["--device", "cpu", "--pairs", "1,1,1:1,1,1"], "--layers"),
     "train": (["--device", "cpu"], "--layers"),
     "fuse": (["--device", "cpu", "--layout", "1,1,1"], "--actor"),

@@ -90,10 +90,27 @@ def test_bad_input_ends_with_one_line_and_code_2(folder, capsys, arguments, word
 
 
 def test_dry_run_prints_the_whole_configuration(folder, capsys):
-    assert main(["train", "--config", "run.yaml", "--dry-run", "--seed", "5"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["seed"] == 5
-    assert printed["critic"]["init"] == printed["actor"]["init"]
+    """On request, and so that it can be given back; the plan comes first, short, where people look."""
+    assert main(["train", "--config", "run.yaml", "--dry-run=json", "--seed", "5"]) == 0
+    printed, beside = capsys.readouterr()
+    resolved = json.loads(printed)
+    assert resolved["seed"] == 5
+    assert resolved["critic"]["init"] == resolved["actor"]["init"]
+    (folder / "whole.yaml").write_text(printed)
+    for words in (["--dry-run"], ["--dry-run=text"]):
+        assert main(["train", "--config", "whole.yaml", *words]) == 0
+        plan, nothing = capsys.readouterr()
+        assert (plan.splitlines()[1:], nothing) == (beside.splitlines()[1:], "")
+        assert plan.startswith("run plan ")
+        assert len(plan.splitlines()) < 30
+    steps = (
+        resolved["iterations"]
+        * resolved["batch"]
+        // (resolved["algorithm"]["minibatch"] or resolved["batch"])
+    )
+    assert f"{resolved['iterations']} iterations, {steps} optimizer steps of actor and critic" in plan
+    assert main(["train", "--config", "run.yaml", "--dry-run=yaml"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert sorted(p.name for p in folder.iterdir() if p.name == "o") == []
 
 
@@ -101,12 +118,14 @@ def test_dry_run_shows_the_job_that_slurm_would_be_asked_for(folder, capsys, mon
     (folder / "mine.yaml").write_text("time: '1:00:00'\n")
     monkeypatch.setenv("PUZZLE_SLURM", str(folder / "mine.yaml"))
     words = ["train", "--config", "run.yaml", "--out", "o", "--launcher", "slurm"]
-    assert main([*words, "--dry-run"]) == 0
-    asked, command = capsys.readouterr().err.splitlines()[-2:]
+    for how in (["--dry-run"], ["--dry-run=text"], ["--dry-run", "json"]):
+        assert main([*words[:1], *how, *words[1:]]) == 0
+        out, err = capsys.readouterr()
+        asked, command = (err or out).splitlines()[-2:]
+        assert command.endswith(f" -m puzzle.cli {' '.join(words)}")
     assert asked.startswith("job: 1 cores, limit 1:00:00")
     assert asked.endswith("as mine.yaml says; submitted by")
     assert " --time=1:00:00 " in command
-    assert command.endswith(f" -m puzzle.cli {' '.join(words)}")
     assert not (folder / "o").exists()
 
 

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_said(config: Path, capsys) -> None:
     assert main([*predicted, "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert main(["train", *given, "--dry-run", "--device-memory", "80GB"]) == 2
-    assert f"rank {memory['rank']} in {memory['stage']}:" in capsys.readouterr().err
+    assert f"rank {memory['rank']} in {memory['stage']}:" in capsys.readouterr().out
     assert memory["bytes"] > memory["of"] == 80_000_000_000
     assert main(predicted) == 0
     assert "GiB of 74.5 in" in (text := capsys.readouterr().out)

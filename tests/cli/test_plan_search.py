@@ -86,7 +86,7 @@ def test_a_run_takes_a_plan_from_a_file_or_finds_it(config: Path, tmp_path: Path
     assert json.loads(out.read_text()) == found
     options = found["plans"][found["taken"]]["options"]
     for plan in (str(out), "auto"):
-        assert main(["train", "--config", str(config), "--plan", plan, "--dry-run"]) == 0
+        assert main(["train", "--config", str(config), "--plan", plan, "--dry-run=json"]) == 0
         said = capsys.readouterr()
         config_then = json.loads(said.out)
         for key, value in options.items():

@@ -184,7 +184,7 @@ def test_the_command_line_changes_what_was_given_not_what_came_of_it(
     (out / "run.jsonl").write_text(json.dumps(record) + "\n")
     model = ["--actor.init.hidden_size", "64", "--critic.layout.dp", "2"]
     words = ["train", "--resume", "--out", str(out), "--layout.tp", "2", "--layout.dp", "4", *model]
-    assert main([*words, "--critic.layout.pp", "2", "--dry-run"]) == 0
+    assert main([*words, "--critic.layout.pp", "2", "--dry-run=json"]) == 0
     config = json.loads(capsys.readouterr().out)
     for role in ("actor", "generation", "reference"):
         assert (config[role]["layout"]["tp"], config[role]["layout"]["dp"]) == (2, 4)

@@ -282,7 +282,7 @@ def test_memory_is_forecast_without_generation(capsys: pytest.CaptureFixture[str
     big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
     words = [w for key, value in big.items() for w in (f"--actor.init.{key}", str(value))]
     assert main(["sft", "--config", "sft.yaml", "--dry-run", *words]) == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "generation" not in said
     config = load_given(SFTConfig, Path("sft.yaml"), words)[0]
     plan = resolve(config)

@@ -70,7 +70,7 @@ generation: {max_new_tokens: 256}
 )
 def test_dry_run_refuses_what_cannot_fit(tmp_path, capsys, options: list[str], words: str | None) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
-    start = ["train", "--config", str(tmp_path / "run.yaml"), "--dry-run", "--device-memory", "80GB"]
+    start = ["train", "--config", str(tmp_path / "run.yaml"), "--dry-run=json", "--device-memory", "80GB"]
     assert main([*start, *options]) == (0 if words is None else 2)
     out, err = capsys.readouterr()
     if "much" not in options:  # which is refused before anything is read

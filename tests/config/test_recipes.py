@@ -100,7 +100,7 @@ def test_recipes_fit_their_gpus(
     for number, (words, gpus) in enumerate(asked):
         # Files and the reward are the same in all of them.
         monkeypatch.setattr(command, "check_files", checked if number == 0 else lambda _config: None)
-        assert main([*words, "--dry-run", "--device-memory", "80GB"]) == 0
+        assert main([*words, "--dry-run=json", "--device-memory", "80GB"]) == 0
         shown = capsys.readouterr()
         config = json.loads(shown.out)
         layout = config["layout"]

@@ -132,10 +132,10 @@ def test_a_dry_run_tells_how_many_run_at_a_time(tmp_path: Path, capsys: pytest.C
     )
     start = ["train", "--config", str(tmp_path / "run.yaml"), "--dry-run"]
     assert main(start) == 0
-    assert "generation: up to 2048 sequences of a replica at a time in 16385 pages" in capsys.readouterr().err
+    assert "generation: up to 2048 sequences of a replica at a time in 16385 pages" in capsys.readouterr().out
     assert main([*start, "--device-memory", "80GB"]) == 0
     cache, _ = generating(plan_of(), LIMIT)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert f"in {cache.pages} pages" in said
     assert f"{cache.together} of them at full length" in said
 
