@@ -1,11 +1,14 @@
 """Tensors of other processes on this host, readable as if they were this process's own.
 
 On a GPU by CUDA's inter-process handles: what is opened has addresses of the own device, is read over the
-link between the devices and costs no memory. On a CPU by shared memory.
+link between the devices and costs no memory. On a CPU by shared memory, whose descriptors are opened where
+Linux shows them: torch's names for shared memory need a process that keeps them, and it must answer
+within a second.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from puzzle.errors import describe
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -38,7 +43,7 @@ def offer(tensors: Mapping[str, Tensor], device: torch.device) -> Offer:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key not in handles:
-            shared = storage._share_cuda_() if device.type == "cuda" else storage._share_filename_cpu_()
+            shared = storage._share_cuda_() if device.type == "cuda" else _shared(storage)
             handles[storage.data_ptr()] = (len(handles), shared)
             key = storage.data_ptr()
         views[name] = (handles[key][0], int(tensor.storage_offset()), tuple(tensor.shape), tensor.dtype)
@@ -69,13 +74,32 @@ def opened(offered: Offer, device: torch.device) -> dict[str, Tensor]:
             for handle in offered.storages
         ]
     else:
-        storages = [torch.UntypedStorage._new_shared_filename_cpu(*handle) for handle in offered.storages]
+        storages = [_mapped(*handle) for handle in offered.storages]
     found = {}
     for name, (number, offset, shape, dtype) in offered.views.items():
         strides = torch.empty(shape, device="meta").stride()
         empty = torch.empty(0, dtype=dtype, device=device)
         found[name] = empty.set_(storages[number], offset, shape, strides)
     return found
+
+
+def _shared(storage: torch.UntypedStorage) -> tuple[int, int, int]:
+    """Process, descriptor and bytes of a storage, shared from then on; the descriptor lives as long as it."""
+    return os.getpid(), *storage._share_fd_cpu_()
+
+
+def _mapped(process: int, descriptor: int, size: int) -> torch.UntypedStorage:
+    """The storage that another process has in shared memory."""
+    if size == 0:
+        return torch.UntypedStorage(0)
+    try:
+        own = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
+    except OSError as error:
+        raise RuntimeError(describe(error)) from None
+    try:
+        return torch.UntypedStorage._new_shared_fd_cpu(own, size)  # ty: ignore[missing-attribute]
+    finally:
+        os.close(own)
 
 
 def _host() -> str:
