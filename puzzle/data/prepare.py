@@ -9,7 +9,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings, endings
 from puzzle.data.examples import Example, ExampleSet, load_examples
-from puzzle.data.prompts import Choose, PromptSet, PromptStream, load_prompts, no_columns, random_prompts
+from puzzle.data.prompts import Choose, PromptSet, PromptStream, RandomStream, load_prompts, no_columns
 from puzzle.data.reading import Reader
 from puzzle.data.stream import Stream, left_out
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, special_tokens
@@ -38,9 +38,7 @@ def prepare(
     data = config.data
     folder = None if config.actor.model is None else Path(config.actor.model)
     if data.random_tokens is not None:
-        count = config.batch * config.iterations
-        prompts = random_prompts(count, data.random_tokens, vocab_size, config.seed)
-        stream = PromptStream(prompts, config.batch, config.seed, data.shuffle)
+        stream = RandomStream(config.batch, data.random_tokens, vocab_size, config.seed)
         return RunData(None, endings(None, folder), stream, None)
     assert data.prompts is not None, "validated by TrainConfig"
     name = data.tokenizer or config.actor.model

@@ -205,13 +205,13 @@ def _check_rendered(messages: Messages, rendered: str) -> None:
             )
 
 
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> PromptSet:
-    """`count` prompts of `length` uniform token ids, for timing runs; prompt i depends on (seed, i) alone."""
+def random_prompts(indices: range, length: int, vocab_size: int, seed: int) -> PromptSet:
+    """Prompts of `length` uniform token ids, for timing runs; prompt i depends on (seed, i) alone."""
 
     def tokens(index: int) -> tuple[int, ...]:
         return tuple(generator(seed, index).integers(vocab_size, size=length).tolist())
 
-    return PromptSet(tuple(Prompt(i, str(i), "", None, tokens(i)) for i in range(count)), 0)
+    return PromptSet(tuple(Prompt(i, str(i), "", None, tokens(i)) for i in indices), 0)
 
 
 class PromptStream(Stream[Prompt]):
@@ -221,3 +221,20 @@ class PromptStream(Stream[Prompt]):
         """Raises UserError if there are fewer prompts than a batch needs."""
         super().__init__(prompts.prompts, prompts.digest, batch, seed, shuffle, "prompts")
         self.prompts = prompts
+
+
+class RandomStream(PromptStream):
+    """Deals batches of random prompts, in order and without end, so that a run may be resumed for more
+    iterations than it began with. `prompts` are those of the first batch."""
+
+    remedy = "give data.random_tokens and the size of the vocabulary as they were"
+
+    def __init__(self, batch: int, length: int, vocab_size: int, seed: int) -> None:
+        self.length, self.vocab_size = length, vocab_size
+        super().__init__(random_prompts(range(batch), length, vocab_size, seed), batch, seed, False)
+
+    def next(self) -> list[Prompt]:
+        start = self.step * self.batch
+        self.step += 1
+        indices = range(start, start + self.batch)
+        return [*random_prompts(indices, self.length, self.vocab_size, self.seed).prompts]

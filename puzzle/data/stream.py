@@ -22,11 +22,14 @@ def left_out(dropped: int, kept: int, what: str, key: str) -> str:
 
 
 class Stream(Generic[Item]):
-    """Deals batches of rows. A batch depends on the rows, the seed and its number alone.
+    """Deals batches of rows. A batch depends on the rows, the seed and its number alone. `remedy` says how
+    to get the rows of a checkpoint back.
 
     Every epoch has its own order; what is left of an epoch after its last full batch is skipped, so that no
     row is twice in a batch.
     """
+
+    remedy = "restore the file"
 
     def __init__(
         self, rows: Sequence[Item], digest: str, batch: int, seed: int, shuffle: bool, what: str
@@ -66,12 +69,10 @@ class Stream(Generic[Item]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; raises UserError if the rows or the batch are others."""
         fields = Fields(state, "the checkpoint's state of the data")
-        if fields.text("digest") != self.digest:
-            raise UserError(
-                f"the {self.what} or their tokens are not those of the checkpoint; restore the file"
-            )
         for name in ("batch", "seed"):
             if state.get(name) != getattr(self, name):
                 found = shown(state.get(name))
                 raise UserError(f"{name} is {getattr(self, name)} but {found} in the checkpoint")
+        if fields.text("digest") != self.digest:
+            raise UserError(f"the {self.what} or their tokens are not those of the checkpoint; {self.remedy}")
         self.step = fields.integer("step")

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.config.run import DataConfig
-from puzzle.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, random_prompts, read_rows
+from puzzle.data.prompts import (
+    Prompt,
+    PromptSet,
+    PromptStream,
+    RandomStream,
+    load_prompts,
+    random_prompts,
+    read_rows,
+)
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError
 
@@ -249,12 +257,29 @@ def test_state_of_other_prompts_is_refused():
 
 
 def test_random_prompts_are_a_function_of_seed_and_index():
-    few, many = random_prompts(3, 200, 50, seed=9), random_prompts(8, 200, 50, seed=9)
+    few, many = (random_prompts(range(n), 200, 50, seed=9) for n in (3, 8))
     assert few.prompts == many.prompts[:3]
-    assert few.prompts[0].tokens != random_prompts(1, 200, 50, seed=8).prompts[0].tokens
+    assert few.prompts[0].tokens != random_prompts(range(1), 200, 50, seed=8).prompts[0].tokens
     counts = np.bincount(np.concatenate([p.tokens for p in many.prompts]), minlength=50)
     assert counts.shape == (50,)
     assert counts.min() > 0
+
+
+def test_random_prompts_have_no_end_and_are_dealt_from_any_place():
+    stream = RandomStream(2, 5, 50, seed=9)
+    dealt = [prompt for _ in range(4) for prompt in stream.next()]
+    assert tuple(dealt) == random_prompts(range(8), 5, 50, seed=9).prompts
+    resumed = RandomStream(2, 5, 50, seed=9)
+    resumed.restore(json.loads(json.dumps(stream.state())))
+    assert tuple(resumed.next()) == random_prompts(range(8, 10), 5, 50, seed=9).prompts
+    for others, said in (
+        (RandomStream(2, 6, 50, seed=9), "not those of the checkpoint; give data.random_tokens"),
+        (RandomStream(2, 5, 60, seed=9), "not those of the checkpoint; give data.random_tokens"),
+        (RandomStream(2, 5, 50, seed=8), "^seed is 8 but 9 in the checkpoint"),
+        (RandomStream(3, 5, 50, seed=9), "^batch is 3 but 2 in the checkpoint"),
+    ):
+        with pytest.raises(UserError, match=said):
+            others.restore(stream.state())
 
 
 TABLE = [
