@@ -252,6 +252,8 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "generation.keep_graphs: generation.graphs false leaves none to keep; leave one of them out"
             )
+        if self.generation.keep_graphs is True and self.device == "cpu":
+            raise ValueError("generation.keep_graphs: a CPU has no graphs; use auto")
         if self.switch.overlap == "prefill" and self.generation.keep_graphs is True:
             raise ValueError(
                 "generation.keep_graphs: a graph cannot await weights layer by layer, as with switch.overlap"

@@ -171,13 +171,15 @@ def build_policy_generator(
     """What `generation.layout` and `switch` ask for. UserError where the device cannot do it."""
     options, request = plan.config.switch, plan.switch
     merged = MergedAdapters(host, actor.stage) if plan.merges else None
+    beside = options.overlap == "prefill"
+    if world.device.type != "cuda" and plan.config.keeps_graphs is True:
+        raise UserError("generation.keep_graphs: there is no GPU here, and a CPU has no graphs; use auto")
+    if world.device.type != "cuda" and request is not None and beside:
+        raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
     room = room_of(plan, world)
     make = partial(PolicyGenerator, merged=merged, graphs=plan.config.generation.graphs, room=room)
     if request is None:
         return make(actor, borrower("generation", plan.generation_spec, actor) if plan.merges else actor)
-    beside = options.overlap == "prefill"
-    if beside and world.device.type != "cuda":
-        raise UserError("switch.overlap prefill: there is no GPU here, and a CPU does one thing at a time")
     switch = request.plan
     runtime = ModelRuntime(
         "generation",

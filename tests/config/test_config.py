@@ -173,6 +173,7 @@ WRONG = [
         ["--switch.source", "zero_shards", "--layout.dp=1"],
         "switch.source zero_shards: one replica has all rows",
     ),
+    (["--generation.keep_graphs", "true", "--device", "cpu"], "keep_graphs: a CPU has no graphs; use auto"),
     (["--switch.overlap", "prefill", "--device", "cpu"], "switch.overlap prefill: a CPU does one thing"),
     (["--switch.overlap", "prefill"], "the actor generates as it trains, nothing is filled"),
     (["--actor.lora.rank", "0"], "command line: actor.lora.rank: expected at least 1, got '0'"),
