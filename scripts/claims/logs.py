@@ -232,13 +232,6 @@ def first_of_verl() -> list[float]:
     return [steps_of(ROOT / "logs/peers/verl-4xh200/7b-350m.jsonl")[0]["step"]]
 
 
-def generated() -> tuple[list[int], list[int]]:
-    """Tokens per second by sequences: ours, and vLLM's without log-probabilities."""
-    ours = re.findall(r"(\d+) tokens/s", (VISIT / "generate.log").read_text())
-    rows = [json.loads(line) for line in (VISIT / "vllm.jsonl").read_text().splitlines()]
-    return [int(value) for value in ours], [row["tok_s"] for row in rows if row["logprobs"] is None]
-
-
 def switched(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
     """Milliseconds of a switch on four GPUs: floor, messages, peer copies, Megatron-core, gather-all."""
     text = "".join((VISIT / name).read_text() for name in ("results.jsonl", "megatron.jsonl"))

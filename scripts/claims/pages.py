@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from claims.claim import Claim
+from claims.generation import ends_of_ratios, peers_rows, performance_rows
 from claims.learning import algorithms_page, numerics_page, recipe_page, rollout_rows
 from claims.logs import (
     added,
     campaign_log,
     environment_bytes,
     first_of_verl,
-    generated,
     iterations_seconds,
     largest_gib,
     learnt,
@@ -229,13 +229,7 @@ def peers_page() -> list[Claim]:
         ),
         Claim(page, "transformers differ ({} and {})", trl_versions),
         Claim(page, "its first iteration, {:.0f} s, do not count", first_of_verl),
-        Claim(page, "| PUZZLE | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[0]),
-        Claim(page, "| vLLM | {:d} | {:d} | {:d} | {:d} | {:d} |", lambda: generated()[1]),
-        Claim(
-            page,
-            "| ratio | {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |",
-            lambda: [a / b for a, b in zip(*generated(), strict=True)],
-        ),
+        *peers_rows(),
     ]
     for pair in (
         ((1, 4, 1), (2, 2, 1)),
@@ -261,11 +255,14 @@ def artifact_page() -> list[Claim]:
     others += [(critic, seconds(f"{FOUR}{critic}-ds-plain")) for critic in OURS]
     others += [("7b", seconds(f"{FOUR}7b-ds-published"))]
     faster = [value / seconds(OURS[critic]) for critic, value in others]
-    ratios = [a / b for a, b in zip(*generated(), strict=True)]
     return [
         Claim(page, "takes {:.1f} to {:.1f} times less than verl", lambda: [min(faster), max(faster)]),
         Claim(page, "| {:.2f} to {:.2f} of it, [peers.md]", switched_beside_megatron),
-        Claim(page, "| {:.2f} to {:.2f} times vLLM's tokens/s", lambda: [min(ratios), max(ratios)]),
+        Claim(
+            page,
+            "| {:.2f} to {:.2f} times vLLM's tokens/s at equal lengths, {:.2f} at various, {:.2f} in groups",
+            ends_of_ratios,
+        ),
         Claim(page, "lie between {:.2f} and {:.2f} times DeepSpeed-Chat", lambda: published_speedups()[:2]),
         Claim(page, "is not their mean ({:.2f})", lambda: published_speedups()[2:]),
     ]
@@ -277,6 +274,7 @@ def every_claim() -> list[Claim]:
         *readme(),
         *recipe_page(),
         *rollout_rows(),
+        *performance_rows(),
         *baseline_page(),
         *algorithms_page(),
         *numerics_page(),
