@@ -98,7 +98,7 @@ def peers_rows() -> list[Claim]:
             " of a pass, sequences of up to {:d} tokens",
             setting,
         ),
-        Claim(page, "vLLM took {:.1f} to {:.1f} % less in the visit", without_logprobs),
+        Claim(page, "vLLM took {:.1f} to {:.1f} % less in the visit of 2026-11-29", without_logprobs),
         Claim(page, "{:,d} tokens in all, one run, in which ours recorded {:d} graphs in {:.2f} s", varied),
     ]
 
