@@ -80,6 +80,7 @@ def _uses(plan: Plan, fused: bool) -> list[Use]:
             split=model.trained and config.split_backward,
             borrowed=model.shares is not None,
             merged=isinstance(plan, RunPlan) and plan.merges and role == "actor",
+            parts=config.parts,
         )
         for role, model in plan.models.items()
     ]
@@ -109,7 +110,8 @@ def _estimate(plan: Plan, fused: bool, pages: int | None, keep: bool = False) ->
     samples, limits = 1, dict[str, int]()
     if isinstance(plan, RunPlan):
         switched, placement = _switched(plan, uses[0])
-        generation = Use("generation", plan.generation_spec, placement, plan.itemsize, fused=fused)
+        spec, parts = plan.generation_spec, plan.config.parts
+        generation = Use("generation", spec, placement, plan.itemsize, fused=fused, parts=parts)
         prefill = plan.config.generation.prefill_microbatch
         decode = plan.config.generation.decode_microbatch
         samples, most = plan.config.generation.samples, plan.config.generation.max_sequences

@@ -28,7 +28,8 @@ class Use:
     `compiled`: layers run through torch.compile. `offload`: optimizer states, or the weights of a model that
     is not trained, are on the host where they are not needed. `split`: pipelines compute weights' gradients
     apart (`intra.split_backward`). `borrowed`: its weights are those of another model of the run. `merged`:
-    the host keeps the matrices that adapters are added to for a while."""
+    the host keeps the matrices that adapters are added to for a while. `parts`: those of invariant numerics;
+    None: they are fast."""
 
     name: str
     spec: ModelSpec
@@ -42,6 +43,7 @@ class Use:
     split: bool = False
     borrowed: bool = False
     merged: bool = False
+    parts: int | None = None
 
 
 @lru_cache
@@ -152,6 +154,9 @@ class Activations:
         if not self.use.trained:
             return 2 * block
         gradients = self.answers * self.D * (FP32 + self.item)
+        if self.use.parts:  # a sum of each of the rank's parts, a product that is added to one, all tokens'
+            here = self.use.parts // self.use.placement.layout.tp
+            gradients += (here * self.answers + self.T) * self.D * FP32
         if self.use.spec.lora is None:
             gradients += self.rows * self.D * self.item
         return max(2 * block, block + block * self.item // FP32 + gradients)
@@ -164,9 +169,20 @@ class Activations:
         if not self.use.fused and self.item != FP32:
             trained = storages(self.use.spec, layout, self.p, "trained")
             largest = max(rows * size for rows, size in trained) * self.item
-        hidden = self.T * self.D if layout.tp > 1 else 0
-        gradients = (2 * self.T * self.F + 2 * self.S * self.D + hidden) * self.item
+        hidden = self.T * self.D * self.item if layout.tp > 1 else 0
+        hidden = max(hidden, self.partial())
+        gradients = (2 * self.T * self.F + 2 * self.S * self.D) * self.item + hidden
         return gradients + largest + (self.layer() if self.use.recompute else 0)
+
+    def partial(self) -> int:
+        """Of a product that tensor parallelism cuts, under invariant numerics: the float32 sum of the rank's
+        parts, sums of some of them that wait if there are more than two, and what ranks send each other."""
+        layout = self.use.placement.layout
+        here = (self.use.parts or 1) // layout.tp
+        sums = here.bit_length() - 1 if here > 2 else 0
+        if self.use.parts and layout.tp > 1:
+            sums += 2
+        return sums * self.T * self.D * FP32
 
     def passing(self) -> dict[str, int]:
         """What comes and goes in a backward pass."""
@@ -176,7 +192,9 @@ class Activations:
         """Of a pass without gradients: a layer's hidden states, and the widest it has at a time."""
         ffn, attention = (3 if self.use.fused else 4) * self.F, 3 * self.Q + 3 * self.R
         gathered = self.T * self.D if self.use.placement.layout.tp > 1 else 0
-        return self.item * (4 * self.S * self.D + gathered + self.T * max(ffn, attention))
+        widest = self.item * self.T * max(ffn, attention)
+        added = self.item * self.T * max(self.F, self.Q) + self.partial() if self.partial() else 0
+        return self.item * (4 * self.S * self.D + gathered) + max(widest, added)
 
 
 def worst(cases: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -19,6 +19,11 @@ from puzzle.plan.pages import (
 from puzzle.plan.pipeline.schedules import in_flight
 from puzzle.spec.model import ModelSpec
 
+BUCKET = 1 << 26
+"""Gradients that are reduced together at most, unless one parameter alone has more (`engine.train`)."""
+EXCHANGES = 2
+"""Buckets that replicas exchange at a time under invariant numerics."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -101,13 +106,23 @@ def state_bytes(use: Use, coord: Coord) -> dict[str, int]:
 
 
 def gradient_bytes(use: Use, coord: Coord) -> int:
-    """fp32 buffers of all replicas' trained rows; apart from them the own rows' sum, if it is not NCCL that
-    adds up.
+    """fp32 buffers of all replicas' trained rows; apart from them the own rows' sum, if gloo adds up.
 
     Stepped rows spread in the same memory.
     """
     dp = use.placement.layout.dp
-    return FP32 * _chunk(use, coord) * (dp if use.fused or dp == 1 else dp + 1)
+    return FP32 * _chunk(use, coord) * (dp if use.fused or dp == 1 or use.parts else dp + 1)
+
+
+def exchanged_bytes(use: Use, coord: Coord) -> int:
+    """What replicas exchange of their gradients to add them in one order, and half a bucket's first sums."""
+    layout = use.placement.layout
+    if layout.dp == 1 or not use.parts:
+        return 0
+    chunks = [-(-rows // layout.dp) * size for rows, size in storages(use.spec, layout, coord.p, "trained")]
+    total, most = layout.dp * sum(chunks), max(BUCKET, layout.dp * max(chunks))
+    bucket = min(total, most)
+    return FP32 * (min(total, EXCHANGES * bucket) + bucket // 2)
 
 
 def deferred_gather_bytes(use: Use, coord: Coord) -> int:
@@ -150,7 +165,8 @@ def _training(use: Use, work: Work, p: int) -> dict[str, int]:
     """Activations under 1F1B; then logits, and after them one layer's gradients."""
     one, count = _microbatches(use, work, p)
     held = one.held(*in_flight(use.placement.layout.pp, p, count, split=True))
-    return {"activations": held, **one.passing()}
+    exchanged = exchanged_bytes(use, Coord(0, p, 0))
+    return {"activations": held, "exchanged gradients": exchanged, **one.passing()}
 
 
 def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
@@ -166,6 +182,7 @@ def _fused(uses: Sequence[Use], work: Work, rank: int) -> dict[str, int]:
         later = min(waiting, count)
         left, waiting = left - held, waiting - later
         terms[f"{use.name} activations"] = one.held(held, later)
+        terms[f"{use.name} exchanged gradients"] = exchanged_bytes(use, coords[0])
         passing.append(_named(use, one.passing()))
     return terms | worst(passing)
 

@@ -8,6 +8,7 @@ from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.reshard.resharder import lends_pages
 from puzzle.engine.runtime.world import World
 from puzzle.model.decoder import Decoder
+from puzzle.model.numerics import Invariant
 from puzzle.plan.layout import Placement
 from puzzle.plan.memory import Use, generation_passes
 from puzzle.plan.pages import KEPT_FREE, kv_bytes
@@ -40,7 +41,9 @@ def fitting_pages(
         held = passes.cache.k.shape[2] - 1
     else:
         passes.release()
-        use = Use("model", decoder.spec, Placement.default(decoder.layout), decoder.dtype.itemsize)
+        parts = decoder.numerics.parts if isinstance(decoder.numerics, Invariant) else None
+        placement = Placement.default(decoder.layout)
+        use = Use("model", decoder.spec, placement, decoder.dtype.itemsize, parts=parts)
         beside = sum(generation_passes(use, decoder.coord.p, *work).values())
         size = cache_bytes(decoder) * page
         held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from puzzle.engine.pipeline.executor import Executor
 from puzzle.engine.runtime.world import World
-from puzzle.engine.train.zero_adamw import BUCKET, AdamWSettings, ZeroAdamW
+from puzzle.engine.train.zero_adamw import AdamWSettings, ZeroAdamW
 from puzzle.model.decoder import Decoder
 from puzzle.model.numerics import Invariant
 from puzzle.model.parallel import TensorGroup
 from puzzle.plan.layout import Coord, Placement
+from puzzle.plan.memory import BUCKET
 from puzzle.spec.model import ModelSpec
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from puzzle.engine.runtime.tracing import Instant
+from puzzle.model.invariant.sums import tree_sum
 from puzzle.model.linear import Weight
 from puzzle.model.parallel import all_gather_flat
 from puzzle.plan.shards import LocalParam, zero_rows
@@ -74,6 +75,21 @@ class Bucket:
     def _arrived(self, slot: Slot) -> None:
         slot.empty = False
         self.hits += 1
+
+    def exchange(self, group: dist.ProcessGroup) -> None:
+        """Start to bring here what every replica has of the own rows."""
+        assert self.grads is not None
+        self.exchanged = torch.empty_like(self.grads)
+        self.work = dist.all_to_all_single(self.exchanged, self.grads, group=group, async_op=True)
+
+    def add_exchanged(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
+        """Add up what has come, in the order of the replicas, whose `ranks` these are."""
+        assert self.grads is not None
+        assert self.exchanged is not None
+        places = [dist.get_group_rank(group, rank) for rank in ranks]
+        found = self.exchanged if places == sorted(places) else self.exchanged[places]
+        self.shard, self.exchanged = self.grads[dist.get_rank(group)], None
+        self.shard.copy_(tree_sum(found, 0))
 
     @torch.no_grad()
     def gather(self, group: dist.ProcessGroup) -> int:

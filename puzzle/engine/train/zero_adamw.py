@@ -25,16 +25,14 @@ from puzzle.engine.train.adamw import AdamWSettings, clipped_step, make_adam
 from puzzle.engine.train.grad_buckets import Bucket, Slot, fill_buckets
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
-from puzzle.model.invariant.sums import across, tree_sum
+from puzzle.model.invariant.sums import across
 from puzzle.model.linear import Weight
 from puzzle.model.parallel import TensorGroup, reduce_scatter_flat
 from puzzle.plan.layout import Coord, Placement
+from puzzle.plan.memory import BUCKET, EXCHANGES
 from puzzle.plan.pipeline.actions import Op
 from puzzle.plan.shards import LocalParam, sharer_groups, sharers
 from puzzle.spec.model import ModelSpec
-
-BUCKET = 1 << 26
-"""Elements per bucket at most, unless one parameter alone has more."""
 
 
 class ZeroAdamW:
@@ -67,7 +65,7 @@ class ZeroAdamW:
         self.steps = 0
         self.norms: list[Tensor] = []  # of gradients before clipping, on the device, until they are taken
         self.passes = 0
-        self._reducing = False
+        self._exchanging: list[Bucket] = []
         self._norm: tuple[dist.Work | None, norms.Finish] | None = None
         self.unchanged_until: torch.cuda.Event | None = None  # till then a checkpoint reads masters, moments
         self.before_use: Callable[[], None] = lambda: None  # masters and moments may lie elsewhere
@@ -160,22 +158,33 @@ class ZeroAdamW:
             bucket.shard = bucket.grads[0]
             return
         if self.exact:
-            bucket.exchanged = torch.empty_like(bucket.grads)
-            bucket.work = dist.all_to_all_single(
-                bucket.exchanged, bucket.grads, group=self.group, async_op=True
+            self._settle(EXCHANGES - 1)
+            bucket.exchange(self.group)
+            self._exchanging.append(bucket)
+        else:
+            if bucket.grads.is_cuda:  # NCCL reduces in place
+                bucket.shard = bucket.grads[dist.get_rank(self.group)]
+            elif bucket.shard is None:
+                bucket.shard = torch.empty_like(bucket.grads[0])
+            bucket.work = reduce_scatter_flat(
+                bucket.shard, bucket.grads.view(-1), group=self.group, async_op=True
             )
-            bucket.began = self._now()
-            self.world.moved["reduce_scatter"] += bucket.grads.nbytes
-            return
-        if bucket.grads.is_cuda:  # NCCL reduces in place
-            bucket.shard = bucket.grads[dist.get_rank(self.group)]
-        elif bucket.shard is None:
-            bucket.shard = torch.empty_like(bucket.grads[0])
-        bucket.work = reduce_scatter_flat(
-            bucket.shard, bucket.grads.view(-1), group=self.group, async_op=True
-        )
         bucket.began = self._now()
         self.world.moved["reduce_scatter"] += bucket.grads.nbytes
+
+    def _settle(self, most: int) -> None:
+        """Add up what the first exchanges brought until `most` are under way."""
+        while len(self._exchanging) > most:
+            bucket = self._exchanging.pop(0)
+            self._reduced(bucket)
+            assert self.group is not None
+            bucket.add_exchanged(self.group, self.placement.dp_group(self.coord))
+
+    def _reduced(self, bucket: Bucket) -> None:
+        if bucket.work is not None:
+            self._await(bucket.work, "reduce-scatter of gradients", self.group)
+            bucket.work = None
+            self._note(bucket, "reduce-scatter")
 
     def do(self, op: Op) -> None:
         """Run one optimizer action of a schedule; torch's profiler calls it "optimizer norm" or the like."""
@@ -197,19 +206,9 @@ class ZeroAdamW:
             assert bucket.hits == wanted, f"{self.name}: {bucket.hits} gradients of {wanted} arrived"
 
     def _wait_reduce(self) -> None:
+        self._settle(0)
         for bucket in self.buckets:
-            if bucket.work is not None:
-                self._await(bucket.work, "reduce-scatter of gradients", self.group)
-                bucket.work = None
-                self._note(bucket, "reduce-scatter")
-            if bucket.exchanged is not None:
-                assert bucket.grads is not None
-                assert self.group is not None
-                ranks = self.placement.dp_group(self.coord)
-                theirs = [dist.get_group_rank(self.group, rank) for rank in ranks]
-                bucket.shard = bucket.grads[dist.get_rank(self.group)]
-                bucket.shard.copy_(tree_sum(bucket.exchanged[theirs], 0))
-                bucket.exchanged = None
+            self._reduced(bucket)
         for group, rows in self.shared:
             parts = [self._grad(i)[first:last] for i, first, last in rows]
             flat = torch.cat([part.reshape(-1) for part in parts])

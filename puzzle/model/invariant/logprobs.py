@@ -88,7 +88,7 @@ class _TokenStats(torch.autograd.Function):
             slope = -grads[0][:, None]
             if ctx.entropy:
                 slope = slope - (logits - mean[:, None]) * grads[1][:, None]
-            grad = torch.exp(logits - logsum[:, None]).mul_(slope)
+            grad = logits.sub_(logsum[:, None]).exp_().mul_(slope)
             _add_at(grad, targets - start, grads[0])
             grad = grad.mul_(ctx.scale).to(hidden.dtype)
             sums[part] += product(grad, block.t(), dtype=torch.float32)
