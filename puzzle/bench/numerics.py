@@ -17,7 +17,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train import norms
 from puzzle.errors import UserError
 from puzzle.model import linear
-from puzzle.model.attention import packed_attention
+from puzzle.model.attention import KVCache, packed_attention
 from puzzle.model.packing import PackedBatch, pack
 from puzzle.model.pointwise import has_kernels
 
@@ -25,31 +25,36 @@ if TYPE_CHECKING:
     from puzzle.model.kernels.invariant_attention_blocks import Tile
     from puzzle.model.kernels.invariant_gemm import Tile as ProductTile
 
-FORWARD = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))
-BACKWARD = (
-    (64, 64, 4, 2),
-    (64, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 32, 8, 3),
-    (128, 32, 4, 3),
-    (128, 64, 4, 2),
-    (64, 32, 4, 3),
-    (128, 128, 8, 2),
-)
+FORWARD = ((64, 64, 4, 2), (64, 64, 4, 4), (128, 64, 8, 3))
+BACKWARD = ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 4), (128, 64, 8, 3), (128, 32, 8, 3))
 """Beside the usual ones: queries, keys, warps, stages; for gradients of keys these come first."""
 PRODUCTS = (
-    (128, 256, 64, 8, 4),
+    (128, 256, 64, 8, 3),
     (128, 256, 64, 8, 3, 1, True),
-    (256, 128, 64, 8, 3),
-    (128, 256, 64, 8, 4, 1, True),
+    (128, 256, 64, 8, 3, 1, False, True),
+    (128, 256, 64, 8, 3, 1, True, True),
+    (128, 256, 64, 8, 4, 1, False, True),
+    (128, 256, 64, 8, 4, 1, True, True),
     (256, 128, 64, 8, 4),
-    (256, 128, 64, 8, 3, 1, True),
+    (256, 128, 64, 8, 3, 1, True, True),
     (128, 128, 64, 4, 3, 2),
-    (128, 128, 64, 8, 3, 2),
-    (128, 128, 64, 8, 4),
 )
 """Tiles of products beside the usual one: what `invariant_gemm.Tile` takes."""
-WHAT = ("attention", "forward", "inputs", "weights", "norm")
+DECODE = ((64, 64, 4, 2), (64, 64, 4, 4), (64, 64, 8, 3))
+FEW = (
+    (64, 64, 128, 4, 3),
+    (64, 64, 128, 8, 4),
+    (64, 64, 64, 4, 4),
+    (64, 64, 64, 4, 6),
+    (64, 64, 64, 4, 8),
+    (64, 64, 256, 4, 2),
+    (64, 64, 256, 8, 2),
+    (64, 128, 64, 4, 4),
+)
+"""Of decode passes: of attention, and of products."""
+WHAT = ("attention", "forward", "inputs", "weights", "norm", "decode")
+DECODED = 64
+"""Rows of a decode pass."""
 TOGETHER = 4
 """Calls that are timed together: to wait for one takes as long as a small one."""
 
@@ -63,7 +68,9 @@ class NumericsBench(harness.ModelBench):
     what: Annotated[
         Sequence[str],
         harness.several(
-            *WHAT, text="attention; products of a layer forward, for inputs' or weights' gradients; the norm"
+            *WHAT,
+            text="attention; a layer's products forward, for inputs' or weights' gradients; the norm; what a "
+            "decode pass of 64 rows computes",
         ),
     ] = WHAT
     repeats: harness.Repeats = 3
@@ -74,7 +81,7 @@ class NumericsBench(harness.ModelBench):
             raise UserError(f"--dtype {self.dtype}: tiles are chosen for bf16")
         if not has_kernels(world.device):
             raise UserError("puzzle bench numerics: it times kernels of a GPU; there is none, or no Triton")
-        makers = {"attention": self._attention, "norm": self._norm}
+        makers = {"attention": self._attention, "norm": self._norm, "decode": self._decode}
         for what in self.what:
             with torch.no_grad():
                 yield from makers.get(what, partial(self._products, what))(world)
@@ -125,20 +132,12 @@ class NumericsBench(harness.ModelBench):
         """A layer's products: forward, for the gradients of their inputs, or for those of weights."""
         from puzzle.model.kernels import invariant_gemm as ours
 
-        spec, tokens = self.spec, self.rows * self.length
-        wide = spec.num_heads * spec.head_dim
-        shapes = {
-            "qkv": (wide + 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size),
-            "attention_out": (spec.hidden_size, wide),
-            "gate_up": (2 * spec.intermediate_size, spec.hidden_size),
-            "down": (spec.hidden_size, spec.intermediate_size),
-        }
-        for name, (out, into) in shapes.items():
+        tokens = self.rows * self.length
+        for name, (out, into, turned) in self._matrices().items():
             x, weight, grad = (
                 self._random(shape, world, seed)
                 for seed, shape in enumerate(((tokens, into), (out, into), (tokens, out)))
             )
-            turned = name in ("attention_out", "down")  # row-parallel ones lie the other way round
             total = None
             if what == "weights":
                 left, right = (x.t(), grad) if turned else (grad.t(), x)
@@ -152,7 +151,46 @@ class NumericsBench(harness.ModelBench):
                 product = partial(ours.product, one, other)
             kernel, flops = f"{name}, {what}", 2 * tokens * out * into
             yield _row(kernel, "fast", self._seconds(world, fast), flops=flops)
-            yield from self._tiles(world, kernel, product, ours.engine_tile(1), PRODUCTS, total, flops=flops)
+            usual = ours.engine_tile(1, x if total is None else total)
+            yield from self._tiles(world, kernel, product, usual, PRODUCTS, total, flops=flops)
+
+    def _matrices(self) -> dict[str, tuple[int, int, bool]]:
+        """Outputs, inputs, and whether it lies the other way round, as row-parallel ones do."""
+        spec = self.spec
+        wide, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        return {
+            "qkv": (wide + 2 * narrow, spec.hidden_size, False),
+            "attention_out": (spec.hidden_size, wide, True),
+            "gate_up": (2 * spec.intermediate_size, spec.hidden_size, False),
+            "down": (spec.hidden_size, spec.intermediate_size, True),
+        }
+
+    def _decode(self, world: World) -> Iterator[Row]:
+        """A pass of some rows, each of which has cached `length` tokens: what it reads counts."""
+        from puzzle.model.kernels import invariant_attention, invariant_gemm
+
+        rows, spec = DECODED, self.spec
+        for name, (out, into, turned) in self._matrices().items():
+            x, weight = (self._random(shape, world, i) for i, shape in enumerate(((rows, into), (out, into))))
+            weight = weight.t().contiguous().t() if turned else weight
+            stored = weight.t() if turned else weight
+            fast = partial(linear.product, x, stored, transposed=turned)
+            kernel, size = f"{name}, decode", weight.nbytes
+            yield _row(kernel, "fast", self._seconds(world, fast), bytes=size)
+            usual = invariant_gemm.tile_for(rows, out, x.dtype)
+            product = partial(invariant_gemm.product, x, weight)
+            yield from self._tiles(world, kernel, product, usual, FEW, bytes=size)
+        page = 128
+        pages = -(-self.length // page)
+        cache = self._random((2, 1, spec.num_kv_heads, rows * pages, page, spec.head_dim), world, 0)
+        table = torch.randperm(rows * pages, device=world.device).view(rows, pages).int()
+        last = torch.full((rows,), self.length - 1, device=world.device)
+        slots = KVCache(cache[0], cache[1]).at(last, table).slots(0)
+        query = self._random((rows, spec.num_heads, spec.head_dim), world, 1)
+        read = 2 * rows * self.length * spec.num_kv_heads * spec.head_dim * query.itemsize
+        attend = partial(invariant_attention.decode, query, slots, last, None)
+        usual = invariant_attention.DECODE
+        yield from self._tiles(world, "attention, decode", attend, usual, DECODE, bytes=read)
 
     def _norm(self, world: World) -> Iterator[Row]:
         """Of the gradients of some layers."""
@@ -215,7 +253,7 @@ def _name(tile: Tile | ProductTile) -> str:
     sizes = "x".join(str(size) for name, size in values.items() if name in _SIZES)
     rest = f" w{values['warps']} s{values['stages']}"
     rest += f" x{values['programs']}" if values.get("programs", 1) > 1 else ""
-    return sizes + rest + (" flat" if values.get("flat") else "")
+    return sizes + rest + "".join(f" {name}" for name in ("flat", "halves") if values.get(name))
 
 
 _SIZES = ("queries", "keys", "rows", "columns", "depth")

@@ -59,7 +59,8 @@ def part_of(kernel: str, operations: Iterable[str]) -> str:
     for operation in under:
         if operation.startswith("optimizer "):
             return "gradient norm" if operation.endswith("norm") else "optimizer step"
-    backward = any("Backward" in each or each.startswith("autograd::engine") for each in under)
+    # Not by "Backward": torch names the forward pass of an operator of a library like its backward one.
+    backward = any(each.startswith("autograd::engine") for each in under)
     if any("_TokenStats" in each for each in under):
         part = "log-probs"
     elif any(word in name for word in ATTENTION):

@@ -29,10 +29,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> NumericsBench:
     monkeypatch.setattr(numerics, "has_kernels", lambda device: True)
     monkeypatch.setattr(NumericsBench, "spec", spec)
     monkeypatch.setitem(harness.DTYPES, "bf16", torch.float16)  # the interpreter has no bf16
+    monkeypatch.setattr(numerics, "timed", lambda world, work, repeats: (work(), 1.0)[1])
     monkeypatch.setattr(numerics, "TOGETHER", 1)
+    monkeypatch.setattr(numerics, "DECODED", 2)
     monkeypatch.setattr(numerics, "FORWARD", ((128, 64, 8, 1),))
     monkeypatch.setattr(numerics, "BACKWARD", ((128, 64, 8, 1),))
     monkeypatch.setattr(numerics, "PRODUCTS", ((64, 64, 64, 4, 3), (64, 32, 64, 4, 3, 1, True)))
+    monkeypatch.setattr(numerics, "DECODE", ((64, 64, 8, 1),))
+    monkeypatch.setattr(numerics, "FEW", ((64, 64, 64, 4, 3),))
     return NumericsBench(rows=1, length=140, repeats=1)
 
 
@@ -45,7 +49,9 @@ def test_every_tile_is_timed_beside_fast_ones(bench: NumericsBench) -> None:
     assert kernels >= layer
     for kernel in layer:
         assert len([row for row in rows if row["kernel"] == kernel]) == 4
-    assert len([row for row in rows if row["kernel"] == "attention, gradients of keys"]) == 2
+    for kernel in ("attention, gradients of keys", "attention, decode"):
+        assert len([row for row in rows if row["kernel"] == kernel]) == 2
+    assert len([row for row in rows if row["kernel"] == "down, decode"]) == 3
     assert all("TFLOP/s" in bench.line(row) or "GB/s" in bench.line(row) for row in rows)
 
 

@@ -55,10 +55,13 @@ def test_tiles_of_the_copy_engine() -> None:
     for tile in (
         invariant_gemm.Tile(64, 32, 128, 4, 2, 2),
         invariant_gemm.Tile(128, 64, 64, 8, 3, flat=True),
+        invariant_gemm.Tile(128, 64, 64, 8, 3, halves=True),
     ):
         for parts in (1, 2):
             got = invariant_gemm.product(x, w, parts, dtype=torch.float32, tile=tile)
             assert (got - expected).abs().max() <= 1e-4
+        invariant_gemm.product(x, w, out=got, add=True, tile=tile)
+        assert (got - 2 * expected).abs().max() <= 2e-4
 
 
 def test_what_does_not_go_in_parts_is_refused() -> None:
@@ -113,7 +116,8 @@ def test_tiles_fit_into_shared_memory() -> None:
         return tiles.index(fitting(tiles, given, lambda t: 2 * t.queries + 2 * t.stages * t.keys))
 
     assert chosen(128, torch.bfloat16) == 0
-    assert [chosen(200, torch.bfloat16), chosen(256, torch.float32)] == [1, len(tiles) - 1]
+    assert [chosen(256, torch.bfloat16), chosen(256, torch.float32)] == [0, 2]
+    assert chosen(512, torch.float32) == len(tiles) - 1
 
 
 @pytest.mark.parametrize("window", [None, 30])

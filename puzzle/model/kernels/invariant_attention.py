@@ -49,8 +49,9 @@ from puzzle.model.packing import PackedBatch
 RUN = 512
 TILES = (Tile(64, SIDE, 4, 3), Tile(64, SIDE, 4, 2), Tile(64, SIDE, 4, 1))
 """Of packed passes; the first that fits into shared memory. They change speed alone."""
+DECODE = Tile(SIDE, SIDE, 4, 3)
+"""Of decode passes."""
 _SIDE, _RUN = tl.constexpr(SIDE), tl.constexpr(RUN)
-_FUSION: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def packed(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch, window: int | None) -> Tensor:
@@ -58,10 +59,13 @@ def packed(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batch: PackedBatch, wind
     return _Packed.apply(q_THh, k_TKh, v_TKh, batch, window)
 
 
-def decode(q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None) -> Tensor:
+def decode(
+    q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None, tile: Tile | None = None
+) -> Tensor:
     """(B, H, h): one query per row, at `position_B` (int64), against what its row has cached up to there.
 
-    Lengths are read on the device. ValueError unless a page has a power of two of positions, 16 or more.
+    `tile` has other warps and stages than were quickest. Lengths are read on the device. ValueError unless a
+    page has a power of two of positions, 16 or more.
     """
     k_KPSh, v_KPSh, _, table_BP, *_ = slots
     groups, _, page, dim = k_KPSh.shape
@@ -80,11 +84,11 @@ def decode(q_BHh: Tensor, slots: Slots, position_B: Tensor, window: int | None) 
     _decode[(rows * groups, runs)](
         *(q_BHh, k_KPSh, v_KPSh, position_B, table_BP, scratch, rows, k_KPSh.stride(0), table_BP.stride(0)),
         *(scale, groups, *sizes, page, window or 0, runs),
-        **_FUSION,
+        **(tile or DECODE).options,
     )
     if runs > 1:
         _join[(rows * heads,)](
-            scratch, position_B, out, rows * heads, heads, dim, width, window or 0, **_FUSION
+            scratch, position_B, out, rows * heads, heads, dim, width, window or 0, **DECODE.options
         )
     return out
 

@@ -39,8 +39,9 @@ FEW = 128
 class Tile(NamedTuple):
     """Rows, columns and depth of a tile; warps, stages. They change speed alone.
 
-    Where the copy engine brings tiles: `programs` that a multiprocessor runs at a time, and whether the loops
-    over tiles and over K are one (`flat`), so that the next tile is copied while one is stored.
+    Where the copy engine brings tiles: `programs` that a multiprocessor runs at a time; whether the loops
+    over tiles and over K are one (`flat`), so that the next tile is copied while one is stored; whether that
+    is done in two `halves`, with half of the registers and shared memory.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Tile(NamedTuple):
     stages: int
     programs: int = 1
     flat: bool = False
+    halves: bool = False
 
 
 def product(
@@ -63,8 +65,8 @@ def product(
 ) -> Tensor:
     """x @ w.T, (M, N) in `dtype` (that of x), or added to `out`; operands may have any strides.
 
-    `tile` is another than what was quickest for the copy engine. ValueError unless parts are 1, 2, 4 or 8, K
-    divides into them, and only whole sums are added.
+    `tile` is another than what was quickest. ValueError unless parts are 1, 2, 4 or 8, K divides into them,
+    and only whole sums are added.
     """
     rows, depth = x_MK.shape
     width = w_NK.shape[0]
@@ -74,9 +76,9 @@ def product(
         out = torch.empty((rows, width), dtype=dtype or x_MK.dtype, device=x_MK.device)
     if not out.numel():
         return out
-    run = _Run(x_MK, w_NK, out, depth // parts)
+    run = _Run(x_MK, w_NK, out, depth // parts, tile)
     if rows > FEW and parts <= 2 and run.copied_by_engine():
-        run.by_engine(parts, add, tile or engine_tile(parts))
+        run.by_engine(parts, add, tile or engine_tile(parts, out))
     elif parts == 1:
         run.part(0, out, [out] if add else [])
     elif rows <= FEW:
@@ -89,10 +91,10 @@ def product(
 class _Run:
     """The launches of one product."""
 
-    def __init__(self, x: Tensor, w: Tensor, out: Tensor, share: int) -> None:
+    def __init__(self, x: Tensor, w: Tensor, out: Tensor, share: int, tile: Tile | None) -> None:
         self.x, self.w, self.out, self.share = x, w, out, share
         self.rows, self.width = out.shape
-        self.tile = tile_for(self.rows, self.width, x.dtype)
+        self.tile = tile or tile_for(self.rows, self.width, x.dtype)
 
     def part(self, part: int, to: Tensor, addends: list[Tensor], side_by_side: int = 1) -> None:
         """Part `part` and what is added to it, the first addend first."""
@@ -129,7 +131,7 @@ class _Run:
             _described(self.x, tile.rows, tile.depth),
             _described(self.w, tile.columns, tile.depth),
             *(self.out, self.rows, self.width, self.share, self.out.stride(0), programs),
-            *(x_deep, w_deep, parts, add, tile.flat, tile.rows, tile.columns, tile.depth),
+            *(x_deep, w_deep, parts, add, tile.flat, tile.halves, tile.rows, tile.columns, tile.depth),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -167,9 +169,13 @@ def tile_for(rows: int, width: int, dtype: torch.dtype) -> Tile:
     return Tile(256, 128, 64, 8, 3)
 
 
-def engine_tile(parts: int) -> Tile:
+def engine_tile(parts: int, out: Tensor) -> Tile:
     """What was quickest on an H200 for many rows that the copy engine brings."""
-    return Tile(128, 256, ENGINE_DEPTH, 8, 3) if parts == 1 else Tile(128, 128, ENGINE_DEPTH, 8, 4)
+    if parts > 1:
+        return Tile(128, 128, ENGINE_DEPTH, 8, 4)
+    # Stored in float32, a tile leaves no room for copies of the next one.
+    narrow = out.itemsize == 2
+    return Tile(128, 256, ENGINE_DEPTH, 8, 4 if narrow else 3, flat=narrow)
 
 
 def _along(x: Tensor) -> int | None:
@@ -325,6 +331,7 @@ def _large(
     PARTS: tl.constexpr,
     ADD: tl.constexpr,
     FLAT: tl.constexpr,
+    HALVES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -337,12 +344,34 @@ def _large(
         total = _copied(x, w, m_first, n_first, 0, share, X_DEEP, W_DEEP, BM, BN, BK)
         if PARTS == 2:
             total += _copied(x, w, m_first, n_first, share, share, X_DEEP, W_DEEP, BM, BN, BK)
-        m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
-        here = out_ptr + m.to(tl.int64)[:, None] * out_row + n[None, :]
-        inside = (m < rows)[:, None] & (n < width)[None, :]
-        if ADD:
-            total = tl.load(here, mask=inside, other=0.0) + total
-        tl.store(here, total, mask=inside)
+        if HALVES:
+            left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
+            _stored(left, out_ptr, out_row, m_first, n_first, rows, width, ADD, BM, BN // 2)
+            _stored(right, out_ptr, out_row, m_first, n_first + BN // 2, rows, width, ADD, BM, BN // 2)
+        else:
+            _stored(total, out_ptr, out_row, m_first, n_first, rows, width, ADD, BM, BN)
+
+
+@triton.jit
+def _stored(
+    total,
+    out_ptr,
+    out_row,
+    m_first,
+    n_first,
+    rows,
+    width,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Put sums, or add them, where they belong."""
+    m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
+    here = out_ptr + m.to(tl.int64)[:, None] * out_row + n[None, :]
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    if ADD:
+        total = tl.load(here, mask=inside, other=0.0) + total
+    tl.store(here, total, mask=inside)
 
 
 @triton.jit
