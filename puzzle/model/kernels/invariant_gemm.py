@@ -354,7 +354,7 @@ def _large(
 
 @triton.jit
 def _stored(
-    total,
+    sums,
     out_ptr,
     out_row,
     m_first,
@@ -370,8 +370,8 @@ def _stored(
     here = out_ptr + m.to(tl.int64)[:, None] * out_row + n[None, :]
     inside = (m < rows)[:, None] & (n < width)[None, :]
     if ADD:
-        total = tl.load(here, mask=inside, other=0.0) + total
-    tl.store(here, total, mask=inside)
+        sums = tl.load(here, mask=inside, other=0.0) + sums
+    tl.store(here, sums, mask=inside)
 
 
 @triton.jit
