@@ -354,20 +354,11 @@ def _large(
 
 @triton.jit
 def _stored(
-    sums,
-    out_ptr,
-    out_row,
-    m_first,
-    n_first,
-    rows,
-    width,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    sums, out, out_row, m_first, n_first, rows, width, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Put sums, or add them, where they belong."""
     m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
-    here = out_ptr + m.to(tl.int64)[:, None] * out_row + n[None, :]
+    here = out + m.to(tl.int64)[:, None] * out_row + n[None, :]
     inside = (m < rows)[:, None] & (n < width)[None, :]
     if ADD:
         sums = tl.load(here, mask=inside, other=0.0) + sums
