@@ -141,8 +141,8 @@ def _attend(
     cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
     k, v = k_ptr + group.to(tl.int64) * group_stride, v_ptr + group.to(tl.int64) * group_stride
-    element, new_ptr = k_ptr.dtype.element_ty, heads_ptr + QUERIES * DIM
-    key, value = _new(new_ptr, k_norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
+    element = k_ptr.dtype.element_ty
+    key, value = _new(heads_ptr + QUERIES * DIM, k_norm_ptr, cos, sin, eps, DIM, WIDTH, NORM, element)
     if owner:
         place = tl.load(place_ptr + row) * DIM
         tl.store(k + place + d, tl.sum(key, 0), mask=d < DIM)

@@ -1,0 +1,74 @@
+"""Triton kernels of decoding compile for a GPU: the interpreter takes more than the compiler does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+HALF, WORD, FLOAT = "*bf16", "*i32", "*fp32"
+HEADS = {"DIM": 128, "WIDTH": 128, "BLOCK": 128, "PAGE": 128, "NORM": True}
+READ = {
+    **dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "k_ptr", "v_ptr"), HALF),
+    **dict.fromkeys(("table_ptr", "members_ptr", "shared_ptr"), WORD),
+    "position_ptr": "*i64",
+    "place_ptr": "*i64",
+    "before_ptr": FLOAT,
+    "rows": "i32",
+    "group_stride": "i64",
+    "table_stride": "i32",
+    "eps": "fp32",
+    "scale": "fp32",
+}
+
+
+def attention(queries: int, parts: int, shared: int, window: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of `_attend`."""
+    padded = max(16, queries)
+    shape = {"GROUPS": 8, "QUERIES": queries, "PADDED": padded, "PARTS": parts, "SHARED": shared}
+    return READ | {"to_ptr": FLOAT if parts > 1 else HALF}, HEADS | shape | {"WINDOW": window}
+
+
+def build() -> None:
+    """Compile all of them for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from puzzle.model.kernels import flash_decode, skinny_gemm
+
+    product = {
+        **dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), HALF),
+        "partial_ptr": FLOAT,
+        "locks_ptr": WORD,
+        **dict.fromkeys(("rows", "width", "depth", "share"), "i32"),
+    }
+    family = {"GROUPS": 8, "SOME": 8, "MOST": 8, "PARTS": 2}
+    jobs: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (flash_decode._attend, *attention(1, 1, 0, 0)),
+        (flash_decode._attend, *attention(4, 4, 2, 0)),
+        (flash_decode._prefix, READ | {"to_ptr": FLOAT}, HEADS | family | {"QUERIES": 7, "PADDED": 64}),
+        (skinny_gemm._product, product, {"TRANSPOSED": True, "HEIGHT": 16, "PARTS": 2}),
+    ]
+    for kernel, types, constants in jobs:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        held = {(names.index(name),): value for name, value in constants.items() if name in names}
+        triton.compile(ASTSource(kernel, signature, held), target=GPUTarget("cuda", 90, 32))
+        print(kernel.__name__)
+
+
+def test_kernels_compile() -> None:
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=given, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["_attend", "_attend", "_prefix", "_product"]
+
+
+if __name__ == "__main__":
+    build()
