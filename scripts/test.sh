@@ -8,10 +8,21 @@ export PUZZLE_ENV=dev
 . "$root/env.sh"
 cd "$root"
 
+private=
+clean() {
+  [ -z "$private" ] || ./scripts/slurm/cluster.sh stop "$private"
+  rm -rf "$private" "$PYTHONPYCACHEPREFIX"
+}
+# Hundreds of processes import the same modules: their byte code is kept as long as this runs, also where a host
+# asks Python to write none, and not in the checkout, at which tests look.
+PYTHONPYCACHEPREFIX=$(mktemp -d -t pycache-XXXXXX)
+export PYTHONPYCACHEPREFIX
+unset PYTHONDONTWRITEBYTECODE
+trap clean EXIT
+
 for word in "$@"; do
   if [ "$word" = --slurm ]; then
     private=$(mktemp -d -t slurm-XXXXXX)
-    trap './scripts/slurm/cluster.sh stop "$private"; rm -rf "$private"' EXIT
     ./scripts/slurm/cluster.sh start "$private"
     export SLURM_CONF="$private/slurm.conf"
   fi

@@ -103,6 +103,7 @@ def test_a_script_without_a_guard_runs_follows_and_ends_runs(tmp_path: Path) -> 
     assert len(ends) < 200
 
 
+@pytest.mark.long
 def test_a_program_without_a_file_runs_too(tmp_path: Path) -> None:
     """As the cells of a notebook: nothing that a process could import; several processes."""
     text = CONFIG + (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puzzle.model.packing import PackedBatch
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _VARLEN: Callable[..., Any] | None = varlen_attn
-    _VARLEN_KEYS = frozenset(inspect.signature(varlen_attn).parameters)
-except ImportError:
-    _VARLEN, _VARLEN_KEYS = None, frozenset()
-
 
 COPIED = 1 << 26
 """Most bytes of pages that lie in memory twice while they are copied."""
@@ -171,8 +163,8 @@ def packed_attention(
     if window is not None and window >= batch.max_len + batch.past:
         window = None
     half = q_THh.dtype in (torch.bfloat16, torch.float16)
-    if _VARLEN is not None and q_THh.is_cuda and half:
-        return _varlen_attention(_VARLEN, q_THh, k_TKh, v_TKh, batch, window)
+    if q_THh.is_cuda and half and (found := varlen()) is not None:
+        return _varlen_attention(found, q_THh, k_TKh, v_TKh, batch, window)
     past, first = batch.past, batch.segments[0]
     out = _row_attention(q_THh, k_TKh[past:], v_TKh[past:], batch, window)
     if past:
@@ -191,11 +183,30 @@ def decode_attention(q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor
     return F.scaled_dot_product_attention(grouped, k_BKSh, v_BKSh, attn_mask=mask).reshape(q_BHh.shape)
 
 
+class Varlen(NamedTuple):
+    """torch's attention over packed sequences, and the names of its parameters, which change by release."""
+
+    kernel: Callable[..., Any]
+    parameters: frozenset[str]
+
+
+@cache
+def varlen() -> Varlen | None:
+    """None where torch has none. Imported on first use: it brings torch's compiler, which takes as long to
+    import as torch, and CPUs do without."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return Varlen(varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
+
+
 def _varlen_attention(
-    kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None
+    varlen: Varlen, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None
 ) -> Tensor:
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_KEYS else {}
-    if "window_size" in _VARLEN_KEYS:
+    kernel, parameters = varlen
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+    if "window_size" in parameters:
         # The kernel counts the tokens to the left of the query, we count the query too.
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from puzzle.config.run import TrainConfig
+from puzzle.errors import exit_code
 from puzzle.runlog import UNFAITHFUL, load_runs
 from tests.baseline import chat_ranks
 from tests.baseline.chat_ranks import CHAT, Case
@@ -221,7 +223,33 @@ def test_shards_are_counted_as_such(runs: dict) -> None:
         (["--enable_cuda_graph", "--enable_hybrid_engine"], "one length"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+def test_what_cannot_be_run_is_refused_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    words: list[str],
+    said: str,
+) -> None:
+    base = refused(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])  # which the script changes
+    monkeypatch.setattr(sys, "argv", [*base[1:], *words])
+    assert exit_code(runpy.run_path(base[1])["main"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_one_line_of_the_command(tmp_path: Path) -> None:
+    words = [*refused(tmp_path), "--dtype", "fp16"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith("error: ")
+
+
+def refused(folder: Path) -> list[str]:
+    """A command that would start if there were nothing wrong."""
     init = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = {
         "batch": 2,
@@ -229,12 +257,6 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path: Path, words: list[s
         "actor": {"init": init | {"num_attention_heads": 2}},
         "reward": {"init": init | {"num_attention_heads": 2}},
     }
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    base = [sys.executable, str(CHAT / "main.py"), "--config", str(tmp_path / "c.json")]
-    out = tmp_path / "out"
-    ended = subprocess.run([*base, "--out", str(out), *words], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith("error: ")
-    assert ended.stderr.count("\n") == 1
-    assert said in ended.stderr
-    assert not out.exists()
+    (folder / "c.json").write_text(json.dumps(config))
+    script = [sys.executable, str(CHAT / "main.py")]
+    return [*script, "--config", str(folder / "c.json"), "--out", str(folder / "out")]

@@ -190,6 +190,7 @@ def test_mistakes_are_told_in_a_line(words: list[str], capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_compiled_functions_equal_eager_ones() -> None:
     eager, compiled = Pointwise.eager(), Pointwise.compiled()
     generator = torch.Generator().manual_seed(0)

@@ -38,10 +38,14 @@ def words(**changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        ((1, 1, 1), {"dtype": "fp32"}),
+        pytest.param((1, 1, 1), {"dtype": "fp32"}, marks=pytest.mark.long),
         ((1, 2, 1), {"generation__layout__tp": 2, "generation__layout__pp": 1}),
         ((1, 1, 1), {"offload__optimizer": True, "offload__reference": True, "offload__reward": True}),
-        ((1, 1, 1), {"dtype": "bf16", "actor__lora__rank": 8, "critic__lora__targets": "q_proj,down_proj"}),
+        pytest.param(
+            (1, 1, 1),
+            {"dtype": "bf16", "actor__lora__rank": 8, "critic__lora__targets": "q_proj,down_proj"},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_peaks_are_those_of_the_formula(tmp_path: Path, layout: tuple[int, int, int], changes: dict) -> None:

@@ -28,6 +28,7 @@ from tests.cli.killing import (
 from tests.launch.running import cleared, console, puzzle, ranks, wait_for
 
 KILLS = 17
+SHORT = ("dp 2", "re-sharded", "one process")
 PER_KILL = 8
 """Iterations of a run for each of its kills, so that it lives long enough for all of them."""
 
@@ -95,8 +96,13 @@ def begin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield start
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(KILLS, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        *((name, 1) if name in SHORT else pytest.param(name, 1, marks=pytest.mark.long) for name in SETUPS),
+        *(pytest.param(name, KILLS, marks=pytest.mark.long) for name in SETUPS),
+    ],
+)
 def test_kills_change_nothing(name: str, kills: int, begin: Begin) -> None:
     """Weights, optimizers and all that a state holds, exported models, samples and the log's metrics have
     the bits of an undisturbed run; no process, temporary file or lock is left, nothing half-written.

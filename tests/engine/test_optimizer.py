@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -267,3 +269,21 @@ def test_memory_of_gradients_is_given_back_between_steps() -> None:
     assert all(bucket.grads is None and bucket.shard is None for bucket in optimizer.buckets)
     train(model)
     assert not any(torch.equal(*pair) for pair in zip(before, model.stage.parameters(), strict=True))
+
+
+def test_neither_importing_nor_a_step_loads_a_compiler() -> None:
+    """Every process of a run would: torch's takes as long as torch itself, scipy's solvers half as long."""
+    script = (
+        "import sys, torch, puzzle.rlhf.process\n"
+        "from puzzle.engine.train.adamw import AdamWSettings, clipped_step, make_adam\n"
+        "weights = torch.ones(4, 4)\n"
+        "settings = AdamWSettings(lambda step: 0.1)\n"
+        "adam = make_adam([weights], settings)\n"
+        "adam.param_groups[0]['lr'] = 0.1\n"
+        "weights.grad = torch.ones(4, 4)\n"
+        "clipped_step(adam, [weights.grad], torch.tensor(0.5), settings)\n"
+        "assert (weights < 1).all(), weights\n"
+        "print([name for name in ('torch._dynamo', 'scipy') if name in sys.modules])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

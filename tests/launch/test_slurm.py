@@ -114,6 +114,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes(folder: Path) -> None:
 
 
 @under_slurm
+@pytest.mark.long
 def test_ray_over_the_nodes_of_a_job(folder: Path, alone: Path) -> None:
     train = [sys.executable, "-m", "puzzle.cli", "train", "--config", "run.yaml", "--out", "out"]
     job = [

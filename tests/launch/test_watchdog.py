@@ -57,7 +57,7 @@ def test_a_hang_ends_and_names_its_cause(tmp_path: Path, kind: str) -> None:
         assert saved.stat().st_mtime_ns <= verdict.stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_rank_of_another_launcher(tmp_path: Path, victim: int) -> None:
     """Nobody watches the processes, and rank 0 holds the store in which they meet."""
     with socket.socket() as free:

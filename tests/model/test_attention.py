@@ -67,26 +67,25 @@ def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-
     [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}],
     ids=lambda keys: " ".join(sorted(keys)),
 )
-def test_the_varlen_kernel_is_asked_for_the_same(monkeypatch, keys, window):
+def test_the_varlen_kernel_is_asked_for_the_same(keys, window):
     """Of versions of torch with and without windows, and with heads in groups."""
     if window is not None and "window_size" not in keys:
         pytest.skip("no windows before")
-    monkeypatch.setattr(attention, "_VARLEN_KEYS", frozenset(keys))
+    kernel = attention.Varlen(varlen, frozenset(keys))
     batch = pack([[1] * n for n in (5, 1, 7)], 4)
     heads = (4, 2, 2) if "enable_gqa" in keys else (2, 2, 2)
     q, k, v = (torch.randn(batch.total, n, 8, generator=torch.Generator().manual_seed(n)) for n in heads)
     expected = packed_attention(q, k, v, batch, window)[:13]
-    got = attention._varlen_attention(varlen, q, k, v, batch, window)[:13]
+    got = attention._varlen_attention(kernel, q, k, v, batch, window)[:13]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (5,), (1, 3)])
-def test_a_sequence_that_goes_on_sees_what_is_cached_of_it(monkeypatch, lengths, kernel, window):
+def test_a_sequence_that_goes_on_sees_what_is_cached_of_it(lengths, kernel, window):
     """The last part of a sequence of 6 + n tokens, others beside it, and a dummy segment: each as if alone,
     whole."""
-    monkeypatch.setattr(attention, "_VARLEN_KEYS", frozenset({"window_size", "enable_gqa"}))
     batch, past = pack([[1] * n for n in lengths], 4, past=6), 6
     assert batch.positions_T[: lengths[0]].tolist() == list(range(6, 6 + lengths[0]))
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +97,8 @@ def test_a_sequence_that_goes_on_sees_what_is_cached_of_it(monkeypatch, lengths,
     whole = slots.before(k[past:], v[past:])
     assert all(torch.equal(ours, plain) for ours, plain in zip(whole, (k, v), strict=True))
     if kernel:
-        got = attention._varlen_attention(varlen, q[past:], *whole, batch, window)
+        packed = attention.Varlen(varlen, frozenset({"window_size", "enable_gqa"}))
+        got = attention._varlen_attention(packed, q[past:], *whole, batch, window)
     else:
         got = packed_attention(q[past:], *whole, batch, window)
     start = 0

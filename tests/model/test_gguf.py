@@ -239,6 +239,7 @@ def smollm2(tmp_path_factory):
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_a_real_checkpoint_equals_transformers(smollm2):
     reference: Any = AutoModelForCausalLM.from_pretrained(smollm2)
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)

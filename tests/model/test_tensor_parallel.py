@@ -12,15 +12,17 @@ from tests.model.tiny import gradient, gradient_boxes, save_variant, sequences, 
 
 TOLERANCE = 1e-5
 # 8 query heads and 2 key/value heads: tp = 4 and 8 replicate key/value heads.
-CASES = [
+CASES = [("llama-tied", 2), ("qwen2", 4), ("qwen3", 2), ("llama-thirds", 3)]
+LONG = [
     ("llama", 2),
     ("llama-tied", 4),
-    ("qwen2", 4),
-    ("qwen3", 2),
     ("llama-biases", 4),
-    ("llama-thirds", 3),
+    ("llama", 8),
+    ("qwen2-tied", 8),
+    ("qwen3", 8),
+    ("mistral-window", 4),
+    ("llama-wide-heads", 8),
 ]
-LONG = [("llama", 8), ("qwen2-tied", 8), ("qwen3", 8), ("mistral-window", 4), ("llama-wide-heads", 8)]
 every_case = pytest.mark.parametrize(
     ("variant", "tp"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 )
@@ -50,7 +52,7 @@ def test_logprobs_entropy_and_gradients(variant, tp, tmp_path):
     same_as_transformers(variant, tuple(range(tp)), tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [(2, 0, 3, 1), (1, 0)])
+@pytest.mark.parametrize("ranks", [(2, 0, 3, 1), pytest.param((1, 0), marks=pytest.mark.long)])
 def test_tensor_ranks_in_another_order_than_global_ranks(ranks, tmp_path):
     same_as_transformers("llama", ranks, tmp_path)
 
@@ -89,7 +91,7 @@ def value_rank(rank, folder, tp, weights):
     return values.detach(), gradient_boxes(decoder)
 
 
-@pytest.mark.parametrize(("variant", "tp"), [("llama", 4), ("qwen2", 2)])
+@pytest.mark.parametrize(("variant", "tp"), [pytest.param("llama", 4, marks=pytest.mark.long), ("qwen2", 2)])
 def test_values_and_gradients(variant, tp, tmp_path):
     folder = save_variant(tmp_path / "model", variant, value=True)
     reference = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -125,7 +127,7 @@ def region_rank(rank, folder, tp):
     return seen, max(kept), batch.total
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_activations_between_matrices_are_cut_along_tokens(tp, tmp_path):
     # Attention output (heads * head_dim = 80) and ffn (96) differ from the hidden size 64.
     folder = save_variant(tmp_path / "model", "llama-wide-heads")

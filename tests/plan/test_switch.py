@@ -187,7 +187,7 @@ def switches(draw, max_world=8):
 
 
 @given(switches(), st.sampled_from(STRATEGIES), st.sampled_from([1, 2, 4]), st.booleans(), st.data())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_every_destination_row_arrives_once(switch, strategy, itemsize, zero, data):
     limits = {"zero": zero}
     if strategy == "planned":
@@ -210,6 +210,7 @@ def test_every_destination_row_arrives_once(switch, strategy, itemsize, zero, da
             assert staged <= limits.get("staging_bytes", 0)
 
 
+@pytest.mark.long
 @given(switches(max_world=64))
 @settings(max_examples=40)
 def test_up_to_64_ranks(switch):

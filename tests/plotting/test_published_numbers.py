@@ -16,7 +16,7 @@ FIGURES = ("figure8", "figure9", "figure10", "figure11", "figure12", "table3")
 RATIOS = FIGURES[:4]
 
 
-@pytest.fixture(scope="module", params=["shipped", "raw"])
+@pytest.fixture(scope="module", params=["shipped", pytest.param("raw", marks=pytest.mark.long)])
 def drawn(request, tmp_path_factory):
     logs = PUBLISHED
     if request.param == "raw":

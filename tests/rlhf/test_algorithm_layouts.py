@@ -123,7 +123,7 @@ LAYOUTS: dict[str, Shape] = {
     },
     "fused": FUSED,
 }
-SHORT = ("dp", "re-shard")
+SHORT = ("re-shard",)
 
 
 def begins(responses: list[str], below: int) -> list[float]:

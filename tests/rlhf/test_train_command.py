@@ -147,7 +147,10 @@ def test_nan_ends_all_ranks_with_one_line(folder: Path) -> None:
     assert over - end["time"] < 10
 
 
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("world", "number"),
+    [pytest.param(1, signal.SIGTERM, marks=pytest.mark.long), (2, signal.SIGTERM), (2, signal.SIGINT)],
+)
 def test_a_stopped_run_says_so_in_its_log(folder: Path, world: int, number: int) -> None:
     run = subprocess.Popen(
         command("--out", "o", "--layout.dp", str(world), "--iterations", "100000"),

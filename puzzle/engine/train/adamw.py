@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,18 @@ class AdamWSettings:
     backend: str = "torch"
 
 
+class _AdamW(torch.optim.AdamW):
+    """torch's, without what its wrappers do for torch's compiler: at the first call they import it, in every
+    process, which takes as long as importing torch."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
+        """One step of all groups."""
+        inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 def make_adam(masters: Sequence[Tensor], settings: AdamWSettings) -> torch.optim.Optimizer:
     """AdamW over the masters: decay on matrices alone, as is usual. UserError where apex is asked for and
     missing."""
@@ -37,7 +50,7 @@ def make_adam(masters: Sequence[Tensor], settings: AdamWSettings) -> torch.optim
         except ImportError as error:
             raise UserError(f"optimizer.backend apex: {error}; install apex or use torch") from error
         return FusedAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+    return _AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def clipped_step(

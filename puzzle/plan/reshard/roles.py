@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from puzzle.plan.cluster import GB, Cluster
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.reshard.overlap import Fragment, Rows, Unit
 
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
+
+# scipy's solvers are imported where they solve: most runs choose no roles, and every process would load them.
 Bytes = NDArray[np.int64]
 TIME_LIMIT = 20.0  # seconds for one solution of the integer program
 
@@ -169,6 +170,9 @@ def _bottleneck(seconds: NDArray[np.float64], feasible: Callable[[float], bool])
 
 def _matches(allowed: NDArray[np.bool_], copies: int) -> bool:
     """Whether every rank (row) can play an allowed role (column), each role `copies` times."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     matched = maximum_bipartite_matching(csr_array(np.repeat(allowed, copies, axis=1)))
     return bool((matched >= 0).all())
 
@@ -180,6 +184,8 @@ def _seat(
 
     `counts` (stages, cells): how many tensor-parallel groups of each stage go to each cell.
     """
+    from scipy.optimize import linear_sum_assignment
+
     ranks = [0] * layout.world
     replica = [0] * layout.pp
     for cell, members in enumerate(cells):
@@ -247,6 +253,8 @@ class _Program:
     def _solve(self, bound: float) -> NDArray[np.int64] | None:
         costs, counts = self.costs, self.shape[0] * self.shape[1]
         kept = costs.local[self.rank, self.role]
+        from scipy.optimize import Bounds, milp
+
         # Whole numbers as small as they can be keep the solver's tolerances far below one byte.
         scale = max(1, int(np.gcd.reduce(kept)) if len(kept) else 1)
         pairs = costs.seconds[self.rank, self.role] <= bound
@@ -291,6 +299,9 @@ class _Entries:
         self.rows += rows
 
     def constraint(self) -> LinearConstraint:
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import coo_array
+
         row, column, factor = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
         matrix = coo_array((factor, (row, column)), (self.rows, self.columns)).tocsc()
         return LinearConstraint(matrix, np.concatenate(self.low), np.concatenate(self.high))
