@@ -184,7 +184,18 @@ def test_a_cpu_has_no_peak() -> None:
     assert device.mfu(World(0, 1, torch.device("cpu")), 1e12, 1.0) is None
 
 
-@pytest.mark.parametrize("words", [["bench", "nothing"], ["bench", "train", "--layout", "2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "nothing"],
+        ["bench", "train", "--layout", "2"],
+        ["bench", "exact", "--profile"],
+        ["bench", "exact", "--algorithm.microbatch", "2"],
+        ["bench", "exact", "--models", "--price", "350m", "--profile", "--device", "cpu"],
+        ["bench", "exact", "--ways", "backwards"],
+        ["bench", "numerics", "--dtype", "fp32", "--device", "cpu"],
+    ],
+)
 def test_mistakes_are_told_in_a_line(words: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
