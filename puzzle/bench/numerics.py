@@ -30,12 +30,16 @@ BACKWARD = ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 4), (128, 64, 8, 3), (12
 """Beside the usual ones: queries, keys, warps, stages; for gradients of keys these come first."""
 PRODUCTS = (
     (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
     (128, 256, 64, 8, 3, 1, True),
     (128, 256, 64, 8, 3, 1, False, True),
     (128, 256, 64, 8, 3, 1, True, True),
     (128, 256, 64, 8, 4, 1, False, True),
     (128, 256, 64, 8, 4, 1, True, True),
-    (256, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3, 1, False, False, 16),
+    (128, 256, 64, 8, 4, 1, True, False, 4),
+    (128, 256, 64, 8, 4, 1, True, False, 16),
+    (128, 256, 64, 8, 4, 1, True, False, 32),
     (256, 128, 64, 8, 3, 1, True, True),
     (128, 128, 64, 4, 3, 2),
 )
@@ -248,11 +252,12 @@ def _tensors(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _name(tile: Tile | ProductTile) -> str:
-    """Sizes, warps and stages, and what else differs."""
+    """Sizes, warps and stages, and what else differs from most."""
     values: Mapping[str, Any] = tile._asdict()
     sizes = "x".join(str(size) for name, size in values.items() if name in _SIZES)
     rest = f" w{values['warps']} s{values['stages']}"
     rest += f" x{values['programs']}" if values.get("programs", 1) > 1 else ""
+    rest += f" b{values['band']}" if values.get("band", 8) != 8 else ""
     return sizes + rest + "".join(f" {name}" for name in ("flat", "halves") if values.get(name))
 
 

@@ -55,7 +55,7 @@ def test_tiles_of_the_copy_engine() -> None:
     for tile in (
         invariant_gemm.Tile(64, 32, 128, 4, 2, 2),
         invariant_gemm.Tile(128, 64, 64, 8, 3, flat=True),
-        invariant_gemm.Tile(128, 64, 64, 8, 3, halves=True),
+        invariant_gemm.Tile(64, 32, 64, 8, 3, halves=True, band=3),
     ):
         for parts in (1, 2):
             got = invariant_gemm.product(x, w, parts, dtype=torch.float32, tile=tile)

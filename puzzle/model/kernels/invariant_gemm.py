@@ -41,7 +41,8 @@ class Tile(NamedTuple):
 
     Where the copy engine brings tiles: `programs` that a multiprocessor runs at a time; whether the loops
     over tiles and over K are one (`flat`), so that the next tile is copied while one is stored; whether that
-    is done in two `halves`, with half of the registers and shared memory.
+    is done in two `halves`, with half of the registers and shared memory; and how many tiles one above the
+    other are computed before those beside them (`band`).
     """
 
     rows: int
@@ -52,6 +53,7 @@ class Tile(NamedTuple):
     programs: int = 1
     flat: bool = False
     halves: bool = False
+    band: int = 8
 
 
 def product(
@@ -127,11 +129,12 @@ class _Run:
         tiles = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.width, tile.columns)
         programs = min(tiles, tile.programs * _multiprocessors(self.out.device))
         x_deep, w_deep = _along(self.x) == 1, _along(self.w) == 1
+        how = (tile.flat, tile.halves, tile.band)
         _large[(programs,)](
             _described(self.x, tile.rows, tile.depth),
             _described(self.w, tile.columns, tile.depth),
             *(self.out, self.rows, self.width, self.share, self.out.stride(0), programs),
-            *(x_deep, w_deep, parts, add, tile.flat, tile.halves, tile.rows, tile.columns, tile.depth),
+            *(x_deep, w_deep, parts, add, *how, tile.rows, tile.columns, tile.depth),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -211,12 +214,12 @@ def _locks(device: torch.device, tiles: int) -> Tensor:
 
 
 @triton.jit
-def _in_bands(tile, long, short):
-    """(place in `long`, in `short`) of a tile: eight of the first at a time, so that what they share stays in
+def _in_bands(tile, long, short, BAND: tl.constexpr):
+    """(place in `long`, in `short`) of a tile: some of the first at a time, so that what they share stays in
     the cache."""
-    band = tile // (8 * short)
-    height = tl.minimum(long - band * 8, 8)
-    return band * 8 + tile % (8 * short) % height, tile % (8 * short) // height
+    band = tile // (BAND * short)
+    height = tl.minimum(long - band * BAND, BAND)
+    return band * BAND + tile % (BAND * short) % height, tile % (BAND * short) // height
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -249,7 +252,7 @@ def _product(
 ):
     """One tile, its columns along the long side."""
     tile = tl.program_id(0)
-    n_tile, m_tile = _in_bands(tile, tl.cdiv(width, BN), tl.cdiv(rows, BM))
+    n_tile, m_tile = _in_bands(tile, tl.cdiv(width, BN), tl.cdiv(rows, BM), 8)
     m, n = m_tile * BM + tl.arange(0, BM), n_tile * BN + tl.arange(0, BN)
     # `%` hides from the compiler what lies side by side.
     x = x_ptr + (m if WHOLE else m % rows).to(tl.int64)[None, :] * x_row
@@ -332,6 +335,7 @@ def _large(
     ADD: tl.constexpr,
     FLAT: tl.constexpr,
     HALVES: tl.constexpr,
+    BAND: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -339,7 +343,7 @@ def _large(
     """Tile after tile."""
     m_tiles, n_tiles = tl.cdiv(rows, BM), tl.cdiv(width, BN)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, flatten=FLAT):
-        m_tile, n_tile = _in_bands(tile, m_tiles, n_tiles)
+        m_tile, n_tile = _in_bands(tile, m_tiles, n_tiles, BAND)
         m_first, n_first = m_tile * BM, n_tile * BN
         total = _copied(x, w, m_first, n_first, 0, share, X_DEEP, W_DEEP, BM, BN, BK)
         if PARTS == 2:
