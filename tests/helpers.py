@@ -13,6 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+PATIENCE = 600.0
+"""Seconds for what takes a few on a quiet machine: only what hangs takes so long."""
 # torch.optim imports torch._dynamo at its first use: seconds, in every rank, unless it is there before.
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "tests.reference.tiny", "puzzle.rlhf.trainer"]
 
@@ -45,7 +47,7 @@ def _rank_main(
     pipe.send_bytes(pickle.dumps(answer))
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
     """Run `fn(rank, *args)` on `world` processes with a gloo default group; the results by rank.
 
     `fn` is a top-level function of an importable module; results and arguments are pickled. The first rank

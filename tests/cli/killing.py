@@ -17,6 +17,7 @@ from pathlib import Path
 
 from puzzle.cli import train
 from puzzle.runlog import load_runs
+from tests.helpers import PATIENCE
 from tests.launch.running import console, of_test, puzzle, ranks, wait_for
 
 CONFIG = """\
@@ -34,8 +35,6 @@ algorithm: {minibatch: 2, reward_norm: true}
 checkpoint: {every: 1, keep: 2}
 log: {provenance: rehearsal, variant: tiny, plots: false}
 """
-PATIENCE = 240.0
-"""Seconds for a step forward on a machine that does other things."""
 SERVER = "multiprocessing.forkserver"
 
 
@@ -188,7 +187,7 @@ class Victim:
 
     def _until(self, condition: Callable[[], bool]) -> None:
         """Wait for the condition, or until the command is over."""
-        wait_for(lambda: self.over or condition(), PATIENCE)
+        wait_for(lambda: self.over or condition())
 
     def look(self) -> None:
         """Note what the command said, and processes and temporary files that outlive it."""
@@ -196,13 +195,13 @@ class Victim:
         if self.command.returncode >= 0:  # of itself: nothing is left when it returns
             self.outcome.left += of_test(self.folder).values()
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not of_test(self.folder), 30)
+            wait_for(lambda: not of_test(self.folder))
         self.outcome.left += of_test(self.folder).values()
         self.outcome.left += [str(path) for path in self.scratch.iterdir()]
 
     def finish(self) -> Outcome:
         """Let the run end, start it as often as it takes; the outcome."""
-        while self.command.wait(600) != 0:
+        while self.command.wait(PATIENCE) != 0:
             self.look()
             assert self.outcome.commands < 100, console(self.folder)
             self.command = self._start()

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli.killing import (
-    PATIENCE,
     SETUPS,
     Outcome,
     Victim,
@@ -25,6 +24,7 @@ from tests.cli.killing import (
     undisturbed,
     written,
 )
+from tests.helpers import PATIENCE
 from tests.launch.running import cleared, console, puzzle, ranks, wait_for
 
 KILLS = 17
@@ -40,10 +40,10 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     with cleared(tmp_path):
         run = puzzle(tmp_path, "train", *options, *watched, "--out", "out")
         state = tmp_path / "out/checkpoints/state-1"
-        wait_for(lambda: state.exists() and len(ranks(tmp_path)) == 2, PATIENCE, run)
+        wait_for(lambda: state.exists() and len(ranks(tmp_path)) == 2, run)
         victim = ranks(tmp_path)[1]
         os.kill(victim, signal.SIGSTOP)
-        wait_for(lambda: victim not in ranks(tmp_path), 60)
+        wait_for(lambda: victim not in ranks(tmp_path))
         assert run.wait(timeout=PATIENCE) == 0, console(tmp_path)
     lines = console(tmp_path).splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

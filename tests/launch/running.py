@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.runlog import load_runs
+from tests.helpers import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -77,9 +78,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [dict(iteration.metrics) for iteration in load_runs(run).runs[0].iterations]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90.0, run: subprocess.Popen | None = None) -> Any:
-    """The condition's first true value; an error if `run` ends before or it takes longer."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any], run: subprocess.Popen | None = None) -> Any:
+    """The condition's first true value; an error if `run` ends before or it takes too long."""
+    deadline = time.monotonic() + PATIENCE
     while not (found := condition()):
         assert run is None or run.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline, "it took too long"
@@ -117,7 +118,7 @@ def cleared(folder: Path) -> Generator[None]:
     """Whatever happens, no process of the test stays; what was left is an error."""
     try:
         yield
-        wait_for(lambda: not of_test(folder), 20)
+        wait_for(lambda: not of_test(folder))
     finally:
         for pid in of_test(folder):
             with contextlib.suppress(ProcessLookupError):

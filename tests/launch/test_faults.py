@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers import PATIENCE
 from tests.launch.running import cleared, config, console, metrics, of_test, puzzle, ranks, wait_for
 
 ITERATIONS = 20
@@ -183,16 +184,16 @@ def check(folder: Path, fault: Fault, words: Sequence[str]) -> None:
     before = len(metrics(folder / "out"))
     if fault.again:
         run.send_signal(signal.SIGTERM)
-        run.wait(60)
+        run.wait(PATIENCE)
         fault.strike(folder)
         run = puzzle(folder, *words, "--resume")
     else:
         fault.strike(folder)
     struck = time.monotonic()
-    assert run.wait(200) == fault.code, console(folder)
+    assert run.wait(PATIENCE) == fault.code, console(folder)
     if fault.code:
-        assert time.monotonic() - struck < 60
-        wait_for(lambda: not of_test(folder), 30)
+        assert time.monotonic() - struck < PATIENCE / 2
+        wait_for(lambda: not of_test(folder))
     assert re.search(fault.words.replace("(", r"\(").replace(")", r"\)"), console(folder)), console(folder)
     if fault.code == 0:
         assert len(metrics(folder / "out")) == ITERATIONS

@@ -13,6 +13,7 @@ from puzzle.config.load import build
 from puzzle.engine.runtime.identity import Identity, launched
 from puzzle.errors import UserError
 from puzzle.launch import local
+from tests.helpers import PATIENCE
 from tests.launch.running import config, of_test
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def test_workers_do_not_outlive_the_parent(tmp_path, number):
     parent = subprocess.Popen(words, env=marked, stderr=subprocess.DEVNULL)
     workers = pids(tmp_path, 2)
     parent.send_signal(number)
-    assert parent.wait(timeout=60) != 0
+    assert parent.wait(timeout=PATIENCE) != 0
     if number == signal.SIGKILL:
         assert gone(workers)
     else:  # neither workers nor what started them outlive it by a moment
@@ -136,7 +137,7 @@ def test_a_dead_fork_server_is_named_and_its_workers_end(tmp_path):
     workers = pids(tmp_path, 2)
     (server,) = {pid for pid, line in of_test(tmp_path).items() if "forkserver" in line} - set(workers)
     os.kill(server, signal.SIGKILL)
-    (line,) = parent.communicate(timeout=60)[0].splitlines()
+    (line,) = parent.communicate(timeout=PATIENCE)[0].splitlines()
     assert re.fullmatch(r"0 rank 0 on \S+: its fork server was killed by SIGKILL \(out of memory.*", line)
     assert not of_test(tmp_path)
 
@@ -157,7 +158,7 @@ def test_an_agent_that_is_told_to_end_hands_on_what_its_workers_have_told(tmp_pa
     agent = subprocess.Popen(words, env=marked, stdout=subprocess.PIPE, text=True)
     pids(tmp_path, 2)
     agent.send_signal(local.PEER_ENDED)
-    assert agent.communicate(timeout=60)[0] == f"{said}\n"
+    assert agent.communicate(timeout=PATIENCE)[0] == f"{said}\n"
     assert not of_test(tmp_path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import PATIENCE
 from tests.launch.running import (
     cleared,
     config,
@@ -52,12 +53,12 @@ def test_runs_of_one_host_listen_on_loopback_and_leave_nothing(folder: Path) -> 
     local = puzzle(folder, *TRAIN[:-1], "alone")
     wait_for(lambda: (folder / "alone/run.jsonl").exists(), run=local)
     assert LOOPBACK & listening(of_test(folder)) == listening(of_test(folder)) != set()
-    assert local.wait(120) == 0, console(folder)
+    assert local.wait(PATIENCE) == 0, console(folder)
     run = puzzle(folder, *TRAIN, "--launcher", "ray")
     wait_for(lambda: (folder / "out/run.jsonl").exists(), run=run)
     assert any("raylet" in line for line in of_test(folder).values())
     assert listening(of_test(folder)) <= LOOPBACK
-    assert run.wait(120) == 0, console(folder)
+    assert run.wait(PATIENCE) == 0, console(folder)
     assert "3/3" in console(folder)
     assert metrics(folder / "out") == metrics(folder / "alone")
 
@@ -71,8 +72,8 @@ def test_what_ends_the_command_ends_all(folder: Path, number: int, code: int) ->
     run = puzzle(folder, *TRAIN, "--launcher", "ray")
     wait_for(lambda: (folder / "out/run.jsonl").exists(), run=run)
     os.kill(run.pid, number)
-    assert run.wait(60) == code, console(folder)
-    wait_for(lambda: not of_test(folder), 30)
+    assert run.wait(PATIENCE) == code, console(folder)
+    wait_for(lambda: not of_test(folder))
 
 
 @pytest.mark.long
@@ -96,14 +97,14 @@ def test_a_lost_node_is_named_and_the_run_goes_on_elsewhere(folder: Path) -> Non
         wait_for(lambda: (folder / "out/checkpoints/state-3").exists(), run=run)
         print(file=nodes.stdin, flush=True)
         assert nodes.stdout.readline() == "one is gone\n"
-        assert run.wait(240) == 0, console(folder)
+        assert run.wait(PATIENCE) == 0, console(folder)
         assert len(metrics(folder / "out")) == 150
         records = [json.loads(line) for line in (folder / "out/run.jsonl").read_text().splitlines()]
         assert "resume" in {record["record"] for record in records}
         assert "its Ray actor is gone" in console(folder)
         assert sum("raylet/raylet" in line for line in of_test(folder).values()) == 2  # not ours to end
     finally:
-        nodes.communicate("\n", timeout=60)
+        nodes.communicate("\n", timeout=PATIENCE)
 
 
 def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

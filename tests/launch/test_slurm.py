@@ -12,6 +12,7 @@ import yaml
 
 from puzzle.errors import UserError
 from puzzle.launch import slurm
+from tests.helpers import PATIENCE
 from tests.launch.running import (
     ROOT,
     cleared,
@@ -74,7 +75,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by the local launcher."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "run.yaml").write_text(yaml.safe_dump(config()))
-    assert puzzle(folder, "train", "--config", "run.yaml", "--out", "out").wait(120) == 0, console(folder)
+    run = puzzle(folder, "train", "--config", "run.yaml", "--out", "out")
+    assert run.wait(PATIENCE) == 0, console(folder)
     return folder / "out"
 
 
@@ -85,7 +87,7 @@ def test_srun_places_the_ranks_on_the_nodes(folder: Path, alone: Path) -> None:
     ).stdout.strip()
     try:
         run = puzzle(folder, "train", "--config", "run.yaml", "--out", "out", "--launcher", "slurm")
-        assert run.wait(200) == 0, console(folder)
+        assert run.wait(PATIENCE) == 0, console(folder)
         assert metrics(folder / "out") == metrics(alone)
         assert re.search(r"Slurm job \d+; its output, also in out/slurm.log", console(folder))
         assert "3/3" in console(folder)
@@ -103,7 +105,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes(folder: Path) -> None:
     wait_for(lambda: (out / "checkpoints/state-2").exists(), run=run)
     victim = ranks(folder)[2]
     os.kill(victim, signal.SIGKILL)
-    assert run.wait(200) == 0, console(folder)
+    assert run.wait(PATIENCE) == 0, console(folder)
     said = re.search(
         r"error: rank (\d) on (node\d): killed by SIGKILL \(out of memory, or by hand\)", console(folder)
     )
@@ -159,12 +161,12 @@ def test_a_campaign_cancelled_half_way_leaves_nothing_and_goes_on(folder: Path) 
         return list(folder.glob("outputs_from_exec_*/logs/*/done"))
 
     run = start()
-    wait_for(lambda: len(done()) == 2 and len(ranks(folder)) > 1, 200, run)
+    wait_for(lambda: len(done()) == 2 and len(ranks(folder)) > 1, run=run)
     kept = {mark: mark.stat().st_mtime_ns for mark in done()}
     os.killpg(run.pid, signal.SIGINT)  # a Ctrl-C
-    assert run.wait(60) == 130, console(folder)
-    wait_for(lambda: not jobs() and not of_test(folder), 30)
-    assert start().wait(400) == 0, console(folder)
+    assert run.wait(PATIENCE) == 130, console(folder)
+    wait_for(lambda: not jobs() and not of_test(folder))
+    assert start().wait(PATIENCE) == 0, console(folder)
     assert len(list(folder.glob("outputs_from_exec_*"))) == 1
     assert "4 run, 2 kept from before" in console(folder)
     assert {mark: mark.stat().st_mtime_ns for mark in kept} == kept

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from puzzle.launch import local
+from tests.helpers import PATIENCE
 from tests.launch.test_local import TARGETS, gone, no_launcher, pids
 
 __all__ = ["no_launcher"]
@@ -78,7 +79,7 @@ def test_a_stopped_rank_of_another_launcher(tmp_path: Path, victim: int) -> None
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+        said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
