@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.reference import numpy_ppo
-from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO, run_reference, token_values
+from tests.reference.hf_ppo import ReferencePPO, run_reference, token_values
+from tests.reference.records import ReferenceConfig
 from tests.reference.same_tokens import TokenAgreement, first_difference, same_tokens
 from tests.reference.tiny import FAMILIES, save_lm, save_value
 

@@ -14,7 +14,8 @@ from puzzle.config.run import TrainConfig
 from puzzle.model.noise import gumbel, row_keys
 from puzzle.rlhf.experience import Experience, minibatches
 from tests.reference import numpy_ppo
-from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO, Rollout, Step, weights
+from tests.reference.hf_ppo import ReferencePPO, weights
+from tests.reference.records import ReferenceConfig, Rollout, Step
 from tests.reference.same_tokens import TokenAgreement, same_tokens
 from tests.rlhf.ppo_ranks import Boxes, Case, Watch
 

@@ -15,7 +15,8 @@ from puzzle.rlhf.algorithms import policy, ppo, scale
 from puzzle.rlhf.algorithms.surrogate import Surrogate
 from puzzle.rlhf.experience import Experience, minibatches
 from puzzle.rlhf.microbatches import microbatches
-from tests.reference.hf_ppo import ReferenceConfig, ReferencePPO
+from tests.reference.hf_ppo import ReferencePPO
+from tests.reference.records import ReferenceConfig
 from tests.reference.tiny import save_lm, save_value
 
 PROMPTS = ((5, 9, 200), (7, 7, 31, 99, 120, 3, 18), (250,), (11, 12))
