@@ -67,17 +67,17 @@ def alternated(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, l
     return found
 
 
-def copy_bandwidth(world: World, size: int = COPIED) -> float:
-    """Bytes read and written per second by copies of `size` bytes on the device: the median of nine times.
+def copy_bandwidth(world: World) -> float:
+    """Bytes read and written per second by copies of `COPIED` bytes on the device: the median of nine times.
 
     On a GPU eight copies are timed together: starting one and waiting for it takes a twentieth of its time.
     """
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=world.device)
+    source = torch.randint(0, 255, (COPIED,), dtype=torch.uint8, device=world.device)
     target = torch.empty_like(source)
     target.copy_(source)
     copies = 8 if world.device.type == "cuda" else 1
     seconds = median(measure(world, lambda: [target.copy_(source) for _ in range(copies)], 9))
-    return 2 * size * copies / seconds
+    return 2 * COPIED * copies / seconds
 
 
 def mfu(world: World, flops: float, seconds: float) -> float | None:

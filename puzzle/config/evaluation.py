@@ -17,6 +17,7 @@ from puzzle.config.sections import (
     Section,
     Seed,
     Sequences,
+    with_layouts,
 )
 
 
@@ -43,14 +44,7 @@ class EvaluationConfig(Section):
     @classmethod
     def _inherit_layout(cls, data: Any) -> Any:
         """All models have the layout of the run."""
-        if not isinstance(data, dict) or not isinstance(data.get("layout", {}), dict):
-            return data
-        filled = dict(data)
-        for role in ("actor", "reward"):
-            section = filled.get(role, {})
-            if isinstance(section, dict) and isinstance(own := section.get("layout", {}), dict):
-                filled[role] = {**section, "layout": {**filled.get("layout", {}), **own}}
-        return filled
+        return with_layouts(data, ("actor", "reward"))
 
     @model_validator(mode="after")
     def _complete(self) -> EvaluationConfig:

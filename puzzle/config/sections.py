@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
@@ -108,6 +109,19 @@ class LayoutConfig(Section):
         if isinstance(self.stages, tuple) and len(self.stages) != self.pp:
             raise ValueError(f"stages lists {len(self.stages)} stages but pp is {self.pp}")
         return self
+
+
+def with_layouts(data: Any, roles: Iterable[str]) -> Any:
+    """A configuration whose models of `roles` have its layout where they do not give another; what is
+    malformed is left for validation to refuse."""
+    if not isinstance(data, dict) or not isinstance(data.get("layout", {}), dict):
+        return data
+    filled = dict(data)
+    for role in roles:
+        section = filled.get(role, {})
+        if isinstance(section, dict) and isinstance(own := section.get("layout", {}), dict):
+            filled[role] = {**section, "layout": {**filled.get("layout", {}), **own}}
+    return filled
 
 
 class InitConfig(Section):

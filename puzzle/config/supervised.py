@@ -20,6 +20,7 @@ from puzzle.config.sections import (
     SourceConfig,
     Tokens,
     TrainedConfig,
+    with_layouts,
 )
 
 
@@ -62,17 +63,7 @@ class SupervisedConfig(RunConfig):
     @classmethod
     def _inherit_layout(cls, data: Any) -> Any:
         """A model without a layout has the run's."""
-        if not isinstance(data, dict) or not isinstance(data.get("layout", {}), dict):
-            return data
-        filled = dict(data)
-        for role in cls.roles():
-            section = filled.get(role, {})
-            if isinstance(section, dict) and isinstance(section.get("layout", {}), dict):
-                filled[role] = {
-                    **section,
-                    "layout": {**filled.get("layout", {}), **section.get("layout", {})},
-                }
-        return filled
+        return with_layouts(data, cls.roles())
 
     @classmethod
     @abstractmethod

@@ -182,12 +182,12 @@ class Fields:
             self.refuse(key, "a list of objects")
         return [Fields(item, f"{self.place}: {key}[{i}]") for i, item in enumerate(value)]
 
-    def ids(self, key: str, most: int = (1 << 31) - 1) -> tuple[int, ...]:
+    def ids(self, key: str) -> tuple[int, ...]:
         """Token ids: one, a list of them, or none (null, or left out)."""
         value = self.values.get(key)
         found: Sequence[Any] = value if isinstance(value, list) else () if value is None else (value,)
         for item in found:
-            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= most:
+            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 1 << 31:
                 self.refuse(key, "a token id, a list of them, or null")
         return tuple(found)
 
