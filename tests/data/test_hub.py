@@ -121,10 +121,12 @@ def test_a_run_reads_names_and_goes_on_from_what_it_read(hub: Hub, tmp_path: Pat
 def test_slices_are_splits(hub: Hub, tmp_path: Path) -> None:
     """As the library of the Hub reads them; a slice that it does not know is one line."""
     slices = {"test[1:]": ["second"], "test[:50%]": ["first"], "train+test[-1:]": ["to train", "second"]}
-    asked = json.dumps([(f"some-org/asked:{one}", "dataset") for one in (*slices, "test[one]")])
+    revision = hub.revision(hub.root / "datasets/some-org/asked")
+    names = [f"some-org/asked:{one}" for one in (*slices, "test[one]")]
+    names[0] = f"some-org/asked@{revision}:{next(iter(slices))}"  # pinned, and the first that is ever read
+    asked = json.dumps([(name, "dataset") for name in names])
     *found, wrong = python(hub, tmp_path, "-c", FETCHES, asked).stdout.splitlines()
     assert [list(load_from_disk(line.split()[1])["prompt"]) for line in found] == list(slices.values())
-    revision = hub.revision(hub.root / "datasets/some-org/asked")
     assert [line.split()[2] for line in found] == [f"some-org/asked@{revision}:{one}" for one in slices]
     assert wrong.startswith("some.key: ")
     assert "test[one]" in wrong

@@ -1,15 +1,19 @@
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
 from puzzle.config.run import TrainConfig
-from puzzle.data.prepare import prepare
+from puzzle.config.supervised import SFTConfig
+from puzzle.data.prepare import prepare, prepare_examples
 from puzzle.data.prompts import random_prompts
 from puzzle.data.tokenizers import byte_tokenizer, encode
 from puzzle.errors import UserError
+from tests.data.templates import CHATML, tokenizer
 
 
 def config(data: dict, **changes) -> TrainConfig:
@@ -143,3 +147,73 @@ def test_prompts_and_scoring_write_the_date_of_the_run_s_start(files, tmp_path, 
         assert prompt.lead == " "
         read = made.reader(prompt, encode(spoken, " yes"), "yes")
         assert spoken.decode(list(read)) == "03 February 2024 04:05:06(user] train 1(assistant] yes"
+
+
+def supervised(folder: Path, template: str, rows: list[Any], held_out: list[Any]) -> SFTConfig:
+    """With a tokenizer of that template, rows that are chats or pairs of texts."""
+    tokenizer(template, marked=True).save_pretrained(folder / "tokenizer")
+    for name, listed in (("rows", rows), ("held", held_out)):
+        said = [{"messages": row} if isinstance(row, list) else row for row in listed]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    init = {**config({"random_tokens": 1}).actor.model_dump(exclude_unset=True)["init"], "vocab_size": 330}
+    data = {"examples": str(folder / "rows.jsonl"), "tokenizer": str(folder / "tokenizer")}
+    data |= {"eval_examples": str(folder / "held.jsonl")} if held_out else {}
+    chat = isinstance(rows[0], list)
+    return SFTConfig.model_validate(
+        {"actor": {"init": init}, "batch": 1, "data": {**data, "chat_template": chat, "shuffle": False}}
+    )
+
+
+def text(said: str) -> dict[str, str]:
+    return {"prompt": "a", "response": said}
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out"),
+    [(["b", "the cat"], []), (["the cat", "b"], []), (["b"], ["the cat"]), (["the cat"], ["b"])],
+)
+def test_no_token_of_any_example_is_outside_the_vocabulary(tmp_path, rows, held_out):
+    own: Any = tokenizer(CHATML, marked=True)
+    largest = max(own("athe cat")["input_ids"])
+    assert largest > max(own("ab")["input_ids"]) + 1
+    made = supervised(tmp_path, CHATML, [*map(text, rows)], [*map(text, held_out)])
+    read = prepare_examples(made, largest + 1)
+    assert [example.index for example in (read.train.next() + read.train.next())[: len(rows)]] == [
+        *range(len(rows))
+    ]
+    assert (read.held_out is None) == (not held_out)
+    with pytest.raises(UserError, match=f"gives token {largest}, the model's vocabulary has {largest}$"):
+        prepare_examples(made, largest)
+
+
+ANSWERS = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
+OPEN = CHATML.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+TWO = CHATML.replace(
+    "<|im_end|>{% endgeneration %}", "{{ '<|eot|>' if loop.last else '<|im_end|>' }}{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "ends"),
+    [
+        (CHATML, [ANSWERS, ANSWERS * 2], ["</s>", "<|im_end|>"]),
+        (OPEN, [ANSWERS], ["</s>"]),  # the last that is learned is a word
+        (TWO, [ANSWERS * 2], ["</s>"]),  # one of two
+        (TWO, [ANSWERS], ["</s>", "<|eot|>"]),
+        (CHATML, [text("cat")], ["</s>"]),
+    ],
+)
+def test_the_special_token_that_ends_all_that_is_learned_ends_answers(tmp_path, template, rows, ends):
+    own: Any = tokenizer(template, marked=True)
+    read = prepare_examples(supervised(tmp_path, template, rows, []), 330)
+    assert read.endings.eos == tuple(sorted(own.convert_tokens_to_ids(ends)))
+
+
+def test_what_supervised_runs_leave_out_is_said_of_each_file(tmp_path):
+    long, short = text("the cat sat on the mat, and sat, and sat"), text("b")
+    made = supervised(tmp_path, CHATML, [long, short, long], [short, long])
+    data = made.data.model_copy(update={"max_tokens": 6, "too_long": "drop"})
+    read = prepare_examples(made.model_copy(update={"data": data}), 330)
+    words = "examples are longer than data.max_tokens and are left out"
+    assert read.remarks == (f"2 of 3 {words}", f"1 of 2 {words}")
+    assert prepare_examples(supervised(tmp_path, CHATML, [short], [short]), 330).remarks == ()

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Core
+from transformers import PreTrainedTokenizerFast
 
 from puzzle.data.tokenizers import (
     UNFINISHED,
@@ -116,3 +119,17 @@ def test_an_answer_in_a_chat_is_the_content_of_its_turn(opening):
     assert lead == (" " if opening == " " else "")
     said = response_text(tokenizer, whole[len(opened) :], (), opened, lead)
     assert said == ("\ngood boy" if opening == "\n" else "good boy")
+
+
+def test_a_tokenizer_that_tidies_texts_up_leaves_responses_as_they_are():
+    """Some are saved so that `decode` takes the space before a full stop away."""
+    said = " 's good . n't , !"
+    core = Core(models.WordLevel({letter: n for n, letter in enumerate(sorted({*said, *"my"}))}))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=True)
+    asked, ids = (tokenizer(text)["input_ids"] for text in ("my dog .", said))
+    assert tokenizer.decode(ids) != said
+    assert response_text(tokenizer, ids, (), asked) == said
+    stream = TextStream(tokenizer, asked)
+    assert "".join(stream.add(token)[0] for token in ids) == said
