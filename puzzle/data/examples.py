@@ -30,7 +30,7 @@ class Example:
 
     index: int
     sequences: tuple[Labelled, ...]
-    margin: float = 0.0
+    margin: float
     reference: tuple[float, ...] = ()
 
     def __len__(self) -> int:

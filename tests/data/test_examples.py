@@ -208,7 +208,7 @@ def test_a_digest_tells_examples_apart_and_nothing_else() -> None:
 
 
 def test_a_batch_is_dealt_in_the_order_of_the_seed() -> None:
-    every = tuple(Example(index, (Labelled((1, 2), ((1, 2),)),)) for index in range(6))
+    every = tuple(Example(index, (Labelled((1, 2), ((1, 2),)),), 0.0) for index in range(6))
     found = ExampleSet(every, 0)
     plain = found.stream(3, 0, shuffle=False)
     assert [example.index for example in plain.next() + plain.next()] == list(range(6))

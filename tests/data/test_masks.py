@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.data.masks import Labelled, label_chat, label_text
-from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.data.tokenizers import byte_tokenizer, encode
 from puzzle.errors import UserError
+from tests.data.kinds import KINDS
 from tests.data.templates import CHATML, FAMILIES, PLAIN, Pieces, tokenizer
 
 TEXT = st.text(alphabet="thecasn \n.é1", min_size=1, max_size=12).filter(lambda text: text.strip())
@@ -138,3 +139,14 @@ def test_plain_text_is_learned_from_where_generation_goes_on() -> None:
     found = label_text(merging, "the c", "at")
     assert list(found.tokens) == [*asked, *merging("at")["input_ids"], merging.eos_token_id]
     assert found.spans == ((len(asked), len(found.tokens)),)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_is_tokenised_behind_its_prompt(kind: str) -> None:
+    """Alone it may begin with a space that the text has not."""
+    own = KINDS[kind]()
+    for said in ("dog", " dog is good"):
+        tokens = encode(own, f"my{said}")
+        found = label_text(own, "my", said)
+        assert list(found.tokens) == [*tokens, own.eos_token_id]
+        assert found.spans == ((len(encode(own, "my")), len(tokens) + 1),)
