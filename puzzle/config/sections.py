@@ -354,10 +354,13 @@ class CheckpointConfig(Section):
 
 
 class LaunchConfig(Section):
-    """How a run that cannot go on ends (docs/failures.md)."""
+    """Processes: what they run on, and how a run that cannot go on ends (docs/failures.md)."""
 
     watchdog: Positive = Field(60.0, description="seconds after which a run that hangs is ended")
     max_restarts: Natural = Field(0, description="resume so often by itself after processes died")
+    share_device: bool = Field(
+        False, description="processes share GPUs that are too few: slow, for checks of layouts"
+    )
 
 
 class LogConfig(Section):

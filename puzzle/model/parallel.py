@@ -43,6 +43,11 @@ class TensorGroup:
                 self._theirs, self._ours = theirs, [theirs.index(g) for g in range(self.size)]
                 self.rank, self.first = self._ours[self.rank], theirs[0]
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph can hold its collectives: NCCL's alone run on the device."""
+        return self.group is None or dist.get_backend(self.group) == "nccl"
+
     def _ordered(self, x: Tensor, order: list[int] | None) -> Tensor:
         """The `size` equal parts of dimension 0 in another order."""
         if order is None:

@@ -48,7 +48,7 @@ def process(values: dict[str, Any], out: str | None) -> None:
     """One process of an evaluation, from JSON values; rank 0 prints and writes. Raises UserError."""
     config = EvaluationConfig.model_validate(values)
     rewards = function_rewards(config, give_up)
-    with World.start(config.device) as world:
+    with World.start(config.device, share_device=config.launch.share_device) as world:
         try:
             choose = no_columns if rewards is None or world.rank else rewards.columns
             Evaluation(config, world, choose).run(Scorer(world, config.reward, rewards), out)

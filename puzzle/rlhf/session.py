@@ -171,7 +171,10 @@ def hold(
     """
     began = datetime.now().astimezone() if moment is None else datetime.fromisoformat(moment)
     watch = Watch(config.launch.watchdog, local.report, out / "ranks", longest)
-    with World.start(config.device, watch=watch) as world, held or nullcontext():
+    with (
+        World.start(config.device, watch=watch, share_device=config.launch.share_device) as world,
+        held or nullcontext(),
+    ):
         plan = resolve(config, max(world.gather(world.per_node)), given)
         try:
             agree(plan, world)

@@ -190,7 +190,7 @@ def test_pages_are_as_many_as_the_fullest_device_holds(
     passes.start((2,), 10, 16, 3, SamplingParams())
     assert passes.cache is not None
     page = (passes.cache.k.nbytes + passes.cache.v.nbytes) // 11
-    world, others = SimpleNamespace(device=torch.device("cpu")), [-(1 << 60)]
+    world, others = SimpleNamespace(device=torch.device("cpu"), per_device=1), [-(1 << 60)]
     world.max = lambda x: torch.maximum(x, torch.tensor(others[-1]))
     use = memory.Use("model", passes.decoder.spec, Placement.default(passes.decoder.layout), 4)
     beside = sum(memory.generation_passes(use, 0, 40, 2).values())
@@ -275,6 +275,16 @@ def test_graphs_go_on_while_nothing_that_they_read_has_moved(
         assert lent.cache is None
 
 
+def test_graphs_are_made_where_they_can_hold_the_collectives(tmp_path: Path) -> None:
+    decoder = stage(save_lm(tmp_path / "model"))
+    on_gpu = cast(Any, Cuda(decoder))
+    for recordable in (True, False):
+        on_gpu.group = SimpleNamespace(recordable=recordable)
+        assert ModelRunner(on_gpu).graphs == recordable
+        assert not ModelRunner(on_gpu, graphs=False).graphs
+    assert not ModelRunner(decoder).graphs
+
+
 def test_what_one_rank_has_to_record_anew_all_do(tmp_path: Path) -> None:
     """A kept cache serves whoever has room in it alone; if any rank's memory has moved, all begin anew."""
     passes = ModelRunner(stage(save_lm(tmp_path / "model")), room=engine_passes.Room(2, 3, 10))
@@ -284,7 +294,7 @@ def test_what_one_rank_has_to_record_anew_all_do(tmp_path: Path) -> None:
         told.append(int(x))
         return torch.maximum(x, torch.tensor(others.pop(0)))
 
-    world = SimpleNamespace(device=torch.device("cpu"), max=most)
+    world = SimpleNamespace(device=torch.device("cpu"), per_device=1, max=most)
     passes.start((2,), 10, 16, 3, SamplingParams())
     decoder = passes.decoder
     passes.decoder = cast(Any, Cuda(decoder))
@@ -341,6 +351,9 @@ def test_unused_memory_is_given_back_where_torch_cannot_use_it(
         kept[:] = [500]
         assert cache_memory.cache_memory(device, enough) == most
         assert (kept[-1] == 0) == gives_back
+    kept[:] = [500]
+    alone = int((200 - 1000 * KEPT_FREE) / 2)  # of what is free, where two ranks have the device
+    assert cache_memory.cache_memory(device, 1, 2) == (500 + alone if lends else most // 2)
     kept[:] = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 1000))  # others have taken the rest
     assert cache_memory.cache_memory(device, 1) == 0

@@ -101,3 +101,16 @@ def accuse(out: Path) -> None:
     """Tells of a hang, as a watchdog does, and lives on."""
     local.report("rank 7 hangs", True)
     sleep(out)
+
+
+def share(out: Path) -> None:
+    """Sums, objects and a pair's message, in a run whose ranks share their device."""
+    with World.start("cpu", share_device=True) as world:
+        total = world.sum(torch.ones(2) + world.rank)
+        pair = world.groups([(0, 2)], "pair")
+        found = [dist.get_backend(), total.tolist(), world.gather(world.rank), world.share([world.rank])]
+        if pair is not None:
+            box = torch.tensor([float(world.rank)])
+            (dist.send if world.rank == 0 else dist.recv)(box, 2 - world.rank, group=pair)
+            found += [dist.get_backend(pair), box.tolist()]
+        (out / f"{world.rank}.txt").write_text(repr(found))

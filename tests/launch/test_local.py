@@ -63,6 +63,13 @@ def test_workers_meet_and_share_the_cores(tmp_path, monkeypatch):
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def test_ranks_that_share_a_device_talk_through_the_host(tmp_path):
+    local.run(f"{TARGETS}:share", (tmp_path,), 3, tmp_path / "ranks")
+    all_have, pair = ["staged", [6.0, 6.0], [0, 1, 2], [0]], ["staged", [0.0]]
+    for rank, more in enumerate((pair, [], pair)):
+        assert (tmp_path / f"{rank}.txt").read_text() == repr([*all_have, *more])
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [

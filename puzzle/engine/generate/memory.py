@@ -46,12 +46,13 @@ def fitting_pages(
         use = Use("model", decoder.spec, placement, decoder.dtype.itemsize, parts=parts)
         beside = sum(generation_passes(use, decoder.coord.p, *work).values())
         size = cache_bytes(decoder) * page
-        held = ((cache_memory(decoder.device, (wanted + 1) * size + beside) or 0) - beside) // size - 1
+        room = cache_memory(decoder.device, (wanted + 1) * size + beside, world.per_device) or 0
+        held = (room - beside) // size - 1
     return -int(world.max(torch.tensor(-held, device=world.device)))
 
 
-def cache_memory(device: torch.device, enough: float) -> int | None:
-    """Bytes that a cache may take there now; None on a CPU.
+def cache_memory(device: torch.device, enough: float, ranks: int = 1) -> int | None:
+    """Bytes that a cache may take there now, of a device that `ranks` of the run have; None on a CPU.
 
     To give back what torch keeps unused, and take it again, costs 8 ms per GB. Single pages it can move
     itself; so these are given back only where they are not `enough`, to know what there is.
@@ -60,15 +61,15 @@ def cache_memory(device: torch.device, enough: float) -> int | None:
         return None
     if lends_pages():
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if (room := _room(device, unused)) >= enough:
+        if (room := _room(device, unused, ranks)) >= enough:
             return room
     torch.cuda.empty_cache()
-    return _room(device, 0)
+    return _room(device, 0, ranks)
 
 
-def _room(device: torch.device, unused: int) -> int:
+def _room(device: torch.device, unused: int, ranks: int) -> int:
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free + unused - KEPT_FREE * total))
+    return max(0, int((free - KEPT_FREE * total) / ranks + unused))
 
 
 def cache_bytes(decoder: Decoder) -> int:

@@ -59,11 +59,11 @@ class ModelRunner:
     def __init__(
         self, decoder: Decoder, graphs: bool = True, page: int | None = None, room: Room | None = None
     ) -> None:
-        """Without `graphs`, or on a CPU, every pass is launched step by step. `page` is positions of a page;
-        on CUDA a power of two, 16 or more. Without it they are `PAGE` there, and on a CPU a sequence has one
-        page, so that rows are read where they lie."""
+        """Without `graphs`, or where none can be recorded, every pass is launched step by step. `page` is
+        positions of a page; on CUDA a power of two, 16 or more. Without it they are `PAGE` there, and on a
+        CPU a sequence has one page, so that rows are read where they lie."""
         self.decoder, self.room = decoder, room or Room()
-        self.graphs = graphs and decoder.device.type == "cuda"
+        self.graphs = graphs and decoder.device.type == "cuda" and decoder.group.recordable
         self._page = page or (PAGE if decoder.device.type == "cuda" else None)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None

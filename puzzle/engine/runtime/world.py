@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from puzzle.engine.runtime import shared_device
 from puzzle.engine.runtime.free_memory import FreeMemory, host_free
 from puzzle.engine.runtime.identity import Identity, check_address, launched
 from puzzle.engine.runtime.tracing import Clock
@@ -28,8 +29,9 @@ class World:
     """This process among the run's processes; owns every process group, so that none is global.
 
     `moved` counts bytes this rank put into collectives and messages, by kind. `per_node` is the number of
-    processes on each host. While `clock` is set, what runs is timed. `progress` says what this rank does. No
-    group waits for a member longer than `timeout` seconds (torch's own limit where that is None).
+    processes on each host, `per_device` of those that have this one's GPU. While `clock` is set, what runs is
+    timed. `progress` says what this rank does. No group waits for a member longer than `timeout` seconds
+    (torch's own limit where that is None).
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class World:
         device: torch.device,
         *,
         per_node: int | None = None,
+        per_device: int = 1,
         timeout: float | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.per_node = per_node or size
+        self.per_node, self.per_device = per_node or size, per_device
         # Groups do not inherit it from the default group.
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.moved: Counter[str] = Counter()
@@ -58,35 +61,25 @@ class World:
         *,
         timeout: float = 600.0,
         watch: Watch | None = None,
+        share_device: bool = False,
     ) -> World:
         """Join the run that torchrun's variables (RANK, WORLD_SIZE, ...) describe; alone without them.
 
-        With `watch`, hangs are ended; groups wait longer than that takes. UserError if the device is absent.
+        With `watch`, hangs are ended; groups wait longer than that takes. With `share_device`, a host's
+        processes take its GPUs in turns (`shared_device`). UserError if the device is absent.
         """
         place = launched() or Identity()
-        rank, size, local = place.rank, place.world, place.local_rank
+        rank, size = place.rank, place.world
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if kind == "cuda":
-            if not torch.cuda.is_available():
-                raise UserError("device: cuda asked for but torch sees no GPU; use --device cpu")
-            if local >= torch.cuda.device_count():
-                count = torch.cuda.device_count()
-                raise UserError(
-                    f"layout: process {local} of this host has no GPU ({count} here); shrink tp, pp or dp"
-                )
-            where = torch.device("cuda", local)
-            torch.cuda.set_device(where)
-            # Threads of autograd meet cuBLAS first of all of the device; it helps itself, and says so.
-            warnings.filterwarnings(
-                "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
-            )
-        else:
-            where = torch.device("cpu")
+        where, per_device = _device(kind, place, share_device)
         if watch is not None:
             timeout = min(LAST_RESORT * watch.seconds + watch.longest, YEARS)
         if size > 1:
             check_address(rank)
             backend = "nccl" if kind == "cuda" else "gloo"
+            if share_device:
+                backend = shared_device.BACKEND
+                shared_device.register()
             # Every channel has a communicator of its own, which is what this warning of torch's asks for.
             os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
             dist.init_process_group(
@@ -94,9 +87,9 @@ class World:
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout),
-                device_id=where if kind == "cuda" else None,
+                device_id=where if backend == "nccl" else None,
             )
-        world = cls(rank, size, where, per_node=place.per_node, timeout=timeout)
+        world = cls(rank, size, where, per_node=place.per_node, per_device=per_device, timeout=timeout)
         if watch is not None and size > 1:
             world.watchdog = Watchdog(watch, rank, size, world.progress, world.moved)
         return world
@@ -186,17 +179,19 @@ class World:
 
     @property
     def device_memory(self) -> int | None:
-        """Bytes of this rank's device; None on a CPU."""
+        """Bytes of this rank's device, or its part of them; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        return torch.cuda.get_device_properties(self.device).total_memory
+        return torch.cuda.get_device_properties(self.device).total_memory // self.per_device
 
     def free_memory(self) -> FreeMemory | None:
         """What this rank may take now: of its device, or its part of what its host has free; all ranks call,
         before any takes much. None where the system does not say."""
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            found = FreeMemory(torch.cuda.mem_get_info(self.device)[0] + unused, "its device has free")
+            part = torch.cuda.mem_get_info(self.device)[0] // self.per_device + unused
+            told = "its device has free" if self.per_device == 1 else "its part of a shared device has free"
+            found = FreeMemory(part, told)
         elif (free := host_free()) is not None:
             found = FreeMemory(free // self.per_node, "its part of this host's free memory is")
         else:
@@ -209,3 +204,25 @@ class World:
         if self.device.type == "cuda":
             with self.progress.waiting("synchronize the device"):
                 torch.cuda.synchronize(self.device)
+
+
+def _device(kind: str, place: Identity, share: bool) -> tuple[torch.device, int]:
+    """This process's device, made the current one, and how many processes of its host have it."""
+    if kind != "cuda":
+        return torch.device("cpu"), 1
+    if not torch.cuda.is_available():
+        raise UserError("device: cuda asked for but torch sees no GPU; use --device cpu")
+    count, local = torch.cuda.device_count(), place.local_rank
+    if local >= count and not share:
+        raise UserError(
+            f"layout: process {local} of this host has no GPU ({count} here); shrink tp, pp or dp (to check"
+            " results alone, processes can share one: launch.share_device, in benches --share-device)"
+        )
+    number, per_device = shared_device.share(local, place.per_node, count) if share else (local, 1)
+    where = torch.device("cuda", number)
+    torch.cuda.set_device(where)
+    # Threads of autograd meet cuBLAS first of all of the device; it helps itself, and says so.
+    warnings.filterwarnings(
+        "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
+    )
+    return where, per_device
