@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from puzzle.bench import device, kernels
-from puzzle.bench.harness import Bench, Row, Sizes, option
+from puzzle.bench.harness import SHARED, Bench, Row, Sizes, option
 from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import whole
 from puzzle.engine.generate.decode_ring import generate
@@ -64,6 +64,7 @@ class CheckBench(Bench):
 
     world: Annotated[int, option(type=whole(1, MOST_PROCESSES), help="processes, one per device")] = 1
     models: Annotated[str, option(help="of: %(default)s")] = ",".join(MODELS)
+    share_device: Annotated[bool, option(help=SHARED)] = False
 
     def check(self) -> None:
         if unknown := set(self.models.split(",")) - set(MODELS):
@@ -71,6 +72,9 @@ class CheckBench(Bench):
 
     def layouts(self) -> Sequence[Sizes]:
         return ((1, 1, self.world),)
+
+    def join(self) -> World:
+        return World.start(self.device, timeout=self.timeout, share_device=self.share_device)
 
     def measure(self, world: World) -> Iterator[Row | str]:
         """UserError in the end if a comparison failed."""
@@ -290,6 +294,8 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
     for mode in ("eager", "graphs"):
         with ModelRunner(runtime.decoder, graphs=mode == "graphs", page=PAGE) as passes:
+            if mode == "graphs" and not passes.graphs:
+                continue
             for ends, asked, stop_ids, told in (
                 ("", requests, (), {}),
                 (", early ends", requests, stops, {}),

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puzzle.bench.harness import SHARED
 from puzzle.bench.spent import Watch, WatchedTrainer, table
+from puzzle.bench.switch import pair_of
 from puzzle.cli import Parser, whole
 from puzzle.config.load import build, merge, parse_overrides
 from puzzle.config.resolve import resolve
@@ -118,12 +121,20 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
+    parser.add_argument("--share-device", action="store_true", help=SHARED)
     parser.add_argument(
         "--models", nargs="*", choices=FAMILIES, default=FAMILIES, help="none: compare nothing"
     )
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
     parser.add_argument(
         "--ways", nargs="*", choices=list(WAYS)[1:], default=list(WAYS)[1:], help="other ways of generation"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        type=pair_of,
+        metavar="TP,PP,DP:TP,PP,DP",
+        help="layouts of training and generation; all pairs of the world's if not given",
     )
     parser.add_argument(
         "--price", metavar="SIZE", help="a published size whose stages are timed; none without"
@@ -141,6 +152,15 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("puzzle bench exact: keys of the configuration and --profile are for --price SIZE")
     if options.profile and options.device == "cpu":
         raise UserError("--profile: it reads a GPU's kernels; leave it out, or --device cpu")
+    if options.price is not None and options.share_device:
+        raise UserError("--price: ranks that share a GPU take turns; leave --share-device out")
+    if options.pairs is None:
+        options.pairs = list(product(layouts(options.world), repeat=2))
+    for sizes in (sizes for pair in options.pairs for sizes in pair):
+        if prod(sizes) != options.world:
+            raise UserError(
+                f"--pairs: {_name(sizes)} has {prod(sizes)} processes; --world is {options.world}"
+            )
     good = True
     for family, dtype in product(options.models, options.dtypes):
         good &= _compare(options, family, dtype)
@@ -152,18 +172,18 @@ def run(arguments: Sequence[str]) -> int:
 def _compare(options: argparse.Namespace, family: str, dtype: str) -> bool:
     model = {"init": SHAPE | {"model_type": family}}
     common = merge(COMMON, {"dtype": dtype, "device": options.device, "actor": model, "reward": model})
+    common = merge(common, {"launch": {"share_device": options.share_device}})
     good = True
     ways = [{}, *(WAYS[way] for way in options.ways)]
     truths: dict[int, list[Found]] = {1: _run([merge(common, {"generation": way}) for way in ways], 1)[0]}
     for way, found in zip(options.ways, truths[1][1:], strict=True):
         good &= _tell(f"{family} {dtype}  1,1,1, {way}", [found], [truths[1][0]])
-    pairs = list(product(layouts(options.world), repeat=2))
     cases = [
         merge(common, {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}})
-        for training, generation in pairs
+        for training, generation in options.pairs
     ]
     for (training, generation), ranks in zip(
-        pairs, zip(*_run(cases, options.world), strict=True), strict=True
+        options.pairs, zip(*_run(cases, options.world), strict=True), strict=True
     ):
         replicas = training[2]
         expected = truths.get(replicas)
@@ -283,7 +303,8 @@ def _run(
 
 def work(configs: list[TrainConfig], folder: str, keep: bool, profile: bool) -> None:
     """What every process does; weights are kept, and last iterations profiled, on request."""
-    with World.start(configs[0].device, timeout=600.0) as world:
+    shared = configs[0].launch.share_device
+    with World.start(configs[0].device, timeout=600.0, share_device=shared) as world:
         found = [_case(world, config, keep, profile) for config in configs]
         torch.save(found, Path(folder, str(world.rank)))
 

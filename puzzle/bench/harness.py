@@ -58,6 +58,8 @@ Placed = Annotated[Sizes, option(type=triple, metavar="TP,PP,DP")]
 Rows = Annotated[int, count(help="sequences of a micro-batch")]
 Length = Annotated[int, tokens(help="tokens of a sequence")]
 Repeats = Annotated[int, option(type=whole(1), metavar="K", help="the median of K is reported")]
+SHARED = "processes take the GPUs in turns where these are too few, and talk through the host: slow"
+"""What --share-device says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,10 @@ class Bench(ABC):
         """What this rank will need, at least; None where all that is made is small."""
         return None
 
+    def join(self) -> World:
+        """This process's place among all that measure."""
+        return World.start(self.device, timeout=self.timeout)
+
     @abstractmethod
     def measure(self, world: World) -> Iterator[Row | str]:
         """What every process does: yields rows as soon as they are measured, and headings above them."""
@@ -130,7 +136,7 @@ class Bench(ABC):
 
 def work(bench: Bench) -> None:
     """What every process does; rank 0 reports."""
-    with World.start(bench.device, timeout=bench.timeout) as world:
+    with bench.join() as world:
         needed, free = bench.memory(world), world.free_memory()
         if needed is not None and free is not None:
             fit.require(f"bench {bench.command()}", needed, free, bench.smaller)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from puzzle.bench.harness import SHARED
 from puzzle.cli import Parser, whole
 from puzzle.config.load import build, merge
 from puzzle.config.run import TrainConfig
@@ -62,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
+    parser.add_argument("--share-device", action="store_true", help=SHARED)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         models = save_models(Path(folder))
@@ -79,7 +81,8 @@ def _compare(name: str, common: dict[str, Any], options: argparse.Namespace) -> 
     truth = _run(merge(common, {"device": "cpu"}))
     for training, generation in pairs(options.world):
         layouts = {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}}
-        found = _run(merge(common, {"device": options.device}, layouts))
+        shared = {"launch": {"share_device": options.share_device}}
+        found = _run(merge(common, {"device": options.device}, shared, layouts))
         place = f"{name} {','.join(map(str, training))} -> {','.join(map(str, generation))}"
         for iteration, metric, gap in gaps(truth, found):
             ok = gap <= LIMIT

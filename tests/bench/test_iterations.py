@@ -33,7 +33,7 @@ def test_another_layout_learns_the_same_and_a_fault_is_seen(
         return runs[-1]
 
     monkeypatch.setattr(iterations, "_run", kept)
-    assert main(["bench", "iterations", "--device", "cpu", "--world", "2"]) == 0
+    assert main(["bench", "iterations", "--device", "cpu", "--world", "2", "--share-device"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
     assert all(line.startswith("ok   grpo 1,2,1 -> 2,1,1") for line in lines)
     assert {line.split()[7] for line in lines} >= {"reward", "actor_loss", "actor_grad_norm"}
