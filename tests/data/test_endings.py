@@ -70,6 +70,14 @@ def test_eos_is_what_transformers_takes_and_stays_so_in_exports(model, tmp_path,
     assert (tmp_path / "out/tokenizer.json").is_file()
 
 
+def test_without_a_tokenizer_nothing_ends_and_exports_say_what_the_folder_says(model, tmp_path):
+    folder = named(model, tmp_path / "model", 7, [9, 3])
+    found = endings(None, folder)
+    assert (found.eos, found.stop_ids, found.rule) == ((), (), None)
+    assert found.config["eos_token_id"] == 7
+    assert found.generation == json.loads((folder / "generation_config.json").read_text())
+
+
 def test_a_model_without_a_folder_ends_as_its_tokenizer_says():
     found = endings(byte_tokenizer(), None)
     assert found.eos == (256,)

@@ -150,3 +150,7 @@ def test_a_response_is_tokenised_behind_its_prompt(kind: str) -> None:
         found = label_text(own, "my", said)
         assert list(found.tokens) == [*tokens, own.eos_token_id]
         assert found.spans == ((len(encode(own, "my")), len(tokens) + 1),)
+
+
+def test_an_ended_sequence_ends_with_the_last_that_is_learned() -> None:
+    assert Labelled((1, 2, 3, 4, 5), ((1, 2), (3, 4))).ended == Labelled((1, 2, 3, 4), ((1, 2), (3, 4)))

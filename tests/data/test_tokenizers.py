@@ -362,6 +362,8 @@ def test_padding_is_no_token_that_ends_a_sequence(tmp_path: Path) -> None:
     """The tokenizer's own if it can be, else another special token; the saved folder says so."""
     own = templates.tokenizer(templates.CHATML, marked=False)
     ids = special_tokens(own)
+    assert own.pad_token_id is None
+    assert padding(own, [ids["</s>"]]) in set(ids.values()) - {ids["</s>"]}
     own.pad_token = "<|im_end|>"
     assert padding(own, [ids["</s>"]]) == ids["<|im_end|>"]
     other = padding(own, [ids["<|im_end|>"], ids["</s>"]])
