@@ -154,3 +154,10 @@ def test_a_response_is_tokenised_behind_its_prompt(kind: str) -> None:
 
 def test_an_ended_sequence_ends_with_the_last_that_is_learned() -> None:
     assert Labelled((1, 2, 3, 4, 5), ((1, 2), (3, 4))).ended == Labelled((1, 2, 3, 4), ((1, 2), (3, 4)))
+
+
+def test_a_template_with_marks_that_computes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puzzle.data.tokenizers.TEMPLATE_SECONDS", 0.05)
+    loops = "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"computed for 0.05 s for one prompt"):
+        label_chat(tokenizer(loops + CHATML, marked=True), messages([("the", "cat")]))
