@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,3 +163,9 @@ def test_a_template_with_marks_that_computes_too_long_is_refused(monkeypatch: py
     loops = "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match=r"computed for 0.05 s for one prompt"):
         label_chat(tokenizer(loops + CHATML, marked=True), messages([("the", "cat")]))
+
+
+def test_a_template_with_marks_writes_the_time_that_is_given() -> None:
+    own = tokenizer("{{ strftime_now('%Y') }}" + CHATML, marked=True)
+    found = label_chat(own, messages([("the", "cat")]), now=datetime(1999, 1, 1, tzinfo=UTC))
+    assert own.decode(found.tokens).startswith("1999<|im_start|>user")
