@@ -225,4 +225,16 @@ def _device(kind: str, place: Identity, share: bool) -> tuple[torch.device, int]
     warnings.filterwarnings(
         "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
     )
+    _meet_device(where)
     return where, per_device
+
+
+def _meet_device(device: torch.device) -> None:
+    """Let the thread in which autograd runs backward passes of a device launch something of torch's there.
+
+    That makes the device's context current in it, which torch leaves undone for the first device. Kernels of
+    Triton that read by tensor descriptors do not help themselves, and they come first where a backward pass
+    begins with a product: on all stages but the last.
+    """
+    leaf = torch.zeros(1, device=device, requires_grad=True)
+    (2 * leaf).sum().backward()
