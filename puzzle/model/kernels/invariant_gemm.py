@@ -19,6 +19,7 @@ Suffixes: M rows, N columns, K summed.
 from __future__ import annotations
 
 from functools import cache
+from threading import current_thread, main_thread
 from typing import NamedTuple
 
 import torch
@@ -128,13 +129,15 @@ class _Run:
         """One or two parts, both in one launch, whose programs take one tile after the other."""
         tiles = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.width, tile.columns)
         programs = min(tiles, tile.programs * _multiprocessors(self.out.device))
+        if self.out.is_cuda and current_thread() is not main_thread():
+            # A backward pass's thread may have no context yet, which descriptors do not make.
+            torch.cuda.current_stream(self.out.device).query()
         x_deep, w_deep = _along(self.x) == 1, _along(self.w) == 1
-        how = (tile.flat, tile.halves, tile.band)
         _large[(programs,)](
             _described(self.x, tile.rows, tile.depth),
             _described(self.w, tile.columns, tile.depth),
             *(self.out, self.rows, self.width, self.share, self.out.stride(0), programs),
-            *(x_deep, w_deep, parts, add, *how, tile.rows, tile.columns, tile.depth),
+            *(x_deep, w_deep, parts, add, tile.flat, tile.halves, tile.band, *tile[:3]),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -149,12 +152,9 @@ class _Run:
         for part in range(parts):
             merged = (part + 1 & -(part + 1)).bit_length() - 1
             addends = [waiting.pop() for _ in range(merged)]
-            last = part == parts - 1
-            to = (
-                self.out
-                if last
-                else (addends[-1] if addends else self.out.new_empty(self.out.shape, dtype=torch.float32))
-            )
+            to = self.out
+            if part < parts - 1:
+                to = addends[-1] if addends else self.out.new_empty(self.out.shape, dtype=torch.float32)
             self.part(part, to, addends)
             waiting.append(to)
 
@@ -176,9 +176,9 @@ def engine_tile(parts: int, out: Tensor) -> Tile:
     """What was quickest on an H200 for many rows that the copy engine brings."""
     if parts > 1:
         return Tile(128, 128, ENGINE_DEPTH, 8, 4)
-    # Stored in float32, a tile leaves no room for copies of the next one.
-    narrow = out.itemsize == 2
-    return Tile(128, 256, ENGINE_DEPTH, 8, 4 if narrow else 3, flat=narrow)
+    # In float32 a whole tile that is stored leaves no room for copies of the next one.
+    wide = out.itemsize == 4
+    return Tile(128, 256, ENGINE_DEPTH, 8, 3 if wide else 4, flat=True, halves=wide)
 
 
 def _along(x: Tensor) -> int | None:
