@@ -19,7 +19,6 @@ Suffixes: M rows, N columns, K summed.
 from __future__ import annotations
 
 from functools import cache
-from threading import current_thread, main_thread
 from typing import NamedTuple
 
 import torch
@@ -129,9 +128,6 @@ class _Run:
         """One or two parts, both in one launch, whose programs take one tile after the other."""
         tiles = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.width, tile.columns)
         programs = min(tiles, tile.programs * _multiprocessors(self.out.device))
-        if self.out.is_cuda and current_thread() is not main_thread():
-            # A backward pass's thread may have no context yet, which descriptors do not make.
-            torch.cuda.current_stream(self.out.device).query()
         x_deep, w_deep = _along(self.x) == 1, _along(self.w) == 1
         _large[(programs,)](
             _described(self.x, tile.rows, tile.depth),
