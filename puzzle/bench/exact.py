@@ -154,19 +154,37 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--profile: it reads a GPU's kernels; leave it out, or --device cpu")
     if options.price is not None and options.share_device:
         raise UserError("--price: ranks that share a GPU take turns; leave --share-device out")
-    if options.pairs is None:
-        options.pairs = list(product(layouts(options.world), repeat=2))
-    for sizes in (sizes for pair in options.pairs for sizes in pair):
-        if prod(sizes) != options.world:
-            raise UserError(
-                f"--pairs: {_name(sizes)} has {prod(sizes)} processes; --world is {options.world}"
-            )
+    if options.price is None and not options.models:
+        raise UserError("--models: nothing to compare and nothing to time; name models, or --price SIZE")
+    if options.models:
+        options.pairs = _pairs(options.pairs, options.world)
     good = True
     for family, dtype in product(options.models, options.dtypes):
         good &= _compare(options, family, dtype)
     if options.price is not None:
         _price(options, given)
     return 0 if good else 1
+
+
+def _pairs(given: list[tuple[Sizes, Sizes]] | None, world: int) -> list[tuple[Sizes, Sizes]]:
+    """Those that are compared: all of the world's if none are given. UserError where the runs that are
+    compared have not such layouts."""
+    found = layouts(world)
+    pairs = [(training, generation) for training in found for generation in found] if given is None else given
+    if not pairs:
+        raise UserError(
+            f"--world {world}: no layout cuts the runs that are compared so; give 1, 2, 4, 8, ..."
+        )
+    for sizes in (sizes for pair in pairs for sizes in pair):
+        tp, pp, dp = sizes
+        if prod(sizes) != world:
+            raise UserError(f"--pairs: {_name(sizes)} has {prod(sizes)} processes; --world is {world}")
+        if PARTS % tp or pp > SHAPE["num_hidden_layers"] or COMMON["batch"] % dp:
+            raise UserError(
+                f"--pairs: {_name(sizes)}: tp is 1, 2 or 4 in the runs that are compared, pp at most"
+                f" {SHAPE['num_hidden_layers']}, and dp divides {COMMON['batch']}"
+            )
+    return pairs
 
 
 def _compare(options: argparse.Namespace, family: str, dtype: str) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from puzzle.config.memory_report import unit_of
 from puzzle.engine.runtime.free_memory import FreeMemory
 from puzzle.errors import UserError
 from puzzle.plan.activations import FP32, Use
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.memory import RankMemory, Switched, Work, rank_memory
 from puzzle.spec.model import ModelSpec
-
-GIB = 1 << 30
 
 
 def use(name: str, spec: ModelSpec, sizes: tuple[int, int, int], itemsize: int, fused: bool) -> Use:
@@ -43,9 +42,9 @@ def require(command: str, found: RankMemory, free: FreeMemory, smaller: Mapping[
     a rank needs more than is free."""
     if found.peak <= free.bytes:
         return
-    name, size = found.largest
+    (name, size), (unit, scale) = found.largest, unit_of(found.peak)
     advice = next(text for end, text in smaller.items() if name.endswith(end))
     raise UserError(
-        f"{command}: rank {found.rank} needs {found.peak / GIB:.1f} GiB, {free.told} {free.bytes / GIB:.1f};"
-        f" most of it, {size / GIB:.1f} GiB, is {name}: {advice}"
+        f"{command}: rank {found.rank} needs {found.peak / scale:.1f} {unit}, {free.told}"
+        f" {free.bytes / scale:.1f}; most of it, {size / scale:.1f} {unit}, is {name}: {advice}"
     )

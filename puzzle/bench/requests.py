@@ -5,13 +5,14 @@ How long prompts and responses are, and the prompts' tokens, follow from what is
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from puzzle.cli import whole
-from puzzle.errors import UserError
+from puzzle.errors import UserError, describe
 from puzzle.files.limits import MOST_TOKENS
 
 Given = tuple[list[int], list[int]]
@@ -23,7 +24,7 @@ def span(text: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
     ends = whole(1, MOST_TOKENS)(least), whole(1, MOST_TOKENS)(most or least)
     if ends[0] > ends[1]:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: write the smaller number first, as 64-1024")
     return ends
 
 
@@ -69,7 +70,8 @@ def _numbers(path: Path, most: int) -> list[int]:
     try:
         found = [int(line) for line in path.read_text().split()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--lengths {path}: {error}; give fixed, exponential or a file of numbers") from None
+        why = describe(error) if isinstance(error, OSError) else error
+        raise UserError(f"--lengths: {why}; give fixed, exponential or a file of numbers") from None
     if not found or not all(1 <= number <= most for number in found):
         raise UserError(f"--lengths {path}: give numbers from 1 to {most} (--new), one in a line")
     return found

@@ -158,13 +158,18 @@ def _switched(plan: RunPlan, actor: Use) -> tuple[list[Switched], Placement]:
     return found, switch.destination
 
 
+def unit_of(peak: int) -> tuple[str, int]:
+    """The unit in which a rank's memory is told, and its bytes: GiB, of toys MiB."""
+    unit = "GiB" if peak >= SMALL else "MiB"
+    return unit, UNITS[unit]
+
+
 def table(ranks: Sequence[RankMemory]) -> str:
     """Text: one line per kind of rank, in GiB (of toys MiB); below it every term of the rank that needs
     most."""
     names = list(ranks[0].stages)
     most = max(ranks, key=lambda rank: rank.peak)
-    unit = "GiB" if most.peak >= SMALL else "MiB"
-    scale = UNITS[unit]
+    unit, scale = unit_of(most.peak)
     head = "".join(f"{name:>12}" for name in ("ranks", "resident", *names, "peak"))
     lines = [f"device memory in {unit}, all sequences at full length", head]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -197,9 +202,10 @@ def require(ranks: Sequence[RankMemory], limit: int, host: str | None = None) ->
     device or, where `host` tells so in front of the number, of its host."""
     most = max(ranks, key=lambda rank: rank.peak)
     if most.peak > limit:
+        unit, scale = unit_of(most.peak)
         raise UserError(
-            f"rank {most.rank} needs {most.peak / GIB:.1f} GiB in {most.worst}, {host or 'its device has'}"
-            f" {limit / GIB:.1f}; {remedy(most, host is not None)}"
+            f"rank {most.rank} needs {most.peak / scale:.1f} {unit} in {most.worst},"
+            f" {host or 'its device has'} {limit / scale:.1f}; {remedy(most, host is not None)}"
         )
 
 
@@ -213,7 +219,8 @@ def remedy(rank: RankMemory, on_host: bool = False) -> str:
             advice = f"set {option}"
     if on_host and advice.startswith(("raise", "set offload")):
         advice = "choose a smaller {model}"
-    return f"most of it, {size / GIB:.1f} GiB, is {name}: {advice.format(model=name.partition(' ')[0])}"
+    unit, scale = unit_of(rank.peak)
+    return f"most of it, {size / scale:.1f} {unit}, is {name}: {advice.format(model=name.partition(' ')[0])}"
 
 
 def _ranges(members: Sequence[int]) -> str:

@@ -57,7 +57,7 @@ class ModelPlan:
             return f"{size}, the weights of the {self.shares} without its adapters"
         if not self.trained or self.spec.lora is None:
             return size + (", trained" if self.trained else "")
-        learned = f"{self.spec.trained_parameters / 1e6:.1f} M parameters"
+        learned = f"{self.spec.trained_parameters / 1e6:.3f} M parameters"
         return f"{size}, trained by adapters of rank {self.spec.lora.rank}: {learned}"
 
 

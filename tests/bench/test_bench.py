@@ -96,6 +96,23 @@ def test_a_file_without_lengths(text: str, tmp_path: Path, capsys: pytest.Captur
     assert "--lengths" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", "30-3"], "argument --prompt: 30-3: write the smaller number first, as 64-1024"),
+        (
+            ["--lengths", "nowhere.txt"],
+            "error: --lengths: nowhere.txt: No such file or directory; give fixed",
+        ),
+    ],
+)
+def test_spans_and_files_that_are_none(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "generate", *SMALL, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_early_stop_draws_what_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     options = ["--sequences", "5", "--prompt", "4", "--new", "8", "--repeats", "1", "--modes", "eager"]

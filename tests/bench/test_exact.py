@@ -49,6 +49,11 @@ def test_all_pairs_are_compared_or_those_that_are_named(monkeypatch: pytest.Monk
     [
         (["--world", "4", "--pairs", "2,2,1:1,1,2"], "--pairs: 1,1,2 has 2 processes; --world is 4"),
         (["--world", "4", "--pairs", "2,2,1"], "2,2,1: write two layouts"),
+        (["--world", "3"], "--world 3: no layout"),
+        (["--world", "8", "--pairs", "8,1,1:1,1,8"], "--pairs: 8,1,1: tp is 1, 2 or 4"),
+        (["--world", "8", "--pairs", "1,8,1:1,1,8"], "--pairs: 1,8,1: tp is 1, 2 or 4 in the runs"),
+        (["--world", "16", "--pairs", "1,1,16:4,4,1"], "and dp divides 8"),
+        (["--models"], "--models: nothing to compare and nothing to time"),
         (["--share-device", "--price", "350m"], "--price: ranks that share a GPU take turns"),
     ],
 )

@@ -17,10 +17,12 @@ from puzzle.bench.switch import SwitchBench
 from puzzle.bench.train import TrainBench
 from puzzle.cli import main
 from puzzle.cli.bench import BENCHES
+from puzzle.config import memory_report as footprint
 from puzzle.engine.runtime import world as worlds
 from puzzle.engine.runtime.free_memory import FreeMemory, host_free
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
+from puzzle.plan.memory import RankMemory
 from puzzle.spec.published import published
 from tests.bench.metered import Meter
 
@@ -82,6 +84,25 @@ def test_a_switch_needs_two_processes_that_have_room() -> None:
     fit.require("bench switch", needed, FreeMemory(needed.peak, "free are"), bench.smaller)
 
 
+def test_toys_are_told_in_mib() -> None:
+    small = RankMemory(0, {"model weights": 3 << 20}, {"training": {"model logits": 2 << 20}})
+    with pytest.raises(
+        UserError, match=r"^bench train: rank 0 needs 5\.0 MiB, free are 4\.5; most of it, 3\.0 MiB, is "
+    ):
+        fit.require("bench train", small, FreeMemory(9 << 19, "free are"), TrainBench.smaller)
+    with pytest.raises(
+        UserError, match=r"^rank 0 needs 5\.0 MiB in training, free are 4\.5; most of it, 3\.0 MiB"
+    ):
+        footprint.require([small], 9 << 19, "free are")
+
+
+def test_nothing_of_a_model_lowers_what_the_bandwidth_takes() -> None:
+    bench = GenerateBench(**TINY, sequences=(2,), prompt=(4, 4), new=4)
+    needed = bench.memory(World(0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match=r"is copied bytes: .*free some of its memory$"):
+        fit.require("bench generate", needed, FreeMemory(GIB, "free are"), bench.smaller)
+
+
 def _folder(folder: Path) -> None:
     folder.mkdir()
     spec = replace(published("350m"), num_layers=1)
@@ -129,10 +150,14 @@ def test_a_host_has_free_what_its_narrowest_limit_leaves(tmp_path: Path) -> None
     group |= {"groups__a__memory_dot_current": "900000\n", "groups__a__b__memory_dot_max": "max\n"}
     group |= {"groups__a__memory_dot_stat": "anon 5\ninactive_file 400000\n"}
     assert lay(**group, groups__a__b__memory_dot_current="1\n") == 1_500_000
+    stat = "anon 5\ninactive_file 400000\nactive_file 100000\n"
+    assert lay(groups__a__memory_dot_stat=stat) == 1_600_000
     older = {"proc__self__cgroup": "4:cpu,memory:/of/the/host\n"}
     older |= {"groups__memory__memory_dot_limit_in_bytes": "1000000\n"}
     older |= {"groups__memory__memory_dot_usage_in_bytes": "1200000\n"}
     assert lay(**older, groups__memory__memory_dot_stat="total_inactive_file 300000\n") == 100_000
+    both = "total_inactive_file 300000\ntotal_active_file 50000\n"
+    assert lay(groups__memory__memory_dot_stat=both) == 150_000
     assert lay(groups__memory__memory_dot_stat="total_inactive_file 3\n") == 0
 
 

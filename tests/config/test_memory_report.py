@@ -134,7 +134,7 @@ def test_running_out_of_memory_prints_the_table(tmp_path, capsys, monkeypatch) -
     assert main([*run, *shape, *options, "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
     table, _, error = capsys.readouterr().err.rpartition("error: ")
     assert "device memory in MiB, all sequences at full length" in table
-    assert re.fullmatch(r"CUDA out of memory on rank 0; most of it, [\d.]+ GiB, is .+: .+\n", error)
+    assert re.fullmatch(r"CUDA out of memory on rank 0; most of it, [\d.]+ MiB, is .+: .+\n", error)
 
 
 def test_tables_of_toys_are_in_smaller_units() -> None:

@@ -98,7 +98,7 @@ def test_first_failure_ends_all_with_its_line(tmp_path, kind, error, words):
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("memory", UserError, r"^CUDA out of memory on rank 1; most of it, [\d.]+ GiB, is .+: .+$"),
+        ("memory", UserError, r"^CUDA out of memory on rank 1; most of it, [\d.]+ MiB, is .+: .+$"),
         ("bug", local.WorkerError, "^rank 1 on .*: ValueError: a bug; its log: .*rank-001.txt$"),
         ("file", UserError, "^checkpoint 1 failed: rank-00001.safetensors: No space left on device; free "),
     ],

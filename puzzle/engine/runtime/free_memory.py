@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# (limit, in use, the line of memory.stat with what can be dropped at once), of both versions of cgroups.
+# (limit, in use, the lines of memory.stat with what is given back where it is needed: files' pages, which the
+# system counts as available, too), of both versions of cgroups.
 _FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 
@@ -54,7 +55,8 @@ def _of_group(folder: Path) -> Iterator[int]:
         most, used = (next(_lines(folder / name), "") for name in (limit, usage))
         if most.isdigit() and used.isdigit():
             stat = dict(line.split() for line in _lines(folder / "memory.stat"))
-            yield max(0, int(most) - int(used) + int(stat.get(dropped, 0)))
+            back = sum(int(stat.get(name, 0)) for name in dropped)
+            yield max(0, int(most) - max(0, int(used) - back))
 
 
 def _lines(path: Path) -> Iterator[str]:
