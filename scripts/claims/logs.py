@@ -92,8 +92,8 @@ def apart(folder: str) -> list[float]:
 
 def price(stage: str) -> list[float]:
     """Seconds of a stage by fast numerics, and by invariant ones of one and two parts with their ratios."""
-    lines = (ROOT / "logs/bench/2026-12-01-h200/price.log").read_text().splitlines()
-    rows = [line.replace(",", "").split() for line in lines if line.startswith(stage)]
+    lines = (ROOT / "logs/bench/2026-12-01-1xh200-numerics/second.log").read_text().splitlines()
+    rows = [line.replace(",", "").split() for line in lines if line.startswith(f"{stage} ")]
     fast, *others = [float(rows[0][2]), *(float(row[-3]) for row in rows)]
     return [fast, *(number for other in others for number in (other, other / fast))]
 
