@@ -22,6 +22,12 @@ REPEAT_MARGIN, FORECAST_MARGIN = (
 RUN_BYTES, RANK_BYTES = 60_000, 4_000  # logs; a campaign's runs save no weights
 
 
+def told_hours(seconds: float) -> str:
+    """Such as "0.25 hours" or "120 hours", for people: two digits, or whole hours."""
+    hours = seconds / 3600
+    return f"{hours:.2g} hours" if hours < 99.5 else f"{hours:.0f} hours"
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Seconds of all runs one after another, and bytes that they leave behind."""
@@ -31,7 +37,7 @@ class Forecast:
 
     def __str__(self) -> str:
         megabytes = max(1, round(self.written / 1e6))
-        return f"about {self.seconds / 3600:.2g} hours one after another, {megabytes} MB of logs"
+        return f"about {told_hours(self.seconds)} one after another, {megabytes} MB of logs"
 
 
 def forecast(experiments: Sequence[Experiment]) -> Forecast:

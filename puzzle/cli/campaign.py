@@ -18,7 +18,7 @@ from rich.console import Console
 
 from puzzle.campaign import runs as campaign
 from puzzle.campaign.experiments import TABLE, Experiment, Selection, Table, expand, read_table
-from puzzle.campaign.forecast import GPU_START_SECONDS, Expectation, baseline_bytes, forecast
+from puzzle.campaign.forecast import GPU_START_SECONDS, Expectation, baseline_bytes, forecast, told_hours
 from puzzle.campaign.machine import Machine, find_machine
 from puzzle.cli import Parser, campaign_logs, filled, named, real, whole
 from puzzle.cli.workloads import workload_of
@@ -300,7 +300,7 @@ def _predicted(experiments: Sequence[Experiment], name: str | None) -> str:
         for one in ours
     )
     spread = f" (+-{calibration.spread:.0%})" if calibration.spread else ""
-    found = f"predicted, by {name} for {calibration.device}: {seconds / 3600:.2g} hours{spread}"
+    found = f"predicted, by {name} for {calibration.device}: {told_hours(seconds)}{spread}"
     others = len(experiments) - len(ours)
     return f"{found} for {len(ours)} runs" + (f", without {others} of the baseline" if others else "")
 

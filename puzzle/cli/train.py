@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from puzzle.campaign.forecast import told_hours
 from puzzle.cli import Parser, completion, layouts, named
 from puzzle.config import memory_report as footprint
 from puzzle.config.base import RunConfig
@@ -156,8 +157,8 @@ def _planned(
         ranking = layouts.rank_plans(file, overrides, config.world, per_node, found, layouts.TOP)
         best = ranking.plans[ranking.taken]
         taken = best.options
-        hours = best.seconds.total * config.iterations / 3600
-        where = f"{name} predicts {best.seconds.total:.2f} s an iteration, {hours:.2g} hours in all"
+        hours = told_hours(best.seconds.total * config.iterations)
+        where = f"{name} predicts {best.seconds.total:.2f} s an iteration, {hours} in all"
     said = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
     print(f"plan ({where}): {said}", file=sys.stderr)
     return layouts.flags(taken)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from puzzle.campaign import runs as campaign
 from puzzle.campaign.experiments import Selection, expand, read_table
-from puzzle.campaign.forecast import forecast, iteration_seconds
+from puzzle.campaign.forecast import forecast, iteration_seconds, told_hours
 from puzzle.campaign.machine import Machine
 from puzzle.cli import campaign as command
 from puzzle.cli import main
@@ -359,3 +359,11 @@ def test_the_forecast_is_near_what_the_published_runs_took():
     several = forecast(experiments)
     assert several.seconds == pytest.approx(sum(forecast([e]).seconds for e in experiments))
     assert several.written == sum(forecast([e]).written for e in experiments)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(9, "0.0025"), (900, "0.25"), (352_800, "98"), (358_300, "100"), (4_400_000, "1222")],
+)
+def test_hours_of_long_campaigns_have_no_exponent(seconds: float, said: str) -> None:
+    assert told_hours(seconds) == f"{said} hours"
