@@ -159,8 +159,8 @@ class Victim:
             return [pid for pid, line in there.items() if SERVER in line and pid not in children]
         return [self.command.pid] if victim == "launcher" else list(there)
 
-    def kill(self, kill: Kill) -> None:
-        """Wait for the moment, kill; where that ended the command, see what is left and start another."""
+    def _met(self, kill: Kill) -> list[int]:
+        """Wait for the moment; who is killed then, or nobody where the command is over."""
         target = self.checkpoint() + kill.checkpoints
         self._until(lambda: self.checkpoint() >= target)
         if kill.checkpoints:
@@ -170,7 +170,15 @@ class Victim:
         pids = self._pids(kill.victim)
         if kill.victim == "rank" and pids:
             pids = [pids[int(kill.which * len(pids))]]
-        if self.over or not pids:
+        return [] if self.over else pids
+
+    def kill(self, kill: Kill) -> None:
+        """Wait for the moment, kill; where that ended the command, see what is left and start another."""
+        pids = self._met(kill)
+        while self.over and self.command.returncode != 0:  # by the kill before, some time after its ranks
+            self._start_again()
+            pids = self._met(kill)
+        if not pids:
             return
         before = ranks(self.folder)
         for pid in pids:
@@ -182,8 +190,11 @@ class Victim:
             self.command.wait(PATIENCE)
         self._until(lambda: not set(before) & set(ranks(self.folder)))
         if self.over:
-            self.look()
-            self.command = self._start()
+            self._start_again()
+
+    def _start_again(self) -> None:
+        self.look()
+        self.command = self._start()
 
     def _until(self, condition: Callable[[], bool]) -> None:
         """Wait for the condition, or until the command is over."""
@@ -202,9 +213,8 @@ class Victim:
     def finish(self) -> Outcome:
         """Let the run end, start it as often as it takes; the outcome."""
         while self.command.wait(PATIENCE) != 0:
-            self.look()
             assert self.outcome.commands < 100, console(self.folder)
-            self.command = self._start()
+            self._start_again()
         self.look()
         return self.outcome
 
