@@ -158,11 +158,12 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("--models: nothing to compare and nothing to time; name models, or --price SIZE")
     if options.models:
         options.pairs = _pairs(options.pairs, options.world)
+    timed = None if options.price is None else _timed(options, given)
     good = True
     for family, dtype in product(options.models, options.dtypes):
         good &= _compare(options, family, dtype)
-    if options.price is not None:
-        _price(options, given)
+    if timed is not None:
+        _price(options, timed)
     return 0 if good else 1
 
 
@@ -253,14 +254,15 @@ def layouts(world: int) -> list[Sizes]:
     return found
 
 
-def _price(options: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Seconds of stages of both numerics, one after the other, the first iteration left out; with a profile,
-    the last one, too."""
+def _timed(options: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that both numerics run to be timed. UserError where keys are not for the user to
+    give, or leave nothing to time."""
     sizes = {"preset": options.price, "max_position_embeddings": 1024}
     if options.layers is not None:
         sizes["num_hidden_layers"] = options.layers
+    least = 2 + options.profile
     common: dict[str, Any] = {
-        "iterations": 3 + options.profile,
+        "iterations": 1 + least,
         "batch": max(options.world, options.sequences // 2),
         "dtype": "bf16",
         "device": options.device,
@@ -272,7 +274,21 @@ def _price(options: argparse.Namespace, given: dict[str, Any]) -> None:
         "reward": {"init": sizes},
         "checkpoint": {"save": False},
     }
+    for key in ("numerics", "numerics_parts"):
+        if key in given:
+            raise UserError(f"--{key}: the bench compares fast with invariant numerics; leave it out")
     common = merge(common, given)
+    config = build(common, lambda key: "the bench")
+    if config.launch.share_device:
+        raise UserError("--launch.share_device: ranks that share a GPU take turns; leave it out")
+    if config.iterations < least:
+        raise UserError(f"--iterations {config.iterations}: the first is not timed; give {least} or more")
+    return common
+
+
+def _price(options: argparse.Namespace, common: dict[str, Any]) -> None:
+    """Seconds of stages of both numerics, one after the other, the first iteration left out; with a profile,
+    the last one, too."""
     kinds = {
         "fast": {"numerics": "fast"},
         "1 part": {"numerics": "invariant"},
@@ -288,8 +304,9 @@ def _price(options: argparse.Namespace, given: dict[str, Any]) -> None:
         }
         for kind, one in found.items()
     }
-    count, length = common["batch"] * common["generation"]["samples"], common["generation"]["max_new_tokens"]
-    lengths = f"{count} sequences of {common['data']['random_tokens']} + {length}"
+    config = build(common, lambda key: "the bench")
+    lengths = f"{config.data.random_tokens} + {config.generation.max_new_tokens}"
+    lengths = f"{config.batch * config.generation.samples} sequences of {lengths}"
     print(f"seconds of {options.price}, {options.layers or 'all'} layers, {lengths}")
     fast = seconds.pop("fast")
     for kind, stages in seconds.items():

@@ -54,6 +54,10 @@ def test_all_pairs_are_compared_or_those_that_are_named(monkeypatch: pytest.Monk
         (["--world", "8", "--pairs", "1,8,1:1,1,8"], "--pairs: 1,8,1: tp is 1, 2 or 4 in the runs"),
         (["--world", "16", "--pairs", "1,1,16:4,4,1"], "and dp divides 8"),
         (["--models"], "--models: nothing to compare and nothing to time"),
+        (["--price", "350m", "--iterations", "1"], "--iterations 1: the first is not timed; give 2 or more"),
+        (["--price", "350m", "--numerics", "fast"], "--numerics: the bench compares"),
+        (["--price", "350m", "--numerics_parts", "2"], "--numerics_parts: the bench compares"),
+        (["--price", "350m", "--launch.share_device", "true"], "--launch.share_device: ranks that share"),
         (["--share-device", "--price", "350m"], "--price: ranks that share a GPU take turns"),
     ],
 )

@@ -31,6 +31,8 @@ def test_another_process_reads_what_is_written_as_long_as_it_likes() -> None:
     try:
         offered = ours.recv()
         assert ipc.unreachable(offered, CPU) is None
+        other = ipc.unreachable(offered._replace(device="pid:[1]"), CPU)
+        assert other == "its processes are numbered in another namespace (a container of its own)"
         found = ipc.opened(offered, CPU)
         assert found["whole"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
         assert found["none"].shape == (0, 5)

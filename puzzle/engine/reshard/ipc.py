@@ -20,10 +20,12 @@ from torch import Tensor
 from puzzle.errors import describe
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+NAMESPACE = Path("/proc/self/ns/pid")
 
 
 class Offer(NamedTuple):
-    """What another process needs to open tensors: plain data. `views`: (storage, offset, shape, dtype)."""
+    """What another process needs to open tensors: plain data. `device` as of `_place`. `views`: (storage,
+    offset, shape, dtype)."""
 
     host: str
     device: str
@@ -47,16 +49,18 @@ def offer(tensors: Mapping[str, Tensor], device: torch.device) -> Offer:
             handles[storage.data_ptr()] = (len(handles), shared)
             key = storage.data_ptr()
         views[name] = (handles[key][0], int(tensor.storage_offset()), tuple(tensor.shape), tensor.dtype)
-    return Offer(_host(), _uuid(device), tuple(handle for _, handle in handles.values()), views)
+    return Offer(_host(), _place(device), tuple(handle for _, handle in handles.values()), views)
 
 
 def unreachable(offered: Offer, device: torch.device) -> str | None:
     """Why this process cannot read what another offers; None if it may try."""
     if offered.host != _host():
         return "it is on another host"
-    if device.type == "cpu" or offered.device == _uuid(device):
+    if offered.device == _place(device):
         return None
-    visible = {_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    if device.type == "cpu":
+        return "its processes are numbered in another namespace (a container of its own)"
+    visible = {_place(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
     if offered.device not in visible:
         return "its device is hidden (CUDA_VISIBLE_DEVICES)"
     if not torch.cuda.can_device_access_peer(device, visible[offered.device]):
@@ -107,5 +111,8 @@ def _host() -> str:
     return f"{socket.gethostname()} {boot}"
 
 
-def _uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+def _place(device: torch.device) -> str:
+    """The device's identity; on a CPU the namespace in which numbers of processes are meant."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return os.readlink(NAMESPACE) if NAMESPACE.exists() else ""
