@@ -180,8 +180,13 @@ def _pytest(root: Path, words: list[str], output: int) -> int:
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)  # whatever they were
     os.chdir(root)
+    # A fault may leave a file's size and time as they were: byte code is neither read nor written.
+    sys.dont_write_bytecode, sys.pycache_prefix = True, str(root / "byte-code")
     os.environ |= {"PYTHONPATH": str(root), "CI": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
     sys.path[:] = [str(root), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "scripts"))]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("puzzle", "plotting", "tests")]:
+        del sys.modules[name]  # the checkout's, if whoever called has them
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", *words]))
 
 

@@ -146,7 +146,7 @@ def test_heads_and_their_way_into_the_cache(dtype, groups, queries, dim, norms):
     close(fused.heads(qkv, groups, *turn, *weights, EPS)[0], expected[0], dtype)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no bf16 products
 @pytest.mark.parametrize(

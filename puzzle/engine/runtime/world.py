@@ -72,6 +72,8 @@ class World:
         rank, size = place.rank, place.world
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         where, per_device = _device(kind, place, share_device)
+        if kind == "cuda":
+            _meet_device(where)
         if watch is not None:
             timeout = min(LAST_RESORT * watch.seconds + watch.longest, YEARS)
         if size > 1:
@@ -225,7 +227,6 @@ def _device(kind: str, place: Identity, share: bool) -> tuple[torch.device, int]
     warnings.filterwarnings(
         "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
     )
-    _meet_device(where)
     return where, per_device
 
 
