@@ -114,7 +114,11 @@ def _folder(folder: Path) -> None:
     [
         pytest.param(TrainBench(**TINY, **SHORT), "training", marks=pytest.mark.long),
         (TrainBench(**TINY, **SHORT, optimizer=True), "training"),
-        (GenerateBench(**TINY, sequences=(32,), prompt=(32, 32), new=4, modes=("eager",)), "generation"),
+        pytest.param(
+            GenerateBench(**TINY, sequences=(32,), prompt=(32, 32), new=4, modes=("eager",)),
+            "generation",
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["gradients", "adamw", "generation"],
 )

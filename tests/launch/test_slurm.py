@@ -97,6 +97,7 @@ def test_srun_places_the_ranks_on_the_nodes(folder: Path, alone: Path) -> None:
 
 
 @under_slurm
+@pytest.mark.long
 def test_a_killed_rank_is_named_and_the_run_resumes(folder: Path) -> None:
     long = config(iterations=60, launch={"max_restarts": 1})
     (folder / "run.yaml").write_text(yaml.safe_dump(long))

@@ -149,7 +149,11 @@ def test_nan_ends_all_ranks_with_one_line(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world", "number"),
-    [pytest.param(1, signal.SIGTERM, marks=pytest.mark.long), (2, signal.SIGTERM), (2, signal.SIGINT)],
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
+    ],
 )
 def test_a_stopped_run_says_so_in_its_log(folder: Path, world: int, number: int) -> None:
     run = subprocess.Popen(
