@@ -3,9 +3,9 @@
 The command line wins over the file, the file over the defaults.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from json import JSONDecodeError
 from pathlib import Path
@@ -21,6 +21,7 @@ from puzzle.config.renamed import RENAMED, modernised, present
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SUPERVISED
 from puzzle.errors import UserError
+from puzzle.files.jsonio import parse
 
 Config = TypeVar("Config", bound=RunConfig)
 Schema = type[BaseModel]
@@ -106,6 +107,7 @@ def parse_overrides(
         name = argument[2:].split("=", 1)[0]
         if argument.startswith("--") and name not in known and name != "help":
             raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')), schema)}")
+    _refuse_words_for_sections(arguments, schema)
     fields: dict[str, Any] = {name: (f.annotation, f) for name, f in schema.model_fields.items()}
     try:
         source = CliSettingsSource[Any](
@@ -124,18 +126,49 @@ def parse_overrides(
         raise UserError(" ".join(text.split())) from None
 
 
+def _refuse_words_for_sections(arguments: Sequence[str], schema: Schema) -> None:
+    """UserError for a section whose value is neither a JSON object nor null, or lacks."""
+    sections = {".".join(key): key for key, is_section in keys(schema) if is_section}
+    for option, value in _options(arguments):
+        key = sections.get(option.removeprefix("--"))
+        if key is None or value == "null":
+            continue
+        with suppress(UserError):
+            if isinstance(parse(value, option), dict):
+                continue
+        inner = next(k[-1] for k, _ in keys(schema) if k[:-1] == key)
+        raise UserError(
+            f"{option} {shown(value)}: a section of keys; give one as {option}.{inner} VALUE, or JSON such as"
+            f' {{"{inner}": VALUE}}'
+        )
+
+
 def _without_json(arguments: Sequence[str]) -> str:
-    """The option whose value, a list or a section, is no JSON; all that may be meant where several are."""
-    found, option = list[str](), ""
-    for word in arguments:
-        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
-        option = name
+    """The option whose value, a list, is no JSON; all that may be meant where several are."""
+    found = list[str]()
+    for option, value in _options(arguments):
         try:
             if value.startswith(("[", "{")):
-                json.loads(value)
-        except JSONDecodeError:
-            found.append(f"{name} {shown(value)}")
+                parse(value, option)
+        except UserError:
+            found.append(f"{option} {shown(value)}")
     return ", ".join(found) or "the command line"
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options of a command line with their values, which may be words of their own, or lack."""
+    option, lacks = "", False
+    for word in [*arguments, "--"]:
+        if not word.startswith("--"):
+            yield option, word
+            lacks = False
+            continue
+        if lacks:
+            yield option, ""
+        option, equals, value = word.partition("=")
+        if equals:
+            yield option, value
+        lacks = not equals
 
 
 def _under_present_names(arguments: Sequence[str]) -> list[str]:

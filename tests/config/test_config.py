@@ -185,6 +185,15 @@ WRONG = [
     ),
     (["--actor.lora.targets", ""], "actor.lora.targets: '' is no projection of a layer"),
     (["--actor.lora.targets", "[[q_proj]]"], "--actor.lora.targets '[[q_proj]]': neither JSON nor names"),
+    (["--layout", "abc"], "--layout 'abc': a section of keys; give one as --layout.tp VALUE, or JSON such"),
+    (["--layout", "{tp: 2}"], "--layout '{tp: 2}': a section of keys; give one as --layout.tp VALUE"),
+    (["--layout=[2]"], "--layout '[2]': a section of keys"),
+    (["--layout"], "--layout '': a section of keys"),
+    (
+        ["--actor.lora", "yes", "--seed", "1"],
+        'as --actor.lora.rank VALUE, or JSON such as {"rank": VALUE}',
+    ),
+    (["--algorithm.kl", "0.1"], "--algorithm.kl '0.1': a section of keys; give one as --algorithm.kl.coef"),
     (["--actor.lora.targets", "[]"], "actor.lora.targets: expected all, or names of projections"),
     (["--actor.lora.rank=4", "--offload.reference=true"], "the reference is the actor without adapters"),
     (
