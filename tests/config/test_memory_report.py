@@ -15,17 +15,9 @@ from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
 from puzzle.engine.pipeline.stage import StageRun
 from puzzle.plan import memory
+from tests.sizes import SIZES
 
 GIB = footprint.GIB
-SHAPE = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 
 
 def test_every_published_experiment_has_a_table() -> None:
@@ -128,7 +120,7 @@ def test_running_out_of_memory_prints_the_table(tmp_path, capsys, monkeypatch) -
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.\nMore.")
 
     monkeypatch.setattr(StageRun, "compute", full)
-    shape = [word for name, value in SHAPE.items() for word in (f"--actor.init.{name}", str(value))]
+    shape = [word for name, value in SIZES.items() for word in (f"--actor.init.{name}", str(value))]
     options = ["--reward.init.preset", "350m", "--reward.layers", "1", "--reward.init.vocab_size", "259"]
     run = ["train", "--data.random_tokens", "4", "--batch", "2", "--generation.max_new_tokens", "2"]
     assert main([*run, *shape, *options, "--device", "cpu", "--out", str(tmp_path / "o")]) == 2

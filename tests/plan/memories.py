@@ -14,24 +14,15 @@ from puzzle.model.weights import initialise
 from puzzle.plan.layout import Layout, Placement
 from puzzle.spec.lora import Lora
 from puzzle.spec.model import ModelSpec
+from tests.sizes import SIZES
 
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 ROWS, PROMPT, RESPONSE = 4, 24, 24
 LENGTH = PROMPT + RESPONSE
 
 
 def spec_of(**changes: object) -> ModelSpec:
     head, lora = "value" if changes.pop("value", False) else "lm", changes.pop("lora", None)
-    spec = ModelSpec.from_hf({**SHAPE, **changes}, head)
+    spec = ModelSpec.from_hf({"model_type": "llama", **SIZES, **changes}, head)
     return replace(spec, lora=lora) if isinstance(lora, Lora) else spec
 
 

@@ -1,7 +1,6 @@
 """Tiny random models of every supported family, as Hugging Face folders.
 
-The sizes are chosen for tests of parallel layouts: 8 query heads, 2 key/value heads, 4 layers, an odd
-vocabulary. Weights are larger than usual and norms and biases are not constant, so that every parameter
+Weights are larger than usual and norms and biases are not constant, so that every parameter
 matters and argmaxes are seldom near ties.
 """
 
@@ -20,20 +19,16 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.sizes import SIZES
+
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+DEFAULTS: dict[str, Any] = {
+    **SIZES,
     "tie_word_embeddings": False,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -43,7 +38,7 @@ SIZES: dict[str, Any] = {
 
 def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """Configuration of a tiny model; `overrides` are keys of `config.json`."""
-    sizes = {**SIZES, **overrides}
+    sizes = {**DEFAULTS, **overrides}
     if family == "qwen3" and "head_dim" not in sizes:
         sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
     return FAMILIES[family](dtype="float32", **sizes)
