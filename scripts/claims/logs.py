@@ -52,8 +52,20 @@ def three_steps(seed: int) -> list[float]:
     for model in ("sft", "ppo"):
         found = json.loads((ROOT / "logs" / folder / f"evaluation-{model}/evaluation.json").read_text())
         rewards += [found["metrics"]["reward"], found["metrics"]["reward_ci95"]]
+    return [losses[0], losses[-1], judge["accuracy"], judge["accuracy_ci95"], *rewards, _spent(folder)]
+
+
+def two_cores() -> list[float]:
+    """Of the three steps on two cores: the script's seconds, rewards before and after PPO."""
+    folder = "three-steps/two-cores/"
+    rewards = re.findall(r"^  reward +(\S+) \+- ", (ROOT / "logs" / folder / "console.log").read_text(), re.M)
+    return [_spent(folder), *map(float, rewards)]
+
+
+def _spent(folder: str) -> float:
+    """Seconds that a script took, by the last line of what it printed."""
     (spent,) = re.findall(r"^rc 0 after (\d+) s$", (ROOT / "logs" / folder / "console.log").read_text(), re.M)
-    return [losses[0], losses[-1], judge["accuracy"], judge["accuracy_ci95"], *rewards, float(spent)]
+    return float(spent)
 
 
 def sft_7b() -> list[float]:
