@@ -16,8 +16,8 @@ from claims.logs import (
     sft_7b,
     third,
     three_steps,
-    two_cores,
     training_peak,
+    two_cores,
     wall_seconds,
 )
 
