@@ -227,7 +227,11 @@ class RandomStream(PromptStream):
     """Deals batches of random prompts, in order and without end, so that a run may be resumed for more
     iterations than it began with. `prompts` are those of the first batch."""
 
-    remedy = "give data.random_tokens and the size of the vocabulary as they were"
+    remedy = (
+        "give data.random_tokens and the size of the vocabulary as they were; if they are, an earlier"
+        " version, which dealt others, wrote the checkpoint: begin a new run in another folder, with its"
+        " model as actor.model to keep what it learned"
+    )
 
     def __init__(self, batch: int, length: int, vocab_size: int, seed: int) -> None:
         self.length, self.vocab_size = length, vocab_size

@@ -282,6 +282,13 @@ def test_random_prompts_have_no_end_and_are_dealt_from_any_place():
             others.restore(stream.state())
 
 
+def test_a_checkpoint_of_a_version_that_dealt_other_random_prompts_is_told_from_other_settings():
+    """Once they were made ahead for all iterations and shuffled; the settings are the same."""
+    earlier = PromptStream(random_prompts(range(6), 5, 50, seed=9), 2, 9, True)
+    with pytest.raises(UserError, match=r"if they are, an earlier version.* new run in another folder"):
+        RandomStream(2, 5, 50, seed=9).restore(earlier.state())
+
+
 TABLE = [
     {"prompt": "a", "answer": 1, "meta": {"of": ["x", None]}, "large": "y" * 99},
     {"prompt": "b", "answer": None, "meta": {"of": []}, "large": "z" * 99},
