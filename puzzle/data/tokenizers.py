@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder to take a tokenizer from{fetching(folder)}")
-    if not has_tokenizer(folder):
+    if not has_tokenizer(name):
         raise UserError(f"{folder}: has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)")
     for file in TOKENIZER_JSON:
         if (folder / file).exists():
@@ -54,9 +54,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder has the files of a tokenizer."""
-    return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+def has_tokenizer(name: str) -> bool:
+    """Whether `name` is `bytes`, or a model folder with the files of a tokenizer."""
+    if name == BYTES:
+        return True
+    return any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
 from puzzle.data.saving import padding, tokenizer_folder
-from puzzle.data.tokenizers import load_tokenizer
+from puzzle.data.tokenizers import has_tokenizer, load_tokenizer
 from puzzle.engine.checkpoint.checkpoint import Saved
 from puzzle.engine.checkpoint.export import whole_tensors
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -318,7 +318,8 @@ class Recorder:
             return
         durable.make_folder(folder.parent)
         tokenizer, more, pad = self.config.tokenizer, endings.config, None
-        if model.spec.head == "value" and tokenizer is not None:
+        # A run on random tokens may begin with a folder that has none.
+        if model.spec.head == "value" and tokenizer is not None and has_tokenizer(tokenizer):
             pad = padding(load_tokenizer(tokenizer), endings.eos)
             more = {**more, "pad_token_id": pad}
         with tokenizer_folder(tokenizer, folder.parent, pad) as files:

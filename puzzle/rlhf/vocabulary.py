@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData
@@ -41,7 +40,7 @@ def _check(config: TrainConfig, data: RunData, actor: ModelRuntime, model: Model
     folder = getattr(config, name).model
     used = _used(data)
     if data.tokenizer is not None:
-        theirs = load_tokenizer(folder) if folder is not None and has_tokenizer(Path(folder)) else None
+        theirs = load_tokenizer(folder) if folder is not None and has_tokenizer(folder) else None
         if theirs is not None and not same_tokens(data.tokenizer, theirs):
             raise UserError(f"{name}: the tokenizer of {folder} is not the actor's; all read the same tokens")
         # What the actor lacks too is drawn by nobody.

@@ -41,3 +41,15 @@ def test_a_longer_run_is_the_same_as_one_resumed(tmp_path: Path, monkeypatch: py
     theirs, ours = (load_file(f"{name}/checkpoints/last/model.safetensors") for name in ("whole", "parts"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_begins_with_a_folder_that_has_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As models of such runs lie in: its critic is saved, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    start = ["train", "--config", "run.yaml", "--iterations", "1", "--out"]
+    assert main([*start, "first"]) == 0
+    assert main([*start, "second", "--actor.model", "first/checkpoints/last"]) == 0
+    assert Path("second/checkpoints/last-critic/config.json").exists()
