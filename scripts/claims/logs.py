@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 VISIT = ROOT / "logs/bench/2026-11-29-4xh200"
 TRL = ROOT / "logs/peers/trl-cpu"
+FOUR = "baseline/4xh200/"
+OURS = {"350m": f"{FOUR}350m-opt-141-221", "7b": f"{FOUR}7b-opt-141-221"}
+"""Runs on four GPUs, by the critic of their 7B actor."""
 
 
 @cache

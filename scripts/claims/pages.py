@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from claims.claim import Claim
-from claims.generation import ends_of_ratios, peers_rows, performance_rows
+from claims.generation import ends_of_ratios, performance_rows
 from claims.learning import algorithms_page, numerics_page, recipe_page, rollout_rows
 from claims.logs import (
+    FOUR,
+    OURS,
     added,
     campaign_log,
     environment_bytes,
-    first_of_verl,
     iterations_seconds,
     largest_gib,
     learnt,
@@ -20,25 +21,11 @@ from claims.logs import (
     run,
     seconds,
     stages_of,
-    switched,
     switched_beside_megatron,
-    trl,
-    trl_versions,
-    trl_work,
     usage,
     verl,
 )
-
-FOUR = "baseline/4xh200/"
-SEARCH = "baseline/4xh200-search/"
-VERL_PARTS = {
-    "generation": ("gen",),
-    "weights into generation's layout": ("update_weights",),
-    "log-probs, reference, values, advantages": ("old_log_prob", "ref", "values", "adv"),
-    "training, actor and critic": ("update_critic", "update_actor"),
-}
-OUR_PARTS = ("generation", "switch", "inference", "training")
-OURS = {"350m": f"{FOUR}350m-opt-141-221", "7b": f"{FOUR}7b-opt-141-221"}
+from claims.peers import peers_page
 
 
 def times(others: Sequence[tuple[float, str]]) -> list[float]:
@@ -48,8 +35,13 @@ def times(others: Sequence[tuple[float, str]]) -> list[float]:
 
 def readme() -> list[Claim]:
     """Of the first page."""
+    return [*_costs(), *_beside_others(), *_learning()]
+
+
+def _costs() -> list[Claim]:
+    """What its commands take."""
     page = "README.md"
-    claims = [
+    return [
         Claim(
             page,
             "({:.1f} GB on disk for RUNME-a; {:.1f} GB for the rest with torch's CPU build",
@@ -85,6 +77,13 @@ def readme() -> list[Claim]:
                 usage("./RUNME-b.sh", 0)["seconds"],
             ],
         ),
+    ]
+
+
+def _beside_others() -> list[Claim]:
+    """Its table of seconds on four GPUs."""
+    page = "README.md"
+    return [
         Claim(page, "| PUZZLE | {:.2f} | {:.2f} |", lambda: [seconds(OURS[critic]) for critic in OURS]),
         Claim(
             page,
@@ -101,6 +100,13 @@ def readme() -> list[Claim]:
             "reference on the host) | | {:.2f}, **{:.2f}** |",
             lambda: times([(seconds(f"{FOUR}7b-ds-published"), "7b")]),
         ),
+    ]
+
+
+def _learning() -> list[Claim]:
+    """What its examples learn."""
+    page = "README.md"
+    claims = [
         Claim(page, "learns to add: {:.1f} to {:.2f} - {:.2f} held out", added),
         Claim(
             page,
@@ -141,111 +147,6 @@ def baseline_page() -> list[Claim]:
         )
         for words, (folder, bold) in rows.items()
     ]
-
-
-def bars(*values: float) -> list[str | float]:
-    """Each value behind its bar of two characters a second."""
-    return [part for value in values for part in ("=" * round(2 * value), value)]
-
-
-def peers_page() -> list[Claim]:
-    """Of other systems on four GPUs."""
-    page, claims = "docs/peers.md", []
-    for words, critic, folder in (
-        ("trains as 1,1,4, generates as 4,1,1, filled from ZeRO shards", "350m", f"{SEARCH}350m-opt-114-411"),
-        ("1,1,4 throughout", "350m", f"{FOUR}350m-base-114"),
-        ("trains as 2,1,2, generates as 4,1,1, filled from ZeRO shards", "7b", f"{SEARCH}7b-212-411"),
-        ("1,4,1 throughout", "7b", f"{FOUR}7b-base-141"),
-        ("| ZeRO-2, without its Hybrid Engine: transformers' `generate`", "350m", f"{FOUR}350m-ds-plain"),
-        ("| ZeRO-2, without its Hybrid Engine: transformers' `generate`", "7b", f"{FOUR}7b-ds-plain"),
-        ("its samples do not match its weights", "7b", f"{FOUR}7b-ds-published"),
-    ):
-        faster = "|" if "filled" in words else "{:.2f} |"
-        claims.append(
-            Claim(
-                page,
-                f"{words} | {{:d}} | {{:.2f}} | {faster}",
-                lambda critic=critic, folder=folder, faster=faster: [
-                    len(run(folder).iterations) - 1,
-                    seconds(folder),
-                    *([] if faster == "|" else [seconds(folder) / seconds(OURS[critic])]),
-                ],
-            )
-        )
-    for critic, said, count in (("350m", "7B/350M", 4), ("7b", "7B/7B", 3)):
-        claims += [
-            Claim(
-                page,
-                f"| {said} | PUZZLE | trains as 1,4,1{' (tp,pp,dp)' if critic == '350m' else ''},"
-                " generates as 2,2,1, shared pipelines | {:d} | {:.2f} | |",
-                lambda critic=critic: [
-                    len(run(OURS[critic]).iterations) - 1,
-                    seconds(OURS[critic]),
-                ],
-            ),
-            Claim(
-                page,
-                f"| | verl + vLLM | FSDP | {count} | {{:.2f}} | {{:.2f}} |",
-                lambda critic=critic: [
-                    verl(critic, "step"),
-                    verl(critic, "step") / seconds(OURS[critic]),
-                ],
-            ),
-        ]
-        claims.append(
-            Claim(
-                page,
-                f"{said} PUZZLE |{{}}| {{:.2f}} s verl + vLLM |{{}}| {{:.2f}} s"
-                " DeepSpeed-Chat |{}| {:.2f} s",
-                lambda critic=critic: bars(
-                    seconds(OURS[critic]),
-                    verl(critic, "step"),
-                    seconds(f"{FOUR}{critic}-ds-plain"),
-                ),
-            )
-        )
-    for words, parts in VERL_PARTS.items():
-        stage = OUR_PARTS[list(VERL_PARTS).index(words)]
-        claims.append(
-            Claim(
-                page,
-                f"| {words} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
-                lambda parts=parts, stage=stage: [
-                    number
-                    for critic in ("350m", "7b")
-                    for number in (seconds(OURS[critic], stage), verl(critic, *parts))
-                ],
-            )
-        )
-    row = "| {:d} |" + 2 * " {:.2f} +- {:.2f} | {:.2f} +- {:.2f} | {:.2f} |"
-    for tokens in (32, 48):
-        claims.append(Claim(page, f"| {tokens} tokens {row}", lambda tokens=tokens: trl(tokens)))
-    claims += [
-        Claim(
-            page,
-            "a CPU: {:d} prompts of {:d} tokens, {:d} responses to each, a function as reward, KL to a"
-            " reference, one step of AdamW over all {:d}, micro-batches of {:d};",
-            trl_work,
-        ),
-        Claim(page, "transformers differ ({} and {})", trl_versions),
-        Claim(page, "its first iteration, {:.0f} s, do not count", first_of_verl),
-        *peers_rows(),
-    ]
-    for pair in (
-        ((1, 4, 1), (2, 2, 1)),
-        ((1, 4, 1), (4, 1, 1)),
-        ((2, 2, 1), (4, 1, 1)),
-        ((1, 4, 1), (1, 1, 4)),
-    ):
-        ends = " -> ".join(",".join(map(str, layout)) for layout in pair)
-        claims.append(
-            Claim(
-                page,
-                f"| {ends} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
-                lambda pair=pair: switched(pair),
-            )
-        )
-    return claims
 
 
 def artifact_page() -> list[Claim]:
