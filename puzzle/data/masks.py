@@ -73,9 +73,9 @@ def label_chat(
     if MARKED.search(str(tokenizer.chat_template or "")):
         tokens, spans = _marked(tokenizer, messages, now)
         return Labelled(tokens, spans[-1:] if last else spans)
-    text, tokens = render(tokenizer, messages, answer=False, now=now)
+    text = render(tokenizer, messages, answer=False, now=now)
     ranges = [_said(tokenizer, messages, turn, text, now) for turn in (turns[-1:] if last else turns)]
-    return Labelled(tuple(tokens), _inside(tokenizer, text, tokens, ranges))
+    return _inside(tokenizer, text, ranges)
 
 
 def _marked(
@@ -117,8 +117,10 @@ def _said(
     They lie between the chat before with the turn opened and the chat up to the turn; both must begin `text`.
     White space behind the end is the template's.
     """
-    opened = render(tokenizer, messages[:turn], now=now)[0]
-    closed = render(tokenizer, messages[: turn + 1], answer=False, now=now)[0].rstrip()
+    opened = render(tokenizer, messages[:turn], now=now)
+    whole = turn + 1 == len(messages)
+    closed = text if whole else render(tokenizer, messages[: turn + 1], answer=False, now=now)
+    closed = closed.rstrip()
     said = messages[turn]["content"].strip()
     if text.startswith(opened) and text.startswith(closed) and said in closed[len(opened) :]:
         return len(opened), len(closed)
@@ -129,10 +131,9 @@ def _said(
     )
 
 
-def _inside(
-    tokenizer: Tokenizer, text: str, tokens: Sequence[int], ranges: Sequence[Span]
-) -> tuple[Span, ...]:
-    """Spans of the tokens that lie in ranges of characters; one across a border is the template's."""
+def _inside(tokenizer: Tokenizer, text: str, ranges: Sequence[Span]) -> Labelled:
+    """The tokens of a text, and spans of those that lie in ranges of characters; one across a border is the
+    template's."""
     if not tokenizer.is_fast:
         raise UserError(
             "the tokenizer does not say where its tokens stand in a text: without {% generation %} in its"
@@ -140,12 +141,11 @@ def _inside(
         )
     with foreign("the tokenizer refuses a text"):
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert list(found["input_ids"]) == list(tokens), "the same text twice"
     spans, offsets = [], found["offset_mapping"]
     for low, high in ranges:
         inside = [i for i, (a, b) in enumerate(offsets) if low <= a and b <= high and a < high]
         spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-    return _kept(spans)
+    return Labelled(tuple(found["input_ids"]), _kept(spans))
 
 
 def _kept(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from puzzle.config.sections import DataConfig
 from puzzle.data.records import records, refuse_broken, require
 from puzzle.data.stream import Stream, generator
-from puzzle.data.tokenizers import Tokenizer, answer_lead, encode, render
+from puzzle.data.tokenizers import Tokenizer, answer_lead, bare, encode, render
 from puzzle.errors import UserError
 
 Messages = tuple[Mapping[str, str], ...]
@@ -144,8 +144,9 @@ def tokenise(
             if messages is None:
                 text, tokens = row.value, encode(tokenizer, row.value)
             else:
-                rendered, tokens = render(tokenizer, messages, now=now)
+                rendered = render(tokenizer, messages, now=now)
                 _check_rendered(messages, rendered)
+                tokens = bare(tokenizer, rendered)
                 text = row.value if isinstance(row.value, str) else rendered
                 lead = answer_lead(tokenizer, messages, now) if lead is None else lead
         except UserError as error:

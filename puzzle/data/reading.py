@@ -62,8 +62,8 @@ class Reader:
         if prompt.messages is None:
             text = prompt.text + said
             return encode(self._ours, text) == encode(self._theirs, text)
-        opened = render(self._ours, prompt.messages, now=self._now)[0]
-        if self._theirs.chat_template and render(self._theirs, prompt.messages, now=self._now)[0] != opened:
+        opened = render(self._ours, prompt.messages, now=self._now)
+        if self._theirs.chat_template and render(self._theirs, prompt.messages, now=self._now) != opened:
             return False
         return bare(self._ours, opened + said) == bare(self._theirs, opened + said)
 

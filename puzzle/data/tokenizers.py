@@ -137,24 +137,23 @@ def render(
     messages: Sequence[Mapping[str, str]],
     answer: bool = True,
     now: datetime | None = None,
-) -> tuple[str, list[int]]:
-    """The chat as the tokenizer's template renders it, and its ids; `answer` opens the assistant's turn.
+) -> str:
+    """The chat as the tokenizer's template renders it; `answer` opens the assistant's turn.
 
     `now` is the time that a template may write, the clock's by default. The template writes the special
-    tokens, BOS among them; none are added. UserError without a template, and for one that computes for more
-    than TEMPLATE_SECONDS.
+    tokens, BOS among them: `bare` gives the ids. UserError without a template, and for one that computes for
+    more than TEMPLATE_SECONDS.
     """
     if not tokenizer.chat_template:
         raise UserError("data.chat_template is set, but the tokenizer has no chat template; unset it")
     with foreign("the chat template refuses a prompt"), _computing_for(TEMPLATE_SECONDS):
         turns = [dict(turn) for turn in messages]
         template = None if now is None else at(str(tokenizer.get_chat_template()), now)
-        text = str(
+        return str(
             tokenizer.apply_chat_template(
                 turns, chat_template=template, tokenize=False, add_generation_prompt=answer
             )
         )
-    return text, bare(tokenizer, text)
 
 
 class _TooLong(BaseException):
@@ -279,9 +278,9 @@ def answer_lead(
     What follows a prompt begins with it where an answer does not. `now` is as for `render`.
     """
     try:
-        opened = render(tokenizer, messages, now=now)[1]
+        opened = bare(tokenizer, render(tokenizer, messages, now=now))
         turns = [*messages, {"role": "assistant", "content": "a"}]
-        closed = render(tokenizer, turns, answer=False, now=now)[1]
+        closed = bare(tokenizer, render(tokenizer, turns, answer=False, now=now))
     except UserError:
         return ""  # a template that writes no answers
     if closed[: len(opened)] != opened:
@@ -368,9 +367,9 @@ def dialogue_ids(
     """
     if messages is None or not tokenizer.chat_template:
         return [*encode(tokenizer, prompt + response), *([] if end is None else [end])]
-    opened = render(tokenizer, messages, now=now)[0]
+    opened = render(tokenizer, messages, now=now)
     turns = [*messages, {"role": "assistant", "content": response}]
-    text = render(tokenizer, turns, answer=False, now=now)[0]
+    text = render(tokenizer, turns, answer=False, now=now)
     said = response.strip()
     at = text.rfind(said) + len(said) if said and said in text else None
     if end is None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from puzzle.data.prompts import Prompt
 from puzzle.data.reading import Reader, same_tokenizer, same_tokens
-from puzzle.data.tokenizers import encode, load_tokenizer, render
+from puzzle.data.tokenizers import bare, encode, load_tokenizer, render
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -116,7 +116,7 @@ def test_both_templates_are_read_at_the_time_of_the_run():
     ours, theirs = letters(pad_token="<pad>"), letters(pad_token="<pad>")
     ours.chat_template = "{{ strftime_now('%A') }}" + CHAT
     turns = ({"role": "user", "content": "abc"},)
-    tokens = render(ours, turns, now=now)[1]
+    tokens = bare(ours, render(ours, turns, now=now))
     # A token without a text: read where ids stay, lost where the text is tokenised again.
     response = [*encode(ours, "bad"), ours.pad_token_id, ours.eos_token_id]
     prompt = Prompt(0, "0", "abc", turns, tuple(tokens))
@@ -124,5 +124,6 @@ def test_both_templates_are_read_at_the_time_of_the_run():
         theirs.chat_template = template
         found = Reader(ours, theirs, {ours.eos_token_id}, now)(prompt, response, "bad")
         assert (list(found) == [*tokens, *response]) is same
-    asked = render(theirs, [*turns, {"role": "assistant", "content": "bad"}], answer=False, now=now)[1]
+    answered = [*turns, {"role": "assistant", "content": "bad"}]
+    asked = bare(theirs, render(theirs, answered, answer=False, now=now))
     assert list(found) == asked

@@ -17,6 +17,7 @@ from puzzle.data.clock import at
 from puzzle.data.saving import padding, tokenizer_folder
 from puzzle.data.tokenizers import (
     TextStream,
+    bare,
     byte_tokenizer,
     dialogue_ids,
     encode,
@@ -87,7 +88,8 @@ def test_one_bos_however_the_prompt_comes():
     bos = tokenizer.bos_token_id
     assert encode(tokenizer, "hi").count(bos) == 1
     assert encode(tokenizer, "<bos>hi") == encode(tokenizer, "hi")
-    text, ids = render(tokenizer, [{"role": "user", "content": "hi"}])
+    text = render(tokenizer, [{"role": "user", "content": "hi"}])
+    ids = bare(tokenizer, text)
     assert text == "<bos><user>hi\n<assistant>"
     assert ids.count(bos) == 1
     assert ids[0] == bos
@@ -216,7 +218,7 @@ def test_a_template_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch, ins
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert render(tokenizer, turns)[0] == "hi"
+    assert render(tokenizer, turns) == "hi"
 
 
 def test_templates_write_the_date_that_they_are_told() -> None:
@@ -227,7 +229,7 @@ def test_templates_write_the_date_that_they_are_told() -> None:
     loops = "{% for m in messages %}{% set day = strftime_now('%d') %}{{ day + m.content }}{% endfor %}"
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = f"\n {calls}{{% if strftime_now is defined %}}yes{{% endif %}}{loops}"
-    text, _ = render(tokenizer, [{"role": "user", "content": "!"}], now=now)
+    text = render(tokenizer, [{"role": "user", "content": "!"}], now=now)
     assert text == "\n " + "".join(f"{now.strftime(form)}|" for form in forms) + "yes03!"
     plain = "\n{{ messages[0].content }}"
     assert at(plain, now) == plain
@@ -245,7 +247,7 @@ def test_every_form_of_the_date_is_python_s(zone: tzinfo | None) -> None:
     )
     told = "".join(map(now.strftime, forms))
     turns = [{"role": "user", "content": "hi"}]
-    assert render(tokenizer, turns, now=now)[0] == f"{told}hi>"
+    assert render(tokenizer, turns, now=now) == f"{told}hi>"
     assert tokenizer.decode(dialogue_ids(tokenizer, "hi", turns, "you", now=now)) == f"{told}hiyou"
     assert tokenizer.decode(dialogue_ids(tokenizer, "hi", turns, "", now=now)) == f"{told}hi>"
 
