@@ -111,6 +111,7 @@ def test_a_function_in_a_file(tmp_path, monkeypatch) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/its_neighbour.py").write_text("VALUE = 3.0\n")
     (tmp_path / "sub/json.py").write_text(  # whose name another module has
+        "from __future__ import annotations\n"
         "import dataclasses, its_neighbour\n@dataclasses.dataclass\nclass Of: value: float\n"
         "def score(responses): return [Of(its_neighbour.VALUE).value] * len(responses)\n"
     )

@@ -249,7 +249,7 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
     )
     (tmp_path / "closes.py").write_text(f"import os, sys\n{line if imported else ''}\n{call}\n")
     code = (
-        "import sys\n"
+        "import os, sys\n"
         "from puzzle.errors import UserError\n"
         "from puzzle.rlhf.rewards.functions import FunctionReward\n"
         "from puzzle.rlhf.rewards.batch import RewardBatch\n"
@@ -258,13 +258,15 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
         "file = open('next', 'w')\n"
         "print('out')\n"
         "print('err', found, file=sys.stderr)\n"
+        "sys.stdout = sys.stderr = None\n"  # whoever takes their place closes nothing
+        "os.write(1, b'end\\n'); os.write(2, b'end\\n')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     what = f"reward.function closes:f{': its import' if imported else ''} closed {words} of its process"
-    assert (done.stdout, done.stderr) == ("out\n", f"err {what}; leave it open\n")
+    assert (done.stdout, done.stderr) == ("out\nend\n", f"err {what}; leave it open\nend\n")
     assert (tmp_path / "next").read_text() == ""
 
 

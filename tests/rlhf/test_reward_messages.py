@@ -1,0 +1,210 @@
+"""What is said of rewards that go wrong: how long, of which response; and when a server is asked again."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from puzzle.errors import UserError
+from puzzle.rlhf.patience import Patience, patience
+from puzzle.rlhf.rewards import server as module
+from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.functions import FunctionReward
+from puzzle.rlhf.rewards.scores import checked_scores, shown
+from puzzle.rlhf.rewards.server import Limits, ServerReward
+from puzzle.rlhf.rewards.weighted import pickled_function, unpickled_function
+
+
+def batch_of(*responses: str) -> RewardBatch:
+    count = len(responses)
+    ids = [str(row) for row in range(count)]
+    return RewardBatch(["p"] * count, list(responses), [[1]] * count, [None] * count, ids, [True] * count)
+
+
+def raised(text: str) -> str:
+    """What is said of a function that raises `text`, without the function's name and place."""
+
+    def fails(responses: list[str]) -> list[float]:
+        raise ValueError(text)
+
+    with pytest.raises(UserError) as error:
+        FunctionReward("given", function=fails).score(batch_of("one", "two"))
+    return str(error.value).removeprefix("reward.function given raised ").rpartition(" (")[0]
+
+
+def at_the_bottom(text: str) -> str:
+    return module._reason(ValueError(text))
+
+
+@pytest.mark.parametrize(
+    ("said", "around", "most"), [(raised, "ValueError: ", 300), (shown, "''", 40), (at_the_bottom, "", 200)]
+)
+@pytest.mark.parametrize("over", [-1, 0, 1, 50])
+def test_long_texts_are_cut_to_their_limit(
+    said: Callable[[str], str], around: str, most: int, over: int
+) -> None:
+    """Dots say that something is missing, and only then."""
+    text = "ab" * 400
+    text = text[: most + over - len(around)]
+    found = said(text)
+    whole = repr(text) if around == "''" else around + text
+    assert len(whole) == most + over
+    assert found == (whole if over <= 0 else whole[: most - 3] + "...")
+
+
+@pytest.mark.parametrize(
+    ("responses", "first", "of", "at"),
+    [
+        (("one",), 0, 0, ""),
+        (("one",), 0, 1, " at response 1 of 1 ('one')"),
+        (("one",), 4, 9, " at response 5 of 9 ('one')"),
+        (("one", "two"), 0, 0, ""),
+        (("one", "two"), 4, 9, ""),
+    ],
+)
+def test_a_call_with_one_response_of_a_batch_names_it(
+    responses: tuple[str, ...], first: int, of: int, at: str
+) -> None:
+    def fails(responses: list[str]) -> list[float]:
+        raise ValueError("odd")
+
+    reward, more = FunctionReward("given", function=fails), () if not of else (first, of)
+    with pytest.raises(UserError) as error:
+        reward.score(batch_of(*responses), *more)
+    assert str(error.value).startswith(f"reward.function given{at} raised ValueError: odd (")
+
+
+@pytest.mark.parametrize(("first", "of", "at"), [(0, 0, "2 of 2"), (0, 9, "2 of 9"), (4, 9, "6 of 9")])
+def test_the_number_of_a_response_is_counted_in_its_batch(first: int, of: int, at: str) -> None:
+    with pytest.raises(UserError, match=rf"^f gave None for the response 'two' \({at}\)$"):
+        checked_scores("f", [1.0, None], ["one", "two"], first, of)
+
+
+class Slow(io.StringIO):
+    """A stream that takes its time."""
+
+    def write(self, text: str) -> int:
+        time.sleep(0.5)
+        return super().write(text)
+
+
+def test_nobody_watches_a_function_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the notice of it is still on its way: what comes next could be interrupted."""
+    said = Slow()
+    monkeypatch.setattr(sys, "stderr", said)
+    before = set(threading.enumerate())
+    with patience("the function", Patience(limit=60.0, notice=0.05)):
+        time.sleep(0.2)  # longer than until the notice, shorter than that takes
+    assert set(threading.enumerate()) <= before
+    assert said.getvalue().startswith("the function has computed for 0.05 s (")
+    assert said.getvalue().endswith("; reward.timeout: 60 s\n")
+
+
+NOTEBOOK = """
+going = (line for line in "ab")  # which no other process can be sent
+scale = 3.0
+def helper(text): return scale * len(text)
+def score(responses): return [helper(text) for text in responses]
+"""
+
+
+def test_a_function_takes_along_what_it_reads_and_no_more() -> None:
+    """Of a notebook's cells, where other things lie about."""
+    pytest.importorskip("dill")
+    cells = types.ModuleType("__main__")
+    exec(NOTEBOOK, cells.__dict__)
+    for function in (cells.score, lambda responses: [2.0 for _ in responses]):
+        there = unpickled_function(pickled_function(function))
+        assert there is not function
+        assert there(["a", "bcd"]) == function(["a", "bcd"])
+
+
+def server(
+    monkeypatch: pytest.MonkeyPatch, post: Callable[..., Any], **limits: Any
+) -> tuple[ServerReward, Any]:
+    """One that is asked by `post`, and the seconds that are waited between."""
+    pytest.importorskip("requests")
+    waited: list[float] = []
+    reward = ServerReward("http://127.0.0.1:1/s", None, None, Limits(**limits))
+    monkeypatch.setattr(reward, "_post", post)
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=waited.append))
+    return reward, waited
+
+
+@pytest.mark.parametrize("retries", [0, 1, 8])
+def test_twice_as_long_is_waited_each_time_up_to_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch, retries: int
+) -> None:
+    def post(_body: bytes, _end: float) -> bytes:
+        raise module._Failed("busy")
+
+    reward, waited = server(monkeypatch, post, retries=retries)
+    with pytest.raises(UserError, match=rf"/s failed{f' {retries + 1} times' if retries else ''}: busy$"):
+        reward.score(batch_of("one"))
+    assert waited == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0][:retries]
+
+
+@pytest.mark.parametrize(("batch", "asked"), [(None, 4), (2.0, 3), (1.5, 2), (0.1, 1)])
+def test_a_server_is_not_waited_for_beyond_the_limit(
+    monkeypatch: pytest.MonkeyPatch, batch: float | None, asked: int
+) -> None:
+    """There are 0.5, 1 and 2 seconds between requests; a wait that would end too late is none."""
+    ends: list[float] = []
+    now = [100.0]
+
+    def post(_body: bytes, end: float) -> bytes:
+        ends.append(end)
+        raise module._Failed("busy")
+
+    reward, _ = server(monkeypatch, post, batch=batch, retries=3)
+    clock = types.SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)
+    )
+    monkeypatch.setattr(module, "time", clock)
+    with pytest.raises(UserError, match="failed 4 times" if batch is None else "no scores in time"):
+        reward.score(batch_of("one"))
+    assert ends == [float("inf") if batch is None else 100.0 + batch] * asked
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 429, 500, 501, 502, 503, 504, 505])
+def test_only_answers_that_mean_later_are_asked_again(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    reward = server(monkeypatch, lambda *_: b"")[0]
+    monkeypatch.undo()
+
+    class Answer(types.SimpleNamespace):
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    body = io.BytesIO(b"")
+    raw = types.SimpleNamespace(read1=lambda size, decode_content: body.read(size))
+    answer = Answer(status_code=status, reason="Why", raw=raw)
+    monkeypatch.setattr(reward._session, "post", lambda *_, **__: answer)
+    again = status in {408, 429, 500, 502, 503, 504}
+    with pytest.raises(module._Failed if again else UserError, match=f"it answered {status} Why") as found:
+        reward._post(b"", float("inf"))
+    assert ("reward.token_env" in str(found.value)) == (status in {401, 403})
+
+
+def test_the_reason_of_an_error_is_the_innermost_one() -> None:
+    """By its cause, its context, or as urllib3 keeps it; texts there are none."""
+    inner = OSError("no\n route")
+    outer = ValueError("outer")
+    outer.__cause__ = ValueError("between")
+    outer.__cause__.__context__ = inner
+    assert module._reason(outer) == "no route"
+    kept = ValueError("kept")
+    kept.reason = inner  # ty: ignore[missing-attribute]
+    assert module._reason(kept) == "no route"
+    kept.reason = "a text"  # ty: ignore[missing-attribute]
+    assert module._reason(kept) == "kept"
+    assert module._reason(TimeoutError()) == "TimeoutError"
