@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +10,14 @@ from torch import Tensor
 
 from puzzle.engine.generate.sampling import SamplingParams, VocabShard, choose, draw
 from puzzle.model import pointwise
-from puzzle.model.attention import MEMBERS, Families, KVCache, decode_attention, packed_attention
+from puzzle.model.attention import (
+    MEMBERS,
+    Families,
+    KVCache,
+    decode_attention,
+    flash,
+    packed_attention,
+)
 from puzzle.model.linear import accumulate, product, sums_in_place
 from puzzle.model.noise import gumbel, position_keys, row_keys, row_seeds
 from puzzle.model.packing import DecodeBatch, pack
@@ -38,11 +44,9 @@ def compare(device: torch.device) -> Found:
 
 def signature() -> str:
     """How torch's packed attention is called in this version."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return f"varlen_attn is not in torch {torch.__version__}"
-    return f"varlen_attn{inspect.signature(varlen_attn)} in torch {torch.__version__}"
+    operator = flash()
+    found = "no flash attention with windows" if operator is None else str(operator._schema)
+    return f"{found} in torch {torch.__version__}"
 
 
 def _packed(device: torch.device) -> Found:

@@ -1,13 +1,12 @@
 """Causal attention over packed sequences and over a key/value cache.
 
-No mask ever spans sequences: on CUDA the varlen flash kernel reads the packed tokens as they are; elsewhere
+No mask ever spans sequences: on CUDA a flash kernel reads the packed tokens as they are; elsewhere
 they are laid out as (B, S) rows, left-aligned, where causality alone hides the padding behind a sequence.
 Suffixes: T packed tokens, B rows, S positions of a row, H query heads, K key/value heads, h head_dim.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from puzzle.model.packing import PackedBatch
 
@@ -163,8 +163,8 @@ def packed_attention(
     if window is not None and window >= batch.max_len + batch.past:
         window = None
     half = q_THh.dtype in (torch.bfloat16, torch.float16)
-    if q_THh.is_cuda and half and (found := varlen()) is not None:
-        return _varlen_attention(found, q_THh, k_TKh, v_TKh, batch, window)
+    if q_THh.is_cuda and half and (found := flash()) is not None:
+        return _flash_attention(found, q_THh, k_TKh, v_TKh, batch, window)
     past, first = batch.past, batch.segments[0]
     out = _row_attention(q_THh, k_TKh[past:], v_TKh[past:], batch, window)
     if past:
@@ -183,41 +183,34 @@ def decode_attention(q_BHh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, mask: Tensor
     return F.scaled_dot_product_attention(grouped, k_BKSh, v_BKSh, attn_mask=mask).reshape(q_BHh.shape)
 
 
-class Varlen(NamedTuple):
-    """torch's attention over packed sequences, and the names of its parameters, which change by release."""
-
-    kernel: Callable[..., Any]
-    parameters: frozenset[str]
-
-
 @cache
-def varlen() -> Varlen | None:
-    """None where torch has none. Imported on first use: it brings torch's compiler, which takes as long to
-    import as torch, and CPUs do without."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+def flash() -> OpOverload | None:
+    """torch's flash attention over packed sequences (Dao 2023), None in a version without its windows.
+
+    The operator itself: `torch.nn.attention.varlen` wraps it in one of Python, whose first call imports
+    torch's compiler, for 2 s of a run's first iteration.
+    """
+    packet = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if packet is None:
         return None
-    return Varlen(varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
+    names = {one.name for one in packet.default._schema.arguments}
+    return packet.default if {"window_size_left", "window_size_right"} <= names else None
 
 
-def _varlen_attention(
-    varlen: Varlen, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None
+def _flash_attention(
+    operator: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, window: int | None
 ) -> Tensor:
-    kernel, parameters = varlen
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
-    if "window_size" in parameters:
-        # The kernel counts the tokens to the left of the query, we count the query too.
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
     starts, longest, past = batch.cu_seqlens, batch.max_len, batch.past
-    if not past:
-        return kernel(q, k, v, starts, starts, longest, longest, **options)
-    # The kernel lets the last query of a segment see its last key, whatever their numbers.
-    key_starts = starts + past
-    key_starts[0] = 0
-    return kernel(q, k, v, starts, key_starts, longest, max(longest, batch.segments[0] + past), **options)
+    key_starts, keys = starts, longest
+    if past:
+        # The kernel lets the last query of a segment see its last key, whatever their numbers.
+        key_starts, keys = starts + past, max(longest, batch.segments[0] + past)
+        key_starts[0] = 0
+    # No dropout, causal unless the windows say so, no mask to debug. A window has the tokens to the left of
+    # the query; ours counts the query too.
+    given = (q, k, v, starts, key_starts, longest, keys, 0.0, window is None, False)
+    left = -1 if window is None else window - 1
+    return operator(*given, window_size_left=left, window_size_right=0)[0]
 
 
 def _goes_on(q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, int], window: int | None) -> Tensor:

@@ -119,11 +119,17 @@ class Layer(nn.Module):
         return self._row_linear(run.attend(self, qkv), *weights, run)
 
     def _ffn(self, x: Tensor, run: Pass) -> Tensor:
+        return self._row_linear(self._gated(x, run), self.down, self.down_bias, self.down_adapter, run)
+
+    def _gated(self, x: Tensor, run: Pass) -> Tensor:
+        if not run.sharded and self.gate_up_bias is None and self.gate_up_adapter is None:
+            found = run.numerics.gates(x, self.gate_up, self.ffn_blocks)
+            if found is not None:
+                return found
         both = run.numerics.column(x, self.gate_up, self.gate_up_bias, run.sharded)
         if self.gate_up_adapter is not None:
             both = self.gate_up_adapter.add(both, x, run.numerics.group, run.sharded)
-        weights = (self.down, self.down_bias, self.down_adapter)
-        return self._row_linear(run.pointwise.gated(both, self.ffn_blocks), *weights, run)
+        return run.pointwise.gated(both, self.ffn_blocks)
 
     @staticmethod
     def _row_linear(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from puzzle.model.pointwise import has_kernels
 
 FEW = 64
-"""Rows up to which `skinny_gemm` reads weights faster than the BLAS (measured on an H100)."""
+"""Rows up to which `skinny_gemm` reads weights faster than the BLAS (measured on an H100 and an H200)."""
 
 FEW_ON_CPU = 16
 """Rows up to which a CPU multiplies wide matrices from the left."""
@@ -100,8 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """What `linear` gives, where no gradient is wanted."""
-    few = x.dim() == 2 and len(x) <= FEW and x.dtype in (torch.bfloat16, torch.float16)
-    if few and bias is None and has_kernels(x.device):
+    if bias is None and _few(x):
         from puzzle.model.kernels import skinny_gemm
 
         if skinny_gemm.fits(weight, transposed):
@@ -112,6 +111,24 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
             return _ONEDNN(matrix, x, None, "none", [], "").t().contiguous()
         return _ONEDNN(x, matrix, bias, "none", [], "")
     return F.linear(x, matrix, bias)
+
+
+def gates(x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
+    """silu(gate) * up of x @ weight.T as `pointwise.gated` gives it, (rows, F), where one kernel does both.
+
+    None where none does, or gradients are wanted.
+    """
+    if torch.is_grad_enabled() or not _few(x):
+        return None
+    from puzzle.model.kernels import skinny_gemm
+
+    return skinny_gemm.gates(x, weight, blocks) if skinny_gemm.fits_gates(weight, blocks) else None
+
+
+def _few(x: Tensor) -> bool:
+    """Whether `skinny_gemm` multiplies rows such as these faster than the BLAS."""
+    few = x.dim() == 2 and len(x) <= FEW and x.dtype in (torch.bfloat16, torch.float16)
+    return few and has_kernels(x.device)
 
 
 def few_and_wide(x: Tensor, matrix: Tensor) -> bool:

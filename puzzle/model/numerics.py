@@ -54,6 +54,10 @@ class Fast:
         """`parallel.column_linear`."""
         return parallel.column_linear(x, weight, bias, self.group, sharded)
 
+    def gates(self, x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
+        """`linear.gates`: silu(gate) * up of the own columns, for the rows of a decode pass."""
+        return linear.gates(x, weight, blocks)
+
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         """x @ weight, summed over the group: the own T/tp rows if `sharded`, else all."""
         return self.group.combine(linear.linear(x, weight_transposed, transposed=True), sharded)
@@ -124,6 +128,9 @@ class Invariant(Fast):
 
     def column(self, x: Tensor, weight: Tensor, bias: Tensor | None, sharded: bool) -> Tensor:
         return steady_linear.column(x, weight, bias, self.group, self.parts, sharded)
+
+    def gates(self, x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
+        return None
 
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         return steady_linear.row(x, weight_transposed, self.group, self.parts, sharded)

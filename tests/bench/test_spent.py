@@ -65,7 +65,7 @@ def test_kernels_belong_to_what_launched_them() -> None:
     [
         (
             "void flash::flash_fwd_kernel<cutlass::bfloat16_t>",
-            ["GeneratedBackwardFor_torch_attn__varlen_attn_default", "torch_attn::_varlen_attn"],
+            ["aten::_flash_attention_forward"],
             "attention, forward",
         ),
         ("_backward_k", [f"{ENGINE}_PackedBackward"], "attention, backward"),

@@ -39,14 +39,17 @@ def textbook(q, k, v, seen):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-1, -1), enable_gqa=False):
-    """What torch's documentation says of `varlen_attn`, segment by segment."""
+def flash(
+    q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, debug, *, window_size_left, window_size_right
+):
+    """What torch's documentation says of `varlen_attn`, by the arguments of the operator below it, segment by
+    segment; and four more outputs."""
+    assert not dropout
+    assert not debug
     assert max_q == cu_q.diff().max()
     assert max_k == cu_k.diff().max()
-    if q.shape[1] != k.shape[1]:
-        assert enable_gqa
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    left, right = (-1, 0) if is_causal else window_size
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    left, right = window_size_left, 0 if is_causal else window_size_right
     parts = []
     ends = [list(itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k)]
     for (start, stop), (first, last) in zip(*ends, strict=True):
@@ -58,26 +61,31 @@ def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, window_size=(-
         if right >= 0:
             seen &= j <= i + right
         parts.append(textbook(q[start:stop], k[first:last], v[first:last], seen))
-    return torch.cat(parts)
+    return torch.cat(parts), None, None, None, None
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize(
-    "keys",
-    [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}],
-    ids=lambda keys: " ".join(sorted(keys)),
-)
-def test_the_varlen_kernel_is_asked_for_the_same(keys, window):
-    """Of versions of torch with and without windows, and with heads in groups."""
-    if window is not None and "window_size" not in keys:
-        pytest.skip("no windows before")
-    kernel = attention.Varlen(varlen, frozenset(keys))
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_flash_kernel_is_asked_for_the_same(kv_heads, window):
     batch = pack([[1] * n for n in (5, 1, 7)], 4)
-    heads = (4, 2, 2) if "enable_gqa" in keys else (2, 2, 2)
+    heads = (4, kv_heads, kv_heads)
     q, k, v = (torch.randn(batch.total, n, 8, generator=torch.Generator().manual_seed(n)) for n in heads)
     expected = packed_attention(q, k, v, batch, window)[:13]
-    got = attention._varlen_attention(kernel, q, k, v, batch, window)[:13]
+    got = attention._flash_attention(flash, q, k, v, batch, window)[:13]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_this_torch_has_that_kernel():
+    """Its first outputs, and its positional arguments in the order in which they are given."""
+    operator = attention.flash()
+    assert operator is not None
+    schema = operator._schema
+    positional = [one.name for one in schema.arguments if not one.kwarg_only]
+    assert positional == [
+        *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
+        *("dropout_p", "is_causal", "return_debug_mask"),
+    ]
+    assert schema.returns[0].name == "output"
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
@@ -97,8 +105,7 @@ def test_a_sequence_that_goes_on_sees_what_is_cached_of_it(lengths, kernel, wind
     whole = slots.before(k[past:], v[past:])
     assert all(torch.equal(ours, plain) for ours, plain in zip(whole, (k, v), strict=True))
     if kernel:
-        packed = attention.Varlen(varlen, frozenset({"window_size", "enable_gqa"}))
-        got = attention._varlen_attention(packed, q[past:], *whole, batch, window)
+        got = attention._flash_attention(flash, q[past:], *whole, batch, window)
     else:
         got = packed_attention(q[past:], *whole, batch, window)
     start = 0

@@ -48,12 +48,15 @@ def build() -> None:
         "locks_ptr": WORD,
         **dict.fromkeys(("rows", "width", "depth", "share"), "i32"),
     }
+    tile = {"HEIGHT": 16, "STEP": 128}
     family = {"GROUPS": 8, "SOME": 8, "MOST": 8, "PARTS": 2}
     jobs: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (flash_decode._attend, *attention(1, 1, 0, 0)),
         (flash_decode._attend, *attention(4, 4, 2, 0)),
         (flash_decode._prefix, READ | {"to_ptr": FLOAT}, HEADS | family | {"QUERIES": 7, "PADDED": 64}),
-        (skinny_gemm._product, product, {"TRANSPOSED": True, "HEIGHT": 16, "PARTS": 2}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": True, "SIZE": 0, "PARTS": 2}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 1}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 2}),
     ]
     for kernel, types, constants in jobs:
         names = kernel.arg_names
@@ -67,7 +70,7 @@ def test_kernels_compile() -> None:
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=given, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["_attend", "_attend", "_prefix", "_product"]
+    assert done.stdout.split() == ["_attend", "_attend", "_prefix", *["_product"] * 3]
 
 
 if __name__ == "__main__":

@@ -242,6 +242,18 @@ def test_products_of_few_rows(monkeypatch, rows, transposed, narrow):
         close(out, x @ (weight if transposed else weight.t()), torch.float32)
 
 
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 2), (40, 4), (64, 1)])
+@pytest.mark.parametrize("narrow", [skinny.NARROW, 0])
+def test_gates_of_few_rows(monkeypatch, rows, blocks, narrow):
+    """As of the whole product, gated by itself."""
+    monkeypatch.setattr(skinny, "NARROW", narrow)
+    x = random((rows, 2 * skinny.STEP), torch.float32, 10)
+    weight = random((4 * skinny.COLUMNS, 2 * skinny.STEP), torch.float32, 11)
+    assert skinny.fits_gates(weight, blocks)
+    assert not skinny.fits_gates(weight, 8)
+    close(skinny.gates(x, weight, blocks), pointwise.gated(x @ weight.t(), blocks), torch.float32)
+
+
 def test_parts_are_powers_of_two_with_work_for_each():
     for programs in (1, 3, 8, 1000):
         for capacity in (1, 127, 128, 384, 500, 5000):
@@ -294,6 +306,7 @@ def test_a_cpu_takes_no_kernel_though_triton_is_there(monkeypatch, tmp_path: Pat
         (fused, "gated"),
         (flash_decode, "attend"),
         (skinny, "product"),
+        (skinny, "gates"),
         (gumbel_max, "offers"),
     ):
         monkeypatch.setattr(module, name, refuse)

@@ -11,14 +11,13 @@ pages, S positions of a page, h head_dim.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from puzzle.model.attention import MEMBERS, Slots
+from puzzle.model.kernels import multiprocessors
 
 MOST_PARTS = 16
 
@@ -87,14 +86,9 @@ def _parts(programs: int, capacity: int, device: torch.device) -> int:
 
     A power of two, with 128 positions to a part at least.
     """
-    wanted = -(-4 * _multiprocessors(device) // programs)
+    wanted = -(-4 * multiprocessors(device) // programs)
     room = 1 << max(1, capacity // 128).bit_length() - 1
     return min(MOST_PARTS, triton.next_power_of_2(wanted), room)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit(do_not_specialize=["rows"])

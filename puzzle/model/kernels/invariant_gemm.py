@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from puzzle.model.kernels import multiprocessors
+
 MOST_PARTS = 8
 
 ENGINE_DEPTH = 64
@@ -127,7 +129,7 @@ class _Run:
     def by_engine(self, parts: int, add: bool, tile: Tile) -> None:
         """One or two parts, both in one launch, whose programs take one tile after the other."""
         tiles = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.width, tile.columns)
-        programs = min(tiles, tile.programs * _multiprocessors(self.out.device))
+        programs = min(tiles, tile.programs * multiprocessors(self.out.device))
         x_deep, w_deep = _along(self.x) == 1, _along(self.w) == 1
         _large[(programs,)](
             _described(self.x, tile.rows, tile.depth),
@@ -196,11 +198,6 @@ def _described(x: Tensor, long: int, deep: int) -> TensorDescriptor:
 def _has_engine(device: torch.device) -> bool:
     """Hopper's and later GPUs have one; the interpreter plays it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @cache
