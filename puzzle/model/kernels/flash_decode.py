@@ -21,6 +21,9 @@ from puzzle.model.kernels import multiprocessors
 
 MOST_PARTS = 16
 
+PREFIX_UNDER_WAY = 32 << 10
+"""Bytes of keys that `_prefix` loads while it uses those before."""
+
 
 def attend(
     qkv: Tensor,
@@ -51,20 +54,21 @@ def attend(
     if parts > 1:
         scratch = qkv.new_empty((parts, rows * groups * queries, dim + 2), dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(dim))
-    # 32 KiB of keys under way while the block before them is used; an H100 is busy with that.
-    block = max(16, min(128, page, (1 << 14) // padded * 2 // qkv.dtype.itemsize))
+    under_way, warps = _under_way(queries, capacity)
+    shape = (dim, padded, _block(under_way, page, padded, qkv.dtype), page)
     q_weight, k_weight = (cos, cos) if q_norm is None or k_norm is None else (q_norm, k_norm)
     numbers = (rows, k_KPSh.stride(0), table_BP.stride(0), eps, 1.4426950408889634 / dim**0.5)
-    shape, norm = (dim, padded, block, page), q_norm is not None
+    norm = q_norm is not None
     before, shared_B, shared = out, position_B, 0
     if slots.families is not None and window is None:
         members_FM, shared_B = slots.families
         shared = _parts(max(1, rows // MEMBERS) * groups, capacity, qkv.device)
         before = qkv.new_empty((shared, rows * groups * queries, dim + 2), dtype=torch.float32)
         some = min(MEMBERS, max(1, 64 // triton.next_power_of_2(queries)))
+        families = (dim, padded, _block(PREFIX_UNDER_WAY, page, padded, qkv.dtype), page)
         _prefix[(len(members_FM) * (MEMBERS // some) * groups, shared)](
             *(qkv, cos, sin, q_weight, k_KPSh, v_KPSh, members_FM, table_BP, before, *numbers),
-            *(groups, queries, some, MEMBERS, max(16, triton.next_power_of_2(some * queries)), *shape),
+            *(groups, queries, some, MEMBERS, max(16, triton.next_power_of_2(some * queries)), *families),
             *(shared, norm),
             num_warps=4,
         )
@@ -73,7 +77,7 @@ def attend(
         *(shared_B, before, *numbers),
         *(groups, queries, max(16, triton.next_power_of_2(queries)), *shape, window or 0, parts, shared),
         norm,
-        num_warps=4,
+        num_warps=warps,
     )
     if parts > 1:
         lines = rows * groups * queries
@@ -81,12 +85,27 @@ def attend(
     return out
 
 
+def _under_way(queries: int, capacity: int) -> tuple[int, int]:
+    """Bytes of keys that a program loads while it uses those before, and its warps.
+
+    Small blocks leave room for many programs on a multiprocessor, which load while others wait, and waste
+    little at a row's end; long rows, and several queries of a head, are faster with larger ones (measured on
+    an H200).
+    """
+    return (8 << 10, 2) if queries == 1 and capacity <= 1024 else (16 << 10, 4)
+
+
+def _block(under_way: int, page: int, padded: int, dtype: torch.dtype) -> int:
+    """Positions of a block of `under_way` bytes."""
+    return max(16, min(page, under_way // (padded * dtype.itemsize)))
+
+
 def _parts(programs: int, capacity: int, device: torch.device) -> int:
-    """Parts that every row is cut into: so many that the device has four programs per multiprocessor.
+    """Parts that every row is cut into: so many that the device has two programs per multiprocessor.
 
     A power of two, with 128 positions to a part at least.
     """
-    wanted = -(-4 * multiprocessors(device) // programs)
+    wanted = -(-2 * multiprocessors(device) // programs)
     room = 1 << max(1, capacity // 128).bit_length() - 1
     return min(MOST_PARTS, triton.next_power_of_2(wanted), room)
 

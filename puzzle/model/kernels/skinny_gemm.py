@@ -119,9 +119,9 @@ def _product(
         k = at + tl.arange(0, STEP)
         x = tl.load(x_ptr + m[None, :] * depth + k[:, None], mask=(m < rows)[None, :], other=0.0)
         if TRANSPOSED:
-            w = tl.load(w_ptr + k[:, None] * width + n[None, :]).T
+            w = tl.load(w_ptr + k[:, None] * width + n[None, :], eviction_policy="evict_first").T
         else:
-            w = tl.load(w_ptr + n[:, None] * depth + k[None, :])
+            w = tl.load(w_ptr + n[:, None] * depth + k[None, :], eviction_policy="evict_first")
         total = tl.dot(w, x, total, input_precision="ieee")
     inside = (m < rows)[None, :]
     if PARTS == 1:
