@@ -24,9 +24,11 @@ from puzzle.config.supervised import SUPERVISED
 from puzzle.data import hub
 from puzzle.data.examples import load_examples
 from puzzle.data.prompts import load_prompts
+from puzzle.data.tokenizers import load_tokenizer
 from puzzle.spec.model import ModelSpec
 from tests.data.templates import LLAMA3, tokenizer
 from tests.data.test_masks import THINKING
+from tests.reference.tiny import save_lm
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
@@ -260,6 +262,29 @@ def test_the_three_steps_read_their_dataset(name: str, datasets: dict[str, str])
         "<|start_header|>assistant<|end_header|>\n\n"
     )
     assert {own.decode(prompt.tokens) for prompt in prompts.prompts} == {opened}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama-3.1-8b"])
+def test_the_three_steps_run_one_after_the_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datasets: dict[str, str]
+) -> None:
+    """By their commands, with a tiny model in the place of the Hub's."""
+    made, own = tmp_path / "model", tokenizer(THINKING, marked=False)
+    save_lm(made, "qwen3", vocab_size=512, max_position_embeddings=4096, tie_word_embeddings=True)
+    own.save_pretrained(made)
+    monkeypatch.setattr(hub, "_model", lambda name, _weights: (str(made), name.pinned("0" * 40)))
+    monkeypatch.setattr(hub, "_dataset", lambda name: (datasets[name.repo], name.pinned("1" * 40)))
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
+    small = "--device cpu --dtype fp32 --iterations 1 --batch 4 --layout.tp 1 --layout.dp 1 --eval.every 0"
+    short = "--algorithm.minibatch 4 --generation.max_new_tokens 4 --checkpoint.best false"
+    for step in ("sft", "reward-model", "rlhf"):
+        words = commands(ROOT / f"examples/recipes/{name}-{step}.yaml")[0][0]
+        assert main([*words, *small.split(), *(short.split() if step == "rlhf" else ())]) == 0
+    left = Path(f"runs/{name}-rlhf/checkpoints/last")
+    assert load_tokenizer(str(left)).chat_template == own.chat_template
+    assert (left / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
