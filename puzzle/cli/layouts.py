@@ -203,6 +203,8 @@ def job_of(plan: RunPlan, gpus: int, per_node: int, memory: int) -> Job:
         compiled=config.compile,
         staging=config.switch.staging_bytes,
         exact=gpus <= EXACT,
+        invariant=config.numerics == "invariant",
+        numerics_parts=config.numerics_parts,
     )
 
 

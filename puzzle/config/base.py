@@ -21,11 +21,10 @@ from puzzle.config.sections import (
     Sequences,
     SourceConfig,
 )
+from puzzle.plan.activations import PARTS
 
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = get_args(Role)
-PARTS = (1, 2, 4, 8)
-"""Of sums under invariant numerics."""
 SOURCES = ("model", "init", "function", "url")
 
 

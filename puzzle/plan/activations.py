@@ -18,6 +18,8 @@ from puzzle.spec.model import ModelSpec
 from puzzle.spec.tensors import VocabSplit
 
 FP32 = 4
+PARTS = (1, 2, 4, 8)
+"""Into which invariant numerics may cut sums; tensor ranks have whole ones."""
 LOGITS_BLOCK = 1 << 24
 """Most fp32 logits in one tensor (`model.logprobs.BLOCK`)."""
 

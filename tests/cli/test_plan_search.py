@@ -68,6 +68,27 @@ def test_every_plan_is_one_that_runs(config: Path, capsys) -> None:
         checked(forward_only, judged, stages)
 
 
+def test_invariant_numerics_are_counted_and_cut_alike(config: Path, capsys) -> None:
+    """Beyond 32 devices by closed forms; no plan has more tensor ranks than sums have parts."""
+    more = ["--gpus", "64", "--top", "5", "--numerics"]
+    plain, most, two = (
+        searched(config, capsys, *more, *numerics)["plans"]
+        for numerics in (
+            ["fast"],
+            ["invariant", "--numerics_parts", "8"],
+            ["invariant", "--numerics_parts", "2"],
+        )
+    )
+    assert {plan["options"]["generation.layout.tp"] for plan in plain} - {1, 2}
+    fast, parts = (
+        {json.dumps(plan["options"]): plan["memory_bytes"] for plan in plans} for plans in (plain, most)
+    )
+    assert len(fast.keys() & parts.keys()) > 1
+    assert all(fast[options] < parts[options] for options in fast.keys() & parts.keys())
+    keys = ("layout.tp", "generation.layout.tp")
+    assert {plan["options"][key] for plan in two for key in keys} <= {1, 2}
+
+
 def test_plans_say_why_they_are_not_taken(config: Path, capsys) -> None:
     assert main(["plan", "search", "--config", str(config), "--gpus", "4", "--calibration", "a100"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -2,27 +2,34 @@
 
 Ranks of one stage are alike but for optimizer states, of which the first replica has as many rows as any; of
 stages between the ends with as many layers, 1F1B keeps most micro-batches on the first and split backwards
-most on the last.
+most on the last. Where models share a pipeline of split backwards it may be one between: what a stage keeps
+turns where all micro-batches of a model are there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from puzzle.plan.layout import Coord, Layout, Placement
-from puzzle.plan.memory import Switched, Use, Work, rank_memory, weight_bytes
+from puzzle.plan.memory import Switched, Use, Work, largest_pass, rank_memory, weight_bytes
 from puzzle.plan.predict.job import Choice, Job
 from puzzle.plan.predict.shares import local_share
 
 
-def telling_stages(layout: Layout) -> list[int]:
-    """Stages of which one needs the most memory, and one the least."""
-    between: dict[int, list[int]] = {}
-    for stage in range(1, layout.pp - 1):
-        between.setdefault(layout.stage_layers[stage], []).append(stage)
-    return sorted(
-        {0, layout.pp - 1, *(end for stages in between.values() for end in (stages[0], stages[-1]))}
-    )
+def telling_stages(layouts: Sequence[Layout], counts: Sequence[int] = ()) -> list[int]:
+    """Stages of which one needs the most memory, and one the least, of models in `layouts` of as many stages,
+    where those between the ends with as many layers lie side by side. `counts`: micro-batches of an optimizer
+    step of those models that share a pipeline with split backwards."""
+    pp = layouts[0].pp
+    between: dict[tuple[int, ...], list[int]] = {}
+    for stage in range(1, pp - 1):
+        between.setdefault(tuple(layout.stage_layers[stage] for layout in layouts), []).append(stage)
+    ends = {end for stages in between.values() for end in (stages[0], stages[-1])}
+    full = {sum(some) for n in range(1, len(counts) + 1) for some in combinations(counts, n)}
+    turns = {turn for count in full for turn in (count, pp - count) if 0 < turn < pp}
+    return sorted({0, pp - 1} | ends | turns)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,14 @@ class Footprint:
 
 
 def training_footprint(job: Job, choice: Choice) -> Footprint:
-    """Of ranks that train and infer by a choice."""
+    """Of ranks that train and infer by a choice. Under invariant numerics a generation of more tensor ranks
+    cuts their sums too."""
     uses = uses_of(job, choice)
     placement = uses[0].placement
-    stages = sorted({p for use in uses for p in telling_stages(use.placement.layout)})
     work, peak = _work(job, choice.microbatch, None), 0
+    shared = [use for use in uses if use.trained and use.split and choice.fuse_training]
+    counts = [largest_pass(use, work, 0, work.minibatch)[1] for use in shared]
+    stages = telling_stages([use.placement.layout for use in uses], counts)
     always, states, weights = {}, {}, {}
     for p in stages:
         coord = Coord(0, p, 0)
@@ -54,11 +64,14 @@ def training_footprint(job: Job, choice: Choice) -> Footprint:
     return Footprint(placement.layout, always, weights, states, peak)
 
 
-def generation_footprint(job: Job, layout: Layout, decode: int | None, slots: int | None = None) -> Footprint:
-    """Of what generation adds: the cache, and the widest pass."""
-    actor = Use("actor", job.actor.spec, Placement.default(layout), job.itemsize, True, fused=job.fused)
+def generation_footprint(
+    job: Job, layout: Layout, decode: int | None, slots: int | None = None, parts: int | None = None
+) -> Footprint:
+    """Of what generation adds: the cache, and the widest pass; `parts` are those of `Job.parts`."""
+    placement = Placement.default(layout)
+    actor = Use("actor", job.actor.spec, placement, job.itemsize, True, fused=job.fused, parts=parts)
     work, always, weights = _work(job, None, decode, slots), {}, {}
-    for p in telling_stages(layout):
+    for p in telling_stages([layout]):
         coord = Coord(0, p, 0)
         rank = rank_memory(actor.placement.rank_of(coord), [actor], actor, work, Switched(), False)
         always[p] = sum(rank.stages["generation"].values())
@@ -100,6 +113,7 @@ def uses_of(job: Job, choice: Choice) -> list[Use]:
             offload=choice.offload if role.trained else role.offload,
             split=role.trained and choice.split,
             borrowed=role.borrowed,
+            parts=job.parts(choice.training, choice.generation),
         )
         for role in job.roles
     ]

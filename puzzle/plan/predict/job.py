@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from puzzle.plan.activations import PARTS
 from puzzle.plan.layout import Layout
 from puzzle.plan.predict.iteration import Workload
 from puzzle.spec.model import ModelSpec
@@ -40,6 +41,8 @@ class Job:
         staging: bytes that a switch may hold beside the weights it brings.
         without: of `IDEAS`, what no plan shall have.
         exact: whether the caller will plan the switch: then what a rank has of its weights is taken off.
+        invariant: no number depends on layouts.
+        numerics_parts: of its sums that tensor parallelism cuts; None: the largest tp of a plan.
     """
 
     roles: tuple[Role, ...]
@@ -56,11 +59,28 @@ class Job:
     staging: int
     exact: bool
     without: frozenset[str] = frozenset()
+    invariant: bool = False
+    numerics_parts: int | None = None
 
     @property
     def actor(self) -> Role:
         """The model that generates."""
         return self.roles[0]
+
+    def parts(self, *laid: Sizes) -> int | None:
+        """Into which a run in these layouts cuts its sums, as `memory.Use` has it."""
+        if not self.invariant:
+            return None
+        return self.numerics_parts or max(tp for tp, _, _ in laid)
+
+    def parts_beside(self, laid: Sizes) -> set[int | None]:
+        """All that a run may have of which one layout is `laid`."""
+        return {self.parts(laid, (tp, 1, 1)) for tp in PARTS}
+
+    def allows(self, laid: Sizes) -> bool:
+        """Whether tensor ranks of a layout have whole parts of sums."""
+        parts = self.parts(laid)
+        return parts is None or (laid[0] in PARTS and parts % laid[0] == 0)
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,16 @@ def search(job: Job, costs: Costs, top: int) -> Found:
             too_large += 1
             continue
         trained = training_seconds(training.work, costs)
+        cut = {job.parts(training.choice.training): held}
         for one in generations:
             if training.inference + trained + one.seconds > cutoff:
                 break
             if "switch" in job.without and one.sizes != training.choice.training:
                 continue
-            most = together(job, held, one.footprint)
+            parts = job.parts(training.choice.training, one.sizes)
+            if parts not in cut:
+                cut[parts] = training_footprint(job, replace(training.choice, generation=one.sizes))
+            most = together(job, cut[parts], one.footprints[parts])
             if most > job.memory:
                 too_large += 1
                 continue
@@ -161,7 +165,7 @@ class _Generation:
     decode: int | None
     slots: int | None
     seconds: float
-    footprint: Footprint
+    footprints: dict[int | None, Footprint]
 
 
 def _trainings(job: Job, costs: Costs) -> Iterator[_Training]:
@@ -185,7 +189,7 @@ def _common_sizes(job: Job) -> list[Sizes]:
     """Layouts that all models can have."""
     limits = [(role.spec, job.work.minibatch if role.trained else job.work.sequences) for role in job.roles]
     found = [set(sizes(job.ranks, job.per_node, spec, most)) for spec, most in limits]
-    return sorted(set.intersection(*found))
+    return sorted(filter(job.allows, set.intersection(*found)))
 
 
 def _microbatches(rows: int) -> list[int]:
@@ -209,7 +213,7 @@ def _options(job: Job, pp: int) -> Iterator[dict[str, bool]]:
 
 def _generations(job: Job, costs: Costs) -> Iterator[_Generation]:
     spec, work = job.actor.spec, job.work
-    for laid in sizes(job.ranks, job.per_node, spec, work.sequences):
+    for laid in filter(job.allows, sizes(job.ranks, job.per_node, spec, work.sequences)):
         layout = job.layout(spec, laid)
         whole = -(-work.sequences // layout.dp)
         queues = {-(-whole // parts) for parts in PARTS} - {whole} if work.slots is None else set()
@@ -225,8 +229,10 @@ def _queued(job: Job, costs: Costs, laid: Sizes, layout: Layout, slots: int | No
     counts = {1, pp // 2, 2 * pp} - {0, pp} if pp > 1 else set()
     for decode in (None, *sorted({-(-rows // count) for count in counts} - {-(-rows // pp)})):
         asked = replace(work, actor=Part(spec, layout), generation=layout, decode=decode, slots=slots)
-        footprint = generation_footprint(job, layout, decode, slots)
-        yield _Generation(laid, layout, decode, slots, generation_seconds(asked, costs), footprint)
+        footprints = {
+            parts: generation_footprint(job, layout, decode, slots, parts) for parts in job.parts_beside(laid)
+        }
+        yield _Generation(laid, layout, decode, slots, generation_seconds(asked, costs), footprints)
 
 
 def _cutoff(kept: dict[tuple[Sizes, Sizes], list[Plan]], top: int) -> float:
