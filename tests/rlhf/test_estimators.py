@@ -127,6 +127,40 @@ def test_advantages_are_numpys(
     assert not got[~case.experience.mask_BS].any()
 
 
+@given(
+    cases,
+    st.sampled_from(["reward", "loss"]),
+    st.booleans(),
+    st.sampled_from([(1.0, 0.95), (0.9, 0.8)]),
+    st.booleans(),
+    st.sampled_from([None, 2.0]),
+)
+def test_advantages_and_returns_of_ppo_are_numpys(
+    case: Case, place: str, referred: bool, discounts: tuple[float, float], white: bool, clip: float | None
+) -> None:
+    """With a reference and without, whose KL is part of the rewards or not; by token, from random values."""
+    rng = np.random.default_rng(len(case.scores))
+    values = [rng.normal(size=len(row)).tolist() for row in case.logprobs]
+    experience = replace(case.experience, fill=0, values_BS=padded(values))
+    if not referred:
+        experience = replace(experience, ref_logprobs_BS=None)
+    kl = {"place": place, "estimator": "k3"}
+    gamma, lam = discounts
+    options = {"kl": kl, "gamma": gamma, "gae_lambda": lam, "whiten": white, "reward_clip": clip}
+    algorithm = make_algorithm(configured(ppo=options).algorithm)
+    found = algorithm.advantages(experience, torch.tensor(case.scores), 0.2)
+    references = case.references if referred and place == "reward" else None
+    rewards = numpy_ppo.rewards(case.logprobs, references, case.scores.tolist(), 0.2, clip or np.inf, "k3")
+    rows = [numpy_ppo.gae(r, v, gamma, lam) for r, v in zip(rewards, values, strict=True)]
+    advantages, returns = ([row[i] for row in rows] for i in (0, 1))
+    advantages = numpy_ppo.whiten(advantages) if white else advantages
+    assert found.advantages_BS is not None
+    assert found.returns_BS is not None
+    for got_BS, wanted in ((found.advantages_BS, advantages), (found.returns_BS, returns)):
+        flat = [x for row in wanted for x in row]
+        np.testing.assert_allclose(got_BS[experience.mask_BS].numpy(), flat, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ALONE)
 @given(cases, st.randoms(use_true_random=False))
 def test_order_of_groups_and_samples_does_not_matter(name: str, case: Case, random: Any) -> None:

@@ -18,7 +18,7 @@ from puzzle.cli import main
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.rlhf.estimators import majority_at, pass_at
 from puzzle.rlhf.evaluation import summary, table
-from puzzle.rlhf.rewards.builtin import said_answer
+from puzzle.rlhf.rewards.builtin import letter_share, said_answer
 from puzzle.rlhf.scoring import Scores
 from tests.cli.test_hostile import refused
 from tests.reference.tiny import save_lm, save_value
@@ -115,6 +115,28 @@ def test_answers_are_those_of_rollouts_in_every_layout() -> None:
     told = json.loads(Path("one/evaluation.json").read_text())
     assert told["metrics"]["reward"] == pytest.approx(fmean(row["reward"] for row in one), abs=1e-6)
     assert told["config"]["seed"] == 4
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("kind", ["none", "function", "model"])
+def test_rewards_are_asked_as_far_as_there_are_any(kind: str) -> None:
+    """A function alone needs no model, and without either there are answers all the same."""
+    options = {
+        "none": [],
+        "function": ["--reward.function", "puzzle.rlhf.rewards:letter_share", "--reward.workers", "0"],
+        "model": ["--reward.model", "judge"],
+    }[kind]
+    assert main(["evaluate", "lm", *WORDS, "--samples", "2", *options, "--out", kind]) == 0
+    rows = samples(kind)
+    assert [row["sample"] for row in rows] == [0, 1] * 5
+    assert all(("reward" in row) == (kind != "none") for row in rows)
+    metrics = json.loads(Path(kind, "evaluation.json").read_text())["metrics"]
+    assert ("reward" in metrics) == (kind != "none")
+    if kind == "function":
+        shares = letter_share([], [row["response"] for row in rows])
+        assert [row["reward"] for row in rows] == pytest.approx(shares, abs=1e-6)
+    if kind == "model":
+        assert len({row["reward"] for row in rows}) > 1
 
 
 BAD = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from puzzle.engine.pipeline.model import share
 from puzzle.model.packing import pack
-from puzzle.rlhf.experience import Experience, minibatches
+from puzzle.rlhf.experience import Experience, joined, minibatches
 from puzzle.rlhf.microbatches import microbatches
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
@@ -67,6 +67,53 @@ def test_rows_of_prompts(experience):
     for row, response in enumerate(experience.responses):
         assert experience.sequence(row) == experience.prompts[row // experience.samples] + response
     assert experience.mask_BS.sum(1).tolist() == [len(response) for response in experience.responses]
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 3))
+def test_joined_groups_keep_what_is_known_of_them(data, sizes, samples):
+    """Of parts whose log-probs are those of generation, and of others; what a part lacks, all lack."""
+    known = [data.draw(st.sampled_from(["same", "apart", "none"])) for _ in sizes]
+    parts, numbers = [], itertools.count(1)
+    for size, what in zip(sizes, known, strict=True):
+        lengths = data.draw(st.lists(st.integers(1, 5), min_size=size * samples, max_size=size * samples))
+        responses = tuple((next(numbers),) * n for n in lengths)
+        rows_BS = torch.tensor([float(r[0]) for r in responses])[:, None].expand(-1, max(lengths))
+        parts.append(
+            Experience(
+                tuple((next(numbers),) for _ in range(size)),
+                tuple(next(numbers) for _ in range(size)),
+                responses,
+                samples,
+                scores_B=-rows_BS[:, 0],
+                score_parts={"own": rows_BS[:, 0] / 2},
+                logprobs_BS=rows_BS,
+                sampled_logprobs_BS={"same": rows_BS, "apart": rows_BS + 0.5, "none": None}[what],
+                sampled_tokens=sum(lengths),
+            )
+        )
+    every = [(part, group) for part, size in enumerate(sizes) for group in range(size)]
+    groups = data.draw(st.lists(st.sampled_from(every), min_size=1, unique=True))
+    found = joined(parts, groups)
+    assert found.prompt_ids == tuple(parts[part].prompt_ids[group] for part, group in groups)
+    assert found.prompts == tuple(parts[part].prompts[group] for part, group in groups)
+    own = [parts[p].responses[g * samples + s] for p, g in groups for s in range(samples)]
+    apart = [0.5 * (known[p] == "apart") for p, g in groups for s in range(samples)]
+    assert found.responses == tuple(own)
+    assert (found.samples, found.sampled_tokens) == (samples, sum(p.sampled_tokens for p in parts))
+    assert found.scores_B is not None
+    assert found.score_parts is not None
+    assert found.logprobs_BS is not None
+    assert found.scores_B.tolist() == [-r[0] for r in own]
+    assert found.score_parts["own"].tolist() == [r[0] / 2 for r in own]
+    for row, response in enumerate(own):
+        assert set(found.logprobs_BS[row, : len(response)].tolist()) == {float(response[0])}
+    assert found.logprobs_BS.shape == found.mask_BS.shape
+    assert (found.sampled_logprobs_BS is None) == ("none" in known)
+    if found.sampled_logprobs_BS is None:
+        return
+    for row, response in enumerate(own):
+        assert set(found.sampled_logprobs_BS[row, : len(response)].tolist()) == {response[0] + apart[row]}
+    assert (found.sampled_logprobs_BS is found.logprobs_BS) == (set(known) == {"same"})
 
 
 def test_replacing_keeps_rows():

@@ -256,6 +256,27 @@ def test_reward_norm_divides_by_the_spread_of_all_scores_so_far(norm: bool) -> N
         assert log.metrics[number]["reward_std"] == pytest.approx(np.std(plan[number]), abs=1e-7)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_scores_of_greedy_responses_are_scaled_as_those_of_the_others(norm: bool) -> None:
+    """Their difference is the advantage; the spread is that of sampled responses, which are learnt from."""
+    greedy = [[0.5, -1.0, 2.0, 0.0], [1.0, 1.0, -3.0, 0.5]]
+    plan = [[0.85, 1.0, 3.0, -2.0], [1.0, 1.5, 0.0, 4.0]]
+    calls = [list(row) for pair in zip(greedy, plan, strict=True) for row in pair]
+    SCORES.update(train=calls, held_out=[])
+    options = {
+        "name": "remax",
+        "kl": {"place": "loss", "estimator": "k2"},
+        "reward_norm": norm,
+        "reward_clip": None,
+    }
+    log = run(trainer_of(configured(reward={"function": f"{__name__}:scripted"}, algorithm=options)))
+    for number, experience in enumerate(log.experiences):
+        spread = np.std(np.concatenate(plan[: number + 1])) if norm else 1.0
+        wanted = (np.array(plan[number]) - greedy[number]) / spread
+        for row, advantage in zip(rows_of(experience, experience.advantages_BS), wanted, strict=True):
+            assert row == pytest.approx([advantage] * len(row), rel=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rates_of_all_steps_of_a_run(schedule: str, warmup: int) -> None:

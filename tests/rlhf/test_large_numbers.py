@@ -15,7 +15,7 @@ from puzzle.errors import UserError
 from puzzle.rlhf import rewards
 from puzzle.rlhf.algorithms.ppo import value_loss
 from puzzle.rlhf.experience import Experience
-from puzzle.rlhf.rollout import require_summable
+from puzzle.rlhf.rollout import require_finite, require_summable
 
 CONFIG = """\
 iterations: 2
@@ -70,6 +70,20 @@ def test_the_response_is_named_and_what_lies_outside_does_not_count(x: float) ->
     ) as raised:
         require_summable(experience(returns_BS=x_BS), scores)
     assert ", its score 7; " in str(raised.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_not_known_hides_nothing(place: str, known: bool) -> None:
+    """Runs without a critic, or without a reference, have advantages and scores all the same."""
+    good = torch.zeros(4, 5)
+    bad = torch.where(torch.arange(4)[:, None] == 1, torch.nan, good)
+    fields = {name: bad if what == place else good for what, name in PLACES.items() if known or what == place}
+    with pytest.raises(UserError, match=f"^{place} of response 2 of 4 is nan, its score 0;"):
+        require_summable(experience(**fields), torch.zeros(4))
+    found = {what: fields.get(name) for what, name in PLACES.items()}
+    with pytest.raises(UserError, match=f"^{place} of response 2 of 4 is not finite;"):
+        require_finite(experience(), found)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from puzzle.config.resolve import resolve
+from puzzle.config.sections import ModelConfig
 from puzzle.data.prompts import Prompt
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
@@ -241,3 +243,39 @@ def test_the_header_tells_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert header.layouts["training"] == {"tp": 1, "pp": 1, "dp": 1}
     assert header.layouts["critic"] == {"tp": 1, "pp": 1, "dp": 1}
     assert "actor" not in header.layouts
+
+
+def test_the_header_has_all_that_was_configured_and_planned() -> None:
+    names = {"cluster": "here", "variant": "mine", "actor": "a", "critic": "c", "figures": ["figure8"]}
+    config = configured(log={**names, "repeat": 3, "provenance": "rehearsal"})
+    plan, given = resolve(config), {"batch": 4}
+    header = provenance.run_header(replace(plan, given=given), {"device": "cpu", "host": "there"})
+    for name, value in {**names, "repeat": 3, "provenance": "rehearsal", "given": given}.items():
+        told = getattr(header, name)
+        assert (list(told) if name == "figures" else told) == value, name
+    assert header.plan == {"hash": plan.hash, **plan.describe()}
+    assert header.config == {**plan.config.resolved(), "global_batch_size": 4}
+    assert header.hardware["host"] == "there"
+    assert set(header.software) >= {"puzzle", "python", *provenance._PACKAGES}
+    assert header.started is not None
+    assert abs((datetime.fromisoformat(header.started) - datetime.now(UTC)).total_seconds()) < 60
+    assert len({provenance.run_header(plan, {}).run_id for _ in range(3)}) == 3
+
+
+def test_packages_that_are_not_installed_hide_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_PACKAGES", ("numpy", "absent-one", "torch"))
+    software = provenance.run_header(resolve(configured()), {}).software
+    assert software.keys() == {"puzzle", "python", "numpy", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ({"model": "models/mine"}, "mine"),
+        ({"model": "hub/models--org--its-name/snapshots/0123"}, "its-name"),
+        ({"model": "hub/models--its-name/snapshots/0123"}, "its-name"),
+        ({"init": {"preset": "350m"}}, "350m"),
+    ],
+)
+def test_models_are_called_by_their_folder_or_preset(source: dict[str, Any], name: str) -> None:
+    assert provenance._name(ModelConfig.model_validate(source)) == name

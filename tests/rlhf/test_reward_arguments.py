@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.signature import parameters
-from puzzle.rlhf.rollout import reward_batch
+from puzzle.rlhf.rollout import reward_batch, reward_sequences
 
 BATCH = RewardBatch(
     ["2+2", "2+2", "x"],
@@ -122,6 +123,28 @@ def test_a_function_in_a_file(tmp_path, monkeypatch) -> None:
     assert FunctionReward("sub/json.py:score").score(BATCH) == [3.0, 3.0, 3.0]
     with pytest.raises(UserError, match=r"absent\.py:f: /.*absent\.py: no such file"):
         FunctionReward("absent.py:f")
+
+
+@pytest.mark.parametrize("knows_text", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_reward_model_reads_the_same_ids_or_the_same_text(knows_text, reads) -> None:
+    """What its reader makes of each row, where it has one and there are texts; stop texts are no part."""
+    tokenizer = byte_tokenizer()
+    prompts = [Prompt(n, str(n), f"ask {n}", None, tuple(encode(tokenizer, f"ask {n}"))) for n in range(2)]
+    said = ["one##", "two", "three##", "##"]
+    responses = tuple(tuple(encode(tokenizer, text)) for text in said)
+    experience = Experience(tuple(p.tokens for p in prompts), (0, 1), responses, 2)
+
+    def reader(prompt, response, text):
+        return [prompt.index, len(response), *map(ord, text)]
+
+    read: Any = reader if reads else None
+    found = reward_sequences(experience, prompts, tokenizer if knows_text else None, read, ("##",))
+    if knows_text and reads:
+        texts = ["one", "two", "three", ""]
+        assert found == [[n // 2, len(responses[n]), *map(ord, text)] for n, text in enumerate(texts)]
+    else:
+        assert found == [prompts[n // 2].tokens + responses[n] for n in range(4)]
 
 
 def test_the_batch_of_an_experience() -> None:

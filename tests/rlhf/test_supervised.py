@@ -173,6 +173,16 @@ def test_equal_scores_are_half_right() -> None:
     assert pair_metrics(sums)["accuracy"] == 0.5
 
 
+@pytest.mark.parametrize(("right", "pairs"), [(0, 1), (1, 1), (0, 9), (5, 9), (9, 9), (700, 1000)])
+def test_the_interval_of_a_share_of_pairs_is_wilsons(right: int, pairs: int) -> None:
+    scores_R = torch.tensor([[2.0, 0.5]] * right + [[0.5, 1.5]] * (pairs - right)).flatten()
+    found = pair_metrics({name: float(x) for name, x in pair_sums(scores_R).items()})
+    interval = binomtest(right, pairs).proportion_ci(method="wilson")
+    assert found["accuracy"] == pytest.approx(right / pairs)
+    assert found["accuracy_ci95"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-4)
+    assert found["score_gap"] == pytest.approx((1.5 * right - (pairs - right)) / pairs)
+
+
 def test_bradley_terry_and_dpo_are_those_of_transformers_in_every_layout(tmp_path: Path) -> None:
     """In four layouts, with pairs in passes together, alone, and padded; a head that the folder lacks is the
     same in every layout; resumed runs go on bitwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,19 @@ def test_rows_in_any_order_and_cut_give_the_same(name: str, case: Case, random: 
     of_row = torch.split(gradient, case.lengths)
     expected = torch.cat([of_row[row] for part in parts for row in part])
     torch.testing.assert_close(torch.cat([g for _, g in found]), expected)
+
+
+def test_sums_of_responses_are_float64_whatever_they_are_of() -> None:
+    """Log-probs of long responses are large beside what a step changes."""
+    rows = [[1e8, 1.0, -1e8, 0.25], [0.5], [2.0**24, 1.0, 1.0]]
+    responses = Responses.of([len(row) for row in rows], torch.device("cpu"))
+    packed = torch.tensor([x for row in rows for x in row], dtype=torch.float32)
+    found = responses.sums(packed)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [fsum(row) for row in rows]
+    means = responses.mean(packed)
+    assert means.dtype == torch.float32
+    assert means.tolist() == [np.float32(fsum(row) / len(row)) for row in rows for _ in row]
 
 
 def test_what_is_clipped() -> None:
