@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import takewhile
 
 from puzzle.engine.generate.scheduler import Scheduler
 
@@ -28,8 +29,24 @@ def audit(scheduler: Scheduler) -> None:
                 end = (column + 1) * size
                 assert prompts[i][:end] == prompts[j][:end], "sequences share what differs"
                 assert end < min(len(prompts[i]), len(prompts[j])), "a shared page is written to"
+    for group in range(len(scheduler.groups)):
+        assert scheduler.families(group) == families(scheduler, group), "rows share other pages than is said"
     rows = [i for group in scheduler.groups for i in group]
     assert sorted(rows) == sorted(scheduler.running) == sorted(scheduler.tables)
     assert all(len(g) <= size for g, size in zip(scheduler.groups, scheduler.sizes, strict=True))
     assert not set(rows) & set(scheduler.waiting)
     assert len(set(scheduler.waiting)) == len(scheduler.waiting)
+
+
+def families(scheduler: Scheduler, group: int) -> list[tuple[int, list[int]]]:
+    """What `Scheduler.families` should say: rows whose tables begin alike, and for how many positions."""
+    tables = [scheduler.tables[i] for i in scheduler.groups[group]]
+    found = []
+    for first in dict.fromkeys(table[0] for table in tables):
+        rows = [row for row, table in enumerate(tables) if table[0] == first]
+        alike = takewhile(
+            lambda column: len(set(column)) == 1, zip(*map(tables.__getitem__, rows), strict=False)
+        )
+        if len(rows) > 1:
+            found.append((scheduler.page * len(list(alike)), rows))
+    return found

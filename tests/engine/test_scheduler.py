@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from puzzle.engine.generate.scheduler import Scheduler
-from tests.engine.accounting import audit
+from puzzle.engine.generate.scheduler import Changes, Scheduler
+from tests.engine.accounting import audit, families
 
 
 class Driven:
@@ -94,3 +96,44 @@ def test_a_page_is_left_for_everybody_who_is_decoded(pages: int) -> None:
     joined = len(driven.round())
     assert driven.scheduler.pool.free >= joined > 1
     assert joined == pages // 2
+
+
+def touched(scheduler: Scheduler, changes: Changes) -> set[int]:
+    """Groups of which a row changed."""
+    rows = {row for move in changes.moves for row in move} | {*changes.parked}
+    rows |= {join.row for join in changes.joins}
+    ends = [start + size for start, size in zip(scheduler.starts, scheduler.sizes, strict=True)]
+    return {next(group for group, end in enumerate(ends) if row < end) for row in rows}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 14), st.integers(1, 5)), min_size=1, max_size=6),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.integers(0, 8),
+    st.lists(st.tuples(st.sampled_from(["round", "leave", "read"]), st.integers(0, 29)), max_size=40),
+)
+def test_families_are_found_anew_only_where_rows_change(
+    texts: list[tuple[int, int]], sizes: list[int], more: int, events: list[tuple[str, int]]
+) -> None:
+    """Whoever joins, ends, is put back or grows, they are those of the block tables."""
+    prompts = [[n] * length for n, (length, samples) in enumerate(texts) for _ in range(samples)]
+    driven = Driven(prompts, 12, tuple(sizes), 7 + more)
+    scheduler, groups = driven.scheduler, range(len(sizes))
+    for event, number in events:
+        before = [scheduler.families(group) for group in groups]
+        changes = Changes()
+        if event == "round":
+            driven.ended[number % len(prompts)] |= number % 3 == 0
+            changes = scheduler.between(True)
+            audit(scheduler)
+            for group in groups:
+                scheduler.drew(group)
+        elif event == "leave":
+            changes = scheduler.leave(number % len(sizes), True)
+        else:
+            driven.read()
+        for group in groups:
+            assert scheduler.families(group) == families(scheduler, group)
+            if group not in touched(scheduler, changes):
+                assert scheduler.families(group) is before[group]

@@ -92,6 +92,8 @@ class Scheduler:
         self.put_back = 0
         self._thinned: set[int] = set()
         self._done: list[int] = []
+        # Of groups whose rows are as they were: a sequence in a row keeps its first page.
+        self._families: dict[int, list[tuple[int, list[int]]]] = {}
         numbers: dict[tuple[int, ...], int] = {}
         self._prompt = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         self._fresh = [0] * len(numbers)  # waiting samples of a prompt that have drawn nothing
@@ -126,12 +128,13 @@ class Scheduler:
     def families(self, group: int) -> list[tuple[int, list[int]]]:
         """The rows of a group, counted from its first, that share whole pages of a prompt, two at least, and
         how many positions these have."""
-        found: dict[int, tuple[int, list[int]]] = {}
-        for row, i in enumerate(self.groups[group]):
-            whole = (len(self.prompts[i]) - 1) // self.page * self.page
-            if whole and self.pool.holders[first := self.tables[i][0]] > 1:
-                found.setdefault(first, (whole, []))[1].append(row)
-        return [family for family in found.values() if len(family[1]) > 1]
+        if group not in self._families:
+            found: dict[int, tuple[int, list[int]]] = {}
+            for row, i in enumerate(self.groups[group]):
+                if whole := (len(self.prompts[i]) - 1) // self.page * self.page:
+                    found.setdefault(self.tables[i][0], (whole, []))[1].append(row)
+            self._families[group] = [family for family in found.values() if len(family[1]) > 1]
+        return self._families[group]
 
     def drew(self, group: int) -> None:
         """A pass drew a token for every row in use of a group."""
@@ -172,6 +175,7 @@ class Scheduler:
         """Rows of released requests: the last row in use moves into each, and those behind are parked."""
         for group in sorted(self._thinned):
             order, start = self.groups[group], self.starts[group]
+            self._families.pop(group, None)
             before = tuple(order)
             for row in reversed(range(len(before))):
                 if order[row] not in self.running:
@@ -269,6 +273,7 @@ class Scheduler:
         )
         row = self.starts[group] + len(self.groups[group])
         self.groups[group].append(i)
+        self._families.pop(group, None)
         self.running[i], self.tables[i] = group, pages
         changes.joins.append(Join(row, i, read[-1], cached, self.drawn[i], tuple(pages)))
 
