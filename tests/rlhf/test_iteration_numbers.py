@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,39 @@ def test_evaluations_draw_the_same_each_time_whatever_the_batch() -> None:
     greedy = run(trainer_of(configured(actor=still, critic=still, eval={"every": 1, "greedy": True})))
     assert greedy.held_out[0][0].responses != answers[0][0]
     assert greedy.held_out[0][0].responses == greedy.held_out[1][0].responses
+
+
+def test_evaluations_have_noise_of_their_own() -> None:
+    """Not that of the first iteration, whose responses to the same prompts would be the same."""
+    trainer = trainer_of(configured(batch=8, iterations=1, eval={"every": 1}))
+    trainer.data = replace(trainer.data, held_out=trainer.data.train.prompts)
+    log = run(trainer)
+    evaluated = dict(zip(log.held_out[0][0].prompt_ids, log.held_out[0][0].responses, strict=True))
+    (drawn,) = log.experiences
+    pairs = [(r, evaluated[i]) for i, r in zip(drawn.prompt_ids, drawn.responses, strict=True)]
+    assert len(pairs) == 8
+    assert sum(a != b for a, b in pairs) > 4
+
+
+@pytest.mark.parametrize("least", [0, 1, 3, 5])
+def test_nothing_ends_a_response_before_its_least_length(least: int) -> None:
+    """Where half of all tokens would."""
+    config = configured(batch=8, iterations=1, generation={"samples": 4, "min_new_tokens": least})
+    log = run(trainer_of(config, stop_ids=range(0, 40, 2)))
+    lengths = [len(response) for response in log.experiences[0].responses]
+    assert min(lengths) == min(5, least + 1)  # a stop token is one more
+    assert max(lengths) == 5
+    for response in log.experiences[0].responses:
+        assert all(token % 2 for token in response[:-1]), "the first stop token ends it"
+        assert len(response) == 5 or not response[-1] % 2
+
+
+def test_responses_are_drawn_as_configured() -> None:
+    options = {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 6}
+    found = rollout.sampling_params(configured(generation=options, seed=9), (5, 6))
+    for name, value in {**options, "greedy": False, "stop_ids": (5, 6), "seed": 9}.items():
+        assert getattr(found, name) == value, name
+    assert rollout.sampling_params(configured(generation={"greedy": True}), ()).greedy
 
 
 @pytest.mark.parametrize(("batch", "samples", "parts"), [(2, 1, [2, 2, 2, 1]), (2, 2, [4, 3]), (8, 1, [7])])

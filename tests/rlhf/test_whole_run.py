@@ -63,7 +63,8 @@ def config(folder: Path, task: str, **changes: Any) -> RunConfig:
         data["max_tokens"] = 40
         values["task"] = task
     for name, value in changes.items():
-        values[name] = value if name == "reward" else {**values[name], **value} if name in values else value
+        merged = isinstance(value, dict) and name != "reward" and name in values
+        values[name] = {**values[name], **value} if merged else value
     return TrainConfig.model_validate(values) if task == "rl" else config_of(values)
 
 
@@ -168,6 +169,83 @@ def test_functions_may_compute_as_long_as_they_are_allowed_and_end_with_the_run(
 def children() -> set[str]:
     """Processes of this one that have not been waited for."""
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+PLANNED = [1.0, 5.0, 2.0, 3.0, 4.0]
+"""Held-out rewards: the best is early, and all later ones are better than none."""
+
+
+def planned(folder: Path) -> Callable[..., list[float]]:
+    """A reward function that gives these to held-out prompts, and to others what their letters say."""
+    evaluations = folder / "evaluations"  # what a resumed run's function has to know, too
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        if not prompts[0].startswith("test"):
+            return [float(sum(map(ord, response)) % 7) for response in responses]
+        done = len(evaluations.read_text()) if evaluations.exists() else 0
+        evaluations.write_text("." * (done + 1))
+        return [PLANNED[done]] * len(responses)
+
+    return score
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("lr", [0.003, 0.5])
+def test_a_resumed_run_knows_all_that_a_run_in_one_piece_does(folder: Path, task: str, lr: float) -> None:
+    """The same numbers, whether losses fall or rise; and a model is the best beside those before it, too."""
+    role = "reward" if task == "reward-model" else "actor"
+    options: dict[str, Any] = {"checkpoint": {"every": 2, "best": True, "asynchronous": False}}
+    options[role] = {"init": MODEL, "optimizer": {"lr": lr, "warmup": 3, "schedule": "cosine"}}
+    if task == "rl":
+        kl = {"coef": 0.3, "target": 0.01, "horizon": 4}
+        options["algorithm"] = {"reward_norm": True, "kl": kl}
+        options |= {"reward": {"function": "given", "workers": 0}, "batch": 3}
+    asked = config(folder, task, **options)
+    asked = asked.model_copy(update={"iterations": 4})
+    found = []
+    for name in ("whole", "parts"):
+        own = folder / name
+        own.mkdir()
+        more = (planned(own),) if task == "rl" else ()
+        if name == "parts":
+            interrupt(asked, own / "out", 2, *more)
+        found.append(start(asked, own / "out", name == "parts", "", None, None, *more))
+    for kind in ("iteration", "evaluation"):
+        told = [[(r["iteration"], untimed(r["metrics"])) for r in of(records, kind)] for records in found]
+        assert told[0] == told[1]
+        assert [number for number, _ in told[0]] == list(range(4 if kind == "iteration" else 5))
+    heldout = [record["metrics"] for record in of(found[0], "evaluation")]
+    quality = [metrics["reward"] if task == "rl" else -metrics["loss"] for metrics in heldout]
+    best = [n for n, x in enumerate(quality) if x > max(quality[:n], default=float("-inf"))]
+    for records in found:
+        saved = [r["iteration"] for r in of(records, "checkpoint") if r["path"] == "checkpoints/best"]
+        assert saved == best
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "tokens_per_device_second"}
+
+
+class LostError(Exception):
+    """A run's host is gone."""
+
+
+def interrupt(config: RunConfig, out: Path, done: int, *more: Any) -> None:
+    """The first `done` iterations of a run that ends there without warning."""
+
+    class Lost(session.Recorder):
+        synced = 0
+
+        def sync(self) -> None:
+            super().sync()
+            self.synced += 1
+            if self.synced == done:
+                raise LostError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "Recorder", Lost)
+        with pytest.raises(LostError):
+            start(config, out, False, "", None, None, *more)
 
 
 @pytest.mark.parametrize(("task", "forwards"), [("sft", 0), ("reward-model", 0), ("dpo", 6)])
