@@ -20,6 +20,7 @@ import torch
 from puzzle.bench import device, fit
 from puzzle.cli import Parser, new_file, whole
 from puzzle.cli.plan_switch import model_spec, triple
+from puzzle.config.memory_report import unless_skipped
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
@@ -68,6 +69,9 @@ class Bench(ABC):
 
     device: Annotated[str, option(choices=("auto", "cuda", "cpu"))] = "auto"
     out: Annotated[Path | None, option(type=new_file, help="add the results to it, one JSON per line")] = None
+    skip_memory_check: Annotated[
+        bool, option(help="begin with a warning where memory is counted as too little")
+    ] = False
     timeout: ClassVar[float] = 600.0
     """Seconds that a rank waits for another."""
     smaller: ClassVar[Mapping[str, str]] = {"": "give fewer --layers or a smaller --model"}
@@ -139,7 +143,8 @@ def work(bench: Bench) -> None:
     with bench.join() as world:
         needed, free = bench.memory(world), world.free_memory()
         if needed is not None and free is not None:
-            fit.require(f"bench {bench.command()}", needed, free, bench.smaller)
+            with unless_skipped(bench.skip_memory_check, "--skip-memory-check"):
+                fit.require(f"bench {bench.command()}", needed, free, bench.smaller)
         for found in bench.measure(world):
             if world.rank == 0:
                 bench.report(found, device.facts(world))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from puzzle.config.resolve import Plan, RunPlan
@@ -207,6 +209,17 @@ def require(ranks: Sequence[RankMemory], limit: int, host: str | None = None) ->
             f"rank {most.rank} needs {most.peak / scale:.1f} {unit} in {most.worst},"
             f" {host or 'its device has'} {limit / scale:.1f}; {remedy(most, host is not None)}"
         )
+
+
+@contextmanager
+def unless_skipped(skip: bool, option: str) -> Generator[None]:
+    """What is refused inside says which `option` skips the check; with `skip` it is a warning on stderr."""
+    try:
+        yield
+    except UserError as error:
+        if not skip:
+            raise UserError(f"{error}; {option} begins anyway") from None
+        print(f"warning: {error}; begun anyway", file=sys.stderr)
 
 
 def remedy(rank: RankMemory, on_host: bool = False) -> str:

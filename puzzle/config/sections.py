@@ -361,6 +361,9 @@ class LaunchConfig(Section):
     share_device: bool = Field(
         False, description="processes share GPUs that are too few: slow, for checks of layouts"
     )
+    skip_memory_check: bool = Field(
+        False, description="begin with a warning where memory is counted as too little"
+    )
 
 
 class LogConfig(Section):

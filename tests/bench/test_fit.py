@@ -67,10 +67,26 @@ def test_what_does_not_fit_is_refused_in_a_line(
     assert said.count("\n") == 1
     assert "rank 0 needs " in said
     assert "its part of this host's free memory is " in said
-    assert said.rstrip().rpartition(": ")[2].find(advice) >= 0
+    told, _, skip = said.rstrip().rpartition("; ")
+    assert advice in told.rpartition(": ")[2]
+    configured = name in ("memory", "exact")
+    option = "--launch.skip_memory_check true" if configured else "--skip-memory-check"
+    assert skip == f"{option} begins anyway"
     assert [path for path in tmp_path.rglob("*") if path not in before and path.is_file()] == [
         *(tmp_path / "model").glob("*")
     ]
+
+
+def test_a_bench_that_skips_the_check_warns_and_measures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worlds, "host_free", lambda: 4 * GIB)
+    monkeypatch.setattr(TrainBench, "measure", lambda *_: iter(["measured"]))
+    assert main(["bench", "train", "--device", "cpu", "--skip-memory-check"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "measured\n"
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("warning: bench train: rank 0 needs ")
 
 
 def test_a_switch_needs_two_processes_that_have_room() -> None:

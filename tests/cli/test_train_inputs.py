@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from puzzle.cli import main
 from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.engine.runtime import world as worlds
+from puzzle.runlog.load import load_runs
 from tests.reference.tiny import save_value
 
 CONFIG = """\
@@ -92,6 +94,22 @@ def test_refused_before_the_log_begins(folder, train, options, words):
     assert err.count("\n") == 1
     assert words in err
     assert not (folder / "out").exists()
+
+
+def test_a_run_without_enough_memory_begins_if_told_so(folder, train, monkeypatch):
+    """Responses count at full length, which they may not reach."""
+    monkeypatch.setattr(worlds, "host_free", lambda: 1 << 16)
+    code, _, err = train()
+    assert code == 2
+    assert err.count("\n") == 1
+    *_, option, value, _, _ = err.split()
+    assert (option, value) == ("--launch.skip_memory_check", "true")
+    assert not (folder / "out").exists()
+    code, _, err = train(option, value)
+    assert code == 0
+    assert err.startswith("warning: rank 0 needs ")
+    (run,) = load_runs(folder / "out").runs
+    assert len(run.iterations) == 2
 
 
 OTHER_REWARDS = [

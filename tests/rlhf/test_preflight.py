@@ -52,6 +52,23 @@ def test_a_run_that_does_not_fit_is_refused(place: str, fits: bool) -> None:
     with pytest.raises(UserError) as error:
         preflight.check_memory(plan, world)
     assert (free.told in str(error.value)) == (place == "host")
+    assert str(error.value).endswith("; --launch.skip_memory_check true begins anyway")
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_run_that_skips_the_check_is_warned(
+    place: str, fits: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = resolve(configured(launch={"skip_memory_check": True}))
+    size = 1 << 40 if fits else 1 << 10
+    world: Any = SimpleNamespace(
+        device_memory=size if place == "device" else None,
+        free_memory=lambda: SimpleNamespace(bytes=size, told="free are"),
+    )
+    preflight.check_memory(plan, world)
+    said = capsys.readouterr().err
+    assert said.count("\n") == said.count("warning: rank 0 needs ") == (not fits)
 
 
 @pytest.mark.parametrize("refuses", [True, False])
