@@ -119,3 +119,22 @@ def test_a_task_of_reasoning_gym_makes_and_judges_prompts(tmp_path, monkeypatch,
         assert words in err
         assert err.count("\n") == 1
         assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_an_answer_that_math_verify_cannot_read_is_compared_as_a_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row by row, and the others by what the package says."""
+    read: list[str] = []
+
+    def parse(text: str, parsing_timeout: int) -> list[str]:
+        read.append(text)
+        return [] if "odd" in text else [text.strip("$")]
+
+    def verify(gold: list[str], said: list[str], timeout_seconds: int) -> bool:
+        return gold == said
+
+    monkeypatch.setattr(verifiers, "_math_verify", lambda: (parse, verify))
+    responses, answers = ["4", "odd 5", "odd 6", "7"], ["4", "odd #### 5", "odd #### 7", "$8$"]
+    assert verifiers.math_verify(responses, answers) == [1.0, 1.0, 0.0, 0.0]
+    assert read == ["$4$", "4", "$odd #### 5$", "$odd #### 7$", "$8$", "7"]
