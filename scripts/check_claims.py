@@ -64,7 +64,7 @@ UNMEASURED = [
     (r"figures? \d+(-\d+)?|table \d", "the paper's"),
     (r"(tp|pp) \d", "a drawing's layouts"),
     (r"\| \d+-\d+ GPUs|1-8 GPUs|on 32 GPUs|32 GPUs were", "sizes of scales"),
-    (r"verl 0\.9\.1 \+ vLLM 0\.26\.0|7B|350M|13B|H200|95 %|1\.96|UTF-8", "what was run"),
+    (r"verl 0\.9\.1 \+ vLLM 0\.26\.0|1\.3B|7B|350M|13B|H200|95 %|1\.96|UTF-8", "what was run"),
     (r"(takes )?[23] MB( \||,)", "what the files of a folder take, rounded up"),
     (r"ZeRO-3|2-core host|64 sequences of 256 \+ 256 tokens, bf16", "the work"),
     (r"(after|of) 32 iterations|(all )?80,? (held-out|good)", "the work"),

@@ -13,7 +13,9 @@ from claims.logs import ROOT
 from puzzle.spec.published import published
 
 VISIT = ROOT / "logs/bench/2026-12-01-1xh200-c"
-LATER = ROOT / "logs/bench/2026-12-01-1xh200-families"
+"""Of all workloads of both; FAMILIES and TILES came after it, TILES with fixed lengths of both."""
+FAMILIES = ROOT / "logs/bench/2026-12-01-1xh200-families"
+TILES = ROOT / "logs/bench/2026-12-01-1xh200-tiles"
 FIXED, VARIED, GROUPS = (16, 32, 64, 128, 256), 1024, 512
 WORK = {
     **{count: f"{count} of 256 + 256 tokens" for count in FIXED},
@@ -34,39 +36,59 @@ def ours(sequences: int, name: str = "generate.jsonl", visit: Path = VISIT) -> l
     return row["seconds"] if "seconds" in row else row["arms"]["early stop"]["seconds"]
 
 
+def theirs(sequences: int, visit: Path = VISIT) -> dict[str, Any]:
+    """vLLM's row; it returns log-probabilities, as ours does."""
+    (row,) = (row for row in rows("vllm.jsonl", visit) if row["batch"] == sequences and row["logprobs"] == 0)
+    return row
+
+
 def beside_vllm(sequences: int) -> list[float]:
-    """Runs of each side, seconds of its fastest, tokens per second, and how much less time ours takes; vLLM
-    returns log-probabilities, as ours does. ValueError unless both ran as often."""
-    (row,) = (row for row in rows("vllm.jsonl") if row["batch"] == sequences and row["logprobs"] == 0)
-    if len(row["seconds"]) != len(ours(sequences)):
+    """Runs of each side, seconds of its fastest, tokens per second, and how much less time ours takes.
+
+    ValueError unless both ran as often.
+    """
+    visit = TILES if sequences in FIXED else VISIT
+    row, seconds = theirs(sequences, visit), ours(sequences, visit=visit)
+    if len(row["seconds"]) != len(seconds):
         raise ValueError(f"{sequences} sequences: not as many runs of both")
-    best = min(ours(sequences)), min(row["seconds"])
-    return [len(row["seconds"]), *best, *(row["tokens"] / seconds for seconds in best), best[1] / best[0]]
+    return [len(seconds), *_ratio(min(seconds), row)]
+
+
+def _ratio(best: float, row: dict[str, Any]) -> list[float]:
+    """Our seconds and vLLM's least, tokens per second of both, and how much less ours is."""
+    least = min(row["seconds"])
+    return [best, least, row["tokens"] / best, row["tokens"] / least, least / best]
 
 
 def shared() -> list[float]:
-    """Groups with shared pages read once, beside vLLM's of the visit before: as `beside_vllm`."""
-    (row,) = (row for row in rows("vllm.jsonl") if row["batch"] == GROUPS)
-    best = min(ours(GROUPS, visit=LATER)), min(row["seconds"])
-    return [*best, *(row["tokens"] / seconds for seconds in best), best[1] / best[0]]
+    """Groups with shared pages read once, beside vLLM's of the first visit."""
+    return _ratio(min(ours(GROUPS, "more.jsonl", TILES)), theirs(GROUPS))
 
 
 def visits_apart() -> list[float]:
-    """By how many percent our fixed rows of the two visits differ, at most."""
-    pairs = [(min(ours(count)), min(ours(count, visit=LATER))) for count in FIXED]
+    """By how many percent vLLM's fixed rows of two visits differ, at most."""
+    pairs = [[min(theirs(count, visit)["seconds"]) for visit in (VISIT, TILES)] for count in FIXED]
     return [100 * max(abs(a / b - 1) for a, b in pairs)]
 
 
-def decoded(visit: Path) -> list[float]:
+def varied_again() -> list[float]:
+    """Seconds of the various lengths in the later visit, and of recording graphs there."""
+    (row,) = (row for row in rows("more.jsonl", TILES) if row["sequences"] == VARIED)
+    arm = row["arms"]["early stop"]
+    return [arm["seconds"][0], arm["capture_s"][0]]
+
+
+def decoded(visit: Path, name: str = "generate.jsonl") -> list[float]:
     """Seconds of all and of decoding of the groups."""
-    (row,) = (row for row in rows("generate.jsonl", visit) if row["sequences"] == GROUPS)
+    (row,) = (row for row in rows(name, visit) if row["sequences"] == GROUPS)
     return [row["total_s"], row["decode_s"]]
 
 
 def launched_ahead() -> list[float]:
     """By how many percent kernels launched ahead take less, by sequences."""
     return [
-        100 * (1 - min(ours(count, "ahead.jsonl", LATER)) / min(ours(count, visit=LATER))) for count in FIXED
+        100 * (1 - min(ours(count, "ahead.jsonl", FAMILIES)) / min(ours(count, visit=FAMILIES)))
+        for count in FIXED
     ]
 
 
@@ -76,11 +98,11 @@ def ends_of_ratios() -> list[float]:
     return [min(found), max(found), beside_vllm(VARIED)[-1], shared()[-1]]
 
 
-def setting() -> list[float]:
+def setting(visit: Path = VISIT) -> list[float]:
     """vLLM's: share of the memory, tokens of its cache, most sequences and tokens of a pass, most tokens of
     a sequence."""
-    told = rows("vllm.jsonl")[0]["settings"]
-    log = (VISIT / "vllm.log").read_text()
+    told = rows("vllm.jsonl", visit)[0]["settings"]
+    log = (visit / "vllm.log").read_text()
     (cache_tokens,) = re.findall(r"GPU KV cache size: ([\d,]+) tokens", log)
     (longest,) = re.findall(r"Using max model len (\d+)", log)
     return [
@@ -108,16 +130,31 @@ def varied() -> list[float]:
 
 
 def shares(sequences: int) -> list[float]:
-    """Milliseconds of a decode step, of its floor and beyond it; percent of the time that prefill takes."""
-    (row,) = (row for row in rows("generate.jsonl") if row["sequences"] == sequences)
-    steps = row["new"] - 1
-    step, floor = (1e3 * row[name] / steps for name in ("decode_s", "decode_floor_s"))
-    return [step, floor, step - floor, 100 * row["prefill_s"] / row["total_s"]]
+    """Milliseconds of a decode step before and now, of its floor and beyond it; percent of the time that
+    prefill takes."""
+    found = [
+        next(row for row in rows("generate.jsonl", visit) if row["sequences"] == sequences)
+        for visit in (VISIT, TILES)
+    ]
+    now, steps = found[-1], found[-1]["new"] - 1
+    before, step, floor = (
+        1e3 * seconds / steps for seconds in (found[0]["decode_s"], now["decode_s"], now["decode_floor_s"])
+    )
+    return [before, step, floor, step - floor, 100 * now["prefill_s"] / now["total_s"]]
+
+
+def first_iterations() -> list[float]:
+    """Seconds of the first and the third iteration of a run, now and before."""
+    found: list[float] = []
+    for name in ("first-warm.log", "first-before.log"):
+        lines = re.findall(r"^ +[13]/3 .*$", (TILES / name).read_text(), re.M)
+        found += [float(line.split()[-2]) for line in lines]
+    return found
 
 
 def prefill_rate(sequences: int) -> list[float]:
     """TFLOP/s of the products of all layers of a 7B, over the seconds of prefill."""
-    (row,) = (row for row in rows("generate.jsonl") if row["sequences"] == sequences)
+    (row,) = (row for row in rows("generate.jsonl", TILES) if row["sequences"] == sequences)
     spec = published("7b")
     inner = spec.parameters - 2 * spec.vocab_size * spec.hidden_size  # norms are no more than 0.01 % of it
     return [2 * inner * row["prefilled_tokens"] / row["prefill_s"] / 1e12]
@@ -134,12 +171,18 @@ def peers_rows() -> list[Claim]:
             "| the same, shared pages read once | 1 | {:.3f} | {:.3f} | {:.0f} | {:.0f} | {:.2f} |",
             shared,
         ),
-        Claim(page, "other rows of that visit differ by at most {:.1f} % from these", visits_apart),
+        Claim(page, "vLLM's own rows of fixed lengths differ by at most {:.1f} % between both", visits_apart),
+        Claim(page, "took {:.1f} s, {:.1f} of them for its graphs", varied_again),
         Claim(
             page,
             "{:.2f} of the memory, a cache of {:,d} tokens, at most {:d} sequences at a time and {:d} tokens"
             " of a pass, sequences of up to {:d} tokens",
             setting,
+        ),
+        Claim(
+            page,
+            "for fixed lengths {:.2f}, {:,d} tokens, {:d}, {:d} and {:d}, without FlashInfer's sampler",
+            lambda: setting(TILES),
         ),
         Claim(page, "vLLM took {:.1f} to {:.1f} % less in the visit of 2026-11-29", without_logprobs),
         Claim(page, "{:,d} tokens in all, one run, in which ours recorded {:d} graphs in {:.2f} s", varied),
@@ -148,7 +191,7 @@ def peers_rows() -> list[Claim]:
 
 def performance_rows() -> list[Claim]:
     """Of docs/performance.md."""
-    form = "| {:.2f} | {:.2f} | {:.2f} | {:.0f} % |"
+    form = "| {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.0f} % |"
     page = "docs/performance.md"
     return [
         *(Claim(page, f"| {count} {form}", lambda n=count: shares(n)) for count in FIXED),
@@ -156,7 +199,9 @@ def performance_rows() -> list[Claim]:
             page, "at 256 sequences the layers' products alone are {:.0f} TFLOP/s", lambda: prefill_rate(256)
         ),
         Claim(page, "| by each row | {:.2f} | {:.2f} |", lambda: decoded(VISIT)),
-        Claim(page, "| once for eight rows | {:.2f} | {:.2f} |", lambda: decoded(LATER)),
+        Claim(page, "| once for eight rows | {:.2f} | {:.2f} |", lambda: decoded(FAMILIES)),
+        Claim(page, "| so, in smaller blocks | {:.2f} | {:.2f} |", lambda: decoded(TILES, "more.jsonl")),
+        Claim(page, "{:.2f} s beside {:.2f} s of the third; before, {:.2f} beside {:.2f}", first_iterations),
         Claim(
             page,
             "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} % less at 16, 32, 64, 128 and 256 sequences",

@@ -39,6 +39,21 @@ def seconds(folder: str, stage: str | None = None, first: int = 1) -> float:
     return fmean(one.e2e_seconds if stage is None else one.stage_seconds[stage] for one in late)
 
 
+def one_gpu() -> list[float]:
+    """Seconds of an iteration of a 1.3B/350M pair on one GPU: DeepSpeed-Chat as published and at its best,
+    ours without and with its own; how much less the last takes than the second."""
+    folder = "campaign/1xh200/1.3b_350m_{}_16_1-1-1.jsonl"
+    found = [seconds(folder.format(variant)) for variant in ("dschat", "dschat_best", "base", "opt")]
+    return [*found, found[1] / found[3]]
+
+
+def first_piece() -> list[float]:
+    """Runs of a campaign on one GPU that its first piece ran, and all of them."""
+    log = (ROOT / "logs/campaign/1xh200/campaign.txt").read_text()
+    (found,) = re.findall(r"^(\d+) runs: (\d+) run, \d+ left", log, re.M)
+    return [int(found[1]), int(found[0])]
+
+
 def held_out(folder: str, iteration: int) -> tuple[float, float]:
     """The held-out reward after so many iterations, and half its 95 % interval."""
     (found,) = (one.metrics for one in run(folder).evaluations if one.iteration == iteration)
@@ -107,7 +122,7 @@ def apart(folder: str) -> list[float]:
 
 def price(stage: str) -> list[float]:
     """Seconds of a stage by fast numerics, and by invariant ones of one and two parts with their ratios."""
-    lines = (ROOT / "logs/bench/2026-12-01-1xh200-numerics/second.log").read_text().splitlines()
+    lines = (ROOT / "logs/bench/2026-12-01-1xh200-tiles/exact.log").read_text().splitlines()
     rows = [line.replace(",", "").split() for line in lines if line.startswith(f"{stage} ")]
     fast, *others = [float(rows[0][2]), *(float(row[-3]) for row in rows)]
     return [fast, *(number for other in others for number in (other, other / fast))]
