@@ -1,4 +1,4 @@
-"""Runs as a launcher starts them, in this process: what folders and logs hold against what was asked."""
+"""What folders and logs of whole runs hold, against what was asked."""
 
 from __future__ import annotations
 
@@ -14,72 +14,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from puzzle.config.base import RunConfig
-from puzzle.config.run import TrainConfig
-from puzzle.config.supervised import SupervisedConfig, config_of
 from puzzle.engine.runtime.world import World
 from puzzle.rlhf import session, trainer
-from puzzle.rlhf.supervised import trainer as supervised
 from puzzle.rlhf.supervised.trainer import SupervisedTrainer
-from tests.rlhf.one_process import INIT, configured, run, trainer_of
+from tests.rlhf.one_process import configured, run, trainer_of
+from tests.rlhf.started import MODEL, TASKS, config, laid_out, of, start
 
 MOMENT = "2020-01-02T03:04:05+00:00"
-MODEL = {**INIT, "vocab_size": 262}
-ROWS = {
-    "prompts": [{"prompt": f"ask {n}"} for n in range(5)],
-    "held_out": [{"prompt": f"test {n}"} for n in range(3)],
-    "sft": [{"prompt": f"ask {n}", "response": "yes" * n + "."} for n in range(5)],
-    "pairs": [{"prompt": f"ask {n}", "chosen": "good" * n + ".", "rejected": "bad."} for n in range(5)],
-}
-TASKS = ("rl", "sft", "reward-model", "dpo")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, rows in ROWS.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def config(folder: Path, task: str, **changes: Any) -> RunConfig:
-    """A run of two iterations over those files."""
-    file = {"rl": "prompts", "sft": "sft"}.get(task, "pairs")
-    role = "reward" if task == "reward-model" else "actor"
-    data: dict[str, Any] = {"tokenizer": "bytes"}
-    values: dict[str, Any] = {
-        "iterations": 2,
-        "batch": 2,
-        "device": "cpu",
-        role: {"init": MODEL},
-        "data": data,
-        "eval": {"every": 1},
-        "log": {"plots": False},
-    }
-    if task == "rl":
-        data |= {"prompts": f"{folder}/prompts.jsonl", "eval_prompts": f"{folder}/held_out.jsonl"}
-        data["max_prompt_tokens"] = 8
-        values |= {"reward": {"init": MODEL}, "generation": {"max_new_tokens": 4}}
-    else:
-        data |= dict.fromkeys(("examples", "eval_examples"), f"{folder}/{file}.jsonl")
-        data["max_tokens"] = 40
-        values["task"] = task
-    for name, value in changes.items():
-        merged = isinstance(value, dict) and name != "reward" and name in values
-        values[name] = {**values[name], **value} if merged else value
-    return TrainConfig.model_validate(values) if task == "rl" else config_of(values)
-
-
-def start(config: RunConfig, out: Path, *more: Any) -> list[dict[str, Any]]:
-    """Run it, and read its log."""
-    if isinstance(config, SupervisedConfig):
-        supervised.learn(config, out, *more)
-    else:
-        assert isinstance(config, TrainConfig)
-        trainer.train(config, out, *more)
-    return [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines() if line]
-
-
-def of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [record for record in records if record["record"] == kind]
+folder = pytest.fixture(laid_out)
 
 
 @pytest.mark.parametrize("task", TASKS)
