@@ -133,3 +133,21 @@ def test_the_end_says_where_things_are(tmp_path, monkeypatch):
         "page about the run",
         "done: `puzzle report /elsewhere/run` writes a page about the run",
     ]
+
+
+def test_the_bar_goes_with_the_run_and_lines_stay():
+    """What it erases at the end is the bar's own line."""
+    shown = show(terminal=True)
+    assert shown.endswith("\x1b[2K")
+    assert shown.count("held out after 3 iterations") == 1
+
+
+def test_numbers_have_no_colours(monkeypatch, capsys):
+    """On a terminal, too: they are read in columns."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with Reporter(2) as reporter:
+        reporter.iteration(0, SECONDS, 3.75, METRICS)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "1/2" in line and "0.250" in line)
+    assert "\x1b[1" not in line
+    assert "\x1b[3" not in line

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from itertools import combinations
 from math import isclose
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.cli import main
+from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.errors import UserError
 from puzzle.rlhf.estimators import majority_at, pass_at
-from puzzle.rlhf.evaluation import summary, table
+from puzzle.rlhf.evaluation import Evaluation, summary, table
 from puzzle.rlhf.rewards.builtin import letter_share, said_answer
 from puzzle.rlhf.scoring import Scores
 from tests.cli.test_hostile import refused
@@ -71,6 +75,32 @@ def test_the_majority_is_of_answers() -> None:
     assert found["pass@4"] == 1.0
     assert found["maj@4"] == pytest.approx(fmean([1.0, 1.0, 1.0, 0.25, 0.25]))
     assert "pass@8" not in found
+
+
+@pytest.mark.parametrize(("vocabulary", "positions"), [(10, 13), (9, 13), (10, 12), (99, 99)])
+def test_prompts_that_the_actor_cannot_read_or_answer_are_refused(vocabulary: int, positions: int) -> None:
+    """By the largest token and the longest prompt of all, not of the first: 9, and 5 with 8 to come."""
+    evaluation = Evaluation.__new__(Evaluation)
+    prompts = [(3, 1), (1, 2, 3, 4, 5), (9,), (2, 2)]
+    evaluation.prompts = tuple(Prompt(n, str(n), "", None, tokens) for n, tokens in enumerate(prompts))
+    spec = SimpleNamespace(vocab_size=vocabulary, max_positions=positions)
+    evaluation.actor = SimpleNamespace(spec=spec)  # ty: ignore[invalid-assignment]
+    generation = SimpleNamespace(max_new_tokens=8)
+    evaluation.config = SimpleNamespace(generation=generation)  # ty: ignore[invalid-assignment]
+    words = {9: "token 9, the actor's vocabulary has 9", 12: "5 prompt and 8 new tokens exceed its 12 "}
+    said = words.get(vocabulary) or words.get(positions)
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        evaluation._check()
+
+
+def test_the_table_has_intervals_beside_their_means() -> None:
+    found = {"reward": 0.5, "reward_ci95": 0.125, "pass@1": 1.0, "response_length": 12.25}
+    assert table(found, 3, 2).splitlines() == [
+        "3 prompts, 2 responses each",
+        "  reward                  0.5000 +- 0.1250",
+        "  pass@1                  1.0000",
+        "  response_length        12.2500",
+    ]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from puzzle.cli import main
-from puzzle.data.endings import endings
+from puzzle.data.endings import Endings, endings
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import byte_tokenizer, encode
 from puzzle.errors import UserError
@@ -16,7 +16,7 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.signature import parameters
-from puzzle.rlhf.rollout import reward_batch, reward_sequences
+from puzzle.rlhf.rollout import is_finished, reward_batch, reward_sequences
 
 BATCH = RewardBatch(
     ["2+2", "2+2", "x"],
@@ -171,6 +171,14 @@ def test_the_batch_of_an_experience() -> None:
         [{"role": "user", "content": "Q"}],
     ]
     assert batch.response_ids == [list(response) for response in responses]
+
+
+@pytest.mark.parametrize(
+    ("response", "finished"), [((1, 2), True), ((1, 2, 3), False), ((1, 2, 9), True), ((9, 2, 3), False)]
+)
+def test_without_stop_texts_the_last_token_or_the_length_says_whether_it_ended(response, finished) -> None:
+    prompt = Prompt(0, "0", "", None, (1,))
+    assert is_finished(prompt, response, Endings((9,), (9,)), 3) is finished
 
 
 CONFIG = """\

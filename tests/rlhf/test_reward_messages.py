@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import signal
 import sys
 import threading
 import time
@@ -10,16 +12,19 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from puzzle.errors import UserError
 from puzzle.rlhf.patience import Patience, patience
 from puzzle.rlhf.rewards import server as module
+from puzzle.rlhf.rewards import weighted
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.scores import checked_scores, shown
 from puzzle.rlhf.rewards.server import Limits, ServerReward
 from puzzle.rlhf.rewards.weighted import pickled_function, unpickled_function
+from tests.rlhf.one_process import INIT, configured
 
 
 def batch_of(*responses: str) -> RewardBatch:
@@ -208,3 +213,78 @@ def test_the_reason_of_an_error_is_the_innermost_one() -> None:
     kept.reason = "a text"  # ty: ignore[missing-attribute]
     assert module._reason(kept) == "kept"
     assert module._reason(TimeoutError()) == "TimeoutError"
+
+
+def test_scores_are_those_that_float32_holds() -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert checked_scores("f", [largest, -largest], ["one", "two"]) == [largest, -largest]
+    for beyond in (math.nextafter(largest, math.inf), -math.nextafter(largest, math.inf), 1e300):
+        with pytest.raises(UserError, match=r"float32 ends at 3\.4e\+38, scale or clip it$"):
+            checked_scores("f", [beyond], ["one"])
+    for nothing in (math.inf, math.nan):
+        with pytest.raises(UserError, match=r"\(1 of 1\)$"):
+            checked_scores("f", [nothing], ["one"])
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 9, 20])
+def test_an_answer_has_a_largest_size_and_a_time(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Read in parts, of which none is lost."""
+    monkeypatch.setattr(module, "MOST_BYTES", 8)
+    reward = server(monkeypatch, lambda *_: b"")[0]
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: 5.0))
+    whole = bytes(range(size))
+
+    def answer() -> Any:
+        parts = io.BytesIO(whole)
+        return types.SimpleNamespace(
+            raw=types.SimpleNamespace(read1=lambda _, decode_content: parts.read(4 if decode_content else 0))
+        )
+
+    if size > 8:
+        with pytest.raises(UserError, match=r"^answered more than 0 MiB"):
+            reward._read(answer(), 6.0)
+        return
+    assert reward._read(answer(), 6.0) == whole
+    if size:
+        with pytest.raises(module._Failed, match="too slowly"):
+            reward._read(answer(), 5.0)
+
+
+def test_a_probe_knows_named_functions_and_leaves_given_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, also where the run itself would call it."""
+    made: list[tuple[str, int | None]] = []
+
+    def pool(setup: Any, workers: int | None, _limits: Any) -> Any:
+        made.append((setup.name, workers))
+        return types.SimpleNamespace(each=False)
+
+    monkeypatch.setattr(weighted, "PoolReward", pool)
+
+    def probed(**section: Any) -> list[str] | None:
+        config = configured()
+        reward = type(config.reward).model_validate(section)
+        rewards = weighted.probe(config.model_copy(update={"reward": reward}))
+        return None if rewards is None else [part.name for part in rewards.parts]
+
+    functions = [{"function": "m:a"}, {"function": "given"}, {"function": "m:b", "name": "c"}]
+    assert probed(functions=functions) == ["a", "c"]
+    assert probed(function="given") is None
+    assert probed(init=INIT) is None
+    assert probed(function="m:f", workers=0) == ["f"]
+    assert probed(function="m:f", workers=3) == ["f"]
+    assert made == [("m:a", None), ("m:b", None), ("m:f", None), ("m:f", 3)]
+
+
+def test_a_function_that_calls_the_handler_of_interrupts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that is not the handler of this process: nobody has interrupted it."""
+
+    def interrupts(responses: list[str]) -> list[float]:
+        signal.default_int_handler(signal.SIGINT, None)
+        raise AssertionError
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=r"^reward.function given raised KeyboardInterrupt"):
+            FunctionReward("given", function=interrupts).score(batch_of("one", "two"))
+    finally:
+        signal.signal(signal.SIGINT, before)

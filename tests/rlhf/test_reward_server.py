@@ -145,6 +145,18 @@ def test_it_is_asked_again_where_that_may_help(serve, first) -> None:
     assert len(server.asked) == len(first) + 1
 
 
+def test_names_and_passwords_of_this_host_are_not_sent(serve, monkeypatch, tmp_path) -> None:
+    """A ~/.netrc is for others; a server gets the token that it was given, or nothing."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server, url = serve("right")
+    reward_of(url).score(BATCH)
+    monkeypatch.setenv("REWARDS_OWN_TOKEN", "s3cret")
+    reward_of(url, None, "REWARDS_OWN_TOKEN").score(BATCH)
+    assert [headers.get("Authorization") for headers, _, _ in server.asked] == [None, "Bearer s3cret"]
+
+
 NONSENSE = [
     ("short", "gave 1 scores for 3 responses"),
     ("cut", r"answered '.*scores.*', which is no JSON"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from puzzle.data.examples import Example
 from puzzle.data.masks import Labelled
-from puzzle.rlhf.supervised.objectives import pair_metrics, pair_sums
+from puzzle.rlhf.supervised.objectives import DPO, BradleyTerry, CrossEntropy, pair_metrics, pair_sums
 from tests.helpers import run_ranks
 from tests.reference.tiny import save_lm, save_value
 from tests.rlhf import supervised_truth as truth
@@ -181,6 +181,18 @@ def test_the_interval_of_a_share_of_pairs_is_wilsons(right: int, pairs: int) -> 
     assert found["accuracy"] == pytest.approx(right / pairs)
     assert found["accuracy_ci95"] == pytest.approx((interval.high - interval.low) / 2, rel=1e-4)
     assert found["score_gap"] == pytest.approx((1.5 * right - (pairs - right)) / pairs)
+
+
+def test_metrics_of_objectives_are_means_of_what_was_summed() -> None:
+    """Of four pairs, hence eight answers; by hand."""
+    pairs = {"pairs": 4.0, "right": 3.0, "gap": 10.0}
+    judged = object.__new__(BradleyTerry).metrics({**pairs, "score": 20.0})
+    assert judged == {**pair_metrics(pairs), "score": 2.5}
+    chosen = object.__new__(DPO).metrics({**pairs, "chosen": 2.0, "rejected": -8.0, "tokens": 30.0})
+    rewards = {"chosen_reward": 0.5, "rejected_reward": -2.0}
+    assert chosen == {**pair_metrics(pairs), **rewards, "tokens": 30.0}
+    assert (judged["accuracy"], judged["score_gap"]) == (0.75, 2.5)
+    assert object.__new__(CrossEntropy).metrics({"tokens": 7.0}) == {"tokens": 7.0}
 
 
 def test_bradley_terry_and_dpo_are_those_of_transformers_in_every_layout(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from puzzle.config.load import load_given
 from puzzle.config.run import TrainConfig
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
+from puzzle.rlhf import tracker_process
 from puzzle.rlhf import trackers as module
 from puzzle.rlhf.recorder import Recorder
 from puzzle.rlhf.requirements import check_packages
@@ -259,3 +262,15 @@ def test_the_trackers_themselves_take_it(tmp_path, monkeypatch, name) -> None:
         assert run.data.params["actor.lr"] == "0.5"
     else:
         assert any(path.is_file() for path in tmp_path.rglob("*.wandb" if name == "wandb" else "*.db"))
+
+
+def test_a_tracker_that_nobody_listens_to_ends_as_failed(monkeypatch) -> None:
+    """When its time to finish is over, whatever it does."""
+    ends: list[int] = []
+    over = threading.Event()
+    monkeypatch.setattr(tracker_process, "LAST_SECONDS", 0.05)
+    monkeypatch.setattr(tracker_process.os, "_exit", lambda code: (ends.append(code), over.set()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    assert list(tracker_process.lines()) == ["one\n", "two\n"]
+    assert over.wait(60)
+    assert ends == [1]
