@@ -149,7 +149,7 @@ def test_answers_are_those_of_rollouts_in_every_layout() -> None:
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("kind", ["none", "function", "model"])
-def test_rewards_are_asked_as_far_as_there_are_any(kind: str) -> None:
+def test_rewards_are_asked_as_far_as_there_are_any(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A function alone needs no model, and without either there are answers all the same."""
     options = {
         "none": [],
@@ -157,6 +157,10 @@ def test_rewards_are_asked_as_far_as_there_are_any(kind: str) -> None:
         "model": ["--reward.model", "judge"],
     }[kind]
     assert main(["evaluate", "lm", *WORDS, "--samples", "2", *options, "--out", kind]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == "5 prompts, 2 responses each"
+    assert "samples.jsonl" not in said.out
+    assert f"{kind}: evaluation.json, samples.jsonl\n" in said.err
     rows = samples(kind)
     assert [row["sample"] for row in rows] == [0, 1] * 5
     assert all(("reward" in row) == (kind != "none") for row in rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from puzzle.engine.pipeline.pipeline import Pipeline
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.plan.simulate.cost import CostTable
+from puzzle.rlhf import fusion
 from puzzle.rlhf.fusion import FusedPipeline
 from puzzle.rlhf.models import build_models
 from puzzle.rlhf.rollout import compute_scores
@@ -139,3 +143,50 @@ def test_what_cannot_share_is_refused_before_the_run() -> None:
         resolve(config(1, True))
     resolve(config(2, True))
     resolve(config(1, "auto"))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_simulations_are_of_what_ran_last(monkeypatch: pytest.MonkeyPatch, stages: int, train: bool) -> None:
+    """Models with tied embeddings meet over the pipeline's ends, where those are not one."""
+    layout = SimpleNamespace(pp=stages)
+    models: Any = [
+        SimpleNamespace(
+            name=name,
+            placement=SimpleNamespace(layout=layout),
+            spec=SimpleNamespace(tied=tied),
+            split_backward=True,
+        )
+        for name, tied in (("actor", True), ("critic", False))
+    ]
+    monkeypatch.setattr(fusion, "why_not_fused", lambda _: None)
+    seen: list[tuple[Any, ...]] = []
+
+    def candidate(name: str, groups: Any, given: Any, num_stages: int, build: Any) -> Any:
+        seen.append((name, [group.order for group in groups], given, num_stages, build))
+        return name
+
+    seconds = {"apart": 3.0, "fused": 2.0}
+    monkeypatch.setattr(fusion, "candidate", candidate)
+    monkeypatch.setattr(fusion, "estimate", lambda name, cost: SimpleNamespace(seconds=seconds[name] + cost))
+    pipeline: Any = SimpleNamespace(
+        train=lambda members, _order, defer: [m.model.name for m in members],
+        infer=lambda members, _order: [m.model.name for m in members],
+    )
+    shared = fusion.FusedPipeline("auto", models, lambda _: pipeline)
+    inputs: Any = [
+        SimpleNamespace(model=models[1], batches=[0] * 3, most=4),
+        SimpleNamespace(model=models[0], batches=[0] * 2, most=None),
+    ]
+    assert (shared.train if train else shared.infer)(inputs) == ["critic", "actor"]
+    assert shared.simulated(0.5, train) == {"apart": 3.5, "fused": 2.5}  # ty: ignore[invalid-argument-type]
+    for name, orders, given, num_stages, build in seen:
+        assert [(m.name, m.microbatches, m.tied) for m in given] == [
+            ("actor", 2, stages > 1),
+            ("critic", 4, False),
+        ]
+        assert num_stages == stages
+        assert orders == (
+            [("actor",) * 2, ("critic",) * 4] if name == "apart" else [("actor",) * 2 + ("critic",) * 4]
+        )
+        assert (getattr(build, "keywords", None) == {"split": True}) == train

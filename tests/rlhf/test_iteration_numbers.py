@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puzzle.errors import UserError
-from puzzle.rlhf import rollout
+from puzzle.rlhf import draw, rollout
 from puzzle.rlhf.algorithms import policy, ppo
 from puzzle.rlhf.experience import Experience
 from tests.reference import numpy_ppo
@@ -309,6 +309,30 @@ def test_scores_of_greedy_responses_are_scaled_as_those_of_the_others(norm: bool
         wanted = (np.array(plan[number]) - greedy[number]) / spread
         for row, advantage in zip(rows_of(experience, experience.advantages_BS), wanted, strict=True):
             assert row == pytest.approx([advantage] * len(row), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["remax", "rloo"])
+def test_the_likeliest_responses_are_drawn_where_an_algorithm_asks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to each prompt, after its samples, by the same policy and within the same limits."""
+    drawn: list[tuple[bool, int, Experience]] = []
+    original = draw.rollout
+
+    def rolled(actor: Any, prompts: Any, samples: int, params: Any, *more: Any) -> Experience:
+        found = original(actor, prompts, samples, params, *more)
+        assert len(found.responses) == samples * len(prompts)
+        drawn.append((params.greedy, samples, found))
+        assert (params.max_new_tokens, params.temperature) == (5, 0.7)
+        return found
+
+    monkeypatch.setattr(draw, "rollout", rolled)
+    generation = {"samples": 2, "temperature": 0.7}
+    log = run(trainer_of(configured(algorithm={"name": name}, generation=generation)))
+    kinds = [(False, 2), (True, 1)] if name == "remax" else [(False, 2)]
+    assert [(greedy, samples) for greedy, samples, _ in drawn] == kinds * 2
+    for experience in log.experiences:
+        assert (experience.greedy_scores_P is not None) == (name == "remax")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -279,3 +279,23 @@ def test_packages_that_are_not_installed_hide_no_others(monkeypatch: pytest.Monk
 )
 def test_models_are_called_by_their_folder_or_preset(source: dict[str, Any], name: str) -> None:
     assert provenance._name(ModelConfig.model_validate(source)) == name
+
+
+def test_curves_of_a_run_that_went_on_take_the_place_of_the_former(tmp_path: Path) -> None:
+    for number in range(2):
+        resumed = Resumed(number) if number else None
+        with recorder(tmp_path, resumed, log={"trace": [], "plots": True}) as log:
+            log.write(Iteration(number, *texts.stages(1.0, 0.5, 2.0), {"reward": float(number)}))
+    assert "1.0" in (tmp_path / "plots" / "curves.csv").read_text()
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, world = configured(log={"trace": [], "plots": True}), World(1, 2, torch.device("cpu"))
+    resumed = Resumed(1, tmp_path / "checkpoints" / "state-1", ("a note",))
+    with Recorder(tmp_path / "out", config, world, texts.header(), resumed) as log:
+        log.warn("something")
+        log.write(Iteration(0, *texts.stages(1.0, 0.5, 2.0), {"reward": 1.0}))
+        log.samples(0, experience(), PROMPTS, SAID, Scores(torch.arange(6.0)))
+        log.sync()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")

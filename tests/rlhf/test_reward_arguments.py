@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from puzzle.rlhf.experience import Experience
 from puzzle.rlhf.rewards.batch import RewardBatch
 from puzzle.rlhf.rewards.functions import FunctionReward
 from puzzle.rlhf.rewards.signature import parameters
-from puzzle.rlhf.rollout import is_finished, reward_batch, reward_sequences
+from puzzle.rlhf.rollout import compute_scores, is_finished, reward_batch, reward_sequences
 
 BATCH = RewardBatch(
     ["2+2", "2+2", "x"],
@@ -123,6 +124,46 @@ def test_a_function_in_a_file(tmp_path, monkeypatch) -> None:
     assert FunctionReward("sub/json.py:score").score(BATCH) == [3.0, 3.0, 3.0]
     with pytest.raises(UserError, match=r"absent\.py:f: /.*absent\.py: no such file"):
         FunctionReward("absent.py:f")
+
+
+def test_a_function_without_a_signature_has_prompts_and_responses_alone(monkeypatch) -> None:
+    """As some written in C."""
+
+    def hidden(*given):
+        return given
+
+    def refuse(_function):
+        raise ValueError("no signature")
+
+    monkeypatch.setattr("puzzle.rlhf.rewards.signature.inspect.signature", refuse)
+    found = parameters("f", hidden)
+    assert found.columns(COLUMNS, "data.jsonl") == []
+    values, named = found.arguments(BATCH)
+    assert (values, named) == ([BATCH.prompts, BATCH.responses], {})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "said"),
+    [
+        ([(1, 2), (3,)], None),
+        ([(1, 9), (3,)], None),
+        ([(1, 2), (10,)], "judge: token 10 is outside its vocabulary of 10"),
+        ([(1,) * 4, (1,)], None),
+        ([(1,) * 5, (1,)], "judge: a dialogue of 5 tokens exceeds its 4 positions"),
+        ([(1,), (1,) * 5], "judge: a dialogue of 5 tokens exceeds its 4 positions"),
+    ],
+)
+def test_a_reward_model_refuses_what_it_does_not_know(monkeypatch, sequences, said) -> None:
+    monkeypatch.setattr(
+        "puzzle.rlhf.rollout.MicroBatches", lambda *_: SimpleNamespace(batches=[], passes=[0])
+    )
+    model: Any = SimpleNamespace(name="judge", spec=SimpleNamespace(vocab_size=10, max_positions=4))
+    config: Any = None
+    if said is None:
+        compute_scores(model, sequences, config)
+        return
+    with pytest.raises(UserError, match=f"^{said}"):
+        compute_scores(model, sequences, config)
 
 
 @pytest.mark.parametrize("knows_text", [True, False])

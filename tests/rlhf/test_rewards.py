@@ -249,6 +249,7 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
     )
     (tmp_path / "closes.py").write_text(f"import os, sys\n{line if imported else ''}\n{call}\n")
     code = (
+        f"text = {line!r}\n"
         "import os, sys\n"
         "from puzzle.errors import UserError\n"
         "from puzzle.rlhf.rewards.functions import FunctionReward\n"
@@ -257,6 +258,8 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
         "except UserError as error: found = error\n"
         "file = open('next', 'w')\n"
         "print('out')\n"
+        "if sys.stderr.errors != 'backslashreplace' or 'stdout.close' in text and "
+        "sys.stdout.errors != 'backslashreplace': sys.exit(9)\n"
         "print('err', found, file=sys.stderr)\n"
         "sys.stdout = sys.stderr = None\n"  # whoever takes their place closes nothing
         "os.write(1, b'end\\n'); os.write(2, b'end\\n')\n"
@@ -268,6 +271,23 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
     what = f"reward.function closes:f{': its import' if imported else ''} closed {words} of its process"
     assert (done.stdout, done.stderr) == ("out\nend\n", f"err {what}; leave it open\nend\n")
     assert (tmp_path / "next").read_text() == ""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_that_was_closed_before_is_nobodys_fault(tmp_path, number):
+    """A daemon may have none; characters that its encoding lacks are shown, where it is made anew."""
+    (tmp_path / "closes.py").write_text("import sys\ndef f(prompts, responses): return [0.5]\n")
+    code = (
+        "import os\n"
+        "from puzzle.rlhf.rewards.functions import FunctionReward\n"
+        "from puzzle.rlhf.rewards.batch import RewardBatch\n"
+        f"os.close({number})\n"
+        "score = FunctionReward('closes:f').score(RewardBatch([''], [''], [[1]], [None], ['0'], [True]))\n"
+        f"os.write({3 - number}, repr(score).encode())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=environment)
+    assert (done.stderr if number == 1 else done.stdout) == b"[0.5]"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
 from puzzle.rlhf.rewards import weighted
-from puzzle.rlhf.rewards.batch import RewardBatch
+from puzzle.rlhf.rewards.batch import Arriving, RewardBatch
 from puzzle.rlhf.rewards.scores import LARGEST
 from puzzle.rlhf.rewards.weighted import Part, Scored, WeightedRewards, function_rewards, runs_users_code
 from puzzle.rlhf.scoring import Scorer
@@ -281,3 +281,33 @@ def test_responses_are_heard_early_where_that_helps_and_is_wanted(overlap: Any, 
     reward = {"function": "mine:score", "workers": 2 if each else None}
     config = rewarded(reward, intra={"overlap_rollout": overlap})
     assert trainer_of(config).scorer.listens is (each and overlap is not False)
+
+
+class Each(Fixed):
+    """One that is called for each response, as they come."""
+
+    each = True
+
+    def score_each(self, arriving: Arriving) -> list[float]:
+        found: dict[int, float] = {}
+        while (taken := arriving.get()) is not None:
+            row, one = taken
+            assert len(one) == 1
+            found[row] = float(ord(one.responses[0]))
+        return [found[row] for row in range(arriving.count)]
+
+
+@pytest.mark.parametrize("early", [[], [1], [1, 0], [0, 0]])
+def test_what_came_early_is_scored_once_and_the_rest_when_all_is_there(early: list[int]) -> None:
+    own = [Part("each", 1.0, Each([])), Part("whole", 1.0, Fixed([7.0, 8.0]))]
+    rewards = WeightedRewards(own, 30.0)
+    assert rewards.any_each
+    opened = rewards.open(2)
+    for row in early:
+        opened.add(row, BATCH.row(row))
+    found = opened.complete(BATCH)()
+    assert found.scores == {"each": [97.0, 98.0], "whole": [7.0, 8.0]}
+    assert set(found.spans) == {"each", "whole"}
+    assert all(began <= ended for began, ended in found.spans.values())
+    assert 0 <= found.waited < 30
+    assert found.computed == max(e for _, e in found.spans.values()) - min(b for b, _ in found.spans.values())

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from puzzle.cli import main
 from puzzle.data.tokenizers import byte_tokenizer
+from puzzle.errors import UserError
+from puzzle.rlhf import vocabulary
 from tests.reference.tiny import save_lm, save_value
 
 SMALL, LARGE = 262, 300
@@ -96,3 +99,30 @@ def test_another_tokenizer_is_refused(folder: Path, capsys) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder / "critic-small")
     assert run("out", "large", "small", "large") == 2
     assert "critic: the tokenizer of critic-small is not the actor's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("actor", "size", "prompt", "odd"),
+    [(10, 10, 3, None), (8, 8, 3, None), (8, 7, 3, 7), (10, 9, 3, 9), (99, 10, 3, None), (99, 20, 20, 20)],
+)
+def test_a_model_reads_all_tokens_that_the_actor_reads_or_draws(
+    actor: int, size: int, prompt: int, odd: int | None
+) -> None:
+    """A tokenizer of ten tokens, of which an actor of eight draws no more than those; prompts may have others."""
+    tokenizer = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(10)})
+    data: Any = SimpleNamespace(
+        tokenizer=tokenizer,
+        train=SimpleNamespace(prompts=SimpleNamespace(prompts=[SimpleNamespace(tokens=(0, prompt))])),
+        held_out=None,
+        endings=SimpleNamespace(stop_ids=(1,)),
+    )
+    config: Any = SimpleNamespace(critic=SimpleNamespace(model=None))
+    runtimes: Any = [
+        SimpleNamespace(name=name, spec=SimpleNamespace(vocab_size=rows))
+        for name, rows in (("actor", actor), ("critic", size))
+    ]
+    if odd is None:
+        vocabulary._check(config, data, *runtimes)
+        return
+    with pytest.raises(UserError, match=f"^critic: token {odd}, which .* its vocabulary of {size}$"):
+        vocabulary._check(config, data, *runtimes)

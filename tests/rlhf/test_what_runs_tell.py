@@ -40,6 +40,38 @@ def test_ranks_are_told_before_and_after_all_else(folder: Path, task: str) -> No
         assert rank.get("peak_bytes") is None
 
 
+@pytest.mark.parametrize(
+    ("task", "own"),
+    [
+        ("sft", {"tokens"}),
+        ("reward-model", {"accuracy", "accuracy_ci95", "score_gap", "score"}),
+        ("dpo", {"accuracy", "accuracy_ci95", "score_gap", "chosen_reward", "rejected_reward", "tokens"}),
+    ],
+)
+def test_steps_on_examples_tell_their_loss_speed_and_place(folder: Path, task: str, own: set[str]) -> None:
+    """Of five examples, two at a time: the third step has the last one and the first of the next epoch."""
+    asked = config(folder, task).model_copy(update={"iterations": 4})
+    records, role = start(asked, folder / "out"), "reward" if task == "reward-model" else "actor"
+    common = {
+        f"{role}_loss",
+        f"{role}_grad_norm",
+        f"{role}_lr",
+        "balance",
+        "epoch",
+        "tokens_per_device_second",
+    }
+    for record in of(records, "iteration"):
+        assert set(record["metrics"]) == common | own
+        assert record["metrics"]["tokens_per_device_second"] > 0
+        assert record["metrics"]["balance"] == 1.0
+    epochs = [record["metrics"]["epoch"] for record in of(records, "iteration")]
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 0.0
+    assert epochs[-1] == 1.0
+    for record in of(records, "evaluation"):
+        assert set(record["metrics"]) == {"loss", *own}
+
+
 def test_the_memory_of_a_device_is_told_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch holds, at most; and what others hold now, never less than nothing."""
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 70)
