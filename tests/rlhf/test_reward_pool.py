@@ -133,3 +133,11 @@ def test_a_process_killed_from_outside_is_named_and_the_pool_closes(folder) -> N
     with pytest.raises(UserError, match=r"at response 2 of 4 \('three'\) ended by SIGKILL"):
         reward.score(batch_of("sleep"))
     assert reward.pids == []
+
+
+@pytest.mark.parametrize("event", ["raise", "nan"])
+def test_no_process_outlives_an_error(folder, event) -> None:
+    reward = pooled("at", 2)
+    with pytest.raises(UserError):
+        reward.score(batch_of(event))
+    assert reward.pids == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -311,3 +312,24 @@ def test_what_came_early_is_scored_once_and_the_rest_when_all_is_there(early: li
     assert all(began <= ended for began, ended in found.spans.values())
     assert 0 <= found.waited < 30
     assert found.computed == max(e for _, e in found.spans.values()) - min(b for b, _ in found.spans.values())
+
+
+def test_a_run_that_ends_early_does_not_wait_for_responses() -> None:
+    """What was listening for them is a daemon, and says by its name what it does."""
+    before = set(threading.enumerate())
+    asked, world = scorer(WeightedRewards([Part("each", 1.0, Each([]))], 30.0))
+    asked.listens = True
+    actor: Any = SimpleNamespace(
+        coord=SimpleNamespace(d=0),
+        placement=SimpleNamespace(coord_of=lambda _: SimpleNamespace(d=0), layout=SimpleNamespace(dp=1)),
+        rows=range,
+    )
+    heard = asked.listen(actor, 2, lambda row, _tokens: BATCH.row(row))
+    assert heard is not None
+    new = set(threading.enumerate()) - before
+    assert {thread.name for thread in new} == {"rewards begin", "reward each"}
+    assert all(thread.daemon for thread in new)
+    heard(1, (1,))
+    scores = asked.finish(asked.begin(lambda: BATCH), None)
+    assert scores.total_B.tolist() == [97.0, 98.0]
+    assert world.busy

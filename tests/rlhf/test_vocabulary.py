@@ -108,7 +108,7 @@ def test_another_tokenizer_is_refused(folder: Path, capsys) -> None:
 def test_a_model_reads_all_tokens_that_the_actor_reads_or_draws(
     actor: int, size: int, prompt: int, odd: int | None
 ) -> None:
-    """A tokenizer of ten tokens, of which an actor of eight draws no more than those; prompts may have others."""
+    """Of a tokenizer's ten tokens an actor of eight draws no others; prompts may have more."""
     tokenizer = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(10)})
     data: Any = SimpleNamespace(
         tokenizer=tokenizer,
