@@ -141,3 +141,10 @@ def test_no_process_outlives_an_error(folder, event) -> None:
     with pytest.raises(UserError):
         reward.score(batch_of(event))
     assert reward.pids == []
+
+
+def test_no_process_outlives_a_function_that_is_not_there(folder) -> None:
+    reward = pooled("absent", 2)
+    with pytest.raises(UserError, match="has no function absent"):
+        _ = reward.parameters
+    assert reward.pids == []
