@@ -11,8 +11,8 @@ from puzzle.spec.model import ModelSpec
 PREFILL_TOKENS = 8192
 """Most tokens of a prefill pass; longer sequences are cached in parts."""
 PAGE = 128
-"""Positions of a page of the key/value cache on CUDA: as many as the decode kernel reads at a time. On a CPU
-a sequence has one page, so that rows are read where they lie."""
+"""Positions of a page of the key/value cache on CUDA: as many as decode kernels read at a time, at most. On a
+CPU a sequence has one page, so that rows are read where they lie."""
 KEPT_FREE = 0.02
 """Share of a device's memory that the cache leaves free, for what no formula counts."""
 

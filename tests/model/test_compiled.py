@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+SMALLEST = 99 << 10
+"""Shared memory of a program on GPUs with the least of it (compute capability 8.6, 8.9)."""
 HALF, WORD, FLOAT = "*bf16", "*i32", "*fp32"
 HEADS = {"DIM": 128, "WIDTH": 128, "BLOCK": 128, "PAGE": 128, "NORM": True}
 READ = {
@@ -58,12 +60,21 @@ def build() -> None:
         (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 1}),
         (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 2}),
     ]
-    for kernel, types, constants in jobs:
+
+    def compiled(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], **more: int):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
         held = {(names.index(name),): value for name, value in constants.items() if name in names}
-        triton.compile(ASTSource(kernel, signature, held), target=GPUTarget("cuda", 90, 32))
-        print(kernel.__name__)
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(ASTSource(kernel, signature, held), target=target, options=more)
+
+    for job in jobs:
+        compiled(90, *job)
+        print(job[0].__name__)
+    high = tile | {"HEIGHT": 64, "TRANSPOSED": False, "SIZE": 0, "PARTS": 2}
+    stages = skinny_gemm._stages((64 + 64) * 128 * 2, 1, SMALLEST)
+    found = compiled(89, skinny_gemm._product, product, high, num_warps=4, num_stages=stages)
+    assert found.metadata.shared <= SMALLEST, found.metadata.shared
 
 
 def test_kernels_compile() -> None:

@@ -242,6 +242,24 @@ def test_products_of_few_rows(monkeypatch, rows, transposed, narrow):
         close(out, x @ (weight if transposed else weight.t()), torch.float32)
 
 
+@pytest.mark.parametrize("room", [48 << 10, 99 << 10, 163 << 10, 227 << 10])
+def test_tiles_under_way_have_room(room):
+    """On every GPU: those of one program, however few of them a product has."""
+    for height in (16, 32, 64):
+        for step in (64, 128):
+            tile = (skinny.COLUMNS + height) * step * 2
+            stages = [skinny._stages(tile, together, room) for together in (1, 2, 3, 12)]
+            assert stages == sorted(stages, reverse=True)
+            assert all(1 <= some <= max(1, room // tile) for some in stages)
+
+
+def test_offsets_of_a_weight_fit_into_31_bits():
+    for rows, fits in ((1 << 20, False), ((1 << 20) - skinny.COLUMNS, True)):
+        weight = torch.empty(rows, 1 << 11, dtype=torch.bfloat16, device="meta")
+        assert skinny.fits(weight, False) == skinny.fits_gates(weight, 1) == fits
+        assert skinny.fits(weight.t().contiguous(), True) == fits
+
+
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 2), (40, 4), (64, 1)])
 @pytest.mark.parametrize("narrow", [skinny.NARROW, 0])
 def test_gates_of_few_rows(monkeypatch, rows, blocks, narrow):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzle.model.kernels import multiprocessors
+from puzzle.model.kernels import multiprocessors, room
 
 COLUMNS, STEP = 64, 128
 """Columns and most depth of a tile; both must divide the weight's."""
@@ -31,9 +31,10 @@ _COLUMNS = tl.constexpr(COLUMNS)
 
 
 def fits(weight: Tensor, transposed: bool) -> bool:
-    """Whether `product` can take the weight."""
+    """Whether `product` can take the weight, whose elements it counts in 31 bits."""
     depth, width = weight.shape if transposed else weight.shape[::-1]
-    return width % COLUMNS == 0 and depth % STEP == 0 and weight.is_contiguous()
+    whole = width % COLUMNS == 0 and depth % STEP == 0 and weight.is_contiguous()
+    return whole and weight.numel() < 1 << 31
 
 
 def product(x_MK: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -75,9 +76,15 @@ def _launch(x_MK: Tensor, weight: Tensor, transposed: bool, out: Tensor, size: i
         *(x_MK, weight, out, partial, locks, rows, width, depth, share),
         *(transposed, size, height, step, parts),
         num_warps=4,
-        num_stages=max(3, min(5, UNDER_WAY // (together * tile))),
+        num_stages=_stages(tile, together, room(x_MK.device)),
     )
     return out
+
+
+def _stages(tile: int, together: int, room: int) -> int:
+    """Tiles of so many bytes that a program has under way: so many programs are `together` on a
+    multiprocessor, and each may have `room` bytes of it."""
+    return max(1, min(room // tile, max(3, min(5, UNDER_WAY // (together * tile)))))
 
 
 @cache
