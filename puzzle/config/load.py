@@ -25,6 +25,8 @@ from puzzle.files.jsonio import parse
 
 Config = TypeVar("Config", bound=RunConfig)
 Schema = type[BaseModel]
+_MARKS = frozenset('[]{}"')
+"""Without them a list's value is names between commas."""
 COMMANDS: Mapping[str, Schema] = {TrainConfig.task_name(): TrainConfig, **SUPERVISED}
 """Commands that run a configuration, and what it may say."""
 
@@ -108,22 +110,34 @@ def parse_overrides(
         if argument.startswith("--") and name not in known and name != "help":
             raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')), schema)}")
     _refuse_words_for_sections(arguments, schema)
-    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in schema.model_fields.items()}
     try:
-        source = CliSettingsSource[Any](
-            create_model("Arguments", __base__=BaseSettings, **fields),
-            cli_prog_name=program,
-            cli_parse_args=list(arguments),
-            cli_exit_on_error=False,
-            cli_parse_none_str="null",
-            cli_hide_none_type=True,
-        )
-        return source()
+        return _read(arguments, schema, program)
     except SettingsError as error:
-        if isinstance(error.__cause__, JSONDecodeError):
-            raise UserError(f"{_without_json(arguments)}: neither JSON nor names between commas") from None
+        if _of_a_list(error):
+            raise UserError(
+                f"{_unreadable(arguments, schema)}: neither JSON nor names between commas"
+            ) from None
         text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
         raise UserError(" ".join(text.split())) from None
+
+
+def _read(arguments: Sequence[str], schema: Schema, program: str) -> dict[str, Any]:
+    """Nested values; SettingsError for what is no command line."""
+    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in schema.model_fields.items()}
+    source = CliSettingsSource[Any](
+        create_model("Arguments", __base__=BaseSettings, **fields),
+        cli_prog_name=program,
+        cli_parse_args=list(arguments),
+        cli_exit_on_error=False,
+        cli_parse_none_str="null",
+        cli_hide_none_type=True,
+    )
+    return source()
+
+
+def _of_a_list(error: SettingsError) -> bool:
+    """Whether a list cannot be read; what is wrong with options or their number has other causes."""
+    return isinstance(error.__cause__, (JSONDecodeError, SettingsError))
 
 
 def _refuse_words_for_sections(arguments: Sequence[str], schema: Schema) -> None:
@@ -143,15 +157,15 @@ def _refuse_words_for_sections(arguments: Sequence[str], schema: Schema) -> None
         )
 
 
-def _without_json(arguments: Sequence[str]) -> str:
-    """The option whose value, a list, is no JSON; all that may be meant where several are."""
+def _unreadable(arguments: Sequence[str], schema: Schema) -> str:
+    """The options whose values, lists, cannot be read: alone they cannot, either."""
     found = list[str]()
     for option, value in _options(arguments):
         try:
-            if value.startswith(("[", "{")):
-                parse(value, option)
-        except UserError:
-            found.append(f"{option} {shown(value)}")
+            if not _MARKS.isdisjoint(value):
+                _read([f"{option}={value}"], schema, "puzzle")
+        except SettingsError as error:
+            found += [f"{option} {shown(value)}"] if _of_a_list(error) else []
     return ", ".join(found) or "the command line"
 
 

@@ -185,6 +185,13 @@ WRONG = [
     ),
     (["--actor.lora.targets", ""], "actor.lora.targets: '' is no projection of a layer"),
     (["--actor.lora.targets", "[[q_proj]]"], "--actor.lora.targets '[[q_proj]]': neither JSON nor names"),
+    *(
+        (
+            ["--batch", "4", "--generation.stop", value, "--actor.model=[m"],
+            f"--generation.stop {value!r}: neither JSON nor names between commas",
+        )
+        for value in ("[{", '"a', 'a,"b', "a,[b", '["a', '[{"a":1},', '{"a')
+    ),
     (["--layout", "abc"], "--layout 'abc': a section of keys; give one as --layout.tp VALUE, or JSON such"),
     (["--layout", "{tp: 2}"], "--layout '{tp: 2}': a section of keys; give one as --layout.tp VALUE"),
     (["--layout=[2]"], "--layout '[2]': a section of keys"),
