@@ -124,8 +124,7 @@ def price(stage: str) -> list[float]:
     """Seconds of a stage by fast numerics, and by invariant ones of one and two parts with their ratios."""
     lines = (ROOT / "logs/bench/2026-12-01-1xh200-tiles/exact.log").read_text().splitlines()
     rows = [line.replace(",", "").split() for line in lines if line.startswith(f"{stage} ")]
-    fast, *others = [float(rows[0][2]), *(float(row[-3]) for row in rows)]
-    return [fast, *(number for other in others for number in (other, other / fast))]
+    return [float(rows[0][2]), *(float(number) for row in rows for number in row[-3:-1])]
 
 
 def iterations_seconds(folder: str, count: int) -> float:
