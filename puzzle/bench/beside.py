@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row
-from puzzle.bench.pieces import LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
+from puzzle.bench.pieces import DEEP, LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
 from puzzle.bench.texts import mean_loss, random_batches
 from puzzle.bench.train import GradientSum
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
@@ -80,36 +80,54 @@ def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> I
     tp = world.size if fits(spec, world.size) else 1
     cut = replace(spec, num_layers=SHALLOW)
     sizes, length = (tp, 1, world.size // tp), min(bench.length, min(bench.tokens))
-    (without, passes, _), (stepped, _, held) = (
-        _trained(bench, world, cut, sizes, length, optimizer) for optimizer in (False, True)
-    )
+    without, passes, _ = _trained(bench, world, cut, sizes, length, False)
     layer = next((r for r in found.layers if (r.shape, r.tp) == (Shape.of(spec), tp)), None)
     if layer is not None and layer.tokens == length:
         head = next((r for r in found.heads if (r.hidden, r.tp) == (spec.hidden_size, tp)), None)
         alone = SHALLOW * (layer.forward_s + layer.backward_s)
         alone += 0.0 if head is None else head.forward_s + head.backward_s
         found.pass_host = max(LEAST, (without / passes - alone) / 2)
-    found.step = max(LEAST**2, (stepped - without) / held)
+    step_s = _steps(bench, world, found, spec, sizes, length)
+    yield {"step": "alone", "s/billion": found.step * 1e9, "beside_s": step_s}
     for dp in (n for n in (2, 4, 8, 16) if world.size % n == 0 and fits(spec, world.size // n)):
-        shared = (world.size // dp, 1, dp)
-        (plain, _, own), (whole, _, _) = (
-            _trained(bench, world, cut, shared, length, optimizer) for optimizer in (False, True)
-        )
-        row = StepRow(dp, max(LEAST**2, (whole - plain) / (own * dp)))
+        seconds, own = _stepped(bench, world, cut, (world.size // dp, 1, dp), length)
+        row = StepRow(dp, max(LEAST**2, (seconds - step_s) / (own * dp)))
         found.steps.append(row)
         yield {"step": f"dp {dp}", "s/billion": row.held_s * 1e9}
     clock = StageClock(world)
     stage_s = timed(world, lambda: clock.end("training"), bench.repeats)
-    found.fixed = Fixed(map_s_per_byte=_mapping(world), stage_s=stage_s, host_s_per_byte=_to_host(world))
+    found.fixed = Fixed(
+        map_s_per_byte=_mapping(world), stage_s=stage_s, host_s_per_byte=_to_host(world), step_s=step_s
+    )
     yield {
         "beside": f"{cut.hidden_size} x {cut.num_layers}",
         "pass_host_s": found.pass_host,
-        "step s/billion": found.step * 1e9,
         "map s/GB": found.fixed.map_s_per_byte * 1e9,
         "host s/GB": found.fixed.host_s_per_byte * 1e9,
         "capture_s": found.capture,
         "stage_s": stage_s,
     }
+
+
+def _steps(
+    bench: PiecesBench, world: World, found: Found, spec: ModelSpec, sizes: harness.Sizes, length: int
+) -> float:
+    """Optimizer steps of two sizes: what a parameter more takes, and the seconds that are left (returned)."""
+    (less, few), (more, many) = (
+        _stepped(bench, world, replace(spec, num_layers=layers), sizes, length) for layers in (SHALLOW, DEEP)
+    )
+    found.step = max(LEAST**2, (more - less) / (many - few))
+    return max(0.0, less - found.step * few)
+
+
+def _stepped(
+    bench: PiecesBench, world: World, spec: ModelSpec, sizes: harness.Sizes, length: int
+) -> tuple[float, float]:
+    """Seconds of an optimizer step, and the parameters that a rank steps."""
+    (without, _, held), (stepped, _, _) = (
+        _trained(bench, world, spec, sizes, length, optimizer) for optimizer in (False, True)
+    )
+    return max(0.0, stepped - without), held
 
 
 def _trained(

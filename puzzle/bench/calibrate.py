@@ -43,8 +43,7 @@ class CalibrateBench(pieces.PiecesBench):
             parts.append(("links", lambda: beside.links(self, world, found)))
         for spec, tp in pairs:
             parts.append(("layers", lambda s=spec, t=tp: pieces.layers(self, world, found, s, t)))
-            if spec is specs[0]:
-                parts.append(("decode", lambda s=spec, t=tp: pieces.decodes(self, world, found, s, t)))
+            parts.append(("decode", lambda s=spec, t=tp: pieces.decodes(self, world, found, s, t)))
         parts.append(("the rest", lambda: beside.beside(self, world, found, specs[0])))
         for number, (name, part) in enumerate(parts):
             late = bool(world.share(time.perf_counter() - began > self.seconds))

@@ -88,7 +88,7 @@ class PiecesBench(harness.Bench):
 
     out: Annotated[Path, option(type=new_file, metavar="FILE", help="the calibration")]
     world: Annotated[int, option(type=whole(1, MOST_PROCESSES), metavar="N", help="devices of this host")] = 1
-    models: Annotated[Sequence[str], option(nargs="+", help="whose layers; the first one decodes")] = (
+    models: Annotated[Sequence[str], option(nargs="+", help="whose layers and decode passes")] = (
         "7b",
         "350m",
     )
@@ -137,14 +137,19 @@ class PiecesBench(harness.Bench):
                 f"{name} activations": Activations(one, 1, max(self.tokens), 0).saved(),
             }
         alone = {n: Layout.even(1, 1, 1, n) for n in (SHALLOW, DEEP)}
-        first = {n: replace(specs[0], num_layers=n) for n in alone}
         cached = max(self.rows) * (max(self.prompts) + STEPS + 2)
-        stages["decode passes"] = {
-            "weights": sum(weight_bytes(first[n], alone[n], Coord(0, 0, 0), itemsize) for n in alone),
-            "kv cache": kv_bytes(first[DEEP], alone[DEEP], 0, cached, itemsize),
-        }
+        for name, spec in zip(self.models, specs, strict=True):
+            cuts = {n: replace(spec, num_layers=n) for n in alone}
+            stages[f"decode passes of {name}"] = {
+                f"{name} weights": sum(
+                    weight_bytes(cuts[n], alone[n], Coord(0, 0, 0), itemsize) for n in alone
+                ),
+                "kv cache": kv_bytes(cuts[DEEP], alone[DEEP], 0, cached, itemsize),
+            }
         sizes = (world.size, 1, 1) if fits(specs[0], world.size) else (1, 1, world.size)
-        stepped = replace(fit.use(self.models[0], first[SHALLOW], sizes, itemsize, fused), trained=True)
+        stepped = replace(
+            fit.use(self.models[0], replace(specs[0], num_layers=DEEP), sizes, itemsize, fused), trained=True
+        )
         length = min(self.length, *self.tokens)
         steps = fit.steps(world.rank, [stepped], 4 * sizes[2], length, 1, ["training"])
         stages["optimizer steps"] = {**steps.resident, **steps.stages["training"]}

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
 def _row(one: Measured, calibration: Calibration) -> Row:
     work = one.work
     if one.plan is not None:
-        ranks = footprint.estimate(one.plan, one.plan.config.device != "cpu")
+        ranks = footprint.estimate(one.plan, one.plan.config.device != "cpu", calibration.memory_bytes)
         work = remapped(work, ranks, calibration.memory_bytes)
     seconds = predict(work, calibration.costs)
     predicted, measured = {"end to end": seconds.total}, {"end to end": one.end_to_end}

@@ -117,6 +117,8 @@ def _plan_of_run(run: Run) -> RunPlan:
     given = run.given
     if given is None:
         given = without_inherited({key: v for key, v in run.config.items() if key != "global_batch_size"})
+    if "keep_graphs" not in run.config["generation"]:  # by an engine that recorded graphs in every iteration
+        given = {**given, "generation": {**given.get("generation", {}), "keep_graphs": False}}
     return resolve(go_on(given, Path(run.source), [])[0])
 
 

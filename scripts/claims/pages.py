@@ -28,6 +28,7 @@ from claims.logs import (
     verl,
 )
 from claims.peers import peers_page
+from claims.planner import planner_page
 
 
 def times(others: Sequence[tuple[float, str]]) -> list[float]:
@@ -203,4 +204,5 @@ def every_claim() -> list[Claim]:
         *numerics_page(),
         *peers_page(),
         *artifact_page(),
+        *planner_page(),
     ]

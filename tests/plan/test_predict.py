@@ -17,6 +17,7 @@ from puzzle.plan.layout import Layout
 from puzzle.plan.pipeline.decode_ring import Ring
 from puzzle.plan.predict.calibration import Calibration, profiles, read_calibration
 from puzzle.plan.predict.costs import Pass
+from puzzle.plan.predict.engines import PUBLISHED
 from puzzle.plan.predict.fit import Sample, fit
 from puzzle.plan.predict.iteration import Part, Workload, predict
 from puzzle.plan.predict.passes import DecodeStages, decode_stages, stage_costs
@@ -147,7 +148,7 @@ def test_host_and_device_are_lanes() -> None:
     one = Pass(2048, 512, 0)
     # 2 x 202.4e6 weights and 2 x 4 x 4096 x 513 / 2 of attention per token, at 1e14 FLOP/s.
     products = 2048 * (404_750_336 + 8_404_992) / 1e14
-    passes = layer_bytes(spec, one, 1) / 1e12
+    passes = layer_bytes(spec, one, 1, PUBLISHED) / 1e12
     assert passes == pytest.approx(2 * 2048 * (22 * 4096 + 16 * 4096 + 5 * 11008 + 3 * 512 * 32) / 1e12)
     sent = 2 * 2048 * 4096 / 2e10
     costs = stage_costs(spec, layout, one, RATES)
@@ -166,6 +167,38 @@ def test_host_and_device_are_lanes() -> None:
     assert RATES.all_reduce(1, 2e10) == 0
 
 
+def test_passes_of_this_engine() -> None:
+    """By hand: kernels that are fused, a host that issues passes of training longer, graphs that draw."""
+    spec, one = published("7b"), Pass(2048, 512, 1024, trained=True)
+    ours = replace(RATES, this_engine=True)
+    layer = ours.layer(spec, 1, one, False)
+    products = 2048 * (404_750_336 + 4_202_496) / 1e14  # attention over the pairs that causality leaves
+    passes = 2 * 2048 * (8 * 4096 + 9 * 4096 + 3 * 11008) / 1e12
+    assert layer.forward == pytest.approx(products + passes)
+    assert (layer.issue_forward, layer.issue_backward) == pytest.approx((1.7e-3, 3.2e-3))
+    assert ours.layer(spec, 1, replace(one, trained=False), False).issue_forward == 1e-3
+    assert ours.layer(spec, 2, one, False).issue_backward == pytest.approx(3.2e-3 + 2e-4)
+    head, logits = ours.head(spec, 1, one), 1024 * 32000
+    product = 2 * 4096 * logits / 1e14
+    assert head.forward == pytest.approx(1e-2 + product + 36 * logits / 1e12)
+    assert head.backward == pytest.approx(3 * product + 54 * logits / 1e12)
+    issued = replace(ours, layer_host=1.0).head(spec, 1, one)  # two blocks of 2**24 logits
+    assert (issued.forward, issued.backward) == pytest.approx((1e-2 + 2 * 0.63, 2 * 0.95))
+    value = replace(ours, layer_host=1.0).head(replace(spec, head="value"), 1, one)
+    assert value.backward < 1e-3
+    decode = ours.decode(spec, 1, 8, 300, True, False)
+    cache = 1.5 * 2 * 8 * 300 * 2 * 4096 / 1e12
+    weights = 202_375_168 * (2 / 1e12 + 0.4 * 2 * 8 / 1e14)
+    assert (decode.device, decode.host) == pytest.approx((weights + cache + 1e-4, 0.0))
+    read = 2 * 4096 * 32000 / 1e12
+    assert ours.decode_head(spec, 1, 8, True) == pytest.approx((read + 2e-4, 0.0))
+    assert ours.decode_head(spec, 1, 8, False) == pytest.approx((read, 1e-3))
+    assert RATES.decode_head(spec, 1, 8, True) == pytest.approx((read, 1e-3))
+    # fp32 gradients are reduced to their replica, half-precision weights gathered from it.
+    assert ours.step(1e9, 4, False) == pytest.approx(40e9 / 4 / 1e12 + 3 / 4 * 6e9 / 2e10)
+    assert RATES.step(1e9, 4, False) == pytest.approx(40e9 / 4 / 1e12 + 2 * 3 / 4 * 2e9 / 2e10)
+
+
 def test_steps_replicas_and_switches_count() -> None:
     once = predict(workload(), RATES)
     twice = predict(workload(minibatch=32, steps=2), RATES)
@@ -176,6 +209,8 @@ def test_steps_replicas_and_switches_count() -> None:
     # 1,8 -> 2,4: half of an eighth of 6.738e9 weights of 2 bytes is not there.
     assert moved.switch == pytest.approx(6.738e9 / 8 / 2e10, rel=1e-3)
     assert once.switch == 0
+    beside = replace(RATES, fixed=replace(RATES.fixed, step_s=0.25))  # of two models, in each of two steps
+    assert predict(workload(minibatch=32, steps=2), beside).training - twice.training == pytest.approx(1.0)
     assert once.total == once.generation + once.inference + once.training
     bulk = predict(workload(stepped=1, fuse_training=True), RATES)
     fused = predict(workload(fuse_training=True), RATES)

@@ -13,7 +13,6 @@ from puzzle.plan.predict.calibration import Calibration, read_calibration
 from puzzle.plan.predict.costs import Fixed, Nodes, Pass, layer_products
 from puzzle.plan.predict.iteration import Part, Workload, pipeline_costs
 from puzzle.plan.predict.passes import decode_stages, stage_costs
-from puzzle.plan.predict.rates import LOGIT_BYTES
 from puzzle.plan.predict.tables import (
     CollectiveRow,
     DecodeRow,
@@ -116,6 +115,27 @@ def test_decode_is_linear_in_rows_and_in_cached_tokens() -> None:
     assert any("no layers of hidden size" in note for note in tables.notes())
 
 
+def test_decode_lies_between_models_that_were_measured() -> None:
+    """Linear in the bytes of a layer: kernels of a narrow one have their own time."""
+    narrow = published("350m")
+    rows = tuple(
+        replace(row, shape=Shape.of(narrow), graph_s=3e-5 + 1e-7 * row.rows) for row in TABLES.decodes
+    )
+    tables = replace(fresh(), decodes=(*TABLES.decodes, *rows))
+    wide, thin = (tables.decode(spec, 1, 32, 64, True, False).device for spec in (SPEC, narrow))
+    assert wide == pytest.approx(decode(32, 64).graph_s)
+    assert thin == pytest.approx(3e-5 + 32e-7)
+
+    def read(hidden: int, ffn: int) -> float:
+        return hidden * (4 * hidden + 3 * ffn) + 2 * hidden * 64 * 32
+
+    between = replace(SPEC, hidden_size=2048, num_heads=16, num_kv_heads=16, intermediate_size=5504)
+    share = (read(2048, 5504) - read(512, 11008)) / (read(4096, 11008) - read(512, 11008))
+    got = tables.decode(between, 1, 32, 64, True, False).device
+    assert got == pytest.approx(thin + share * (wide - thin))
+    assert tables.decode(replace(SPEC, intermediate_size=2 * 11008), 1, 32, 64, True, False).device > wide
+
+
 def test_what_was_not_measured_is_said_or_refused() -> None:
     tables = fresh()
     tables.layer(SPEC, 1, Pass(8192 * 5, 512, 0), False)
@@ -146,7 +166,7 @@ def test_another_tp_is_a_cut_layer_and_its_collectives() -> None:
 
 def test_logits_are_made_at_answers_alone_by_this_engine() -> None:
     """Half of the positions, so that the head takes half; of the published engine all have logits."""
-    part = Part(SPEC, Layout.even(1, 1, 1, 32))
+    part, value = Part(SPEC, Layout.even(1, 1, 1, 32)), replace(SPEC, head="value")
     work = Workload(
         actor=part,
         generation=part.layout,
@@ -167,11 +187,12 @@ def test_logits_are_made_at_answers_alone_by_this_engine() -> None:
     row = layer(2048)
     assert count == 2
     assert stages.forward == pytest.approx((32 * row.forward_s + 1.0,))
-    (theirs,), _ = pipeline_costs([part], work, 8, RATES, True)
-    (ours,), _ = pipeline_costs([part], work, 8, replace(RATES, this_engine=True), True)
-    gone = theirs.forward[0] - ours.forward[0]
-    per_position = 2 * 4096 * 32000 / RATES.products + 32000 * LOGIT_BYTES / RATES.memory
-    assert gone == pytest.approx(1024 * per_position)
+    for rates, positions in ((RATES, 2048), (replace(RATES, this_engine=True), 1024)):
+        (stages,), _ = pipeline_costs([part], work, 8, rates, True)
+        (alone,), _ = pipeline_costs([replace(part, spec=value)], work, 8, rates, True)
+        per_position = 2 * 4096 * (32000 - 1) / rates.products
+        per_position += (32000 - 1) * rates.engine.logits / rates.memory
+        assert stages.forward[0] - alone.forward[0] == pytest.approx(positions * per_position)
 
 
 def test_stages_are_made_of_them() -> None:

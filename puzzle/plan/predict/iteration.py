@@ -181,7 +181,7 @@ def step_seconds(part: Part, costs: Costs) -> float:
     """An optimizer step, and the sums and spreads over replicas around it."""
     layout = part.layout
     held = part.spec.trained_parameters / (layout.tp * layout.pp)
-    return costs.step(held, layout.dp, replicas_apart(costs.nodes, layout))
+    return costs.fixed.step_s + costs.step(held, layout.dp, replicas_apart(costs.nodes, layout))
 
 
 def generation_seconds(work: Workload, costs: Costs) -> float:

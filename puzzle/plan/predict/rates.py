@@ -5,6 +5,7 @@ Half precision throughout; T tokens of sequences of S, D hidden, F ffn columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,19 +18,17 @@ from puzzle.plan.predict.costs import (
     Nodes,
     Pass,
     all_reduced,
-    layer_products,
+    gathered,
 )
-from puzzle.spec.flops import head_flops, layer_matmul_flops
+from puzzle.plan.predict.engines import OWN, PUBLISHED, Engine
+from puzzle.spec.flops import head_flops, layer_attention_flops, layer_matmul_flops
 from puzzle.spec.model import ModelSpec
 
 ITEM = 2
 """Bytes of a weight and of an element of a hidden state."""
-HIDDEN_PASSES, ROTATED_PASSES, FFN_PASSES, SCORE_PASSES = 22, 16, 5, 3
-"""How often a layer without fused kernels reads or writes, elementwise: its hidden states (two norms in fp32,
-two sums), queries and keys (rotation, both of them), ffn columns (the gate), attention's S scores per token
-and head (scale, mask, softmax; the causal half)."""
-LOGIT_BYTES = 14
-"""Per logit of a head: half precision, its fp32 copy, a log-softmax."""
+REST = 2
+"""Decode layers whose kernels take as long as those of a replayed pass beside its layers: embedding, last
+norm, drawing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Rates:
     memory: float
     """Bytes/s of device memory in elementwise passes, and where a decode pass reads weights and caches."""
     layer_host: float
-    """Host seconds to issue one layer of a pass."""
+    """Host seconds to issue one layer of a pass, of this engine without gradients."""
     pass_host: float
     """Host seconds of a pass beside its layers: messages, bookkeeping, in a decode pass sampling."""
     collective_host: float
@@ -100,29 +99,42 @@ class Rates:
             bus, small = self.nodes.bus, self.nodes.small
         return small + all_reduced(ranks, nbytes) / bus
 
+    @property
+    def engine(self) -> Engine:
+        """What its passes are made of."""
+        return OWN if self.this_engine else PUBLISHED
+
     def layer(self, spec: ModelSpec, tp: int, one: Pass, across: bool) -> LayerSeconds:
         """A backward has two products for each of a forward's."""
-        products = layer_products(spec, one) / tp / self.products
-        passes = layer_bytes(spec, one, tp) / self.memory
+        engine = self.engine
+        attention = 2 * engine.pairs * layer_attention_flops(spec, one.length) / one.length
+        products = one.tokens * (layer_matmul_flops(spec) + attention) / tp / self.products
+        passes = layer_bytes(spec, one, tp, engine) / self.memory
         exchange = 2 * self.all_reduce(tp, ITEM * one.tokens * spec.hidden_size, across)
-        host = self.layer_host + (self.collective_host if tp > 1 else 0.0)
+        collectives = self.collective_host if tp > 1 else 0.0
+        forward = self.layer_host * (engine.issue_forward if one.trained else 1.0) + collectives
+        backward = self.layer_host * engine.issue_backward + collectives
         there = products + passes + exchange
-        return LayerSeconds(there, 2 * (products + passes) + exchange, products, host, host)
+        return LayerSeconds(there, 2 * (products + passes) + exchange, products, forward, backward)
 
     def head(self, spec: ModelSpec, tp: int, one: Pass) -> HeadSeconds:
-        """Products, and passes over logits; the host's work on losses."""
+        """Products, and passes over logits, or the host that issues their blocks; its work on losses."""
+        engine = self.engine
         products = one.heads * head_flops(spec) / tp / self.products
-        logits = one.heads * (head_flops(spec) / spec.hidden_size / 2)
-        both = products + logits * LOGIT_BYTES / tp / self.memory
-        return HeadSeconds(both + (self.train_host if one.trained else 0.0), both + products, products)
+        logits = one.heads * (head_flops(spec) / spec.hidden_size / 2) / tp
+        blocks = 0 if engine.block is None or spec.head == "value" else math.ceil(logits / engine.block)
+        issue, issue_back = engine.issue_block * self.layer_host, engine.issue_block_back * self.layer_host
+        forward = max(products + logits * engine.logits / self.memory, blocks * issue)
+        backward = engine.head_back * products + logits * engine.logits_back / self.memory
+        backward = max(backward, blocks * issue_back)
+        return HeadSeconds(forward + (self.train_host if one.trained else 0.0), backward, products)
 
     def decode(
         self, spec: ModelSpec, tp: int, rows: int, cached: float, graphs: bool, across: bool
     ) -> DecodeSeconds:
         """Replayed passes have no host lane."""
         weights = layer_matmul_flops(spec) / 2 / tp
-        # A sum: with few rows, products reach neither the one rate nor the other.
-        products = ITEM * weights / self.memory + 2 * weights * rows / self.products
+        products = ITEM * weights / self.memory + self.engine.unhidden * 2 * weights * rows / self.products
         kv_columns = 2 * max(1.0, spec.num_kv_heads / tp) * spec.head_dim
         cache = self.kv_reads * ITEM * rows * cached * kv_columns / self.memory
         exchange = 2 * self.all_reduce(tp, ITEM * rows * spec.hidden_size, across)
@@ -131,8 +143,11 @@ class Rates:
         return DecodeSeconds(products + cache + exchange + self.floor, host)
 
     def decode_head(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> tuple[float, float]:
-        """The head's weights are read; to sample takes a pass's work of the host."""
-        return ITEM * head_flops(spec) / 2 / tp / self.memory, self.pass_host
+        """The head's weights are read; to sample takes a pass's work of the host, or is in the graph, whose
+        tokens the host reads a step late."""
+        read = ITEM * head_flops(spec) / 2 / tp / self.memory
+        replayed = graphs and self.this_engine
+        return (read + REST * self.floor, 0.0) if replayed else (read, self.pass_host)
 
     def send(self, nbytes: float, across: bool, *, decode: bool = False) -> float:
         """Bytes at the links' rate; of a decode pass also the hop."""
@@ -142,7 +157,8 @@ class Rates:
     def step(self, held: float, dp: int, across: bool) -> float:
         """The rank's own rows; gradients are summed and weights spread over replicas."""
         bus = self.nodes.bus if across and self.nodes is not None else self.bus
-        return self.step_bytes * held / dp / self.memory + all_reduced(dp, ITEM * held) / bus
+        exchanged = gathered(dp, (self.engine.summed + ITEM) * held)
+        return self.step_bytes * held / dp / self.memory + exchanged / bus
 
     def notes(self) -> list[str]:
         """Constants have no range."""
@@ -156,9 +172,8 @@ class Rates:
 NAMES = tuple(one.name for one in fields(Rates) if one.name not in ("nodes", "fixed", "this_engine"))
 
 
-def layer_bytes(spec: ModelSpec, one: Pass, tp: int) -> float:
+def layer_bytes(spec: ModelSpec, one: Pass, tp: int, engine: Engine) -> float:
     """Bytes that a layer's elementwise passes move on one tensor rank; hidden states are whole on each."""
-    rotated = spec.num_heads * spec.head_dim
-    split = ROTATED_PASSES * rotated + FFN_PASSES * spec.intermediate_size
-    split += SCORE_PASSES * one.length * spec.num_heads
-    return ITEM * one.tokens * (HIDDEN_PASSES * spec.hidden_size + split / tp)
+    split = engine.rotated * spec.num_heads * spec.head_dim + engine.ffn * spec.intermediate_size
+    split += engine.scores * one.length * spec.num_heads
+    return ITEM * one.tokens * (engine.hidden * spec.hidden_size + split / tp)

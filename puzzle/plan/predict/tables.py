@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from puzzle.errors import UserError
+from puzzle.plan.predict.between import by_rate, linear, no_longer
 from puzzle.plan.predict.costs import (
     DecodeSeconds,
     Fixed,
@@ -224,29 +225,39 @@ class Tables:
     def decode(
         self, spec: ModelSpec, tp: int, rows: int, cached: float, graphs: bool, across: bool
     ) -> DecodeSeconds:
-        """Between measured rows and cached tokens; models of other widths by the bytes that they read."""
-        extra, found = 0.0, self._rows(self.decodes, Shape.of(spec), tp)
-        if not found or across:
-            found = self._rows(self.decodes, Shape.of(spec), 1)
+        """Between measured rows and cached tokens. Models of other widths take what lies between two measured
+        ones, linear in the bytes that a layer reads; where only one was measured, as many times as long."""
+        extra, measured = 0.0, tp
+        if across or not any(row.tp == tp for row in self.decodes):
+            measured = 1
             nbytes = self.item * rows * spec.hidden_size
             extra = 2 * self.collective("all_reduce", tp, nbytes, across) if tp > 1 else 0.0
             if tp > 1 and not across:
                 self._mark(f"decode with tp {tp} was not measured: from tp 1 and collectives")
-        if not found:
+        nearest = self._rows(self.decodes, Shape.of(spec), measured)
+        if not nearest:
             raise UserError(f"the calibration has no decode passes of tp {tp}: take it again")
-        shape, measured = found[0].shape, found[0].tp
+
+        def seconds(found: Sequence[DecodeRow]) -> float:
+            return self._decoded(found, rows, cached, lambda row: row.graph_s if graphs else row.eager_s)
 
         def read(of: Shape, parts: int) -> float:
             columns = 2 * of.heads * of.head_dim + 2 * of.kv_heads * of.head_dim + 3 * of.ffn
             kv = 2 * max(1.0, of.kv_heads / parts) * of.head_dim * cached * rows
             return of.hidden * columns / parts + kv
 
-        scale = read(Shape.of(spec), tp) / read(shape, measured)
-        device = scale * self._decoded(
-            found, rows, cached, lambda row: row.graph_s if graphs else row.eager_s
-        )
-        least = min(row.rows for row in found)
-        host = 0.0 if graphs else min(row.eager_s for row in found if row.rows == least)
+        asked, shape = read(Shape.of(spec), tp), nearest[0].shape
+        others = {row.shape for row in self.decodes if row.tp == measured}
+        if shape == Shape.of(spec) or len(others) == 1:
+            device = asked / read(shape, measured) * seconds(nearest)
+        else:
+            alike = {
+                read(one, measured): seconds([r for r in self.decodes if (r.shape, r.tp) == (one, measured)])
+                for one in others
+            }
+            device = linear(no_longer(alike.items()), asked)
+        least = min(row.rows for row in nearest)
+        host = 0.0 if graphs else min(row.eager_s for row in nearest if row.rows == least)
         return DecodeSeconds(device + extra, host)
 
     def decode_head(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> tuple[float, float]:
@@ -265,9 +276,9 @@ class Tables:
         self._range("cached tokens", cached, lengths)
         values = []
         for length in lengths:
-            points = _no_longer((row.rows, of(row)) for row in found if row.cached == length)
-            values.append((length, max(0.0, _linear(points, rows))))
-        return max(0.0, _linear(values, cached))
+            points = no_longer((row.rows, of(row)) for row in found if row.cached == length)
+            values.append((length, max(0.0, linear(points, rows))))
+        return max(0.0, linear(values, cached))
 
     def collective(self, op: str, ranks: int, nbytes: float, across: bool = False) -> float:
         """Seconds; of more ranks than were measured, at the bandwidth of the most."""
@@ -283,17 +294,17 @@ class Tables:
         if nearest != ranks:
             self._mark(f"collectives of {ranks} ranks were not measured: at the rate of {nearest}")
         scale = (all_reduced if op == "all_reduce" else gathered)(nearest, 1.0)
-        points = _no_longer((row.bytes * scale, row.s) for row in known if row.ranks == nearest)
-        return max(points[0][1], _linear(points, moved))
+        points = no_longer((row.bytes * scale, row.s) for row in known if row.ranks == nearest)
+        return max(points[0][1], linear(points, moved))
 
     def send(self, nbytes: float, across: bool, *, decode: bool = False) -> float:
         """As measured, of decode passes as of others."""
         if across and self.nodes is not None:
             return self.nodes.small + nbytes / self.nodes.message
-        points = _no_longer((row.bytes, row.s) for row in self.messages if row.same_node)
+        points = no_longer((row.bytes, row.s) for row in self.messages if row.same_node)
         if not points:
             raise UserError("the calibration has no messages: take it again with at least 2 devices")
-        return max(points[0][1], _linear(points, nbytes))
+        return max(points[0][1], linear(points, nbytes))
 
     def step(self, held: float, dp: int, across: bool) -> float:
         """As measured of so many replicas; else own rows, sums of fp32 gradients and spreading of weights."""
@@ -332,9 +343,9 @@ class Tables:
 
     def _at_flops(self, points: Iterable[tuple[float, float]], flops: float, what: str) -> float:
         """Seconds of a pass of `flops`; below what was measured no less than the smallest pass."""
-        ordered = _no_longer(points)
+        ordered = no_longer(points)
         self._range(what, flops, [flops for flops, _ in ordered])
-        return _by_rate(ordered, flops)
+        return by_rate(ordered, flops)
 
     def _range(self, what: str, asked: float, known: Sequence[float]) -> None:
         """Less than was measured takes no less; how much more takes is known the less the further it is."""
@@ -356,35 +367,3 @@ def _flops(shape: Shape, tokens: int, length: int) -> float:
     """As `costs.layer_products`."""
     spec = ModelSpec("llama", 2, shape.hidden, shape.ffn, 1, shape.heads, shape.kv_heads, shape.head_dim)
     return layer_products(spec, Pass(tokens, length, 0)) if tokens else layer_matmul_flops(spec)
-
-
-def _no_longer(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """In ascending order, and none longer than one of more work: hosts are disturbed, the least says most."""
-    least, found = math.inf, []
-    for amount, seconds in sorted(points, reverse=True):
-        least = min(least, seconds)
-        found.append((amount, least))
-    return found[::-1]
-
-
-def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Between points, and on along the first or the last two of them, but not below the first one's y on
-    the left."""
-    if len(points) == 1:
-        return points[0][1]
-    if x <= points[0][0]:
-        return points[0][1]
-    pair = next((i for i in range(1, len(points)) if x <= points[i][0]), len(points) - 1)
-    (x0, y0), (x1, y1) = points[pair - 1 : pair + 1]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
-def _by_rate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Seconds of an amount x from (amount, seconds) in ascending order: the rate is linear in log x between
-    points and constant beyond the last; less than the first amount takes as long as that."""
-    if x <= points[0][0]:
-        return points[0][1]
-    if x >= points[-1][0]:
-        return x * points[-1][1] / points[-1][0]
-    logs = [(math.log(amount), amount / seconds) for amount, seconds in points]
-    return x / _linear(logs, math.log(x))
