@@ -7,12 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from puzzle.bench import beside
+from puzzle.bench.pieces import Found, PiecesBench
 from puzzle.cli import main
+from puzzle.engine.runtime.world import World
 from puzzle.plan.predict.calibration import read_calibration
 from puzzle.plan.predict.tables import Tables
+from puzzle.spec.model import ModelSpec
+from puzzle.spec.published import published
 from tests.reference.tiny import save_lm
 
 CONFIG = """\
@@ -36,8 +42,10 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
     """Whatever else the machine does: no second is compared, but for what adds up."""
     model, made, config = tmp_path / "lm", tmp_path / "made.json", tmp_path / "run.yaml"
     save_lm(model, "llama")
-    given = ["--world", "2", "--device", "cpu", "--dtype", "fp32", "--models", str(model), "--repeats", "1"]
-    assert main(["bench", "calibrate", *given, *SIZES, "--engine", "here", "--out", str(made)]) == 0
+    wide = save_lm(tmp_path / "wide", "llama", intermediate_size=192)
+    given = ["--world", "2", "--device", "cpu", "--dtype", "fp32", "--repeats", "1"]
+    given += ["--models", str(model), str(wide), *SIZES, "--engine", "here"]
+    assert main(["bench", "calibrate", *given, "--out", str(made)]) == 0
     found = read_calibration(str(made))
     tables = found.costs
     assert isinstance(tables, Tables)
@@ -45,7 +53,11 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
     assert {row.tp for row in tables.layers} == {row.tp for row in tables.decodes} == {1, 2}
     assert {row.op for row in tables.collectives} == {"all_reduce", "all_gather", "reduce_scatter"}
     assert {(row.tokens, row.length) for row in tables.layers} == {(16, 16)}
+    for table in (tables.layers, tables.decodes):
+        assert len({row.shape for row in table}) == 2, "every model has layers and decode passes"
     assert [row.dp for row in tables.steps] == [2]
+    assert tables.step_s_per_parameter > 0
+    assert tables.fixed.step_s >= 0
     capfd.readouterr()
 
     config.write_text(CONFIG.format(model=model))
@@ -62,6 +74,23 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
         assert row["measured"][stage] > 0
     assert row["predicted"]["end to end"] == pytest.approx(predicted["end_to_end"])
     assert row["run"] == "out"
+
+
+def test_a_step_has_seconds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What parameters take and what they do not; where times are disturbed, no less than 0."""
+
+    def told(own: float) -> tuple[float, float]:
+        def stepped(bench: object, world: object, spec: ModelSpec, *_: object) -> tuple[float, float]:
+            return own + 3e-9 * spec.num_layers * 1000, spec.num_layers * 1000.0
+
+        monkeypatch.setattr(beside, "_stepped", stepped)
+        found = Found()
+        bench, world = cast("PiecesBench", None), cast("World", None)
+        left = beside._steps(bench, world, found, published("350m"), (1, 1, 1), 16)
+        return found.step, left
+
+    assert told(0.25) == pytest.approx((3e-9, 0.25))
+    assert told(-0.25) == pytest.approx((3e-9, 0.0))
 
 
 def test_a_visit_is_predicted_before_it_is_made(tmp_path: Path) -> None:
