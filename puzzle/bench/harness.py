@@ -142,8 +142,8 @@ def work(bench: Bench) -> None:
     """What every process does; rank 0 reports."""
     with bench.join() as world:
         needed, free = bench.memory(world), world.free_memory()
-        if needed is not None and free is not None:
-            with unless_skipped(bench.skip_memory_check, "--skip-memory-check"):
+        with unless_skipped(bench.skip_memory_check, "--skip-memory-check", world.warn):
+            if needed is not None and free is not None:
                 fit.require(f"bench {bench.command()}", needed, free, bench.smaller)
         for found in bench.measure(world):
             if world.rank == 0:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -212,14 +211,17 @@ def require(ranks: Sequence[RankMemory], limit: int, host: str | None = None) ->
 
 
 @contextmanager
-def unless_skipped(skip: bool, option: str) -> Generator[None]:
-    """What is refused inside says which `option` skips the check; with `skip` it is a warning on stderr."""
+def unless_skipped(skip: bool, option: str, warn: Callable[[str | None], None]) -> Generator[None]:
+    """What is refused inside says which `option` skips the check; with `skip`, `warn` is told it, or None."""
+    refused = None
     try:
         yield
     except UserError as error:
         if not skip:
             raise UserError(f"{error}; {option} begins anyway") from None
-        print(f"warning: {error}; begun anyway", file=sys.stderr)
+        refused = f"{error}; begun anyway"
+    if skip:
+        warn(refused)
 
 
 def remedy(rank: RankMemory, on_host: bool = False) -> str:

@@ -27,7 +27,7 @@ def agree(plan: Plan, world: World) -> None:
 def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded; warn of it under `launch.skip_memory_check`."""
     skip = plan.config.launch.skip_memory_check
-    with footprint.unless_skipped(skip, "--launch.skip_memory_check true"):
+    with footprint.unless_skipped(skip, "--launch.skip_memory_check true", world.warn):
         if (limit := world.device_memory) is not None:
             footprint.require(footprint.estimate(plan, True, limit), limit)
         elif (free := world.free_memory()) is not None:

@@ -14,6 +14,7 @@ import torch
 
 from puzzle.config import memory_report as footprint
 from puzzle.config.resolve import RunPlan, resolve
+from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.rlhf import policy_generator, preflight
 from puzzle.rlhf.policy_generator import room_of
@@ -45,6 +46,7 @@ def test_a_run_that_does_not_fit_is_refused(place: str, fits: bool) -> None:
     world: Any = SimpleNamespace(
         device_memory=size if place == "device" else None,
         free_memory=lambda: free if place == "host" else other,
+        warn=World(0, 1, torch.device("cpu")).warn,
     )
     if fits:
         preflight.check_memory(plan, world)
@@ -65,6 +67,7 @@ def test_a_run_that_skips_the_check_is_warned(
     world: Any = SimpleNamespace(
         device_memory=size if place == "device" else None,
         free_memory=lambda: SimpleNamespace(bytes=size, told="free are"),
+        warn=World(0, 1, torch.device("cpu")).warn,
     )
     preflight.check_memory(plan, world)
     said = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -178,6 +179,12 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def warn(self, text: str | None) -> None:
+        """Rank 0 prints what the first rank that has something warns of. All ranks call it."""
+        told = next(filter(None, self.gather(text)), None)
+        if self.rank == 0 and told is not None:
+            print(f"warning: {told}", file=sys.stderr)
 
     @property
     def device_memory(self) -> int | None:
