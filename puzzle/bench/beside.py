@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row
-from puzzle.bench.pieces import DEEP, LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
+from puzzle.bench.pieces import LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
 from puzzle.bench.texts import mean_loss, random_batches
 from puzzle.bench.train import GradientSum
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
@@ -75,8 +75,9 @@ def _repeated(world: World, work: Callable[[], object], repeats: int) -> float:
     return timed(world, lambda: [work() for _ in range(times)], repeats) / times
 
 
-def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> Iterator[Row]:
-    """Optimizer, the host's work per pass, mapping of memory, the border of stages."""
+def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[ModelSpec]) -> Iterator[Row]:
+    """Optimizer, the host's work per pass (of the first model), mapping of memory, the border of stages."""
+    spec = specs[0]
     tp = world.size if fits(spec, world.size) else 1
     cut = replace(spec, num_layers=SHALLOW)
     sizes, length = (tp, 1, world.size // tp), min(bench.length, min(bench.tokens))
@@ -87,7 +88,8 @@ def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> I
         alone = SHALLOW * (layer.forward_s + layer.backward_s)
         alone += 0.0 if head is None else head.forward_s + head.backward_s
         found.pass_host = max(LEAST, (without / passes - alone) / 2)
-    step_s = _steps(bench, world, found, spec, sizes, length)
+    cuts = [replace(one, num_layers=SHALLOW) for one in specs]
+    step_s = _steps(bench, world, found, cuts, sizes, length)
     yield {"step": "alone", "s/billion": found.step * 1e9, "beside_s": step_s}
     for dp in (n for n in (2, 4, 8, 16) if world.size % n == 0 and fits(spec, world.size // n)):
         seconds, own = _stepped(bench, world, cut, (world.size // dp, 1, dp), length)
@@ -110,12 +112,21 @@ def beside(bench: PiecesBench, world: World, found: Found, spec: ModelSpec) -> I
 
 
 def _steps(
-    bench: PiecesBench, world: World, found: Found, spec: ModelSpec, sizes: harness.Sizes, length: int
+    bench: PiecesBench,
+    world: World,
+    found: Found,
+    cuts: Sequence[ModelSpec],
+    sizes: harness.Sizes,
+    length: int,
 ) -> float:
-    """Optimizer steps of two sizes: what a parameter more takes, and the seconds that are left (returned)."""
-    (less, few), (more, many) = (
-        _stepped(bench, world, replace(spec, num_layers=layers), sizes, length) for layers in (SHALLOW, DEEP)
-    )
+    """Optimizer steps of two sizes: what a parameter more takes, and the seconds that are left (returned).
+
+    The smallest of `cuts` is beside the first, or that with one layer: no more memory, and as many tensors.
+    """
+    small = min((one for one in cuts if fits(one, sizes[0])), key=lambda one: one.parameters)
+    if small.parameters == cuts[0].parameters:
+        small = replace(cuts[0], num_layers=1)
+    (less, few), (more, many) = (_stepped(bench, world, spec, sizes, length) for spec in (small, cuts[0]))
     found.step = max(LEAST**2, (more - less) / (many - few))
     return max(0.0, less - found.step * few)
 

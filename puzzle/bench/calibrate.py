@@ -44,7 +44,7 @@ class CalibrateBench(pieces.PiecesBench):
         for spec, tp in pairs:
             parts.append(("layers", lambda s=spec, t=tp: pieces.layers(self, world, found, s, t)))
             parts.append(("decode", lambda s=spec, t=tp: pieces.decodes(self, world, found, s, t)))
-        parts.append(("the rest", lambda: beside.beside(self, world, found, specs[0])))
+        parts.append(("the rest", lambda: beside.beside(self, world, found, specs)))
         for number, (name, part) in enumerate(parts):
             late = bool(world.share(time.perf_counter() - began > self.seconds))
             if late and number < len(parts) - 1 and found.layers and found.decodes:

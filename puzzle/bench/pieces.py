@@ -148,7 +148,8 @@ class PiecesBench(harness.Bench):
             }
         sizes = (world.size, 1, 1) if fits(specs[0], world.size) else (1, 1, world.size)
         stepped = replace(
-            fit.use(self.models[0], replace(specs[0], num_layers=DEEP), sizes, itemsize, fused), trained=True
+            fit.use(self.models[0], replace(specs[0], num_layers=SHALLOW), sizes, itemsize, fused),
+            trained=True,
         )
         length = min(self.length, *self.tokens)
         steps = fit.steps(world.rank, [stepped], 4 * sizes[2], length, 1, ["training"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -79,18 +80,22 @@ def test_a_calibration_predicts_what_then_runs(tmp_path: Path, capfd: pytest.Cap
 def test_a_step_has_seconds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What parameters take and what they do not; where times are disturbed, no less than 0."""
 
-    def told(own: float) -> tuple[float, float]:
+    def told(own: float, *names: str) -> tuple[float, float, list[int]]:
+        layers = []
+
         def stepped(bench: object, world: object, spec: ModelSpec, *_: object) -> tuple[float, float]:
-            return own + 3e-9 * spec.num_layers * 1000, spec.num_layers * 1000.0
+            layers.append(spec.num_layers)
+            return own + 3e-9 * spec.parameters, float(spec.parameters)
 
         monkeypatch.setattr(beside, "_stepped", stepped)
-        found = Found()
+        found, cuts = Found(), [replace(published(name), num_layers=2) for name in names]
         bench, world = cast("PiecesBench", None), cast("World", None)
-        left = beside._steps(bench, world, found, published("350m"), (1, 1, 1), 16)
-        return found.step, left
+        left = beside._steps(bench, world, found, cuts, (1, 1, 1), 16)
+        return found.step, left, layers
 
-    assert told(0.25) == pytest.approx((3e-9, 0.25))
-    assert told(-0.25) == pytest.approx((3e-9, 0.0))
+    assert told(0.25, "7b", "350m") == (pytest.approx(3e-9), pytest.approx(0.25), [2, 2])
+    assert told(0.25, "350m", "7b") == (pytest.approx(3e-9), pytest.approx(0.25), [1, 2])
+    assert told(-0.9, "350m") == (pytest.approx(3e-9), 0.0, [1, 2])
 
 
 def test_a_visit_is_predicted_before_it_is_made(tmp_path: Path) -> None:
