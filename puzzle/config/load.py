@@ -25,6 +25,7 @@ from puzzle.files.jsonio import parse
 
 Config = TypeVar("Config", bound=RunConfig)
 Schema = type[BaseModel]
+_ABSENT = object()
 _MARKS = frozenset('[]{}"')
 """Without them a list's value is names between commas."""
 COMMANDS: Mapping[str, Schema] = {TrainConfig.task_name(): TrainConfig, **SUPERVISED}
@@ -315,8 +316,8 @@ def load_given(
     def place(key: Key) -> str:
         inner: Any = overrides
         for part in key:
-            inner = inner.get(part) if isinstance(inner, Mapping) else None
-        if key and inner is not None:
+            inner = inner.get(part, _ABSENT) if isinstance(inner, Mapping) else _ABSENT
+        if key and inner is not _ABSENT:
             return "command line"
         line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
         return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
