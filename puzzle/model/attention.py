@@ -162,8 +162,7 @@ def packed_attention(
     """
     if window is not None and window >= batch.max_len + batch.past:
         window = None
-    half = q_THh.dtype in (torch.bfloat16, torch.float16)
-    if q_THh.is_cuda and half and (found := flash()) is not None:
+    if _flash_takes(q_THh) and (found := flash()) is not None:
         return _flash_attention(found, q_THh, k_TKh, v_TKh, batch, window)
     past, first = batch.past, batch.segments[0]
     out = _row_attention(q_THh, k_TKh[past:], v_TKh[past:], batch, window)
@@ -195,6 +194,12 @@ def flash() -> OpOverload | None:
         return None
     names = {one.name for one in packet.default._schema.arguments}
     return packet.default if {"window_size_left", "window_size_right"} <= names else None
+
+
+def _flash_takes(q_THh: Tensor) -> bool:
+    """Whether the kernel has such heads: it loads 8 of their numbers at a time, 256 at most."""
+    half, width = q_THh.dtype in (torch.bfloat16, torch.float16), q_THh.shape[-1]
+    return q_THh.is_cuda and half and width % 8 == 0 and width <= 256
 
 
 def _flash_attention(

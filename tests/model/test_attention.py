@@ -88,6 +88,34 @@ def test_this_torch_has_that_kernel():
     assert schema.returns[0].name == "output"
 
 
+class OnCuda(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("width", "has"), [(8, True), (80, True), (256, True), (12, False), (20, False), (264, False)]
+)
+def test_heads_that_the_flash_kernel_has_not_are_attended_without_it(monkeypatch, width, has, dtype):
+    asked = []
+
+    def kernel(*given, **options):
+        asked.append(width)
+        return flash(*given, **options)
+
+    monkeypatch.setattr(attention, "flash", lambda: kernel)
+    batch = pack([[1] * n for n in (5, 1, 7)], 1)
+    q, k, v = (
+        torch.randn(13, n, width, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (4, 2, 2)
+    )
+    expected = packed_attention(q.float(), k.float(), v.float(), batch, 3)
+    got = packed_attention(*(x.as_subclass(OnCuda) for x in (q, k, v)), batch, 3)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor).float(), expected, rtol=0.03, atol=0.03)
+    assert asked == [width] * (has and dtype != torch.float32)
+
+
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (5,), (1, 3)])
