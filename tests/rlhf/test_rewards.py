@@ -257,7 +257,7 @@ def test_a_function_that_closes_what_is_printed_to_is_named(tmp_path, line, word
         "try: FunctionReward('closes:f').score(RewardBatch([''], [''], [[1]], [None], ['0'], [True]))\n"
         "except UserError as error: found = error\n"
         "file = open('next', 'w')\n"
-        "print('out')\n"
+        "print('out', flush=True)\n"
         "if sys.stderr.errors != 'backslashreplace' or 'stdout.close' in text and "
         "sys.stdout.errors != 'backslashreplace': sys.exit(9)\n"
         "print('err', found, file=sys.stderr)\n"
