@@ -45,8 +45,8 @@ def planner_page() -> list[Claim]:
         ),
         Claim(
             PAGE,
-            "mean absolute error {:.0f} % end to end, {:.0f} % of generation, {:.0f} % of inference,"
-            " {:.0f} % of training",
+            "mean absolute error of {:.0f} % end to end, {:.0f} % of generation, {:.0f} % of inference"
+            " and {:.0f} % of training",
             lambda: _means(*ONE.values()),
         ),
         Claim(
