@@ -187,7 +187,7 @@ def flash() -> OpOverload | None:
     """torch's flash attention over packed sequences (Dao 2023), None in a version without its windows.
 
     The operator itself: `torch.nn.attention.varlen` wraps it in one of Python, whose first call imports
-    torch's compiler, for 2 s of a run's first iteration.
+    torch's compiler, for 1 s of a run's first iteration (docs/performance.md).
     """
     packet = getattr(torch.ops.aten, "_flash_attention_forward", None)
     if packet is None:

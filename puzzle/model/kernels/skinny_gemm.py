@@ -25,7 +25,7 @@ NARROW = 8192
 
 UNDER_WAY = 196 << 10
 """Bytes of tiles under way on a multiprocessor. With so many as leave room for all programs of a product at
-once, the products of a 7B layer took 1 to 16 % less at 16, 32 and 64 rows than with four tiles (one H200)."""
+once, products of a 7B layer took up to 16 % less at 16, 32 and 64 rows than with four tiles (one H200)."""
 
 _COLUMNS = tl.constexpr(COLUMNS)
 
