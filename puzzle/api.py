@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle.config.base import RunConfig
 from puzzle.config.document import read_yaml
-from puzzle.config.load import given_config
+from puzzle.config.load import Given, Layer
+from puzzle.config.renamed import modernised
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SUPERVISED
 from puzzle.data import hub
@@ -193,19 +194,16 @@ def _configured(
             raise UserError("overrides change a file or nested values; this configuration is made already")
         return config, None
     where = str(config) if isinstance(config, (Path, str)) else "config"
-    data = read_yaml(Path(config)).data if isinstance(config, (Path, str)) else dict(config)
-    changes: dict[str, Any] = {}
-    for key, value in overrides.items():
-        *sections, name = key.split(".")
-        inner = changes
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = value
+    document = read_yaml(Path(config)) if isinstance(config, (Path, str)) else None
+    data = dict(config) if isinstance(config, Mapping) else {} if document is None else document.data
+    changes = dict(overrides)
     if reward is not None:
         told = [*(data.get("reward") or {}).get("functions", ()), data.get("reward") or {}]
         if not any(isinstance(part, Mapping) and part.get("function") == GIVEN for part in told):
-            changes.setdefault("reward", {})["function"] = GIVEN
-    return given_config(data, changes, where, SUPERVISED.get(data.get("task", ""), TrainConfig))
+            changes["reward.function"] = GIVEN
+    lines = {} if document is None else document.lines
+    given = Given((Layer(where, modernised(data)[0], lines),)).over("overrides", changes)
+    return given.build(SUPERVISED.get(data.get("task", ""), TrainConfig)), given.values
 
 
 def load_run(folder: Path | str) -> RunFolder:

@@ -37,7 +37,7 @@ TIERS = {
     **dict.fromkeys(("numpy", "pandas", "matplotlib"), "plot"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"), "engine"),
     **dict.fromkeys(
-        ("jinja2", "markupsafe", "pydantic", "pydantic_core", "pydantic_settings", "yaml", "scipy", "rich"),
+        ("jinja2", "markupsafe", "pydantic", "pydantic_core", "yaml", "scipy", "rich"),
         "engine",
     ),
     **dict.fromkeys(("accelerate", "tensorboard", "gguf", "sentencepiece", "google", "datasets"), "engine"),
@@ -50,7 +50,6 @@ TIERS = {
 PACKAGES = {
     "yaml": "pyyaml",
     "google": "protobuf",
-    "pydantic_settings": "pydantic-settings",
     "math_verify": "math-verify",
     "reasoning_gym": "reasoning-gym",
 }

@@ -206,7 +206,7 @@ def test_a_planned_switch_is_that_of_the_command(capsys: pytest.CaptureFixture[s
     [
         ({"config": {"iterationz": 2}}, "config: iterationz: unknown key; did you mean iterations?"),
         ({"config": "absent.yaml"}, "absent.yaml: no such file"),
-        ({"config": {}, "overrides": {"batch": "x"}}, "config: batch: expected a whole number"),
+        ({"config": {}, "overrides": {"batch": "x"}}, "overrides: batch: expected a whole number"),
         ({"config": {}, "launcher": "slurm", "on_iteration": print}, "follows runs of the launcher local"),
     ],
 )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.bench.harness import SHARED
+from puzzle.bench.harness import SHARED, add_memory_check, launch_of
 from puzzle.bench.spent import Watch, WatchedTrainer, table
 from puzzle.bench.switch import pair_of
 from puzzle.cli import Parser, whole
@@ -122,6 +122,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
     parser.add_argument("--share-device", action="store_true", help=SHARED)
+    add_memory_check(parser)
     parser.add_argument(
         "--models", nargs="*", choices=FAMILIES, default=FAMILIES, help="none: compare nothing"
     )
@@ -147,7 +148,7 @@ def run(arguments: Sequence[str]) -> int:
         "--profile", action="store_true", help="tell what the stages that are timed spend their time on"
     )
     options, overrides = parser.parse_known_args(arguments)
-    given = parse_overrides(overrides, program="puzzle bench exact")
+    given = merge(parse_overrides(overrides), {"launch": {"skip_memory_check": options.skip_memory_check}})
     if options.price is None and (overrides or options.profile):
         raise UserError("puzzle bench exact: keys of the configuration and --profile are for --price SIZE")
     if options.profile and options.device == "cpu":
@@ -191,7 +192,7 @@ def _pairs(given: list[tuple[Sizes, Sizes]] | None, world: int) -> list[tuple[Si
 def _compare(options: argparse.Namespace, family: str, dtype: str) -> bool:
     model = {"init": SHAPE | {"model_type": family}}
     common = merge(COMMON, {"dtype": dtype, "device": options.device, "actor": model, "reward": model})
-    common = merge(common, {"launch": {"share_device": options.share_device}})
+    common = merge(common, {"launch": launch_of(options)})
     good = True
     ways = [{}, *(WAYS[way] for way in options.ways)]
     truths: dict[int, list[Found]] = {1: _run([merge(common, {"generation": way}) for way in ways], 1)[0]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
@@ -30,6 +31,7 @@ from puzzle.model.weights import initialise
 from puzzle.plan.activations import Use
 from puzzle.plan.layout import Layout, Placement
 from puzzle.plan.memory import RankMemory
+from puzzle.rlhf.preflight import SKIPS_MEMORY_CHECK
 from puzzle.spec.model import ModelSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,6 +63,22 @@ Length = Annotated[int, tokens(help="tokens of a sequence")]
 Repeats = Annotated[int, option(type=whole(1), metavar="K", help="the median of K is reported")]
 SHARED = "processes take the GPUs in turns where these are too few, and talk through the host: slow"
 """What --share-device says."""
+
+
+def add_memory_check(parser: Parser) -> None:
+    """The option of benches whose processes are those of runs, under the name that `check_memory` tells."""
+    parser.add_argument(
+        f"--{SKIPS_MEMORY_CHECK}",
+        dest="skip_memory_check",
+        choices=("true", "false"),
+        default="false",
+        help="true: begin with a warning where memory is counted as too little",
+    )
+
+
+def launch_of(options: Namespace) -> dict[str, Any]:
+    """The section `launch` of such runs, by their command's options."""
+    return {"share_device": options.share_device, "skip_memory_check": options.skip_memory_check}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from puzzle.bench.harness import SHARED
+from puzzle.bench.harness import SHARED, add_memory_check, launch_of
 from puzzle.cli import Parser, whole
 from puzzle.config.load import build, merge
 from puzzle.config.run import TrainConfig
@@ -64,6 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--world", type=whole(1, MOST_PROCESSES), default=1, help="processes, one per device")
     parser.add_argument("--share-device", action="store_true", help=SHARED)
+    add_memory_check(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         models = save_models(Path(folder))
@@ -78,11 +79,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def _compare(name: str, common: dict[str, Any], options: argparse.Namespace) -> bool:
     good = True
-    truth = _run(merge(common, {"device": "cpu"}))
+    alone = launch_of(options) | {"share_device": False}
+    truth = _run(merge(common, {"device": "cpu", "launch": alone}))
     for training, generation in pairs(options.world):
         layouts = {"layout": _sizes(training), "generation": {"layout": _sizes(generation)}}
-        shared = {"launch": {"share_device": options.share_device}}
-        found = _run(merge(common, {"device": options.device}, shared, layouts))
+        found = _run(merge(common, {"device": options.device, "launch": launch_of(options)}, layouts))
         place = f"{name} {','.join(map(str, training))} -> {','.join(map(str, generation))}"
         for iteration, metric, gap in gaps(truth, found):
             ok = gap <= LIMIT

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle.cli import Parser, named, whole
-from puzzle.config.document import Document, read_yaml
 from puzzle.config.evaluation import EvaluationConfig
-from puzzle.config.load import merge, option_help, parse_overrides, validated
+from puzzle.config.load import option_help, read_given, validated
 from puzzle.config.sources import layout_of, spec_of
 from puzzle.data import hub
 from puzzle.errors import UserError
@@ -50,9 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         overrides += [f"--reward.{kind}", options.reward]
     if options.out is not None and (options.out / "evaluation.json").exists():
         raise UserError(f"--out {options.out}: holds an evaluation already; choose another folder")
-    document = read_yaml(options.config) if options.config else Document(Path("command line"), {})
-    given = merge(document.data, parse_overrides(overrides, EvaluationConfig, "puzzle evaluate"))
-    config = validated(EvaluationConfig, given, lambda key: str(document.path))
+    given = read_given(EvaluationConfig, options.config, overrides)
+    config = validated(EvaluationConfig, given.values, given.place)
     config, _ = hub.localised(config, None)
     for role in ("actor", "reward") if config.reward.has_model else ("actor",):
         source = getattr(config, role)

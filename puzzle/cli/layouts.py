@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,9 +11,7 @@ from typing import Any
 from puzzle.cli.simulated import lengths_of
 from puzzle.cli.workloads import remapped, workload_of
 from puzzle.config import memory_report as footprint
-from puzzle.config.document import read_yaml
-from puzzle.config.load import load_given, merge, parse_overrides
-from puzzle.config.renamed import modernised
+from puzzle.config.load import read_given
 from puzzle.config.resolve import RunPlan, resolve
 from puzzle.config.run import ROLES, TrainConfig
 from puzzle.errors import UserError
@@ -39,6 +36,8 @@ EXACT = 32
 """Ranks up to which the switch of every plan that is shown is planned; beyond, memory is an upper bound."""
 TIED = 0.02
 """Share of an iteration within which the model does not tell plans apart."""
+SEARCHED = "the plan"
+"""Where options stand that a search chose."""
 MORE = 3
 """Times as many plans are searched as shown: some may turn out not to fit."""
 Options = dict[str, Any]
@@ -68,15 +67,6 @@ class Ranking:
     taken: int
     found: Found
     lengths: Lengths | None = None
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """As on a command line."""
-    return [word for key, value in options.items() for word in (f"--{key}", _word(value))]
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def options_of(choice: Choice, given: Mapping[str, Any]) -> Options:
@@ -116,11 +106,6 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def given_in(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the user gave, whether or not its layouts are possible ones."""
-    return merge(modernised(read_yaml(file).data)[0], parse_overrides(overrides))
-
-
 def rank_plans(
     file: Path,
     overrides: Sequence[str],
@@ -132,9 +117,9 @@ def rank_plans(
     without: Sequence[str] = (),
 ) -> Ranking:
     """The `top` fastest plans of a configuration on `gpus` devices, each of them resolved and checked."""
-    given = given_in(file, overrides)
-    alone = options_of(Choice((1, 1, 1), (1, 1, 1), 1), given)
-    plain = resolve(load_given(TrainConfig, file, [*overrides, *flags(alone)])[0])
+    given = read_given(TrainConfig, file, overrides)  # whether or not its layouts are possible ones
+    alone = options_of(Choice((1, 1, 1), (1, 1, 1), 1), given.values)
+    plain = resolve(given.over(SEARCHED, alone).build(TrainConfig))
     costs = _on_nodes(calibration.costs, per_node)
     job = job_of(plain, gpus, per_node, calibration.memory_bytes)
     told = lengths_of(lengths, plain.batch.response)
@@ -145,9 +130,8 @@ def rank_plans(
     plans: list[Ranked] = []
     tight: RankMemory | None = None
     for plan in found.plans:
-        options = options_of(plan.choice, given)
-        config, _ = load_given(TrainConfig, file, [*overrides, *flags(options)])
-        resolved = resolve(config, per_node)
+        options = options_of(plan.choice, given.values)
+        resolved = resolve(given.over(SEARCHED, options).build(TrainConfig), per_node)
         memory: RankMemory | int = plan.memory
         work = replace(workload_of(resolved), lengths=told)
         if job.exact:

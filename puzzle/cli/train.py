@@ -17,7 +17,7 @@ from puzzle.cli import Parser, completion, layouts, named
 from puzzle.config import memory_report as footprint
 from puzzle.config.base import RunConfig
 from puzzle.config.capabilities import BASELINE, BASELINE_SCRIPT, require_device
-from puzzle.config.load import go_on_as, keys, load_given, option_help, without_inherited
+from puzzle.config.load import Given, go_on, keys, load_config, option_help, read_given, without_inherited
 from puzzle.config.resolve import resolve
 from puzzle.config.run import TrainConfig
 from puzzle.data import hub
@@ -55,14 +55,17 @@ def command(name: str, about: str, schema: type[RunConfig], arguments: Sequence[
     memory = None if options.device_memory is None else footprint.parse_bytes(options.device_memory)
     if options.profile is not None:
         overrides += ["--log.profile", options.profile]
+    planned: Mapping[str, Any] = {}
     if options.plan is not None:
-        overrides += _planned(options.plan, options.config, overrides, options.calibration, memory)
+        planned = _planned(options.plan, options.config, overrides, options.calibration, memory)
     elif options.calibration is not None:
         raise UserError("--calibration: only --plan auto rests on one")
     if options.resume and options.config is None:
-        config, given = _configured(schema, options.out, overrides)
+        sources = _before(schema, options.out, overrides)
     else:
-        config, given = load_given(schema, options.config, overrides, f"puzzle {name}")
+        sources = read_given(schema, options.config, overrides)
+    sources = sources.over(f"plan {options.plan}", planned)
+    config, given = sources.build(schema), sources.values
     if config.log.variant == BASELINE:
         raise UserError(f"log.variant {BASELINE} is another program's: run {BASELINE_SCRIPT}")
     check_packages(config)
@@ -141,8 +144,8 @@ def _without_dry_run(arguments: Sequence[str]) -> list[str]:
 
 def _planned(
     plan: str, file: Path | None, overrides: Sequence[str], calibration: str | None, memory: int | None
-) -> list[str]:
-    """The options of a plan, as on a command line; what is taken is said."""
+) -> layouts.Options:
+    """The options of a plan; what is taken is said."""
     if plan != "auto":
         taken, where = layouts.read_plan(Path(plan)), plan
     elif file is None:
@@ -152,7 +155,7 @@ def _planned(
         found = read_calibration(name)
         if memory is not None:
             found = dataclasses.replace(found, memory_bytes=memory)
-        config = load_given(TrainConfig, file, overrides)[0]
+        config = load_config(file, overrides)
         per_node = config.switch.gpus_per_node or min(8, config.world)
         ranking = layouts.rank_plans(file, overrides, config.world, per_node, found, layouts.TOP)
         best = ranking.plans[ranking.taken]
@@ -161,13 +164,11 @@ def _planned(
         where = f"{name} predicts {best.seconds.total:.2f} s an iteration, {hours} in all"
     said = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
     print(f"plan ({where}): {said}", file=sys.stderr)
-    return layouts.flags(taken)
+    return taken
 
 
-def _configured(
-    schema: type[RunConfig], out: Path | None, overrides: Sequence[str]
-) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration of the run in `out`, as it was given at last, below the command line; and both."""
+def _before(schema: type[RunConfig], out: Path | None, overrides: Sequence[str]) -> Given:
+    """The configuration of the run in `out`, as it was given at last, below the command line."""
     if out is None:
         raise UserError("--resume needs --out DIR: the folder of the run that goes on")
     past = _past(out)
@@ -176,7 +177,7 @@ def _configured(
     if before is None:
         whole = {name: value for name, value in past.config.items() if name != "global_batch_size"}
         before = without_inherited(whole)
-    return go_on_as(schema, before, out / "run.jsonl", overrides)
+    return go_on(schema, before, out / "run.jsonl", overrides)
 
 
 def _past(out: Path) -> Past:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from puzzle.config.load import go_on, without_inherited
 from puzzle.config.resolve import RunPlan, resolve
+from puzzle.config.run import TrainConfig
 from puzzle.errors import UserError
 from puzzle.files.jsonio import Fields
 from puzzle.files.limits import MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
@@ -119,7 +120,7 @@ def _plan_of_run(run: Run) -> RunPlan:
         given = without_inherited({key: v for key, v in run.config.items() if key != "global_batch_size"})
     if "keep_graphs" not in run.config["generation"]:  # by an engine that recorded graphs in every iteration
         given = {**given, "generation": {**given.get("generation", {}), "keep_graphs": False}}
-    return resolve(go_on(given, Path(run.source), [])[0])
+    return resolve(go_on(TrainConfig, given, Path(run.source)).build(TrainConfig))
 
 
 def _published_workload(run: Run) -> Workload:

@@ -3,31 +3,33 @@
 The command line wins over the file, the file over the defaults.
 """
 
+from __future__ import annotations
+
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from json import JSONDecodeError
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
+from puzzle.config import command_line
 from puzzle.config.base import ROLES, SOURCES, RunConfig
-from puzzle.config.document import Document, Key, read_yaml, shown
-from puzzle.config.renamed import RENAMED, modernised, present
+from puzzle.config.document import Key, read_yaml, shown
+from puzzle.config.renamed import modernised, present
 from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SUPERVISED
 from puzzle.errors import UserError
-from puzzle.files.jsonio import parse
 
 Config = TypeVar("Config", bound=RunConfig)
 Schema = type[BaseModel]
 _ABSENT = object()
-_MARKS = frozenset('[]{}"')
-"""Without them a list's value is names between commas."""
+_KEYS = re.compile(r"[a-z_]\w*(?:\.\w+)*")
+COMMAND_LINE = "command line"
 COMMANDS: Mapping[str, Schema] = {TrainConfig.task_name(): TrainConfig, **SUPERVISED}
 """Commands that run a configuration, and what it may say."""
 
@@ -67,17 +69,10 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) is tuple:
-        return None  # a list of sections is a value
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
 def keys(model: Schema = TrainConfig, prefix: Key = ()) -> Iterator[tuple[Key, bool]]:
     """Every key of the configuration and whether it is a section."""
     for name, info in model.model_fields.items():
-        inner = _section(info.annotation)
+        inner = command_line.section(info.annotation)
         yield (*prefix, name), inner is not None
         if inner is not None:
             yield from keys(inner, (*prefix, name))
@@ -100,110 +95,15 @@ def suggestion(key: Key, schema: Schema = TrainConfig) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def parse_overrides(
-    arguments: Sequence[str], schema: Schema = TrainConfig, program: str = "puzzle train"
-) -> dict[str, Any]:
-    """`--section.key value` (lists as JSON or comma-separated; null) to nested values, not yet validated."""
-    arguments = _under_present_names(arguments)
-    known = {".".join(key) for key, _ in keys(schema)}
-    for argument in arguments:
-        name = argument[2:].split("=", 1)[0]
-        if argument.startswith("--") and name not in known and name != "help":
+def parse_overrides(arguments: Sequence[str], schema: Schema = TrainConfig) -> dict[str, Any]:
+    """`--section.key value` to nested values, not yet validated; UserError for what cannot be read."""
+    words = command_line.under_present_names(arguments)
+    known = {".".join(key): _field(key, schema).annotation for key, _ in keys(schema)}
+    for option, _ in command_line.options(words):
+        name = option.removeprefix("--")
+        if option and name not in known:
             raise UserError(f"--{name}: unknown option{suggestion(tuple(name.split('.')), schema)}")
-    _refuse_words_for_sections(arguments, schema)
-    try:
-        return _read(arguments, schema, program)
-    except SettingsError as error:
-        if _of_a_list(error):
-            raise UserError(
-                f"{_unreadable(arguments, schema)}: neither JSON nor names between commas"
-            ) from None
-        text = str(error.__cause__ or error).removeprefix("error parsing CLI: ")
-        raise UserError(" ".join(text.split())) from None
-
-
-def _read(arguments: Sequence[str], schema: Schema, program: str) -> dict[str, Any]:
-    """Nested values; SettingsError for what is no command line."""
-    fields: dict[str, Any] = {name: (f.annotation, f) for name, f in schema.model_fields.items()}
-    source = CliSettingsSource[Any](
-        create_model("Arguments", __base__=BaseSettings, **fields),
-        cli_prog_name=program,
-        cli_parse_args=list(arguments),
-        cli_exit_on_error=False,
-        cli_parse_none_str="null",
-        cli_hide_none_type=True,
-    )
-    return source()
-
-
-def _of_a_list(error: SettingsError) -> bool:
-    """Whether a list cannot be read; what is wrong with options or their number has other causes."""
-    return isinstance(error.__cause__, (JSONDecodeError, SettingsError))
-
-
-def _refuse_words_for_sections(arguments: Sequence[str], schema: Schema) -> None:
-    """UserError for a section whose value is neither a JSON object nor null, or lacks."""
-    sections = {".".join(key): key for key, is_section in keys(schema) if is_section}
-    for option, value in _options(arguments):
-        key = sections.get(option.removeprefix("--"))
-        if key is None or value == "null":
-            continue
-        with suppress(UserError):
-            if isinstance(parse(value, option), dict):
-                continue
-        inner = next(k[-1] for k, _ in keys(schema) if k[:-1] == key)
-        raise UserError(
-            f"{option} {shown(value)}: a section of keys; give one as {option}.{inner} VALUE, or JSON such as"
-            f' {{"{inner}": VALUE}}'
-        )
-
-
-def _unreadable(arguments: Sequence[str], schema: Schema) -> str:
-    """The options whose values, lists, cannot be read: alone they cannot, either."""
-    found = list[str]()
-    for option, value in _options(arguments):
-        try:
-            if not _MARKS.isdisjoint(value):
-                _read([f"{option}={value}"], schema, "puzzle")
-        except SettingsError as error:
-            found += [f"{option} {shown(value)}"] if _of_a_list(error) else []
-    return ", ".join(found) or "the command line"
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The options of a command line with their values, which may be words of their own, or lack."""
-    option, lacks = "", False
-    for word in [*arguments, "--"]:
-        if not word.startswith("--"):
-            yield option, word
-            lacks = False
-            continue
-        if lacks:
-            yield option, ""
-        option, equals, value = word.partition("=")
-        if equals:
-            yield option, value
-        lacks = not equals
-
-
-def _under_present_names(arguments: Sequence[str]) -> list[str]:
-    """The words of a command line with options and their values renamed; a note for each."""
-    words, said = list(arguments), set()
-    for place, word in enumerate(words):
-        name, equals, value = word.removeprefix("--").partition("=")
-        key = tuple(name.split("."))
-        renamed = next((r for r in RENAMED if key[: len(r.old)] == r.old), None)
-        if not word.startswith("--") or renamed is None:
-            continue
-        words[place] = f"--{'.'.join(present(key))}{equals}{renamed.values.get(value, value)}"
-        if not equals and place + 1 < len(words):
-            value = words[place + 1]
-            words[place + 1] = renamed.values.get(value, value)
-        if value not in renamed.usual:
-            said.add(str(renamed))
-    for text in sorted(said):
-        print(f"note: the command line: {text}", file=sys.stderr)
-    return words
+    return command_line.read(words, known)
 
 
 def option_help(schema: Schema = TrainConfig) -> str:
@@ -228,7 +128,7 @@ def defaults(schema: Schema = TrainConfig) -> dict[str, Any]:
 
 def _field(key: Key, model: Schema) -> FieldInfo:
     for part in key[:-1]:
-        model = _section(model.model_fields[part].annotation) or model
+        model = command_line.section(model.model_fields[part].annotation) or model
     return model.model_fields[key[-1]]
 
 
@@ -251,7 +151,7 @@ def validated(schema: type[Any], data: Mapping[str, Any], place: Callable[[Key],
     except ValidationError as error:
         problems = error.errors()
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-        raise UserError(_explain(problem, problems, place, schema)) from None
+        raise UserError(_explain(problem, problems, place, schema, data)) from None
 
 
 def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:
@@ -269,8 +169,9 @@ def _explain(
     problems: Sequence[Mapping[str, Any]],
     place: Callable[[Key], str],
     schema: Schema,
+    data: Mapping[str, Any],
 ) -> str:
-    """The line of one of `problems`."""
+    """The line of one of `problems` with `data`."""
     known = {key for key, _ in keys(schema)}
 
     def place_of(one: Mapping[str, Any]) -> Key:
@@ -286,6 +187,9 @@ def _explain(
         return f"{place(key)}: {name}: unknown key{suggestion(key, schema)}"
     if problem["type"] == "value_error":
         reason = problem["msg"].removeprefix("Value error, ")
+        named = [one for one in _named(reason, key, known) if _inside(data, one) is not _ABSENT]
+        if places := list(dict.fromkeys(map(place, named))):
+            head = f"{' and '.join(places)}: {f'{name}: ' if key else ''}"
         plain = isinstance(problem["input"], (str, int, float, bool, list, tuple))
         return f"{head}{reason}{', got ' + shown(problem['input']) if plain else ''}"
     if problem["type"] == "missing":
@@ -297,57 +201,114 @@ def _explain(
     return f"{head}expected {expected}, got {shown(problem['input'])}"
 
 
+def _named(reason: str, key: Key, known: set[Key]) -> list[Key]:
+    """The keys, but no sections, that a reason for refusing what stands at `key` names: whole, from there, or
+    from the section that it begins with."""
+    lead, colon, _ = reason.partition(": ")
+    within = (*key, *lead.split("."))
+    above = [within] if colon and within in known else []
+    found = []
+    for word in _KEYS.findall(reason):
+        parts = tuple(word.split("."))
+        whole = next((k for start in (*above, key, ()) if (k := (*start, *parts)) in known), None)
+        if whole is not None and not any(k[: len(whole)] == whole and k != whole for k in known):
+            found.append(whole)
+    return found
+
+
+def _inside(values: Any, key: Key) -> Any:
+    """The value at a key, `_ABSENT` where there is none."""
+    for part in key:
+        values = values.get(part, _ABSENT) if isinstance(values, Mapping) else _ABSENT
+    return values
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Nested values that were given in one place, and the lines of their keys where that is a file."""
+
+    where: str
+    values: Mapping[str, Any]
+    lines: Mapping[Key, int] = field(default_factory=dict)
+
+    def place(self, key: Key) -> str:
+        """Where the key was given."""
+        line = next((self.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.lines), None)
+        return f"{self.where}:{line}" if line else self.where
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was given of a configuration, the layers that lie over the others last."""
+
+    layers: tuple[Layer, ...]
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """All of it."""
+        found: dict[str, Any] = {}
+        for layer in self.layers:
+            found = merge(_replaced_sources(found, layer.values), layer.values)
+        return found
+
+    def over(self, where: str, options: Mapping[str, Any]) -> Given:
+        """With values by dotted keys above all others."""
+        values: dict[str, Any] = {}
+        for name, value in options.items():
+            nested = value
+            for part in reversed(name.split(".")):
+                nested = {part: nested}
+            values = merge(values, nested)
+        return Given((*self.layers, Layer(where, values)))
+
+    def place(self, key: Key) -> str:
+        """The layer that says most of a key, the uppermost of those; all of them for none."""
+        for length in range(len(key), 0, -1):
+            for layer in reversed(self.layers):
+                if _inside(layer.values, key[:length]) is not _ABSENT:
+                    return layer.place(key)
+        places = [layer.where for layer in self.layers if layer.values]
+        return " and ".join(places) or next((layer.where for layer in self.layers), "configuration")
+
+    def build(self, schema: type[Config]) -> Config:
+        """The run that it describes; raises UserError naming where a mistake was given."""
+        return build_as(schema, self.values, self.place)
+
+
+def read_given(schema: Schema, file: Path | None, arguments: Sequence[str] = ()) -> Given:
+    """A file, if there is one, and the command line above it. What has another name now is said."""
+    layers: list[Layer] = []
+    overrides = parse_overrides(arguments, schema)
+    if file is not None:
+        document = read_yaml(file)
+        data, renamed = modernised(document.data)
+        for one in renamed:
+            print(f"note: {document.path}: {one}", file=sys.stderr)
+        lines = {**{present(key): line for key, line in document.lines.items()}, **document.lines}
+        layers.append(Layer(str(document.path), data, lines))
+    if overrides or file is None:
+        layers.append(Layer(COMMAND_LINE if overrides else "configuration", overrides))
+    return Given(tuple(layers))
+
+
 def load_config(file: Path | None, arguments: Sequence[str] = ()) -> TrainConfig:
     """The run that `file` and the command line describe; raises UserError naming the file and line."""
     return load_given(TrainConfig, file, arguments)[0]
 
 
 def load_given(
-    schema: type[Config], file: Path | None, arguments: Sequence[str] = (), program: str = "puzzle train"
+    schema: type[Config], file: Path | None, arguments: Sequence[str] = ()
 ) -> tuple[Config, dict[str, Any]]:
     """The same of any schema, and what was given of it, as nested values without defaults."""
-    document = read_yaml(file) if file else Document(Path("defaults"), {})
-    overrides = parse_overrides(arguments, schema, program)
-    data, renamed = modernised(document.data)
-    for one in renamed:
-        print(f"note: {document.path}: {one}", file=sys.stderr)
-    lines = {**{present(key): line for key, line in document.lines.items()}, **document.lines}
-
-    def place(key: Key) -> str:
-        inner: Any = overrides
-        for part in key:
-            inner = inner.get(part, _ABSENT) if isinstance(inner, Mapping) else _ABSENT
-        if key and inner is not _ABSENT:
-            return "command line"
-        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-        return f"{document.path}:{line}" if line else str(document.path if file else "configuration")
-
-    given = merge(_replaced_sources(data, overrides), overrides)
-    return build_as(schema, given, place), given
+    given = read_given(schema, file, arguments)
+    return given.build(schema), given.values
 
 
-def given_config(
-    data: Mapping[str, Any], changes: Mapping[str, Any], where: str, schema: type[Config]
-) -> tuple[Config, dict[str, Any]]:
-    """The run that nested values from `where` describe, with `changes` laid over them; and both."""
-    given = merge(_replaced_sources(modernised(data)[0], changes), changes)
-    return build_as(schema, given, lambda key: where), given
-
-
-def go_on(
-    before: Mapping[str, Any], log: Path, arguments: Sequence[str]
-) -> tuple[TrainConfig, dict[str, Any]]:
-    """The run of `puzzle train` that `before`, given at its start as `log` has it, and the command line
-    describe; and both."""
-    return go_on_as(TrainConfig, before, log, arguments)
-
-
-def go_on_as(
-    schema: type[Config], before: Mapping[str, Any], log: Path, arguments: Sequence[str]
-) -> tuple[Config, dict[str, Any]]:
-    """The same for any schema."""
+def go_on(schema: Schema, before: Mapping[str, Any], log: Path, arguments: Sequence[str] = ()) -> Given:
+    """What describes a run that goes on: `before`, given at its start as `log` has it, and the command line
+    above it."""
     changes = parse_overrides(arguments, schema)
-    return given_config(before, changes, f"{log} and the command line", schema)
+    return Given((Layer(str(log), modernised(before)[0]), Layer(COMMAND_LINE, changes)))
 
 
 def without_inherited(config: Mapping[str, Any]) -> dict[str, Any]:

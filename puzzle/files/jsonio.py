@@ -26,10 +26,17 @@ _SHORT.maxstring = _SHORT.maxother = 80
 _WORDS = {None: "null", True: "true", False: "false"}
 
 
+class RepeatedKey(UserError):
+    """An object says two things under one key: JSON does not tell which of them is meant."""
+
+
 def parse(text: str | bytes, place: str) -> Any:
-    """The value of a JSON text; UserError, beginning with `place`, if it is none."""
+    """The value of a JSON text; UserError, beginning with `place`, if it is none, a RepeatedKey where an
+    object gives one key two values."""
     try:
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+    except RepeatedKey as error:
+        raise RepeatedKey(f"{place}: {error}") from None
     except RecursionError:
         raise UserError(f"{place}: not valid JSON: nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -54,6 +61,19 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return _WORDS[value]
     return _SHORT.repr(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs; RepeatedKey, without a place, for a key of two values. Said twice alike, as
+    programs do that write the keys 1 and "1", it is said once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if repr(value) != repr(found[key]):  # of equal types too: 1 is not true
+                raise RepeatedKey(
+                    f"{shown(key)} is given twice, {shown(value)} and {shown(found[key])}; leave one out"
+                )
+    return found
 
 
 def _integer(digits: str) -> int:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from puzzle.config.base import RunConfig
-from puzzle.config.load import defaults, go_on_as, without_inherited
+from puzzle.config.load import defaults, go_on, without_inherited
 from puzzle.config.memory_report import estimate
 from puzzle.config.renamed import modernised
 from puzzle.config.resolve import resolve
@@ -169,7 +169,7 @@ class Facts:
         """By stage, the fullest rank as the formula has it and as it was measured."""
         formula: dict[str, int] = {}
         try:
-            config = go_on_as(self.schema, self.given, Path(self.run.source), [])[0]
+            config = go_on(self.schema, self.given, Path(self.run.source)).build(self.schema)
             ranks = estimate(resolve(config), fused=self.run.hardware.get("device") != "cpu")
             formula = {stage: max(rank.total(stage) for rank in ranks) for stage in ranks[0].stages}
         except UserError:

@@ -12,6 +12,9 @@ from puzzle.errors import UserError
 from puzzle.launch import local
 from puzzle.runlog import folders
 
+SKIPS_MEMORY_CHECK = "launch.skip_memory_check"
+"""The key by which a run begins that a refusal of memory names; whatever runs `check_memory` takes it."""
+
 
 def agree(plan: Plan, world: World) -> None:
     """All ranks made the same plan, or the run would hang later: UserError with what differs."""
@@ -27,7 +30,7 @@ def agree(plan: Plan, world: World) -> None:
 def check_memory(plan: Plan, world: World) -> None:
     """Refuse what cannot fit before anything is loaded; warn of it under `launch.skip_memory_check`."""
     skip = plan.config.launch.skip_memory_check
-    with footprint.unless_skipped(skip, "--launch.skip_memory_check true", world.warn):
+    with footprint.unless_skipped(skip, f"--{SKIPS_MEMORY_CHECK} true", world.warn):
         if (limit := world.device_memory) is not None:
             footprint.require(footprint.estimate(plan, True, limit), limit)
         elif (free := world.free_memory()) is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from puzzle.errors import UserError, lacking
+from puzzle.files import jsonio
 from puzzle.rlhf.rewards.builtin import exact_answer
 
 SECONDS = 5
@@ -59,7 +59,7 @@ def reasoning_gym(
 
 
 def _gym_score(response: str, right: Any, about: Any, prompt: str) -> float:
-    fields = json.loads(about) if isinstance(about, str) else about
+    fields = jsonio.parse(about, f"metadata of {prompt[:40]!r}") if isinstance(about, str) else about
     task = fields.get("source_dataset") if isinstance(fields, Mapping) else None
     if not isinstance(task, str):
         raise ValueError(f"metadata of {prompt[:40]!r} names no task (source_dataset); see `puzzle prompts`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from puzzle.bench import exact, iterations
 from puzzle.cli import main
+from puzzle.engine.runtime import world as worlds
 from puzzle.engine.runtime.world import World
 from puzzle.rlhf import evaluation
 
@@ -123,8 +125,27 @@ def test_whole_runs_share_beside_a_truth_that_is_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(iterations, "_run", run)
     with pytest.raises(Enough):
         main(["bench", "iterations", "--world", "2", "--share-device"])
-    assert "launch" not in runs[0]
-    assert runs[1]["launch"] == {"share_device": True}
+    assert [run["launch"]["share_device"] for run in runs] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "line", [LINE, ["bench", "iterations", "--device", "cpu"]], ids=["exact", "iterations"]
+)
+def test_what_a_refusal_of_memory_names_is_an_option(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(_: World, told: str | None) -> None:
+        assert told is not None
+        raise Enough
+
+    monkeypatch.setattr(worlds, "host_free", lambda: 1 << 10)
+    monkeypatch.setattr(World, "warn", warn)
+    assert main(line) == 2
+    told = capsys.readouterr().err
+    option = re.search(r"(--[a-z_.]+) (true) begins anyway$", told.strip())
+    assert option is not None, told
+    with pytest.raises(Enough):
+        main([*line, *option.groups()])
 
 
 @pytest.mark.long

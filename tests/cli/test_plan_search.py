@@ -1,13 +1,15 @@
 """`puzzle plan search` and `puzzle train --plan` from the command line."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from puzzle.cli import main
-from puzzle.cli.layouts import flags, options_of
+from puzzle.cli.layouts import options_of
 from puzzle.cli.workloads import workload_of
 from puzzle.config.load import load_config
 from puzzle.config.resolve import resolve
@@ -39,6 +41,12 @@ def searched(config: Path, capsys, *more: str) -> dict:
     given = ["plan", "search", "--config", str(config), "--gpus", "4", *more]
     assert main([*given, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """As a person would give them."""
+    words = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in options.items())
+    return [word for key, value in words for word in (f"--{key}", value)]
 
 
 def test_every_plan_is_one_that_runs(config: Path, capsys) -> None:
@@ -171,6 +179,19 @@ def test_mistakes_are_one_line(config: Path, capsys, line: list[str], said: str)
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_keys_of_the_command_line_are_blamed_on_it_and_named_once(config: Path, capsys) -> None:
+    """And what a search chooses takes the place of what was given, lists too."""
+    line = [str(config), "--gpus", "2", "--top", "2", "--ppo.clip", "0.3", "--layout.stages", "8,8,8,8"]
+    assert main(["plan", "search", "--config", *line]) == 0
+    assert capsys.readouterr().err.count("note: the command line: ppo is now algorithm") == 1
+    for command in (["search", "--gpus", "2"], ["predict", "--calibration", "h200"]):
+        words = ["--config", str(config), "--batch", "7", "--algorithm.minibatch", "5"]
+        assert main(["plan", *command, *words]) == 2
+        assert capsys.readouterr().err.startswith(
+            "error: command line: algorithm.minibatch 5 does not divide"
+        )
 
 
 def test_options_are_what_was_chosen(config: Path) -> None:

@@ -46,7 +46,7 @@ for command in commands:
             code = end.code
     print(json.dumps([code, said.getvalue()]))
 """
-PLOT_LACKS = ["torch", "transformers", "tokenizers", "safetensors", "pydantic", "pydantic_settings", "yaml"]
+PLOT_LACKS = ["torch", "transformers", "tokenizers", "safetensors", "pydantic", "yaml"]
 PLOT_LACKS += ["scipy", "rich", "gguf", "deepspeed", "ray"]
 ANYWHERE = ["puzzle", "plan", "fuse", "--training", "a=2", "b=2", "--pp", "2", "--costs", "costs.json"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puzzle.errors import UserError, lacking
+from puzzle.files.jsonio import RepeatedKey, parse
 from puzzle.rlhf.patience import TookTooLong
 from puzzle.rlhf.rewards.batch import ARGUMENTS, Arriving, RewardBatch
 from puzzle.rlhf.rewards.scores import checked_scores, shown
@@ -202,8 +203,10 @@ def request_body(batch: RewardBatch) -> bytes:
 def _scores(what: str, answer: bytes) -> Sequence[Any]:
     """The list in an answer; UserError for an answer without one."""
     try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError):
+        found = parse(answer, what)
+    except RepeatedKey:
+        raise
+    except UserError:
         text = shown(answer.decode("utf-8", "replace"))
         raise UserError(f"{what} answered {text}, which is no JSON") from None
     scores = found.get("scores") if isinstance(found, Mapping) else None
