@@ -133,7 +133,7 @@ def rank_plans(
         options = options_of(plan.choice, given.values)
         resolved = resolve(given.over(SEARCHED, options).build(TrainConfig), per_node)
         memory: RankMemory | int = plan.memory
-        work = replace(workload_of(resolved), lengths=told)
+        work = replace(workload_of(resolved), lengths=told, kept=job.keep)
         if job.exact:
             ranks = footprint.estimate(resolved, fused=job.fused)
             memory = max(ranks, key=lambda rank: rank.peak)
@@ -168,6 +168,8 @@ def job_of(plan: RunPlan, gpus: int, per_node: int, memory: int) -> Job:
         for role, m in plan.models.items()
     )
     balanced = config.layout.stages == "balanced"
+    fused = config.device != "cpu"
+    keep = fused and config.keeps_graphs is True
 
     @cache
     def layout(spec: ModelSpec, sizes: Sizes) -> Layout:
@@ -177,16 +179,17 @@ def job_of(plan: RunPlan, gpus: int, per_node: int, memory: int) -> Job:
         roles=roles,
         trained=plan.training.roles,
         inferred=plan.inference.roles,
-        work=workload_of(plan),
+        work=replace(workload_of(plan), kept=keep),
         layout=layout,
         ranks=gpus,
         per_node=min(per_node, gpus),
         memory=memory,
         itemsize=plan.itemsize,
-        fused=config.device != "cpu",
+        fused=fused,
         compiled=config.compile,
         staging=config.switch.staging_bytes,
         exact=gpus <= EXACT,
+        keep=keep,
         invariant=config.numerics == "invariant",
         numerics_parts=config.numerics_parts,
     )

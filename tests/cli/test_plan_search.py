@@ -194,6 +194,22 @@ def test_keys_of_the_command_line_are_blamed_on_it_and_named_once(config: Path, 
         )
 
 
+def test_plans_have_room_for_what_is_kept(tmp_path: Path, config: Path, capsys) -> None:
+    """Where generation.keep_graphs says that it stays, plans without that room are none."""
+    one = ["--gpus", "1", "--top", "1", "--actor.init.preset", "350m", "--generation.keep_graphs"]
+    plain, kept = (searched(config, capsys, *one, word)["plans"][0] for word in ("false", "true"))
+    assert kept["memory_bytes"] > plain["memory_bytes"]
+    assert kept["stages"]["generation"] < plain["stages"]["generation"]
+    calibration = json.loads(Path("puzzle/plan/predict/profiles/h200.json").read_text())
+    calibration["memory_bytes"] = kept["memory_bytes"] - 1
+    (tmp_path / "small.json").write_text(json.dumps(calibration))
+    words = ["--config", str(config), *one, "true", "--calibration", str(tmp_path / "small.json"), "--json"]
+    assert main(["plan", "search", *words]) == 0
+    smaller = json.loads(capsys.readouterr().out)
+    assert smaller["too_large"] > 0
+    assert smaller["plans"][0]["memory_bytes"] < kept["memory_bytes"]
+
+
 def test_options_are_what_was_chosen(config: Path) -> None:
     """Every decision, in one choice or another, through the configuration to the work that is predicted."""
     plain = Choice((1, 4, 1), (2, 2, 1), 2)

@@ -14,18 +14,14 @@ from puzzle.plan.predict.footprints import (
     together,
     training_footprint,
 )
-from puzzle.plan.predict.iteration import Part, Workload
-from puzzle.plan.predict.job import Choice, Job, Role, Sizes
+from puzzle.plan.predict.job import Choice, Job
 from puzzle.plan.predict.search import sizes
 from puzzle.plan.reshard.plan import plan_switch
 from puzzle.spec.model import ModelSpec
+from tests.plan.jobs import cut, job, workload
 
 SEQUENCES = 64
 SPEC = ModelSpec("llama", 64, 512, 1024, 8, 8, 4, 64)
-
-
-def cut(spec: ModelSpec, laid: Sizes) -> Layout:
-    return Layout.even(*laid, spec.num_layers)
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([2, 8])),
         16,
     )
-    value = replace(spec, head="value")
     ranks, deep = draw(st.sampled_from([2, 4, 8, 64])), draw(st.booleans())
     laid = sorted(sizes(ranks, 8, spec, SEQUENCES // 2))
     longest = [one for one in laid if one[1] >= 8] if deep else []
@@ -58,41 +53,17 @@ def cases(draw: st.DrawFn) -> Case:
     numerics = draw(st.sampled_from(["fast", "largest tp", "parts"]))
     largest = max(training[0], generation[0])
     parts = draw(st.sampled_from([n for n in (1, 2, 4, 8) if n % largest == 0]))
-    part = Part(spec, cut(spec, (1, 1, 1)))
-    work = Workload(
-        actor=part,
-        generation=part.layout,
-        trained=(part,),
-        inferred=(part,),
-        stepped=2,
-        sequences=SEQUENCES,
-        minibatch=SEQUENCES // 2,
-        steps=2,
-        prompt=draw(st.sampled_from([8, 300])),
-        response=draw(st.sampled_from([1, 500])),
-        microbatch=None,
-    )
-    job = Job(
-        roles=(
-            Role("actor", spec, True),
-            Role("critic", value, True),
-            Role("reference", spec, False, offload=draw(st.booleans())),
-            Role("reward", value, False),
-        ),
-        trained=("actor", "critic"),
-        inferred=("reference", "critic", "reward"),
-        work=work,
-        layout=cut,
+    prompt, response = draw(st.sampled_from([8, 300])), draw(st.sampled_from([1, 500]))
+    of = job(
+        spec,
+        workload(spec, SEQUENCES, prompt, response),
+        offload_reference=draw(st.booleans()),
         ranks=ranks,
-        per_node=8,
-        memory=1 << 40,
         itemsize=draw(st.sampled_from([2, 4])),
         fused=draw(st.booleans()),
-        compiled=False,
-        staging=1 << 16,
-        exact=True,
         invariant=numerics != "fast",
         numerics_parts=parts if numerics == "parts" else None,
+        keep=draw(st.booleans()),
     )
     how = "split" if longest else draw(st.sampled_from(["", "split", "recompute"]))
     choice = Choice(
@@ -107,11 +78,11 @@ def cases(draw: st.DrawFn) -> Case:
         slots=draw(st.sampled_from([None, 2, 16])),
     )
     told = {"fast": None, "largest tp": largest, "parts": parts}[numerics]
-    return Case(job, choice, told)
+    return Case(of, choice, told)
 
 
-def every_rank(case: Case) -> list[RankMemory]:
-    """By a formula of each rank, with the switch as it is planned."""
+def every_rank(case: Case, keep: bool) -> list[RankMemory]:
+    """By a formula of each rank, with the switch as it is planned; `keep`: what graphs read stays."""
     of, choice, spec = case.job, case.choice, case.job.actor.spec
     source, wanted = (Placement.default(cut(spec, laid)) for laid in (choice.training, choice.generation))
     uses = [
@@ -148,7 +119,7 @@ def every_rank(case: Case) -> list[RankMemory]:
         switched = [Switched(w, max(w, rank.peak_extra)) for w, rank in zip(weights, ranks, strict=True)]
     generation = Use("generation", spec, wanted, of.itemsize, fused=of.fused, parts=case.parts)
     return [
-        rank_memory(rank, uses, generation, work, switched[rank], choice.fuse_training)
+        rank_memory(rank, uses, generation, work, switched[rank], choice.fuse_training, keep=keep)
         for rank in range(of.ranks)
     ]
 
@@ -159,12 +130,12 @@ def test_memory_of_telling_ranks_is_that_of_the_worst(case: Case) -> None:
     """Exact in training and where nothing is switched; else the planned switch lies between both bounds."""
     low, choice = case.job, case.choice
     high, spec = replace(low, exact=False), low.actor.spec
-    ranks = every_rank(case)
+    ranks, without = every_rank(case, low.keep), every_rank(case, keep=False)
     peak = max(rank.peak for rank in ranks)
     held = training_footprint(low, choice)
     parts = low.parts(choice.training, choice.generation)
     adds = generation_footprint(low, cut(spec, choice.generation), choice.decode, choice.slots, parts)
-    assert held.peak == max(max(rank.total("training"), rank.total("inference")) for rank in ranks)
+    assert held.peak == max(max(rank.total("training"), rank.total("inference")) for rank in without)
     if choice.training == choice.generation:
         assert together(low, held, adds) == together(high, held, adds) == peak
     else:

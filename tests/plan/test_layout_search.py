@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle.errors import UserError
-from puzzle.plan.layout import Layout
 from puzzle.plan.predict.calibration import read_calibration
 from puzzle.plan.predict.costs import Fixed
 from puzzle.plan.predict.footprints import generation_footprint, together, training_footprint
-from puzzle.plan.predict.iteration import Part, Workload, predict
-from puzzle.plan.predict.job import IDEAS, Choice, Job, Role, Sizes
+from puzzle.plan.predict.iteration import predict
+from puzzle.plan.predict.job import IDEAS, Choice, Job, Sizes
 from puzzle.plan.predict.rates import NAMES
 from puzzle.plan.predict.search import predicted, search, sizes
 from puzzle.spec.model import ModelSpec
+from tests.plan import jobs
+from tests.plan.jobs import cut
 
 SPEC = ModelSpec("llama", 2048, 512, 1024, 8, 8, 4, 64)
 VALUE = replace(SPEC, head="value")
@@ -27,46 +28,9 @@ RATES = replace(
 )
 
 
-def cut(spec: ModelSpec, laid: Sizes) -> Layout:
-    return Layout.even(*laid, spec.num_layers)
-
-
 def job(ranks: int = 4, memory: int = 1 << 40, exact: bool = True, sequences: int = 16) -> Job:
-    part = Part(SPEC, cut(SPEC, (1, 1, 1)))
-    work = Workload(
-        actor=part,
-        generation=part.layout,
-        trained=(part,),
-        inferred=(part,),
-        stepped=2,
-        sequences=sequences,
-        minibatch=sequences // 2,
-        steps=2,
-        prompt=64,
-        response=32,
-        microbatch=None,
-        graphs=True,
-    )
-    return Job(
-        roles=(
-            Role("actor", SPEC, True),
-            Role("critic", VALUE, True),
-            Role("reference", SPEC, False),
-            Role("reward", VALUE, False),
-        ),
-        trained=("actor", "critic"),
-        inferred=("reference", "critic", "reward"),
-        work=work,
-        layout=cut,
-        ranks=ranks,
-        per_node=8,
-        memory=memory,
-        itemsize=2,
-        fused=True,
-        compiled=False,
-        staging=1 << 16,
-        exact=exact,
-    )
+    work = jobs.workload(SPEC, sequences, 64, 32, graphs=True)
+    return jobs.job(SPEC, work, ranks=ranks, memory=memory, exact=exact)
 
 
 def every_choice(of: Job) -> Iterator[Choice]:

@@ -9,7 +9,7 @@ turns where all micro-batches of a model are there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from puzzle.plan.layout import Coord, Layout, Placement
@@ -35,14 +35,20 @@ def telling_stages(layouts: Sequence[Layout], counts: Sequence[int] = ()) -> lis
 @dataclass(frozen=True)
 class Footprint:
     """Bytes by stage of `layout`: `always` there (in training: what all models hold, in generation what it
-    adds), and `peak` of the stages of the iteration that run in this layout. `weights` are those of the actor
-    here, `states` what offloading brings in a switch."""
+    adds), and `peaks` of the stages of the iteration that run in this layout. `weights` are those of the
+    actor here, `states` what offloading brings in a switch, `kept` what generation leaves in all stages."""
 
     layout: Layout
     always: dict[int, int]
     weights: dict[int, int]
-    states: dict[int, int]
-    peak: int = 0
+    states: dict[int, int] = field(default_factory=dict)
+    peaks: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Of the stage of `layout` that needs most."""
+        return max(self.peaks.values())
 
 
 def training_footprint(job: Job, choice: Choice) -> Footprint:
@@ -50,18 +56,18 @@ def training_footprint(job: Job, choice: Choice) -> Footprint:
     cuts their sums too."""
     uses = uses_of(job, choice)
     placement = uses[0].placement
-    work, peak = _work(job, choice.microbatch, None), 0
+    work = _work(job, choice.microbatch, None)
     shared = [use for use in uses if use.trained and use.split and choice.fuse_training]
     counts = [largest_pass(use, work, 0, work.minibatch)[1] for use in shared]
     stages = telling_stages([use.placement.layout for use in uses], counts)
-    always, states, weights = {}, {}, {}
+    always, states, weights, peaks = {}, {}, {}, {}
     for p in stages:
         coord = Coord(0, p, 0)
         rank = rank_memory(placement.rank_of(coord), uses, uses[0], work, Switched(), choice.fuse_training)
         always[p], states[p] = sum(rank.resident.values()), sum(rank.stages["switch"].values())
         weights[p] = weight_bytes(job.actor.spec, placement.layout, coord, job.itemsize)
-        peak = max(peak, rank.total("inference"), rank.total("training"))
-    return Footprint(placement.layout, always, weights, states, peak)
+        peaks[p] = max(rank.total("inference"), rank.total("training"))
+    return Footprint(placement.layout, always, weights, states, peaks)
 
 
 def generation_footprint(
@@ -70,13 +76,15 @@ def generation_footprint(
     """Of what generation adds: the cache, and the widest pass; `parts` are those of `Job.parts`."""
     placement = Placement.default(layout)
     actor = Use("actor", job.actor.spec, placement, job.itemsize, True, fused=job.fused, parts=parts)
-    work, always, weights = _work(job, None, decode, slots), {}, {}
+    work, always, weights, kept = _work(job, None, decode, slots), {}, {}, {}
     for p in telling_stages([layout]):
         coord = Coord(0, p, 0)
-        rank = rank_memory(actor.placement.rank_of(coord), [actor], actor, work, Switched(), False)
+        own = actor.placement.rank_of(coord)
+        rank = rank_memory(own, [actor], actor, work, Switched(), False, keep=job.keep)
         always[p] = sum(rank.stages["generation"].values())
         weights[p] = weight_bytes(actor.spec, layout, coord, job.itemsize)
-    return Footprint(layout, always, weights, {})
+        kept[p] = sum(rank.stages["switch"].values())  # nothing else: it is not switched, nor trained
+    return Footprint(layout, always, weights, kept=kept)
 
 
 def together(job: Job, training: Footprint, generation: Footprint) -> int:
@@ -86,16 +94,28 @@ def together(job: Job, training: Footprint, generation: Footprint) -> int:
     it is what some rank needs at the least, after the share of its weights that it may have; otherwise what
     none exceeds, nothing being there before.
     """
+    kept, weights = generation.kept, generation.weights
     if generation.layout == training.layout:
-        return max(training.peak, *(training.always[p] + more for p, more in generation.always.items()))
+        generating = max(training.always[p] + more for p, more in generation.always.items())
+        return max(generating, *(training.peaks[p] + more for p, more in kept.items()))
     if job.exact:
         lacking = 1 - local_share(training.layout, generation.layout)
-        added = max(more + lacking * generation.weights[p] for p, more in generation.always.items())
-        return max(training.peak, int(min(training.always.values()) + added))
-    added = max(more + generation.weights[p] for p, more in generation.always.items())
-    filling = max(generation.weights.values()) + job.staging
+        added = max(more + lacking * weights[p] for p, more in generation.always.items())
+        trained = (peak + _stays(job, training, generation, p) for p, peak in training.peaks.items())
+        return max(*trained, int(min(training.always.values()) + added))
+    added = max(more + weights[p] for p, more in generation.always.items())
+    stays = max(kept[p] + job.keep * weights[p] for p in kept)
+    filling = max(weights.values()) + max(kept.values()) + job.staging
     held = max(training.always[p] + training.states[p] for p in training.always)
-    return max(training.peak, held + filling, max(training.always.values()) + added + job.staging)
+    generating = max(training.always.values()) + added
+    return max(training.peak + stays, held + filling, generating + job.staging)
+
+
+def _stays(job: Job, training: Footprint, generation: Footprint, p: int) -> int:
+    """Bytes that generation leaves on ranks of a stage of training at the least: what graphs read, and the
+    weights that are not those of that stage."""
+    lacking = {q: job.keep * max(0, size - training.weights[p]) for q, size in generation.weights.items()}
+    return min(more + lacking[q] for q, more in generation.kept.items())
 
 
 def uses_of(job: Job, choice: Choice) -> list[Use]:

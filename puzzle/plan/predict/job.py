@@ -42,6 +42,7 @@ class Job:
         without: of `IDEAS`, what no plan shall have.
         exact: whether the caller will plan the switch: then what a rank has of its weights is taken off.
         invariant: no number depends on layouts.
+        keep: what graphs of generation read stays in all stages, whether or not it fits.
         numerics_parts: of its sums that tensor parallelism cuts; None: the largest tp of a plan.
     """
 
@@ -59,6 +60,7 @@ class Job:
     staging: int
     exact: bool
     without: frozenset[str] = frozenset()
+    keep: bool = False
     invariant: bool = False
     numerics_parts: int | None = None
 
