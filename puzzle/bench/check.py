@@ -22,6 +22,7 @@ from puzzle.bench.texts import mean_loss, microbatches, token_logprobs
 from puzzle.cli import whole
 from puzzle.engine.generate.decode_ring import generate
 from puzzle.engine.generate.model_runner import ModelRunner, Room
+from puzzle.engine.generate.peers import share_sums
 from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.pipeline.model import ModelRuntime
@@ -292,8 +293,10 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
     pages = whole_pages(max(map(len, truth.texts)), NEW_TOKENS, PAGE)
     # One token of every other answer: rows leave their micro-batch at different steps.
     stops = tuple({truth.answers[row][row % NEW_TOKENS] for row in range(0, len(truth.texts), 2)})
-    for mode in ("eager", "graphs"):
-        with ModelRunner(runtime.decoder, graphs=mode == "graphs", page=PAGE) as passes:
+    for mode in ("eager", "graphs", "peer sums"):
+        if mode == "peer sums" and (share_sums(runtime, "auto") is not None or runtime.tensor.sums is None):
+            continue
+        with ModelRunner(runtime.decoder, graphs=mode != "eager", page=PAGE) as passes:
             if mode == "graphs" and not passes.graphs:
                 continue
             for ends, asked, stop_ids, told in (
@@ -316,6 +319,7 @@ def _generation(folder: Path, placement: Placement, world: World, truth: Truth) 
                     for one, answer in zip(asked, answers, strict=True)
                 ]
                 yield f"greedy fp32 {mode}{ends}, margin", max(margins, default=0.0), MARGIN
+    runtime.tensor.sums = None
     yield from _graphs_that_live(runtime, requests, truth)
 
 

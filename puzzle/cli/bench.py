@@ -24,6 +24,7 @@ BENCHES = {
     "train": ("train:TrainBench.run", "time training and forward passes"),
     "fuse": ("fuse:FuseBench.run", "time several models in one pipeline beside one after the other"),
     "generate": ("generate:GenerateBench.run", "time prefill and decoding"),
+    "sums": ("sums:SumsBench.run", "compare and time sums over tensor ranks out of peers' memory"),
     "tails": ("tails:TailsBench.run", "time rewards that begin while the longest responses are decoded"),
     "transformers": ("transformers_beside:TransformersBench.run", "time generation beside transformers' own"),
     "calibrate": ("calibrate:CalibrateBench.run", "measure what puzzle plan predict and search rest on"),

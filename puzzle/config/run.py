@@ -254,6 +254,10 @@ class TrainConfig(RunConfig):
             )
         if self.generation.keep_graphs is True and self.device == "cpu":
             raise ValueError("generation.keep_graphs: a CPU has no graphs; use auto")
+        if self.generation.tp_sums == "peer" and (self.device == "cpu" or self.numerics != "fast"):
+            raise ValueError(
+                "generation.tp_sums peer: a GPU sums so, and with numerics fast alone; use collective"
+            )
         if self.switch.overlap == "prefill" and self.generation.keep_graphs is True:
             raise ValueError(
                 "generation.keep_graphs: a graph cannot await weights layer by layer, as with switch.overlap"

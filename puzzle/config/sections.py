@@ -267,6 +267,11 @@ class GenerationConfig(Section):
         description="graphs, cache and switched weights stay for all iterations; auto: where that fits beside"
         " training",
     )
+    tp_sums: Literal["collective", "peer", "auto"] = Field(
+        "collective",
+        description="sums over tensor ranks in decode passes; peer: one kernel reads peers' memory, adds and"
+        " norms; auto: where devices allow it (docs/generation.md)",
+    )
     early_stop: bool = Field(True, description="false: decode ended responses to the end, and drop that")
     layout: LayoutConfig = Field(LayoutConfig(), description="default: the actor's layout")
 

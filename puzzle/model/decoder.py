@@ -23,6 +23,7 @@ from puzzle.model.logprobs import TokenStats
 from puzzle.model.numerics import Fast, Invariant
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup, gather_outputs
+from puzzle.model.peer_sums import Part
 from puzzle.model.pointwise import Pointwise
 from puzzle.model.rope import frequencies, rotation
 from puzzle.plan.layout import Coord, Layout
@@ -48,6 +49,14 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
+
+    def add_norm(
+        self, x: Tensor, y: Tensor | Part | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`pointwise.add_norm`; `y` may be a sum that is still to be made."""
+        if isinstance(y, Part):
+            return y.add_norm(x, weight, eps)
+        return self.pointwise.add_norm(x, y, weight, eps)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Attention (T, H h) of a layer of the stage; keys and values go into the cache if there is one."""
@@ -102,23 +111,24 @@ class Layer(nn.Module):
         for name in ("qkv", "attention_out", "gate_up", "down"):
             self.register_module(f"{name}_adapter", None)
 
-    def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor | Part | None, run: Pass) -> tuple[Tensor, Tensor | Part]:
         """Hidden states in and out, (T/tp, D), or (B, D) in a decode pass: the sum of both tensors.
 
-        They are added where they are next normed, which is one pass over memory.
+        They are added where they are next normed, which is one pass over memory; there, sums over tensor
+        ranks are made as well that are left as parts.
         """
-        x, normed = run.pointwise.add_norm(x, y, self.attention_norm, self.eps)
-        x, normed = run.pointwise.add_norm(x, self._attention(normed, run), self.mlp_norm, self.eps)
+        x, normed = run.add_norm(x, y, self.attention_norm, self.eps)
+        x, normed = run.add_norm(x, self._attention(normed, run), self.mlp_norm, self.eps)
         return x, self._ffn(normed, run)
 
-    def _attention(self, x: Tensor, run: Pass) -> Tensor:
+    def _attention(self, x: Tensor, run: Pass) -> Tensor | Part:
         qkv = run.numerics.column(x, self.qkv, self.qkv_bias, run.sharded)
         if self.qkv_adapter is not None:
             qkv = self.qkv_adapter.add(qkv, x, run.numerics.group, run.sharded)
         weights = (self.attention_out, self.attention_out_bias, self.attention_out_adapter)
         return self._row_linear(run.attend(self, qkv), *weights, run)
 
-    def _ffn(self, x: Tensor, run: Pass) -> Tensor:
+    def _ffn(self, x: Tensor, run: Pass) -> Tensor | Part:
         return self._row_linear(self._gated(x, run), self.down, self.down_bias, self.down_adapter, run)
 
     def _gated(self, x: Tensor, run: Pass) -> Tensor:
@@ -134,7 +144,9 @@ class Layer(nn.Module):
     @staticmethod
     def _row_linear(
         x: Tensor, weight_transposed: Tensor, bias: Tensor | None, adapter: Adapter | None, run: Pass
-    ) -> Tensor:
+    ) -> Tensor | Part:
+        if not run.sharded and adapter is None and bias is None:
+            return run.numerics.row_later(x, weight_transposed)
         out = run.numerics.row(x, weight_transposed, run.sharded)
         if adapter is not None:
             out = adapter.add(out, x, run.numerics.group, run.sharded)
@@ -239,16 +251,17 @@ class Decoder(nn.Module):
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
         pointwise = self.numerics.pointwise(x.device, self.pointwise)
         run = Pass(self.spec, self.numerics, batch, cache, cos, sin, pointwise)
-        h, more = self._embedded(x, run.sharded) if self.first else x, None
+        h: Tensor = self._embedded(x, run.sharded) if self.first else x
+        more: Tensor | Part | None = None
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
-                h = h if more is None else h + more  # one tensor to keep
+                h = _sum(h, more)  # one tensor to keep
                 h, more = checkpoint(layer, h, None, run, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, more = layer(h, more, run)
         if self.last:
-            return pointwise.add_norm(h, more, self.final_norm, self.spec.norm_eps)[1]
-        return h if more is None else h + more
+            return run.add_norm(h, more, self.final_norm, self.spec.norm_eps)[1]
+        return _sum(h, more)
 
     def token_stats(
         self,
@@ -284,3 +297,9 @@ class Decoder(nn.Module):
         inside = (local >= 0) & (local < self.embed.shape[0])
         partial = F.embedding(torch.where(inside, local, 0), self.embed) * inside[:, None]
         return self.group.combine(partial, sharded)
+
+
+def _sum(x: Tensor, y: Tensor | Part | None) -> Tensor:
+    if isinstance(y, Part):
+        return y.add_to(x)
+    return x if y is None else x + y

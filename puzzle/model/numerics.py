@@ -25,6 +25,7 @@ from puzzle.model.linear import Accumulate
 from puzzle.model.logprobs import TokenStats
 from puzzle.model.packing import DecodeBatch, PackedBatch
 from puzzle.model.parallel import TensorGroup
+from puzzle.model.peer_sums import Part
 from puzzle.model.pointwise import Pointwise, has_kernels, kernels, training_kernels
 
 
@@ -61,6 +62,10 @@ class Fast:
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         """x @ weight, summed over the group: the own T/tp rows if `sharded`, else all."""
         return self.group.combine(linear.linear(x, weight_transposed, transposed=True), sharded)
+
+    def row_later(self, x: Tensor, weight_transposed: Tensor) -> Tensor | Part:
+        """`row` of a decode pass, or what is left of it to sum where it is added to the residual."""
+        return self.group.combine_later(linear.linear(x, weight_transposed, transposed=True))
 
     def plus(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (T/tp or B, D) + a bias that all tensor ranks hold."""
@@ -134,6 +139,9 @@ class Invariant(Fast):
 
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         return steady_linear.row(x, weight_transposed, self.group, self.parts, sharded)
+
+    def row_later(self, x: Tensor, weight_transposed: Tensor) -> Tensor | Part:
+        return self.row(x, weight_transposed, False)  # a tree of parts, not a sum over ranks in their order
 
     def plus(self, x: Tensor, bias: Tensor) -> Tensor:
         return steady_pointwise.Add.apply(x, bias, self.group, self._over_tokens)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puzzle.model.linear import linear, product, waits_for, weight_gradient
+from puzzle.model.peer_sums import Part, PeerSums
 
 # torch 2.13 renames the flat collectives and warns at the old names; 2.11 has the old ones alone.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,12 +29,13 @@ class TensorGroup:
 
     `ranks` are the global ranks by tensor rank; torch's own order is always ascending, so where they are not,
     parts of gathered and scattered tensors change places. `moved` counts the bytes of the full tensors this
-    rank has put through collectives.
+    rank has put through collectives. With `sums`, decode passes sum by these what they can.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = ()) -> None:
         self.group, self.rank, self.size, self.moved = group, 0, 1, 0
         self.first = 0
+        self.sums: PeerSums | None = None
         self._theirs: list[int] | None = None  # torch's number of every tensor rank, if these differ
         self._ours: list[int] | None = None  # the inverse
         if group is not None:
@@ -125,6 +127,13 @@ class TensorGroup:
         if x.requires_grad:
             raise RuntimeError("activations that are whole on every rank have no backward pass")
         return self.all_reduce(x)
+
+    def combine_later(self, x: Tensor) -> Tensor | Part:
+        """`combine` of a decode pass's partial (B, D), or what is left to sum with what follows."""
+        if self.sums is None or x.requires_grad or not self.sums.takes(x):
+            return self.combine(x, False)
+        self.moved += x.nbytes
+        return Part(x, self.sums)
 
 
 class _Gather(torch.autograd.Function):

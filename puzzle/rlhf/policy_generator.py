@@ -12,6 +12,7 @@ import torch
 from puzzle.config import memory_report as footprint
 from puzzle.config.resolve import RunPlan
 from puzzle.engine.generate.model_runner import ModelRunner, Room
+from puzzle.engine.generate.peers import share_sums
 from puzzle.engine.pipeline.model import ModelRuntime, borrower
 from puzzle.engine.reshard.resharder import Resharder
 from puzzle.engine.runtime.stage_timer import StageClock
@@ -179,7 +180,9 @@ def build_policy_generator(
     room = room_of(plan, world)
     make = partial(PolicyGenerator, merged=merged, graphs=plan.config.generation.graphs, room=room)
     if request is None:
-        return make(actor, borrower("generation", plan.generation_spec, actor) if plan.merges else actor)
+        lent = borrower("generation", plan.generation_spec, actor) if plan.merges else actor
+        _share_sums(plan, lent)
+        return make(actor, lent)
     switch = request.plan
     runtime = ModelRuntime(
         "generation",
@@ -201,7 +204,18 @@ def build_policy_generator(
     )
     if switcher.declined is not None and world.rank == 0:
         print(f"switch: messages instead of peer copies: {switcher.declined}", file=sys.stderr)
+    _share_sums(plan, runtime)
     return make(actor, runtime, switcher, options.verify, request.saved_bytes)
+
+
+def _share_sums(plan: RunPlan, runtime: ModelRuntime) -> None:
+    """What `generation.tp_sums` asks for."""
+    wanted = plan.config.generation.tp_sums
+    declined = share_sums(runtime, wanted)
+    if declined is not None and wanted == "peer":
+        raise UserError(f"generation.tp_sums peer: {declined}; use auto or collective")
+    if declined is not None and runtime.world.rank == 0:
+        print(f"generation: collectives sum in decode passes: {declined}", file=sys.stderr)
 
 
 def room_of(plan: RunPlan, world: World) -> Room:

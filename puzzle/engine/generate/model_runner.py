@@ -67,7 +67,7 @@ class ModelRunner:
         self._page = page or (PAGE if decoder.device.type == "cuda" else None)
         self.captures, self.capture_seconds = 0, 0.0
         self.cache: KVCache | None = None
-        self._recorded: dict[tuple[object, bool, int, int], CudaGraphDecode] = {}
+        self._recorded: dict[tuple[object, bool, object, int, int], CudaGraphDecode] = {}
         self._drawing: object = None
         self._addresses: tuple[int, ...] = ()
         self.warm: set[object] = set()  # what has been launched once: its kernels are there
@@ -230,7 +230,7 @@ class ModelRunner:
 
     def _recording(self, group: int, rows: int) -> CudaGraphDecode:
         start = sum(self.groups[:group])
-        key = (self._drawing, self.shares, start, rows)
+        key = (self._drawing, self.shares, self.decoder.group.sums, start, rows)
         if key not in self._recorded:
             # A pass of this key launches the same kernels, wherever its tensors lie.
             shape = (*key, self.state.shape, self.table.shape)

@@ -8,6 +8,7 @@ within a second.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from puzzle.errors import describe
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 NAMESPACE = Path("/proc/self/ns/pid")
+NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver."""
 
 
 class Offer(NamedTuple):
@@ -52,8 +55,9 @@ def offer(tensors: Mapping[str, Tensor], device: torch.device) -> Offer:
     return Offer(_host(), _place(device), tuple(handle for _, handle in handles.values()), views)
 
 
-def unreachable(offered: Offer, device: torch.device) -> str | None:
-    """Why this process cannot read what another offers; None if it may try."""
+def unreachable(offered: Offer, device: torch.device, counts: bool = False) -> str | None:
+    """Why this process cannot read what another offers, or, if it `counts` there, add to it atomically; None
+    if it may try."""
     if offered.host != _host():
         return "it is on another host"
     if offered.device == _place(device):
@@ -65,6 +69,8 @@ def unreachable(offered: Offer, device: torch.device) -> str | None:
         return "its device is hidden (CUDA_VISIBLE_DEVICES)"
     if not torch.cuda.can_device_access_peer(device, visible[offered.device]):
         return "no peer access between the devices"
+    if counts and not _native_atomics(device.index, visible[offered.device]):
+        return "the link between the devices has no atomic operations"
     return None
 
 
@@ -109,6 +115,13 @@ def _mapped(process: int, descriptor: int, size: int) -> torch.UntypedStorage:
 def _host() -> str:
     boot = BOOT.read_text().strip() if BOOT.exists() else ""
     return f"{socket.gethostname()} {boot}"
+
+
+def _native_atomics(device: int, other: int) -> bool:
+    """Whether atomic operations of a device on another one's memory are atomic: torch does not say."""
+    found = ctypes.c_int(0)
+    ask = ctypes.CDLL("libcuda.so.1").cuDeviceGetP2PAttribute
+    return ask(ctypes.byref(found), NATIVE_ATOMICS, device, other) == 0 and found.value == 1
 
 
 def _place(device: torch.device) -> str:

@@ -269,9 +269,14 @@ class PeerCopies(Transport):
 
 
 def open_peers(
-    pairs: Collection[tuple[int, int]], world: World, have: Storages
+    pairs: Collection[tuple[int, int]],
+    world: World,
+    have: Storages,
+    what: str = "weights",
+    counts: bool = False,
 ) -> dict[int, dict[str, Tensor]]:
-    """By rank and name, tensors that ranks have and this rank may read; `pairs` are (owner, reader).
+    """By rank and name, tensors that ranks have and this rank may read, or, if it `counts` there, add to;
+    `pairs` are (owner, reader). `what` they are called in refusals.
 
     All ranks of the run together. Unreachable where some pair cannot.
     """
@@ -283,18 +288,18 @@ def open_peers(
             if source == world.rank:
                 offers[destination] = ipc.offer(have, device)
     except RuntimeError as error:
-        problem = f"rank {world.rank} cannot share its weights: {_first_line(error)}"
+        problem = f"rank {world.rank} cannot share its {what}: {_first_line(error)}"
     everyone = world.gather((problem, offers))
     _agree([said for said, _ in everyone])
     for source in [source for source, destination in pairs if destination == world.rank]:
         offered = everyone[source][1][world.rank]
-        why = ipc.unreachable(offered, device)
+        why = ipc.unreachable(offered, device, counts)
         try:
             peers[source] = ipc.opened(offered, device) if why is None else {}
         except RuntimeError as error:
             why = _first_line(error)
         if why is not None:
-            problem = f"rank {world.rank} cannot read rank {source}'s weights: {why}"
+            problem = f"rank {world.rank} cannot read rank {source}'s {what}: {why}"
             break
     _agree(world.gather(problem))
     return peers

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, SIM102 (Triton reads the types of a kernel's arguments off its call)
+# ruff: noqa: ANN001, ANN201, ANN202, SIM102 (Triton reads the types of a kernel's arguments off its call)
 """What a layer computes between its matrices and its attention, as one Triton kernel each; no gradients.
 
 The numbers are those of `pointwise`, but for roundings between steps that are left out here. torch.compile
@@ -108,9 +108,15 @@ def _add_norm(
         rounded = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + here, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + here, x * scale * weight, mask=inside)
+    put_normed(normed_ptr + here, x, weight, width, eps, inside)
+
+
+@triton.jit
+def put_normed(to_ptr, x, weight, width, eps, inside):
+    """Write the root-mean-square norm of a row of `width`, in float32 until then."""
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+    tl.store(to_ptr, x * scale * weight, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
