@@ -1,9 +1,9 @@
 #!/bin/bash
 # What needs GPUs, in one visit: bash scripts/gpu_visit.sh OUTDIR [PART...]
-# Parts: check switch fuse memory save layouts single end rollout graphs (docs/performance.md); by default all but the last three that the
+# Parts: check switch fuse memory save layouts single end rollout graphs sums (docs/performance.md); by default all but the last four that the
 # host's GPUs allow. end: PPO in the published layout and in the planner's. Eight GPUs in two visits of ten minutes:
 # check switch layouts, then fuse end. graphs: those of decoding that live on, in seven minutes on one GPU (SECONDS_LEFT=420). rollout: queue, pages and shared prompts, on one GPU or more, in eight minutes (SECONDS_LEFT=480). Set OLD to
-# an older checkout of this repository, to time its generation beside this one's.
+# an older checkout of this repository, to time its generation beside this one's. sums: of tensor ranks in decode passes, on two GPUs or more.
 # Steps have time limits of their own and go on after failures; logs lie in OUTDIR, a table of results comes last.
 # SECONDS_LEFT (default 590) bounds the visit; steps that no longer fit are skipped and say so.
 set -u
@@ -94,6 +94,13 @@ part_layouts() {
         bench layouts.log 90 "generate on $layout" generate --layout "$layout" --sequences "${sequences[@]}" --modes graphs --repeats 1 \
             --lengths "${lengths[@]}" --repeats 3 --out "$rows"
     done
+}
+
+# Sums over tensor ranks in decode passes, by collectives and out of peers' memory: bits and seconds of one, then whole passes.
+part_sums() {
+    bench check-sums.log 90 "sums of $gpus ranks" sums --world "$gpus" --out "$rows"
+    bench sums.log 150 "generate by both ways to sum" generate --layout "$gpus,1,1" --sequences 32 128 --modes graphs \
+        --tp-sums collective peer --repeats 3 --out "$rows"
 }
 
 # PPO end to end, 16 sequences per GPU, 256 + 256 tokens: base, opt and what the planner takes (CALIBRATION, default h200);

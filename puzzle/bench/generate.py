@@ -22,9 +22,13 @@ from puzzle.bench.requests import Given, Requests, span
 from puzzle.engine.generate.decode_ring import Tally, generate
 from puzzle.engine.generate.memory import cache_bytes
 from puzzle.engine.generate.model_runner import ModelRunner
+from puzzle.engine.generate.peers import peer_sums
 from puzzle.engine.generate.requests import Request, StopRule
 from puzzle.engine.generate.sampling import SamplingParams
+from puzzle.engine.reshard.transports import Unreachable
 from puzzle.engine.runtime.world import World
+from puzzle.errors import UserError
+from puzzle.model.peer_sums import PeerSums
 from puzzle.plan.memory import RankMemory, Switched, Use, Work, generation_passes, rank_memory
 from puzzle.plan.pages import PREFILL_TOKENS
 
@@ -58,6 +62,12 @@ class GenerateBench(harness.LayoutBench):
         "early",
         "late",
     )
+    tp_sums: Annotated[
+        Sequence[str],
+        harness.several(
+            "collective", "peer", text="of decode passes over tensor ranks; of fixed lengths in turns"
+        ),
+    ] = ("collective",)
     repeats: harness.Repeats = 5
     smaller: ClassVar[Mapping[str, str]] = {
         "cache": "lower --sequences, --at-a-time or --new",
@@ -85,16 +95,17 @@ class GenerateBench(harness.LayoutBench):
 
     def check(self) -> None:
         super().check()
+        if "peer" in self.tp_sums and self.layout[0] == 1:
+            raise UserError("--tp-sums peer: one tensor rank has nothing to sum; give a --layout of more")
         for lengths in self.lengths:
             self.requests.given(1, lengths)
 
     def measure(self, world: World) -> Iterator[Row]:
         subject = Subject(self, world)
         for count, mode, lengths in itertools.product(self.sequences, self.modes, self.lengths):
-            found = (subject.fixed if lengths == "fixed" else subject.varied)(
-                mode, self.requests.given(count, lengths)
-            )
-            yield found | {"sequences": count, "mode": mode, "lengths": lengths}
+            measured = subject.fixed if lengths == "fixed" else subject.varied
+            for found in measured(mode, self.requests.given(count, lengths)):
+                yield found | {"sequences": count, "mode": mode, "lengths": lengths}
 
     @property
     def requests(self) -> Requests:
@@ -105,7 +116,8 @@ class GenerateBench(harness.LayoutBench):
         least, most = self.prompt
         asked = f"{row['sequences']:>4} sequences" + f" ({self.samples} of a prompt)" * (self.samples > 1)
         read = f"{least}-{most}" if least < most else str(most)
-        what = f"generate {self.title}  {row['mode']:<6}  {asked}  {read}+"
+        sums = f"  {row['tp_sums']:<10} sums" if len(self.tp_sums) > 1 else ""
+        what = f"generate {self.title}  {row['mode']:<6}{sums}  {asked}  {read}+"
         floor = row["decode_floor_s"]
         if row["lengths"] != "fixed":
             arms = "  ".join(
@@ -136,41 +148,61 @@ class Subject:
         spec = replace(bench.spec, max_positions=positions)
         self.runtime = harness.random_model("model", spec, bench.layout, world, bench.dtype)
         self.runtime.freeze()
+        # What decode passes of the model sum by, by its name.
+        self.sums: dict[str, PeerSums | None] = dict.fromkeys(bench.tp_sums)
+        if "peer" in self.sums:
+            try:
+                self.sums["peer"] = peer_sums(self.runtime)
+            except Unreachable as error:
+                raise UserError(f"--tp-sums peer: {error}; leave it out") from None
+        self.runtime.tensor.sums = self.sums[bench.tp_sums[0]]
         self.bandwidth = device.copy_bandwidth(world)
         with ModelRunner(self.runtime.decoder) as warm:
             count = min(256, *bench.sequences)
             self.seconds(warm, ([bench.prompt[0]] * count, [2] * count), 2)
 
-    def fixed(self, mode: str, given: Given) -> Row:
-        """Responses of one length, after a first run that records graphs."""
+    def fixed(self, mode: str, given: Given) -> Iterator[Row]:
+        """Responses of one length, after a first run that records graphs; ways to sum take turns."""
         bench, (read, _), tally = self.bench, given, Tally()
         device.reset_peak(self.world.device)
-        captured: Row = {}
+        captured: dict[str, Row] = {way: {} for way in self.sums}
+
+        def answered(way: str) -> float:
+            self.runtime.tensor.sums = self.sums[way]
+            return self.seconds(passes, given, bench.new)
+
         with ModelRunner(self.runtime.decoder, graphs=mode != "eager") as passes:
-            if passes.graphs:
-                first = self.seconds(passes, given, bench.new)
-                captured = {"captures": passes.captures, "capture_s": passes.capture_seconds}
-                captured["first_run_s"] = first
+            for way in self.sums if passes.graphs else ():
+                before = passes.captures, passes.capture_seconds
+                first = answered(way)
+                captured[way] = {"captures": passes.captures - before[0], "first_run_s": first}
+                captured[way]["capture_s"] = passes.capture_seconds - before[1]
             prefills = [
                 self.seconds(passes, (read, [1] * len(read)), 1, tally=tally) for _ in range(bench.repeats)
             ]
-            totals = [self.seconds(passes, given, bench.new) for _ in range(bench.repeats)]
+            totals = device.alternated({way: partial(answered, way) for way in self.sums}, bench.repeats)
             predicted = self._predicted(passes, given)
-        prefill, total = median(prefills), median(totals)
-        return captured | {
+        prefill = median(prefills)
+        of_all: Row = {
             "predicted_bytes": predicted,
-            "seconds": totals,
-            "total_s": total,
             "prefill_s": prefill,
             "prefilled_tokens": tally.prefilled // bench.repeats,
-            "decode_s": total - prefill,
             "decode_floor_s": self._floor(given, -1),
-            "tokens_per_s": sum(given[1]) / total,
             "copy_bytes_per_s": self.bandwidth,
             "peak_bytes": device.peak_bytes(self.world),
         }
+        for way, seconds in totals.items():
+            total = median(seconds)
+            found: Row = {"tp_sums": way, "seconds": seconds, "total_s": total, "decode_s": total - prefill}
+            yield of_all | captured[way] | found | {"tokens_per_s": sum(given[1]) / total}
 
-    def varied(self, mode: str, given: Given) -> Row:
+    def varied(self, mode: str, given: Given) -> Iterator[Row]:
+        """Responses of various lengths, by one way to sum after another."""
+        for way, sums in self.sums.items():
+            self.runtime.tensor.sums = sums
+            yield {"tp_sums": way, **self._varied(mode, given)}
+
+    def _varied(self, mode: str, given: Given) -> Row:
         """Responses of various lengths, with early stop and without in alternation.
 
         As in PPO where training needs the memory, every run makes its cache and records its graphs, unless

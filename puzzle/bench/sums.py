@@ -72,7 +72,8 @@ class SumsBench(harness.ModelBench):
 
     def line(self, row: Row) -> str:
         if "ok" in row:
-            kept = f"{row['value']:g} of {row['of']} elements differ (at most {row['limit']})"
+            bound = "added in another order" if row["limit"] is None else f"at most {row['limit']}"
+            kept = f"{row['value']:.0f} of {row['of']} elements differ ({bound})"
             return f"{'ok  ' if row['ok'] else 'FAIL'} {row['what']:<62}{kept}"
         least, ways = min(row["seconds"].values()), row["seconds"].items()
         told = "  ".join(f"{way} {1e6 * seconds:7.2f} us ({seconds / least:.2f} x)" for way, seconds in ways)

@@ -12,11 +12,13 @@ import torch
 
 from puzzle.bench import check, device, kernels
 from puzzle.bench.check import compared, layouts
+from puzzle.bench.generate import GenerateBench, Subject
 from puzzle.bench.texts import next_tokens
 from puzzle.cli import main
 from puzzle.cli.bench import BENCHES
 from puzzle.engine.runtime.world import World
 from puzzle.model.packing import pack
+from puzzle.model.peer_sums import PeerSums
 from puzzle.model.pointwise import Pointwise
 from puzzle.spec.published import published
 
@@ -51,6 +53,30 @@ def test_generation_counts_every_token(tmp_path: Path) -> None:
         assert row["decode_s"] == pytest.approx(row["total_s"] - row["prefill_s"])
         assert row["decode_floor_s"] > 0
         assert row["prefilled_tokens"] == 3 * 3
+
+
+def test_ways_to_sum_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, peers = World(0, 1, torch.device("cpu")), PeerSums(0, [torch.zeros(2, 1, 1)], [torch.zeros(1)])
+    bench = GenerateBench(
+        model="350m", layers=1, dtype="fp32", sequences=(2,), prompt=(3, 3), new=2, repeats=2
+    )
+    monkeypatch.setattr(device, "copy_bandwidth", lambda _: 1e9)
+    subject = Subject(bench, world)
+    subject.sums = {"collective": None, "peer": peers}
+    used: list[PeerSums | None] = []
+
+    def seconds(*_: object, **__: object) -> float:
+        used.append(subject.runtime.tensor.sums)
+        return float(len(used))
+
+    monkeypatch.setattr(subject, "seconds", seconds)
+    monkeypatch.setattr(subject, "_predicted", lambda *_: 0)
+    rows = list(subject.fixed("graphs", ([3, 3], [2, 2])))
+    assert used[2:] == [None, peers] * 2
+    assert [(row["tp_sums"], row["seconds"]) for row in rows] == [("collective", [3, 5]), ("peer", [4, 6])]
+    monkeypatch.setattr(subject, "_varied", lambda *_: {"arms": subject.runtime.tensor.sums})
+    varied = [(row["tp_sums"], row["arms"]) for row in subject.varied("graphs", ([3], [2]))]
+    assert varied == [("collective", None), ("peer", peers)]
 
 
 def test_generation_of_groups_in_few_rows_with_lengths_from_a_file(tmp_path: Path) -> None:
@@ -104,6 +130,8 @@ def test_a_file_without_lengths(text: str, tmp_path: Path, capsys: pytest.Captur
             ["--lengths", "nowhere.txt"],
             "error: --lengths: nowhere.txt: No such file or directory; give fixed",
         ),
+        (["--tp-sums", "peer"], "error: --tp-sums peer: one tensor rank has nothing to sum"),
+        (["--tp-sums", "peer", "--layout", "2,1,1"], "--tp-sums peer: kernels need a GPU and Triton"),
     ],
 )
 def test_spans_and_files_that_are_none(

@@ -165,6 +165,8 @@ WRONG = [
     (["--numerics", "invariant", "--numerics_parts", "2", "--generation.layout.tp", "4"], "2 is less than"),
     (["--numerics", "invariant", "--compile", "true"], "set compile to false"),
     (["--numerics", "invariant", "--actor.lora.rank", "2"], "sums of adapters (lora) are not cut"),
+    (["--numerics", "invariant", "--generation.tp_sums", "peer"], "generation.tp_sums peer: a GPU sums so"),
+    (["--device", "cpu", "--generation.tp_sums", "peer"], "generation.tp_sums peer: a GPU sums so"),
     (["--generation.keep_graphs", "maybe"], "keep_graphs: expected true or false or 'auto', got 'maybe'"),
     (["--intra.overlap_rollout", "2"], "overlap_rollout: expected true or false or 'auto', got '2'"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -42,7 +43,7 @@ def build() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from puzzle.model.kernels import flash_decode, skinny_gemm
+    from puzzle.model.kernels import flash_decode, peer_sum, skinny_gemm
 
     product = {
         **dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), HALF),
@@ -51,6 +52,13 @@ def build() -> None:
         **dict.fromkeys(("rows", "width", "depth", "share"), "i32"),
     }
     tile = {"HEIGHT": 16, "STEP": 128}
+    rows = {
+        **dict.fromkeys(("x_ptr", "part_ptr", "weight_ptr", "total_ptr", "normed_ptr"), HALF),
+        **dict.fromkeys(("addresses_ptr", "calls_ptr"), "*i64"),
+        **dict.fromkeys(("count", "programs", "room", "width"), "i32"),
+        "eps": "fp32",
+    }
+    ranks = {"RANK": 2, "SIZE": 3, "PEERS": 4, "BLOCK": 4096}
     family = {"GROUPS": 8, "SOME": 8, "MOST": 8, "PARTS": 2}
     jobs: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (flash_decode._attend, *attention(1, 1, 0, 0)),
@@ -59,6 +67,8 @@ def build() -> None:
         (skinny_gemm._product, product, tile | {"TRANSPOSED": True, "SIZE": 0, "PARTS": 2}),
         (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 1}),
         (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 2}),
+        (peer_sum._peer_sum, rows, ranks | {"NORM": True}),
+        (peer_sum._peer_sum, rows, ranks | {"NORM": False}),
     ]
 
     def compiled(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], **more: int):
@@ -69,8 +79,11 @@ def build() -> None:
         return triton.compile(ASTSource(kernel, signature, held), target=target, options=more)
 
     for job in jobs:
-        compiled(90, *job)
+        found = compiled(90, *job)
         print(job[0].__name__)
+    # Counts of other devices: their orders hold for the whole system.
+    orders = re.findall(r"\.sys\.(\w+)\.", found.asm["ptx"])
+    assert orders == ["release", "acquire"], orders
     high = tile | {"HEIGHT": 64, "TRANSPOSED": False, "SIZE": 0, "PARTS": 2}
     stages = skinny_gemm._stages((64 + 64) * 128 * 2, 1, SMALLEST)
     found = compiled(89, skinny_gemm._product, product, high, num_warps=4, num_stages=stages)
@@ -81,7 +94,7 @@ def test_kernels_compile() -> None:
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=given, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["_attend", "_attend", "_prefix", *["_product"] * 3]
+    assert done.stdout.split() == ["_attend", "_attend", "_prefix", *["_product"] * 3, *["_peer_sum"] * 2]
 
 
 if __name__ == "__main__":
