@@ -78,12 +78,15 @@ def test_sums_are_those_of_the_ranks_in_order(size: int, width: int, dtype: torc
         exact = parts[0].float()
         for part in parts[1:]:
             exact = exact + part.float()
-        expected = pointwise.add_norm(x, exact.to(dtype), weight, EPS)
+        total = x + exact.to(dtype)
+        norms = (pointwise.rms_norm(total.double(), weight.double(), EPS)).to(dtype)
         found = list(group.call(x, parts, weight))
-        for total, normed in found:
-            assert torch.equal(total, expected[0])
+        for made, normed in found:
+            assert torch.equal(made, total)
             assert torch.equal(normed, found[0][1])
-            torch.testing.assert_close(normed.float(), expected[1].float(), rtol=1e-2, atol=1e-5)
+            torch.testing.assert_close(normed.float(), norms.float(), rtol=1e-3, atol=1e-6)
+        # The norm of what is rounded: that of the sum before would often be rounded to another number.
+        assert dtype == torch.float32 or float((found[0][1] == norms).double().mean()) > 0.95
 
 
 @interpreted
