@@ -224,6 +224,9 @@ class SourceConfig(Section):
     chat_template: bool = Field(False, description="render texts as turns of a chat")
     system: str | None = Field(None, description="system turn of each chat without one (chat_template only)")
     too_long: Literal["refuse", "drop"] = Field("refuse", description="what to do with longer rows")
+    empty: Literal["refuse", "drop"] = Field(
+        "refuse", description="what to do with rows whose prompt, user's turn or answer has no text"
+    )
     shuffle: bool = Field(True, description="a new order of rows in every epoch")
 
 

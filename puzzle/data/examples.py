@@ -12,8 +12,8 @@ from typing import Any
 
 from puzzle.config.supervised import DialoguesConfig, ExamplesConfig, PairsConfig
 from puzzle.data.masks import Labelled, label_chat, label_text
-from puzzle.data.records import records, refuse_broken, require
-from puzzle.data.stream import Stream
+from puzzle.data.records import EmptyRow, records, refuse_broken, require
+from puzzle.data.stream import NONE_LEFT_OUT, LeftOut, Stream
 from puzzle.data.tokenizers import Tokenizer
 from puzzle.errors import UserError
 from puzzle.files.jsonio import shown
@@ -40,10 +40,15 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The usable examples of a file, in file order; `dropped` were too long."""
+    """The usable examples of a file, in file order, and those that are left out."""
 
     examples: tuple[Example, ...]
-    dropped: int
+    left: LeftOut = NONE_LEFT_OUT
+
+    @property
+    def remarks(self) -> list[str]:
+        """What people should know of those that are left out."""
+        return self.left.remarks(len(self.examples), "examples")
 
     @cached_property
     def digest(self) -> str:
@@ -63,11 +68,16 @@ def load_examples(
 ) -> ExampleSet:
     """Read and tokenise the examples of `path`; UserError naming the place of what is wrong. `now` is the
     time that chat templates write."""
-    kept, dropped = [], 0
+    kept, long, empty = [], list[str](), list[str]()
     for index, (place, record) in enumerate(read_examples(path, data)):
         try:
             sequences = sequences_of(record, data, tokenizer, now)
             margin = margin_of(record, data)
+        except EmptyRow as error:
+            if data.empty == "refuse":
+                raise EmptyRow(f"{place}: {error}") from None
+            empty.append(place)
+            continue
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         longest = max(map(len, sequences))
@@ -79,10 +89,11 @@ def load_examples(
                 f"{place}: the example has {longest} tokens, data.max_tokens is {data.max_tokens}; raise it,"
                 " or set data.too_long to drop"
             )
-        dropped += 1
+        long.append(place)
+    left = LeftOut("data.max_tokens", tuple(long), tuple(empty))
     if not kept:
-        raise UserError(f"{path}: all {dropped} examples exceed data.max_tokens {data.max_tokens}")
-    return ExampleSet(tuple(kept), dropped)
+        raise UserError(f"{path}: {left.all_of_them('examples', data.max_tokens)}")
+    return ExampleSet(tuple(kept), left)
 
 
 def read_examples(path: Path, data: ExamplesConfig) -> list[tuple[str, Mapping[str, Any]]]:
@@ -198,14 +209,18 @@ def _chat(
 
 def text_of(value: Any, name: str) -> str:
     """A text of a row that is not empty; UserError for anything else."""
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name} must be text, and not empty")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise EmptyRow(f"{name} is empty")
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be text")
     refuse_broken(name, value)
     return value
 
 
 def turns_of(value: Any, name: str) -> Turns:
-    """The turns of a chat; UserError for anything else."""
+    """The turns of a chat; UserError for anything else. An empty answer would teach to say nothing."""
+    if value is None or (isinstance(value, Sequence) and not value):
+        raise EmptyRow(f"{name} is empty")
     listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     turns = [turn for turn in listed if isinstance(turn, Mapping)]
     good = all(isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns)
@@ -213,6 +228,6 @@ def turns_of(value: Any, name: str) -> Turns:
         raise UserError(f"{name} must be turns with role and content")
     for number, turn in enumerate(turns, 1):
         refuse_broken(f"{name}: turn {number}", turn["content"])
-        if turn["role"] == "user" and not turn["content"].strip():
-            raise UserError(f"{name}: turn {number}, the user's, is empty")
+        if turn["role"] in ("user", "assistant") and not turn["content"].strip():
+            raise EmptyRow(f"{name}: turn {number}, the {turn['role']}'s, is empty")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from puzzle.data.clock import at
+from puzzle.data.records import EmptyRow
 from puzzle.data.tokenizers import Tokenizer, bare, encode, foreign, render
 from puzzle.errors import UserError
 
@@ -151,5 +152,5 @@ def _inside(tokenizer: Tokenizer, text: str, ranges: Sequence[Span]) -> Labelled
 def _kept(spans: Sequence[Span]) -> tuple[Span, ...]:
     kept = tuple((start, stop) for start, stop in spans if max(1, start) < stop)
     if not kept:
-        raise UserError("there is no token to learn: the answer is empty")
+        raise EmptyRow("there is no token to learn: the answer is empty")
     return kept

@@ -11,7 +11,8 @@ from puzzle.data.endings import Endings, endings
 from puzzle.data.examples import Example, ExampleSet, load_examples
 from puzzle.data.prompts import Choose, PromptSet, PromptStream, RandomStream, load_prompts, no_columns
 from puzzle.data.reading import Reader
-from puzzle.data.stream import Stream, left_out
+from puzzle.data.records import drop_is_a_remedy
+from puzzle.data.stream import Stream
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, special_tokens
 from puzzle.errors import UserError
 
@@ -44,10 +45,11 @@ def prepare(
     name = data.tokenizer or config.actor.model
     assert name is not None, "validated by TrainConfig"
     tokenizer = load_tokenizer(name)
-    train = load_prompts(Path(data.prompts), data, tokenizer, began, choose)
-    held_out = None
-    if data.eval_prompts is not None:
-        held_out = load_prompts(Path(data.eval_prompts), data, tokenizer, began, choose)
+    with drop_is_a_remedy():
+        train = load_prompts(Path(data.prompts), data, tokenizer, began, choose)
+        held_out = None
+        if data.eval_prompts is not None:
+            held_out = load_prompts(Path(data.eval_prompts), data, tokenizer, began, choose)
     for prompts in filter(None, (train, held_out)):
         largest = max(max(prompt.tokens) for prompt in prompts.prompts)
         if largest >= vocab_size:
@@ -88,10 +90,11 @@ def prepare_examples(config: SupervisedConfig, vocab_size: int, began: datetime 
     assert name is not None, "validated by the configuration"
     assert data.examples is not None, "validated by the configuration"
     tokenizer = load_tokenizer(name)
-    train = load_examples(Path(data.examples), data, tokenizer, began)
-    held_out = None
-    if data.eval_examples is not None:
-        held_out = load_examples(Path(data.eval_examples), data, tokenizer, began)
+    with drop_is_a_remedy():
+        train = load_examples(Path(data.examples), data, tokenizer, began)
+        held_out = None
+        if data.eval_examples is not None:
+            held_out = load_examples(Path(data.eval_examples), data, tokenizer, began)
     for examples in filter(None, (train, held_out)):
         largest = max(max(s.tokens) for e in examples.examples for s in e.sequences)
         if largest >= vocab_size:
@@ -100,8 +103,7 @@ def prepare_examples(config: SupervisedConfig, vocab_size: int, began: datetime 
     folder = None if config.main.model is None else Path(config.main.model)
     ends = endings(tokenizer, folder, learned=_last_said(tokenizer, train))
     stream = train.stream(config.batch, config.seed, data.shuffle)
-    sets = [examples for examples in (train, held_out) if examples is not None and examples.dropped]
-    remarks = [left_out(s.dropped, len(s.examples), "examples", "data.max_tokens") for s in sets]
+    remarks = [remark for examples in filter(None, (train, held_out)) for remark in examples.remarks]
     return ExampleData(tokenizer, ends, stream, held_out, tuple(remarks))
 
 

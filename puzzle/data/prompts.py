@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.config.sections import DataConfig
-from puzzle.data.records import records, refuse_broken, require
-from puzzle.data.stream import Stream, generator
+from puzzle.data.records import EmptyRow, records, refuse_broken, require
+from puzzle.data.stream import NONE_LEFT_OUT, LeftOut, Stream, generator
 from puzzle.data.tokenizers import Tokenizer, answer_lead, bare, encode, render
 from puzzle.errors import UserError
 
@@ -62,10 +62,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable prompts of a file, in file order; `dropped` were too long."""
+    """The usable prompts of a file, in file order, and those that are left out."""
 
     prompts: tuple[Prompt, ...]
-    dropped: int
+    left: LeftOut = NONE_LEFT_OUT
+
+    @property
+    def remarks(self) -> list[str]:
+        """What people should know of those that are left out."""
+        return self.left.remarks(len(self.prompts), "prompts")
 
     @property
     def digest(self) -> str:
@@ -75,10 +80,11 @@ class PromptSet:
 
 
 def read_rows(
-    path: Path, prompt_field: str, id_field: str | None, choose: Choose = no_columns
+    path: Path, prompt_field: str, id_field: str | None, choose: Choose = no_columns, empty: bool = False
 ) -> list[PromptRow]:
     """The rows of a .jsonl, .parquet or .txt file or of a Hugging Face dataset folder, in order, with the
-    columns that `choose` takes; others are not kept, and of parquet and datasets not read.
+    columns that `choose` takes; others are not kept, and of parquet and datasets not read. `empty`: prompts
+    without text are among them.
 
     Raises UserError naming file and line for what cannot be read, has no `prompt_field` or lacks a chosen
     column, or has nothing in it, and what `choose` raises.
@@ -105,8 +111,8 @@ def read_rows(
             raise UserError(f"{place}: {id_field} {own!r} is taken by {seen[own]}; ids must differ")
         if own is not None:
             seen[own] = place
-        if isinstance(record[prompt_field], str) and not record[prompt_field].strip():
-            raise UserError(f"{place}: the prompt is empty")
+        if not empty:
+            _refuse_empty(record[prompt_field], f"{place}: ")
         columns = {name: record[name] for name in chosen}
         rows.append(PromptRow(place, own, record[prompt_field], columns))
     if not rows:
@@ -123,7 +129,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read and tokenise the prompts of `path`, with the columns that `choose` takes; raises UserError naming
     the place of what is wrong."""
-    return tokenise(read_rows(path, data.field, data.id_field, choose), str(path), data, tokenizer, now)
+    rows = read_rows(path, data.field, data.id_field, choose, data.empty == "drop")
+    return tokenise(rows, str(path), data, tokenizer, now)
 
 
 def tokenise(
@@ -136,11 +143,12 @@ def tokenise(
     """Turn rows into prompts, with `now` where a chat template writes the time; raises UserError naming the
     place of what is wrong."""
     kept: list[Prompt] = []
-    dropped = 0
+    long, empty = list[str](), list[str]()
     lead: str | None = None
     for index, row in enumerate(rows):
-        messages = _messages(row, data)
         try:
+            _refuse_empty(row.value)
+            messages = _messages(row.value, data)
             if messages is None:
                 text, tokens = row.value, encode(tokenizer, row.value)
             else:
@@ -149,30 +157,39 @@ def tokenise(
                 tokens = bare(tokenizer, rendered)
                 text = row.value if isinstance(row.value, str) else rendered
                 lead = answer_lead(tokenizer, messages, now) if lead is None else lead
+            if not tokens:
+                raise EmptyRow("the prompt has no tokens")
+        except EmptyRow as error:
+            if data.empty == "refuse":
+                raise EmptyRow(f"{row.place}: {error}") from None
+            empty.append(row.place)
+            continue
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
-        if not tokens:
-            raise UserError(f"{row.place}: the prompt has no tokens")
         if len(tokens) > data.max_prompt_tokens:
             if data.too_long == "refuse":
                 raise UserError(
                     f"{row.place}: the prompt has {len(tokens)} tokens, data.max_prompt_tokens is "
                     f"{data.max_prompt_tokens}; raise it, or set data.too_long to drop"
                 )
-            dropped += 1
+            long.append(row.place)
             continue
         own = row.id or str(index)
         kept.append(Prompt(index, own, text, messages, tuple(tokens), lead or "", row.columns))
+    left = LeftOut("data.max_prompt_tokens", tuple(long), tuple(empty))
     if not kept:
-        raise UserError(
-            f"{source}: all {dropped} prompts exceed data.max_prompt_tokens {data.max_prompt_tokens}"
-        )
-    return PromptSet(tuple(kept), dropped)
+        raise UserError(f"{source}: {left.all_of_them('prompts', data.max_prompt_tokens)}")
+    return PromptSet(tuple(kept), left)
 
 
-def _messages(row: PromptRow, data: DataConfig) -> Messages | None:
+def _refuse_empty(value: Any, place: str = "") -> None:
+    """EmptyRow for a prompt that is a text, or nothing, without any word."""
+    if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+        raise EmptyRow(f"{place}the prompt is empty")
+
+
+def _messages(value: Any, data: DataConfig) -> Messages | None:
     """The turns of a row, with the run's system turn unless it has its own; None for plain text."""
-    value = row.value
     if isinstance(value, str) and not data.chat_template:
         return None
     listed: Any = [{"role": "user", "content": value}] if isinstance(value, str) else value
@@ -180,16 +197,15 @@ def _messages(row: PromptRow, data: DataConfig) -> Messages | None:
     if not turns or not all(
         isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in listed
     ):
-        raise UserError(f"{row.place}: {data.field} must be text or turns with role and content")
+        raise UserError(f"{data.field} must be text or turns with role and content")
     if not data.chat_template:
-        raise UserError(f"{row.place}: {data.field} is a chat; set data.chat_template")
+        raise UserError(f"{data.field} is a chat; set data.chat_template")
     for number, turn in enumerate(listed, 1):
         if turn["role"] == "user" and not turn["content"].strip():
-            raise UserError(f"{row.place}: turn {number}, the user's, is empty")
+            raise EmptyRow(f"turn {number}, the user's, is empty")
     if listed[-1]["role"] == "assistant":
         raise UserError(
-            f"{row.place}: {data.field} ends with the assistant's turn, so there is nothing to answer; "
-            "leave that turn out"
+            f"{data.field} ends with the assistant's turn, so there is nothing to answer; leave that turn out"
         )
     own = listed[0]["role"] == "system"
     system = () if data.system is None or own else ({"role": "system", "content": data.system},)
@@ -212,7 +228,7 @@ def random_prompts(indices: range, length: int, vocab_size: int, seed: int) -> P
     def tokens(index: int) -> tuple[int, ...]:
         return tuple(generator(seed, index).integers(vocab_size, size=length).tolist())
 
-    return PromptSet(tuple(Prompt(i, str(i), "", None, tokens(i)) for i in indices), 0)
+    return PromptSet(tuple(Prompt(i, str(i), "", None, tokens(i)) for i in indices))
 
 
 class PromptStream(Stream[Prompt]):

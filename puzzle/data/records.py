@@ -2,7 +2,8 @@
 
 import codecs
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ Narrow = Callable[[Collection[str], str], list[str]]
 """What is read of rows with these fields, the first one's at this place."""
 Records = Iterator[tuple[str, Mapping[str, Any]]]
 """Place and fields of each row."""
+
+
+class EmptyRow(UserError):
+    """A row that has no text where a text is needed: `data.empty` says what becomes of it."""
+
+
+@contextmanager
+def drop_is_a_remedy() -> Generator[None]:
+    """A refusal of an EmptyRow inside tells of `data.empty`, which who reads rows for a configuration has."""
+    try:
+        yield
+    except EmptyRow as error:
+        raise UserError(f"{error}; mend it, or set data.empty to drop") from None
 
 
 def refuse_broken(place: str, text: str) -> None:

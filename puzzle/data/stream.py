@@ -1,6 +1,7 @@
 """Rows dealt out in batches, in an order that a seed and a step fix."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,9 +17,36 @@ def generator(seed: int, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, counter]))
 
 
-def left_out(dropped: int, kept: int, what: str, key: str) -> str:
-    """A remark on rows that are longer than `key` allows."""
-    return f"{dropped} of {dropped + kept} {what} are longer than {key} and are left out"
+@dataclass(frozen=True)
+class LeftOut:
+    """Places of the rows of a file that are not used: `long` ones, which have more tokens than `key` of the
+    configuration allows, and `empty` ones, without text where there must be some."""
+
+    key: str = ""
+    long: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.long) + len(self.empty)
+
+    def remarks(self, kept: int, what: str) -> list[str]:
+        """How many there are beside those `kept`, and which is the first of each kind."""
+        found = []
+        for places, why in ((self.long, f"longer than {self.key}"), (self.empty, "empty in part or whole")):
+            if places:
+                count = f"{len(places)} of {kept + len(self)} {what}"
+                found.append(f"{count} are {why} and are left out, the first is {places[0]}")
+        return found
+
+    def all_of_them(self, what: str, most: int) -> str:
+        """A refusal of a file of which nothing is left."""
+        if not self.empty:
+            return f"all {len(self)} {what} exceed {self.key} {most}"
+        return f"of {len(self)} {what} {len(self.long)} exceed {self.key} {most}, the others are empty"
+
+
+NONE_LEFT_OUT = LeftOut()
 
 
 class Stream(Generic[Item]):

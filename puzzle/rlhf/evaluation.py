@@ -18,6 +18,7 @@ from puzzle.data.endings import Endings, endings
 from puzzle.data.prepare import reader_of
 from puzzle.data.prompts import Prompt, load_prompts, no_columns
 from puzzle.data.reading import Reader
+from puzzle.data.records import drop_is_a_remedy
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
@@ -71,7 +72,11 @@ class Evaluation:
             self.tokenizer, None if folder is None else Path(folder), config.generation.stop
         )
         path = Path(config.data.prompts)
-        self.prompts = load_prompts(path, config.data, self.tokenizer, began, choose).prompts
+        with drop_is_a_remedy():
+            found = load_prompts(path, config.data, self.tokenizer, began, choose)
+        self.prompts = found.prompts
+        for remark in found.remarks if world.rank == 0 else ():
+            print(f"note: {remark}", file=sys.stderr)
         self.reader: Reader | None = reader_of(config.reward, self.tokenizer, self.endings, began)
         self.actor = self._model("actor")
         self.reward = self._model("reward") if config.reward.has_model else None

@@ -9,6 +9,7 @@ from puzzle.config.run import TrainConfig
 from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.examples import read_examples
 from puzzle.data.prompts import no_columns, read_rows
+from puzzle.data.records import drop_is_a_remedy
 from puzzle.errors import UserError, lacking
 from puzzle.rlhf.rewards.weighted import probe
 from puzzle.rlhf.trackers import MODULES
@@ -42,7 +43,9 @@ def check_files(config: RunConfig) -> None:
         for key in ("prompts", "eval_prompts"):
             path = getattr(config.data, key)
             if path is not None:
-                read_rows(Path(path), config.data.field, config.data.id_field, choose)
+                data = config.data
+                with drop_is_a_remedy():
+                    read_rows(Path(path), data.field, data.id_field, choose, data.empty == "drop")
     finally:
         if rewards is not None:
             rewards.close()

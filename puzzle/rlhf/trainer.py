@@ -16,7 +16,6 @@ from puzzle.config.resolve import Plan, RunPlan
 from puzzle.config.run import TrainConfig
 from puzzle.data.prepare import RunData, prepare
 from puzzle.data.prompts import Prompt, no_columns
-from puzzle.data.stream import left_out
 from puzzle.engine.checkpoint.checkpoint import Checkpoints
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.pipeline import Pipeline
@@ -158,8 +157,7 @@ class Trainer(Session):
     def remarks(self) -> Sequence[str]:
         """Prompts that are left out."""
         sets = (self.data.train.prompts, self.data.held_out)
-        kept = [(s.dropped, len(s.prompts)) for s in sets if s is not None and s.dropped]
-        return [left_out(*counts, "prompts", "data.max_prompt_tokens") for counts in kept]
+        return [remark for prompts in filter(None, sets) for remark in prompts.remarks]
 
     def stops(self, metrics: Mapping[str, float]) -> str | None:
         """Where KL exceeds the limit that was set."""

@@ -59,7 +59,7 @@ def _run(world: Any, case: Case) -> Found:
 
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
-    stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=False)
+    stream = PromptStream(PromptSet(prompts), config.batch, config.seed, shuffle=False)
     data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)
     generate = ChatTrainer._generate
 

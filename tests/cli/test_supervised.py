@@ -268,11 +268,17 @@ def test_a_run_is_not_gone_on_with_other_examples(capsys: pytest.CaptureFixture[
 def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
     rows[3]["messages"][1]["content"] = "cat " * 80
+    rows[5]["messages"][0]["content"] = ""
     lines("chats.jsonl", rows)
-    assert sft("o", "--iterations", "1", "--data.too_long", "drop") == 0
-    said = "1 of 16 examples are longer than data.max_tokens and are left out"
-    assert capsys.readouterr().err == f"warning: {said}\n"
-    assert [one.text for one in load_runs(Path("o")).runs[0].of(Warned)] == [said]
+    drop = ["--iterations", "1", "--data.too_long", "drop"]
+    refused(lambda: sft("o", *drop), ":6: messages: turn 1, the user's, is empty; mend it, or", capsys)
+    assert sft("o", *drop, "--data.empty", "drop") == 0
+    said = [
+        "1 of 16 examples are longer than data.max_tokens and are left out, the first is chats.jsonl:4",
+        "1 of 16 examples are empty in part or whole and are left out, the first is chats.jsonl:6",
+    ]
+    assert capsys.readouterr().err == "".join(f"warning: {one}\n" for one in said)
+    assert [one.text for one in load_runs(Path("o")).runs[0].of(Warned)] == said
 
 
 @pytest.mark.usefixtures("folder")

@@ -248,7 +248,7 @@ def test_the_three_steps_read_their_dataset(name: str, datasets: dict[str, str])
     for task, answers in (("sft", ["the cat sat"]), ("reward-model", ["the cat sat", ""])):
         file = ROOT / f"examples/recipes/{name}-{task}.yaml"
         examples = load_examples(rows, load_given(SUPERVISED[task], file)[0].data, own)
-        assert (len(examples.examples), examples.dropped) == (300, 0)
+        assert (len(examples.examples), len(examples.left)) == (300, 0)
         learned = [
             [own.decode(tokens.tokens[a:b]) for a, b in tokens.spans]
             for tokens in examples.examples[0].sequences

@@ -13,6 +13,8 @@ import pytest
 from puzzle.config.supervised import DialoguesConfig, ExamplesConfig, PairsConfig
 from puzzle.data.examples import Example, ExampleSet, load_examples
 from puzzle.data.masks import Labelled
+from puzzle.data.records import EmptyRow
+from puzzle.data.stream import LeftOut
 from puzzle.data.tokenizers import Tokenizer, byte_tokenizer
 from puzzle.errors import UserError
 from tests.data.templates import CHATML, tokenizer
@@ -73,7 +75,7 @@ def test_a_dialogue_is_one_sequence(
     found = load_examples(file(tmp_path, row), DialoguesConfig(**FULL, **options), own)
     ((sequence,),) = (example.sequences for example in found.examples)
     assert told(own, sequence) == (whole, learned)
-    assert (found.dropped, found.examples[0].margin, len(found.examples[0])) == (0, 0.0, len(sequence))
+    assert (len(found.left), found.examples[0].margin, len(found.examples[0])) == (0, 0.0, len(sequence))
 
 
 PAIRS = [
@@ -117,7 +119,7 @@ MARGIN = {"margin_field": "margin"}
 TURNS = "must be turns with role and content"
 DIALOGUE, PAIR = DialoguesConfig, PairsConfig
 REFUSED = [
-    (DIALOGUE, FULL, {"messages": []}, f"messages {TURNS}"),
+    (DIALOGUE, FULL, {"messages": []}, "messages is empty"),
     (DIALOGUE, FULL, {"messages": "the cat"}, f"messages {TURNS}"),
     (DIALOGUE, FULL, {"messages": {"role": "user"}}, f"messages {TURNS}"),
     (DIALOGUE, FULL, {"messages": [*CHAT[:2], "on"]}, f"messages {TURNS}"),
@@ -126,9 +128,9 @@ REFUSED = [
     (DIALOGUE, FULL, {"messages": [*CHAT[:2], asked(" ")]}, "messages: turn 3, the user's, is empty"),
     (DIALOGUE, FULL, {"messages": [CHAT[0], answer("\ud800")]}, "messages: turn 2: '.ud800' at character 1"),
     (DIALOGUE, {}, {"messages": CHAT}, "the example is a chat; set data.chat_template"),
-    (DIALOGUE, {}, ROW | {"prompt": " \n"}, "prompt must be text, and not empty"),
-    (DIALOGUE, {}, ROW | {"response": ""}, "the response must be text, and not empty"),
-    (DIALOGUE, {}, ROW | {"response": 1}, "the response must be text, and not empty"),
+    (DIALOGUE, {}, ROW | {"prompt": " \n"}, "prompt is empty"),
+    (DIALOGUE, {}, ROW | {"response": ""}, "the response is empty"),
+    (DIALOGUE, {}, ROW | {"response": 1}, "the response must be text"),
     (DIALOGUE, {}, ROW | {"response": "\udfff"}, "the response: '.udfff' at character 1"),
     (DIALOGUE, {}, {"prompt": "a"}, "no field 'response'; it has prompt"),
     (DIALOGUE, {}, ROW | {"response": "b" * 8}, "the example has 10 tokens, data.max_tokens is 9"),
@@ -188,9 +190,40 @@ def test_longer_ones_are_dropped_and_the_others_keep_their_places(tmp_path: Path
     ]
     found = load_examples(file(tmp_path, *rows), data, own)
     assert [example.index for example in found.examples] == [1, 3]
-    assert found.dropped == 2
+    assert [place.rpartition(":")[2] for place in found.left.long] == ["1", "3"]
     with pytest.raises(UserError, match=r"rows.jsonl: all 2 examples exceed data.max_tokens 6"):
         load_examples(file(tmp_path, rows[0], rows[2]), data, own)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "row"),
+    [
+        (DIALOGUE, FULL, {"messages": [*CHAT[:2], asked(" ")]}),
+        (DIALOGUE, FULL, {"messages": [CHAT[0], answer("")]}),
+        (DIALOGUE, FULL, {"messages": []}),
+        (DIALOGUE, FULL, {"messages": None}),
+        (DIALOGUE, {}, ROW | {"prompt": "\n"}),
+        (DIALOGUE, {}, ROW | {"response": None}),
+        (PAIR, {}, ROW | {"chosen": ""}),
+        (PAIR, {}, ROW | {"rejected": None}),
+    ],
+)
+def test_empty_ones_are_dropped_where_that_is_said_and_the_first_is_named(
+    tmp_path: Path, config: type[ExamplesConfig], options: dict[str, Any], row: dict[str, Any]
+) -> None:
+    own = tokenizer(CHATML, marked=False) if options == FULL else byte_tokenizer()
+    good = {"messages": CHAT} if options == FULL else ROW
+    path = file(tmp_path, good, row, good, row)
+    found = load_examples(path, config(**options, empty="drop"), own)
+    assert [example.index for example in found.examples] == [0, 2]
+    said = f"2 of 4 examples are empty in part or whole and are left out, the first is {path}:2"
+    assert found.remarks == [said]
+    with pytest.raises(EmptyRow, match=r"rows.jsonl:2: "):
+        load_examples(path, config(**options), own)
+    with pytest.raises(
+        UserError, match=r"rows.jsonl: of 1 examples 0 exceed data.max_tokens \d+, the others"
+    ):
+        load_examples(file(tmp_path, row), config(**options, empty="drop"), own)
 
 
 def test_a_digest_tells_examples_apart_and_nothing_else() -> None:
@@ -202,14 +235,16 @@ def test_a_digest_tells_examples_apart_and_nothing_else() -> None:
         dataclasses.replace(one, sequences=(Labelled((1, 2, 4), ((1, 3),)),)),
         dataclasses.replace(one, sequences=(Labelled((1, 2, 3), ((2, 3),)),)),
     ]
-    digests = [ExampleSet((example,), 0).digest for example in (one, *others)]
-    assert len({*digests, ExampleSet((one, one), 0).digest, ExampleSet((), 0).digest}) == len(others) + 3
-    assert ExampleSet((dataclasses.replace(one, reference=(1.0,)),), 7).digest == digests[0]
+    digests = [ExampleSet((example,)).digest for example in (one, *others)]
+    assert len({*digests, ExampleSet((one, one)).digest, ExampleSet(()).digest}) == len(others) + 3
+    assert (
+        ExampleSet((dataclasses.replace(one, reference=(1.0,)),), LeftOut("k", ("a:1",))).digest == digests[0]
+    )
 
 
 def test_a_batch_is_dealt_in_the_order_of_the_seed() -> None:
     every = tuple(Example(index, (Labelled((1, 2), ((1, 2),)),), 0.0) for index in range(6))
-    found = ExampleSet(every, 0)
+    found = ExampleSet(every)
     plain = found.stream(3, 0, shuffle=False)
     assert [example.index for example in plain.next() + plain.next()] == list(range(6))
     first, second = (found.stream(6, seed, shuffle=True).next() for seed in (1, 2))

@@ -214,6 +214,8 @@ def test_what_supervised_runs_leave_out_is_said_of_each_file(tmp_path):
     made = supervised(tmp_path, CHATML, [long, short, long], [short, long])
     data = made.data.model_copy(update={"max_tokens": 6, "too_long": "drop"})
     read = prepare_examples(made.model_copy(update={"data": data}), 330)
-    words = "examples are longer than data.max_tokens and are left out"
-    assert read.remarks == (f"2 of 3 {words}", f"1 of 2 {words}")
+    words = " examples are longer than data.max_tokens and are left out, the first is "
+    told = [remark.partition(words) for remark in read.remarks]
+    assert [count for count, _, _ in told] == ["2 of 3", "1 of 2"]
+    assert [Path(place).name for _, _, place in told] == ["rows.jsonl:1", "held.jsonl:2"]
     assert prepare_examples(supervised(tmp_path, CHATML, [short], [short]), 330).remarks == ()

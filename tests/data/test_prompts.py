@@ -15,6 +15,7 @@ from puzzle.data.prompts import (
     random_prompts,
     read_rows,
 )
+from puzzle.data.records import EmptyRow
 from puzzle.data.tokenizers import byte_tokenizer
 from puzzle.errors import UserError
 
@@ -73,7 +74,7 @@ BAD_LINES = [
     (b'{"prompt": [{"role": "user", "content": "x"}, {"content": "x"}]}\n', ":1: prompt must be text or"),
     (b'{"prompt": [{"role": "user", "content": "x"}, "x"]}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user", "content": 5}]}\n', ":1: prompt must be text or turns"),
-    (b'{"prompt": []}\n', ":1: prompt must be text or turns"),
+    (b'{"prompt": []}\n', ":1: the prompt is empty"),
     (b'{"prompt": {"role": "user", "content": "x"}}\n', ":1: prompt must be text or turns"),
     (b'{"prompt": [{"role": "user", "content": "x"}]}\n', ":1: prompt is a chat; set data.chat_template"),
     (b'{"prompt": "fine"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text"),
@@ -189,10 +190,33 @@ def test_bad_files_are_named(tmp_path):
 def test_long_prompts_are_dropped_and_indices_stay(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x" * 9}, {"prompt": "short"}, {"prompt": "ok"}])
     loaded = load_prompts(path, data(max_prompt_tokens=8, too_long="drop"), byte_tokenizer())
-    assert loaded.dropped == 1
+    assert loaded.left.long == (f"{path}:1",)
     assert [(p.index, p.id, p.text) for p in loaded.prompts] == [(1, "1", "short"), (2, "2", "ok")]
     with pytest.raises(UserError, match="all 3 prompts exceed"):
         load_prompts(path, data(max_prompt_tokens=1, too_long="drop"), byte_tokenizer())
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", None, []])
+def test_empty_prompts_are_dropped_where_that_is_said(tmp_path, nothing):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": nothing}, {"prompt": "b" * 9}])
+    loaded = load_prompts(path, data(empty="drop", too_long="drop", max_prompt_tokens=8), byte_tokenizer())
+    assert [prompt.index for prompt in loaded.prompts] == [0]
+    assert loaded.remarks == [
+        f"1 of 3 prompts are longer than data.max_prompt_tokens and are left out, the first is {path}:3",
+        f"1 of 3 prompts are empty in part or whole and are left out, the first is {path}:2",
+    ]
+    with pytest.raises(EmptyRow, match=r":2: the prompt is empty$"):
+        load_prompts(path, data(), byte_tokenizer())
+
+
+def test_chats_with_an_empty_turn_of_the_user_are_dropped_where_that_is_said(tmp_path):
+    turns = [[{"role": "user", "content": text}] for text in ("hi", " ")]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": one} for one in turns])
+    own = byte_tokenizer()
+    own.chat_template = CHAT
+    assert len(load_prompts(path, data(empty="drop", chat_template=True), own).prompts) == 1
+    with pytest.raises(EmptyRow, match=r":2: turn 1, the user's, is empty$"):
+        load_prompts(path, data(chat_template=True), own)
 
 
 def test_ids_come_from_a_field_and_differ(tmp_path):
@@ -208,7 +232,7 @@ def test_ids_come_from_a_field_and_differ(tmp_path):
 
 
 def make_set(count: int) -> PromptSet:
-    return PromptSet(tuple(Prompt(i, str(i), f"t{i}", None, (i,)) for i in range(count)), 0)
+    return PromptSet(tuple(Prompt(i, str(i), f"t{i}", None, (i,)) for i in range(count)))
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**40), st.booleans())

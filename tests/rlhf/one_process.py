@@ -99,7 +99,7 @@ def prompts_of(count: int, seed: int, first: int = 0) -> PromptSet:
     lengths = torch.randint(1, 7, (count,), generator=generator).tolist()
     tokens = [tuple(torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for n in lengths]
     return PromptSet(
-        tuple(Prompt(first + i, str(i), f"prompt {first + i}", None, t) for i, t in enumerate(tokens)), 0
+        tuple(Prompt(first + i, str(i), f"prompt {first + i}", None, t) for i, t in enumerate(tokens))
     )
 
 

@@ -98,7 +98,7 @@ def run(rank: int, world_size: int, cases: Sequence[Case]) -> list[Watch]:
 def run_case(world: World, case: Case) -> Watch:
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
-    stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
+    stream = PromptStream(PromptSet(prompts), config.batch, config.seed, shuffle=True)
     plan = resolve(config)
     models = build_models(plan, world)
     watch = Watch()

@@ -25,7 +25,7 @@ def run(rank: int, world_size: int, case: Case, folder: str, save_at: int) -> Wa
     world = World(rank, world_size, torch.device("cpu"))
     config = TrainConfig.model_validate(case.config)
     prompts = tuple(Prompt(i, str(i), "", None, tokens) for i, tokens in enumerate(case.prompts))
-    stream = PromptStream(PromptSet(prompts, 0), config.batch, config.seed, shuffle=True)
+    stream = PromptStream(PromptSet(prompts), config.batch, config.seed, shuffle=True)
     plan = resolve(config)
     models = build_models(plan, world)
     data = RunData(None, Endings(case.stop_ids, case.stop_ids), stream, None)

@@ -59,8 +59,8 @@ def run_case(world: World, case: Case) -> Seen:
     assert isinstance(config, SupervisedConfig)
     plan = resolve(config)
     models = build_runtimes(plan, world)
-    stream = ExampleSet(case.examples, 0).stream(config.batch, config.seed, config.data.shuffle)
-    held_out = ExampleSet(case.held_out, 0) if case.held_out else None
+    stream = ExampleSet(case.examples).stream(config.batch, config.seed, config.data.shuffle)
+    held_out = ExampleSet(case.held_out) if case.held_out else None
     data = ExampleData(byte_tokenizer(), Endings(), stream, held_out)
     trainer = SupervisedTrainer(plan, data, models, world)
     name, watch, seen = models.main.name, Watch(), Seen()

@@ -49,7 +49,7 @@ class Counted:
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
         prompts = tuple(Prompt(i, str(i), "", None, (i + 1,)) for i in range(count))
-        self.stream = PromptStream(PromptSet(prompts, 0), batch, seed, shuffle=True)
+        self.stream = PromptStream(PromptSet(prompts), batch, seed, shuffle=True)
         self.batches: list[list[int]] = []
 
     def next(self) -> list[Prompt]:
