@@ -81,13 +81,7 @@ def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[Model
     tp = world.size if fits(spec, world.size) else 1
     cut = replace(spec, num_layers=SHALLOW)
     sizes, length = (tp, 1, world.size // tp), min(bench.length, min(bench.tokens))
-    without, passes, _ = _trained(bench, world, cut, sizes, length, False)
-    layer = next((r for r in found.layers if (r.shape, r.tp) == (Shape.of(spec), tp)), None)
-    if layer is not None and layer.tokens == length:
-        head = next((r for r in found.heads if (r.hidden, r.tp) == (spec.hidden_size, tp)), None)
-        alone = SHALLOW * (layer.forward_s + layer.backward_s)
-        alone += 0.0 if head is None else head.forward_s + head.backward_s
-        found.pass_host = max(LEAST, (without / passes - alone) / 2)
+    found.pass_host = _pass_host(bench, world, found, cut, sizes, length)
     cuts = [replace(one, num_layers=SHALLOW) for one in specs]
     step_s = _steps(bench, world, found, cuts, sizes, length)
     yield {"step": "alone", "s/billion": found.step * 1e9, "beside_s": step_s}
@@ -109,6 +103,42 @@ def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[Model
         "capture_s": found.capture,
         "stage_s": stage_s,
     }
+
+
+def _pass_host(
+    bench: PiecesBench, world: World, found: Found, spec: ModelSpec, sizes: harness.Sizes, length: int
+) -> float:
+    """Seconds of the host for a pass beside its layers and its head: to pack a micro-batch, to find the
+    positions of its loss, to follow a schedule; forward and backward alike."""
+    runtime = harness.random_model("model", spec, sizes, world, bench.dtype)
+    pipeline, sums = Pipeline([runtime]), [GradientSum(runtime.decoder)]
+
+    def train() -> None:
+        count, batches = random_batches(runtime, 4, 1, length)
+        loss = mean_loss(runtime, batches, count * (length - 1))
+        pipeline.train([PipelineInput(runtime, batches, loss)], gradients=sums)
+
+    train()
+    seconds = []
+    for _ in range(bench.repeats):
+        device.meet(world)
+        start = time.perf_counter()
+        train()
+        seconds.append(time.perf_counter() - start)
+        world.synchronize()
+    alone = 0.0
+    for row in found.layers:
+        if (row.shape, row.tp, row.tokens) == (Shape.of(spec), sizes[0], length):
+            alone += SHALLOW * (row.issue_forward_s + row.issue_backward_s)
+    for row in found.heads:
+        if (row.hidden, row.vocab, row.tp, row.tokens) == (
+            spec.hidden_size,
+            spec.vocab_size,
+            sizes[0],
+            length,
+        ):
+            alone += row.issue_forward_s + row.issue_backward_s
+    return max(LEAST, (device.most(world, median(seconds)) / 4 - alone) / 2)
 
 
 def _steps(

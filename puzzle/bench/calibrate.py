@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from puzzle import __version__
-from puzzle.bench import beside, device, harness, pieces
+from puzzle.bench import beside, decoding, device, harness, pieces
 from puzzle.bench.harness import Row
+from puzzle.engine.reshard.resharder import lends_pages
 from puzzle.engine.runtime.world import World
 from puzzle.files import durable
 from puzzle.plan.predict.calibration import Calibration
@@ -43,7 +44,7 @@ class CalibrateBench(pieces.PiecesBench):
             parts.append(("links", lambda: beside.links(self, world, found)))
         for spec, tp in pairs:
             parts.append(("layers", lambda s=spec, t=tp: pieces.layers(self, world, found, s, t)))
-            parts.append(("decode", lambda s=spec, t=tp: pieces.decodes(self, world, found, s, t)))
+            parts.append(("decode", lambda s=spec, t=tp: decoding.decodes(self, world, found, s, t)))
         parts.append(("the rest", lambda: beside.beside(self, world, found, specs)))
         for number, (name, part) in enumerate(parts):
             late = bool(world.share(time.perf_counter() - began > self.seconds))
@@ -77,7 +78,7 @@ class CalibrateBench(pieces.PiecesBench):
             str(facts["device"]),
             int(facts.get("memory_bytes", _host_memory())),
             self.engine or git_commit() or __version__,
-            f"one host, {world.size} devices, {self.dtype}{', compiled' * self.compile}",
+            f"one host, {world.size} devices, {self.dtype}{', compiled' * self.compile}{_segments(world)}",
             datetime.now(UTC).date().isoformat(),
             (),
             tables.tensor_parallel,
@@ -94,6 +95,11 @@ class CalibrateBench(pieces.PiecesBench):
             seconds = (isinstance(value, float) and name.endswith("_s")) or name == "s"
             words.append(f"{name} {value * 1e6:.1f} us" if seconds else f"{name} {value}")
         return "  ".join(words)
+
+
+def _segments(world: World) -> str:
+    """How torch maps memory of devices, on which `map_s_per_byte` depends, and little else."""
+    return f", {'expandable' if lends_pages() else 'fixed'} segments" if world.device.type == "cuda" else ""
 
 
 def _host_memory() -> int:

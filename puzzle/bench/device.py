@@ -17,6 +17,10 @@ from puzzle.spec.flops import peak_flops
 T = TypeVar("T")
 COPIED = 1 << 30
 """Bytes that are copied to measure a device's bandwidth."""
+WIDE = 8192
+"""Rows and columns of the products that keep a device busy; one takes some milliseconds."""
+LONGEST = 512
+"""Products that keep a device busy at most: by then work waits for it, and cannot be issued beforehand."""
 
 
 def facts(world: World) -> dict[str, Any]:
@@ -56,6 +60,67 @@ def measure(world: World, work: Callable[[], object], repeats: int) -> list[floa
         world.synchronize()
         found.append(most(world, time.perf_counter() - start))
     return found
+
+
+def lanes(
+    world: World, work: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
+    """Median seconds of `work` on the device and of the host to issue it, after runs that warm up; `before`
+    is not timed.
+
+    The device is kept busy until all has been issued, so that it never waits for its host; of several ranks
+    the last to begin is timed. On a CPU, which is both, either is what `work` takes.
+    """
+    for _ in range(2):
+        before()
+        work()
+    cuda = world.device.type == "cuda"
+    devices, hosts = [], []
+    busy = Busy(world.device) if cuda else None
+    while len(hosts) < repeats:
+        before()
+        meet(world)
+        begin = end = None
+        if busy is not None:
+            busy.start()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        start = time.perf_counter()
+        work()
+        issued = time.perf_counter() - start
+        if busy is None or begin is None or end is None:
+            devices.append(most(world, issued))
+            hosts.append(devices[-1])
+            continue
+        late = begin.query()
+        end.record()
+        world.synchronize()
+        if most(world, float(late)) and busy.longer():
+            continue
+        devices.append(-most(world, -begin.elapsed_time(end) / 1e3))
+        hosts.append(most(world, issued))
+    return median(devices), median(hosts)
+
+
+class Busy:
+    """Products that a GPU works at while its host issues what comes after them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._one = torch.randn((WIDE, WIDE), device=device).bfloat16()
+        self._out = torch.empty_like(self._one)
+        self._count = 4
+
+    def start(self) -> None:
+        """Begin some."""
+        for _ in range(self._count):
+            torch.mm(self._one, self._one, out=self._out)
+
+    def longer(self) -> bool:
+        """Twice as many from now on; False where that would be too many."""
+        if 2 * self._count > LONGEST:
+            return False
+        self._count *= 2
+        return True
 
 
 def alternated(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:

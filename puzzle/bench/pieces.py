@@ -1,14 +1,11 @@
-"""What passes are made of, measured piece by piece: layers, heads, decode passes.
+"""What passes are made of, measured piece by piece: layers and heads, the device's time and the host's apart.
 
-Layers are those of a middle stage, so that nothing else is timed with them; decode passes go through the
-engine's generation, with two numbers of layers, whose difference is a layer.
+Layers are those of a middle stage, so that nothing else is timed with them. Decode passes are in `decoding`.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,9 +19,6 @@ from puzzle.bench import device, fit, harness
 from puzzle.bench.harness import Row, option
 from puzzle.bench.train import GradientSum
 from puzzle.cli import new_file, real, whole
-from puzzle.engine.generate.decode_ring import Request, generate
-from puzzle.engine.generate.model_runner import ModelRunner
-from puzzle.engine.generate.sampling import SamplingParams
 from puzzle.engine.runtime.world import World
 from puzzle.errors import UserError
 from puzzle.files.limits import MOST_PROCESSES
@@ -35,7 +29,7 @@ from puzzle.model.weights import initialise
 from puzzle.plan.activations import FP32, Activations, Use
 from puzzle.plan.layout import Coord, Layout, Placement
 from puzzle.plan.memory import RankMemory, weight_bytes
-from puzzle.plan.pages import kv_bytes
+from puzzle.plan.pages import PAGE, kv_bytes, whole_pages
 from puzzle.plan.predict.costs import Fixed
 from puzzle.plan.predict.tables import (
     CollectiveRow,
@@ -50,12 +44,10 @@ from puzzle.spec.model import ModelSpec
 
 LAYERS = 4
 """Of a stage that is timed: one's time is a small part of what starting and waiting take."""
-SHALLOW, DEEP = 2, 6
-"""Layers of the models whose decode passes are compared."""
-STEPS = 32
-"""Decode passes that are timed."""
-MANY = 32
-"""Rows of a decode pass up to which launching may take longest."""
+SHALLOW = 2
+"""Layers of a model that is to be small, and the least of one whose decode passes are timed."""
+STEPS = 16
+"""Decode passes in a row that are timed."""
 FEW = (16, 128)
 """Positions of a head, beside those of training: prompts have logits at their ends alone."""
 LEAST = 1e-9
@@ -122,6 +114,14 @@ class PiecesBench(harness.Bench):
     }
     timeout: ClassVar[float] = 120.0
 
+    def decoding(self, spec: ModelSpec, tp: int, count: int) -> tuple[int, int]:
+        """Bytes of the weights of `count` layers on a tensor rank, and of what decode passes cache."""
+        itemsize, cut = harness.DTYPES[self.dtype].itemsize, replace(spec, num_layers=count)
+        layout = Layout.even(tp, 1, 1, count)
+        cached = max(self.rows) * whole_pages(max(self.prompts), STEPS + 2, PAGE) * PAGE
+        weights = weight_bytes(cut, layout, Coord(0, 0, 0), itemsize)
+        return weights, kv_bytes(cut, layout, 0, cached, itemsize)
+
     def memory(self, world: World) -> RankMemory:
         """With one tensor rank, the widest part that is measured."""
         itemsize, fused = harness.DTYPES[self.dtype].itemsize, world.device.type == "cuda"
@@ -136,16 +136,9 @@ class PiecesBench(harness.Bench):
                 f"{name} gradients": weights // itemsize * FP32,
                 f"{name} activations": Activations(one, 1, max(self.tokens), 0).saved(),
             }
-        alone = {n: Layout.even(1, 1, 1, n) for n in (SHALLOW, DEEP)}
-        cached = max(self.rows) * (max(self.prompts) + STEPS + 2)
         for name, spec in zip(self.models, specs, strict=True):
-            cuts = {n: replace(spec, num_layers=n) for n in alone}
-            stages[f"decode passes of {name}"] = {
-                f"{name} weights": sum(
-                    weight_bytes(cuts[n], alone[n], Coord(0, 0, 0), itemsize) for n in alone
-                ),
-                "kv cache": kv_bytes(cuts[DEEP], alone[DEEP], 0, cached, itemsize),
-            }
+            weights, cache = self.decoding(spec, 1, SHALLOW)
+            stages[f"decode passes of {name}"] = {f"{name} weights": weights, "kv cache": cache}
         sizes = (world.size, 1, 1) if fits(specs[0], world.size) else (1, 1, world.size)
         stepped = replace(
             fit.use(self.models[0], replace(specs[0], num_layers=SHALLOW), sizes, itemsize, fused),
@@ -177,18 +170,6 @@ def timed(world: World, work: Callable[[], object], repeats: int) -> float:
     """Median seconds, after one run that warms up."""
     device.measure(world, work, 1)
     return max(LEAST, median(device.measure(world, work, repeats)))
-
-
-def _issued(world: World, work: Callable[[], object], repeats: int) -> float:
-    """Median seconds until `work` has been issued to an idle device."""
-    found = []
-    for _ in range(repeats):
-        device.meet(world)
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-        world.synchronize()
-    return max(LEAST, device.most(world, median(found)))
 
 
 def tensor_group(world: World, tp: int) -> TensorGroup:
@@ -240,6 +221,7 @@ def _layer_row(
     x = torch.randn(wide, device=world.device).to(stage.dtype).requires_grad_()
     gradient = torch.randn(wide, device=world.device).to(stage.dtype)
     kept: list[Tensor] = []
+    products: list[Callable[[], None]] = []
 
     def infer() -> None:
         with torch.no_grad():
@@ -253,32 +235,24 @@ def _layer_row(
         x.grad = None
         torch.autograd.backward(kept.pop(), gradient)
 
-    def apart() -> float:
-        """Seconds of what a split backward leaves for later."""
+    def defer() -> None:
+        """A backward that leaves the gradients of weights for later."""
         sums.begin(1)
         forward()
-        with stage.later.deferring() as products:
+        with stage.later.deferring() as left:
             torch.autograd.backward(kept.pop(), gradient)
+        products[:] = left
+
+    def catch_up() -> None:
         with torch.no_grad():
-            return device.measure(world, lambda: [add() for add in products], 1)[0]
+            for add in products:
+                add()
 
-    def backwards() -> tuple[float, float]:
-        forward()
-        device.meet(world)
-        start = time.perf_counter()
-        backward()
-        issued = time.perf_counter() - start
-        world.synchronize()
-        return device.most(world, time.perf_counter() - start), device.most(world, issued)
-
-    infer_s = timed(world, infer, bench.repeats)
-    forward_s = timed(world, forward, bench.repeats)
-    issue = _issued(world, infer, bench.repeats), _issued(world, forward, bench.repeats)
-    kept.clear()
-    backwards()
-    both = [backwards() for _ in range(bench.repeats)]
-    weights_s = median(apart() for _ in range(bench.repeats))
-    seconds = (infer_s, forward_s, median(b for b, _ in both), weights_s, *issue, median(i for _, i in both))
+    infer_s, issue_infer_s = device.lanes(world, infer, bench.repeats)
+    forward_s, issue_forward_s = device.lanes(world, forward, bench.repeats)
+    backward_s, issue_backward_s = device.lanes(world, backward, bench.repeats, forward)
+    weights_s, _ = device.lanes(world, catch_up, bench.repeats, defer)
+    seconds = (infer_s, forward_s, backward_s, weights_s, issue_infer_s, issue_forward_s, issue_backward_s)
     each = [max(LEAST, value / LAYERS) for value in seconds]
     return LayerRow(Shape.of(spec), tp, len(texts) * length, length, *each)
 
@@ -290,82 +264,23 @@ def _head_row(bench: PiecesBench, world: World, stage: Decoder, spec: ModelSpec,
     hidden.requires_grad_()
     rows = torch.arange(tokens, device=world.device)
     targets = rows % spec.vocab_size
+    kept: list[Tensor] = []
 
-    def forward() -> Tensor:
-        return stage.token_stats(hidden, rows, targets).logprobs
+    def forward() -> None:
+        kept[:] = [stage.token_stats(hidden, rows, targets).logprobs.sum()]
 
     def infer() -> None:
         with torch.no_grad():
             forward()
 
-    def both() -> None:
-        forward().sum().backward()
-        stage.head_weight.grad = None
+    def backward() -> None:
+        hidden.grad = stage.head_weight.grad = None
+        kept.pop().backward()
 
-    infer_s, forward_s = timed(world, infer, bench.repeats), timed(world, forward, bench.repeats)
-    backward_s = max(LEAST, timed(world, both, bench.repeats) - forward_s)
-    return HeadRow(spec.hidden_size, spec.vocab_size, tp, tokens, infer_s, forward_s, backward_s)
-
-
-def decodes(bench: PiecesBench, world: World, found: Found, spec: ModelSpec, tp: int) -> Iterator[Row]:
-    """Decode passes by rows and cached tokens: a layer is what a deeper model takes more.
-
-    Only few rows wait for the host to launch: what others take launched follows.
-    """
-    deep, shallow = (Answers(bench, world, replace(spec, num_layers=n), tp) for n in (DEEP, SHALLOW))
-    short, *longer = sorted(bench.prompts)
-
-    def measured(rows: int, prompt: int, graphs: bool) -> tuple[float, float]:
-        slow, fast = (one.step(rows, prompt, graphs) for one in (deep, shallow))
-        layer = max(LEAST, (slow - fast) / (DEEP - SHALLOW))
-        return layer, max(LEAST, fast - SHALLOW * layer)
-
-    launched = (LEAST, LEAST)
-    cuda = world.device.type == "cuda"
-    for prompt, rows in [(p, r) for p in (short, *longer) for r in sorted(bench.rows)]:
-        passes = measured(rows, prompt, cuda)
-        if cuda and prompt == short and rows <= MANY:
-            launched = measured(rows, prompt, False)
-        eager = [max(pair) for pair in zip(launched, passes, strict=True)] if cuda else passes
-        row = DecodeRow(Shape.of(spec), spec.vocab_size, tp, rows, prompt + 1 + STEPS / 2, *passes, *eager)
-        found.decodes.append(row)
-        yield as_row("decode", row)
-    if deep.captures:  # the first ones compile kernels, too, which a host does once
-        found.capture = max(found.capture, median(deep.captures) * spec.num_layers / DEEP)
-
-
-class Answers:
-    """A model of a few layers that answers random prompts."""
-
-    def __init__(self, bench: PiecesBench, world: World, spec: ModelSpec, tp: int) -> None:
-        self.world = world
-        self.spec = replace(spec, max_positions=max(spec.max_positions, max(bench.prompts) + STEPS + 2))
-        sizes = (tp, 1, world.size // tp)
-        self.runtime = harness.random_model("model", self.spec, sizes, world, bench.dtype)
-        self.runtime.freeze()
-        self.captures: list[float] = []
-        """Seconds of a graph, of each model run that recorded some."""
-
-    def step(self, rows: int, prompt: int, graphs: bool) -> float:
-        """Seconds of a decode pass: the median time from token to token of the first response."""
-        generator = torch.Generator().manual_seed(rows)
-        shape = (rows, prompt)
-        prompts = torch.randint(0, self.spec.vocab_size, shape, generator=generator).tolist()
-        requests = [Request(one, row) for row, one in enumerate(prompts)]
-        moments: list[float] = []
-
-        def heard(request: int, token: int) -> None:
-            if request == 0:
-                moments.append(time.perf_counter())
-
-        decoder, executor = self.runtime.decoder, self.runtime.executor
-        with ModelRunner(decoder, graphs=graphs) as passes:
-            for new in (3, 2 + STEPS):  # the first makes the cache, records, warms up
-                moments.clear()
-                device.meet(self.world)
-                params = SamplingParams(max_new_tokens=new)
-                generate(decoder, requests, params, executor, passes=passes, watch=heard)
-            if passes.captures:
-                self.captures.append(passes.capture_seconds / passes.captures)
-        between = [after - before for before, after in itertools.pairwise(moments[1:-1])]
-        return max(LEAST, device.most(self.world, median(between)))
+    passes = (
+        device.lanes(world, infer, bench.repeats),
+        device.lanes(world, forward, bench.repeats),
+        device.lanes(world, backward, bench.repeats, forward),
+    )
+    devices, hosts = ([max(LEAST, one) for one in lane] for lane in zip(*passes, strict=True))
+    return HeadRow(spec.hidden_size, spec.vocab_size, tp, tokens, *devices, *hosts)

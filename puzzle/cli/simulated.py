@@ -121,7 +121,7 @@ def _passes(named: Named, work: Workload, costs: Costs, trained: bool) -> list[T
         models = [PipelineModel(name, count) for name, count in zip(names, counts, strict=True)]
         table = CostTable(
             {
-                name: _table(one, step_seconds(part, costs) if trained else 0.0)
+                name: _table(one.alone(), step_seconds(part, costs) if trained else 0.0)
                 for name, one, part in zip(names, stages, parts, strict=True)
             }
         )

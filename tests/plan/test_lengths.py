@@ -93,7 +93,11 @@ def test_early_stop_saves_what_is_not_decoded() -> None:
     assert short.lengths is not None
     longest = max(short.lengths.drawn(work.sequences)) - 1
     assert alone * longest < early < generation_seconds(work, RATES)
-    assert predict(short, RATES).training < predict(work, RATES).training
+    quick = replace(RATES, layer_host=1e-6, pass_host=1e-6, train_host=1e-6)
+    assert predict(short, quick).training < predict(work, quick).training
+    assert predict(short, RATES).training <= predict(work, RATES).training, (
+        "where hosts issue, as many passes"
+    )
     # A queue of half the slots decodes for longer, at no more sequences at a time.
     assert early < generation_seconds(replace(short, slots=32), RATES)
 

@@ -40,13 +40,13 @@ def layer(tokens: int, tp: int = 1, scale: float = 1.0) -> LayerRow:
 
 def decode(rows: int, cached: float, tp: int = 1) -> DecodeRow:
     graph = (1e-4 + 1e-6 * rows + 1e-9 * rows * cached) / tp
-    return DecodeRow(SHAPE, 32000, tp, rows, cached, graph, 1e-3, 5e-4, 2e-3)
+    return DecodeRow(SHAPE, 32000, tp, rows, cached, graph, 1e-3, 5e-4, 2e-3, 1e-4 + 3e-6 * rows)
 
 
 TABLES = Tables(
     item=2,
     layers=tuple(layer(tokens, tp) for tp in (1, 2) for tokens in (512, 1024, 2048, 8192)),
-    heads=(HeadRow(4096, 32000, 1, 1024, 1e-3, 2e-3, 3e-3), HeadRow(4096, 32000, 2, 1024, 1e-3, 2e-3, 3e-3)),
+    heads=tuple(HeadRow(4096, 32000, tp, 1024, 1e-3, 2e-3, 3e-3, 4e-4, 5e-4, 6e-4) for tp in (1, 2)),
     decodes=tuple(decode(rows, cached) for cached in (64, 512) for rows in (1, 32, 256)),
     collectives=tuple(
         CollectiveRow(op, 2, 1, size, 1e-5 + size / 1e11)
@@ -180,7 +180,7 @@ def test_logits_are_made_at_answers_alone_by_this_engine() -> None:
         response=256,
         microbatch=4,
     )
-    head = HeadRow(4096, 32000, 1, 1024, 0.1, 1.0, 2.0)
+    head = HeadRow(4096, 32000, 1, 1024, 0.1, 1.0, 2.0, 1e-3, 2e-3, 3e-3)
     twice = replace(head, tokens=2048, infer_s=0.2, forward_s=2.0, backward_s=4.0)
     tables = replace(fresh(), heads=(head, twice))
     (stages,), (count,) = pipeline_costs([part], work, 8, tables, True)
@@ -201,9 +201,21 @@ def test_stages_are_made_of_them() -> None:
     row, sent = layer(2048), fresh().send(2 * 2048 * 4096, False)
     assert stages.forward == pytest.approx((*[8 * row.forward_s + sent] * 3, 8 * row.forward_s + 2e-3))
     assert stages.backward[0] == pytest.approx(8 * row.backward_s)
+    host = [8 * row.issue_forward_s + 1e-5] * 4, [8 * row.issue_backward_s + 1e-5] * 4
+    host[0][-1] += 5e-4
+    host[1][-1] += 6e-4
+    assert (stages.issued, stages.issued_back) == (
+        pytest.approx(tuple(host[0])),
+        pytest.approx(tuple(host[1])),
+    )
     ring = decode_stages(SPEC, layout, 32, 64, fresh(), graphs=True)
     message = fresh().send(2 * 32 * 4096, False)
     assert sum(ring.device) == pytest.approx(32 * decode(32, 64).graph_s + 1e-3 + 4 * message)
+    assert ring.host == pytest.approx([1e-4 + 3e-6 * 32] * 4), (
+        "a replayed pass takes its host no layer's time"
+    )
+    launched = decode_stages(SPEC, layout, 32, 64, fresh(), graphs=False)
+    assert launched.host == pytest.approx([8 * 5e-4 + 1e-5] * 4)
 
 
 def test_steps_sum_fp32_gradients_and_spread_weights() -> None:

@@ -52,6 +52,7 @@ def _pipeline(
     """Idle is what the busiest stage does not work."""
     trained = parts is work.trained
     stages, counts = pipeline_costs(parts, work, sequences, costs, trained)
+    stages = [one.alone() for one in stages]
     busy = max(
         sum(
             count * (one.forward[stage] + (one.backward[stage] if trained else 0.0))

@@ -24,7 +24,8 @@ from puzzle.plan.predict.tables import (
     Tables,
 )
 
-SCHEMA = 1
+SCHEMA, TABLES = 1, 2
+"""Of files with constants and with tables."""
 PROFILES = Path(__file__).parent / "profiles"
 SMALLEST, LARGEST = 1e-18, 1e18
 """Of a constant or of seconds; others belong to no machine."""
@@ -72,7 +73,7 @@ class Calibration:
         """The file."""
         costs = self.costs
         values: dict[str, Any] = {
-            "schema": SCHEMA,
+            "schema": SCHEMA if isinstance(costs, Rates) else TABLES,
             "device": self.device,
             "memory_bytes": self.memory_bytes,
             "engine": self.engine,
@@ -118,9 +119,10 @@ def read_calibration(name: str) -> Calibration:
         )
     fields = Fields(jsonio.read_object(path), str(path))
     schema = fields.integer("schema", least=1)
-    if schema != SCHEMA:
+    expected = TABLES if "tables" in fields else SCHEMA
+    if schema != expected:
         raise UserError(
-            f"{path}: schema is {schema}, this version reads {SCHEMA}; take the calibration again"
+            f"{path}: schema is {schema}, this version reads {expected}; take the calibration again"
         )
     versions = fields.optional_section("versions")
     said = None if versions is None else {key: versions.text(key) for key in versions}

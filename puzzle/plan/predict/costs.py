@@ -38,11 +38,14 @@ class LayerSeconds:
 
 @dataclass(frozen=True)
 class HeadSeconds:
-    """Of the head of one micro-batch, with what the host does about losses; `weights` out of `backward`."""
+    """Of the head of one micro-batch, with what the host does about losses; `weights` out of `backward`.
+    `issue_...`: what the host needs to issue a pass, where that is known apart."""
 
     forward: float
     backward: float
     weights: float
+    issue_forward: float = 0.0
+    issue_backward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,10 @@ class Costs(Protocol):
 
     def decode_head(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> tuple[float, float]:
         """Of the last stage of a decode pass, the device's head and the host's sampling."""
+        ...
+
+    def decode_host(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> float:
+        """Host seconds of a decode pass beside what its layers wait for."""
         ...
 
     def send(self, nbytes: float, across: bool, *, decode: bool = False) -> float:

@@ -10,7 +10,13 @@ from puzzle.plan.pages import PREFILL_TOKENS, kv_bytes
 from puzzle.plan.predict.costs import Costs, Pass, replicas_apart
 from puzzle.plan.predict.lengths import Lengths, merged, stretches
 from puzzle.plan.predict.passes import decode_stages, stage_costs
-from puzzle.plan.predict.recurrences import StageCosts, forward_makespan, training_least, training_makespan
+from puzzle.plan.predict.recurrences import (
+    StageCosts,
+    forward_makespan,
+    issued,
+    training_least,
+    training_makespan,
+)
 from puzzle.plan.predict.shares import local_share
 from puzzle.spec.model import ModelSpec
 
@@ -131,16 +137,33 @@ def pipeline_costs(
     return found, counts
 
 
+class _Streams:
+    """Pipelines one after the other: devices begin one when the last of them has ended the one before, hosts
+    go on without waiting."""
+
+    def __init__(self, work: Workload, costs: Costs) -> None:
+        self.work, self.costs = work, costs
+        self.seconds = 0.0
+        self._hosts: list[float] = []
+
+    def run(
+        self, parts: Sequence[Part], sequences: int, makespan: Callable[..., float] | None = None
+    ) -> None:
+        """Models that share a pipeline; trained ones with the `makespan` of their passes."""
+        stages, counts = pipeline_costs(parts, self.work, sequences, self.costs, makespan is not None)
+        ahead = self._hosts or [0.0] * len(stages[0].forward)
+        begin = tuple(one - self.seconds for one in ahead)
+        taken = issued(stages, counts, makespan is not None)
+        self._hosts = [one + more for one, more in zip(ahead, taken, strict=True)]
+        self.seconds += (makespan or forward_makespan)(stages, counts, begin)
+
+
 def inference_seconds(work: Workload, costs: Costs) -> float:
     """Forward passes of the models that judge, together or one after the other."""
-    if work.fuse_inference:
-        passes = forward_makespan(*pipeline_costs(work.inferred, work, work.sequences, costs, False))
-    else:
-        passes = sum(
-            forward_makespan(*pipeline_costs([part], work, work.sequences, costs, False))
-            for part in work.inferred
-        )
-    return passes + costs.fixed.stage_s
+    streams = _Streams(work, costs)
+    for parts in [work.inferred] if work.fuse_inference else [[part] for part in work.inferred]:
+        streams.run(parts, work.sequences)
+    return streams.seconds + costs.fixed.stage_s
 
 
 def training_seconds(work: Workload, costs: Costs) -> float:
@@ -154,14 +177,22 @@ def training_bound(work: Workload, costs: Costs) -> float:
 
 
 def _training(work: Workload, costs: Costs, makespan: Callable[..., float]) -> float:
-    """With the passes of models that share a pipeline, or one after the other, as `makespan` says."""
-    streams = [work.trained] if work.fuse_training else [[part] for part in work.trained]
-    passes = sum(makespan(*pipeline_costs(parts, work, work.minibatch, costs, True)) for parts in streams)
-    return work.steps * (passes + _steps(work, costs)) + _around_training(work, costs)
-
-
-def _steps(work: Workload, costs: Costs) -> float:
-    return sum(step_seconds(part, costs) for part in work.trained[: work.stepped])
+    """With the passes of models that share a pipeline, or one after the other, as `makespan` says. Where
+    hosts are told apart, all steps but the first are like the second, which they begin ahead of devices."""
+    streams, ends = _Streams(work, costs), [0.0]
+    steps = [step_seconds(part, costs) for part in work.trained[: work.stepped]]
+    steps += [0.0] * (len(work.trained) - len(steps))
+    apart = costs.this_engine and work.steps > 1
+    for _ in range(2 if apart else 1):
+        if work.fuse_training:
+            streams.run(work.trained, work.minibatch, makespan)
+            streams.seconds += sum(steps)
+        else:
+            for part, step in zip(work.trained, steps, strict=True):
+                streams.run([part], work.minibatch, makespan)
+                streams.seconds += step
+        ends.append(streams.seconds)
+    return ends[1] + (work.steps - 1) * (ends[-1] - ends[-2]) + _around_training(work, costs)
 
 
 def _around_training(work: Workload, costs: Costs) -> float:
@@ -195,7 +226,7 @@ def generation_seconds(work: Workload, costs: Costs) -> float:
     parts = -(-work.prompt // work.prefill_tokens)
     one, count = Pass(size * work.prompt // parts, work.prompt, size), count * parts
     stages = stage_costs(spec, layout, one, costs)
-    prefill = forward_makespan([StageCosts(stages.forward)], [count])
+    prefill = forward_makespan([StageCosts(stages.forward, issued=stages.issued)], [count])
     _, count = decode_cut(work)
     fixed = costs.fixed
     cache = kv_bytes(

@@ -1,6 +1,8 @@
 """Seconds of one pass of every stage, by what its device computes and what its host issues.
 
-Device and host are two lanes: the host runs ahead of the device, so that a stage takes the longer of both.
+Device and host are two lanes: the host runs ahead of the device. Of the published engine, whose host waits
+for every pass, a pass takes the longer of both; this one's never waits, from pass to pass and from model to
+model (`recurrences`).
 """
 
 from __future__ import annotations
@@ -32,21 +34,35 @@ def stage_costs(
         head = replace(head, backward=head.backward - head.weights, weights=0.0)
     backward_s = layer.backward + (layer.forward if again else 0.0)
     issue_s = layer.issue_backward + (layer.issue_forward if again else 0.0)
-    forward, backward, weights = [], [], []
+    forward, backward, weights, issued, issued_back = [], [], [], [], []
     for stage, layers in enumerate(layout.stage_layers):
-        there = max(layers * layer.forward, layers * layer.issue_forward + costs.pass_host)
-        back = max(layers * backward_s, layers * issue_s)
-        apart = 0.0
+        hosts = layers * layer.issue_forward + costs.pass_host, layers * issue_s
+        there, back, apart = layers * layer.forward, layers * backward_s, 0.0
         if split:
-            apart = max(layers * layer.weights, layers * issue_s / 2)
-            back = max(layers * (backward_s - layer.weights), layers * issue_s / 2) + apart
-        if stage == last:
+            apart = layers * layer.weights
+        if not costs.this_engine:
+            there = max(there, hosts[0])
+            if split:
+                apart = max(apart, hosts[1] / 2)
+                back = max(layers * (backward_s - layer.weights), hosts[1] / 2) + apart
+            back = max(back, hosts[1])
+        headed = stage == last
+        if headed:
             there, back = there + head.forward, back + head.backward
             apart += head.weights if split else 0.0
         forward.append(there + (sent[stage] if stage < last else 0.0))
         backward.append(back + (sent[stage - 1] if stage else 0.0))
         weights.append(apart)
-    return StageCosts(tuple(forward), tuple(backward), tuple(weights) if split else ())
+        issued.append(hosts[0] + head.issue_forward * headed)
+        issued_back.append(hosts[1] + costs.pass_host + head.issue_backward * headed)
+    lanes = (tuple(issued), tuple(issued_back)) if costs.this_engine else ((), ())
+    return StageCosts(
+        tuple(forward),
+        tuple(backward),
+        tuple(weights) if split else (),
+        issued=lanes[0],
+        issued_back=lanes[1],
+    )
 
 
 @dataclass(frozen=True)
@@ -79,5 +95,6 @@ def decode_stages(
     device = [layers * layer.device + sent for layers in layout.stage_layers]
     head, sampling = costs.decode_head(spec, layout.tp, rows, graphs)
     device[-1] += head
-    host = tuple(layers * layer.host + costs.pass_host for layers in layout.stage_layers)
+    beside = costs.decode_host(spec, layout.tp, rows, graphs)
+    host = tuple(layers * layer.host + beside for layers in layout.stage_layers)
     return DecodeStages(host, tuple(device), sampling)

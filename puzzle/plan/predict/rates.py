@@ -118,16 +118,19 @@ class Rates:
         return LayerSeconds(there, 2 * (products + passes) + exchange, products, forward, backward)
 
     def head(self, spec: ModelSpec, tp: int, one: Pass) -> HeadSeconds:
-        """Products, and passes over logits, or the host that issues their blocks; its work on losses."""
+        """Products, and passes over logits; the host that issues their blocks, and its work on losses, for
+        which devices of the published engine wait."""
         engine = self.engine
         products = one.heads * head_flops(spec) / tp / self.products
         logits = one.heads * (head_flops(spec) / spec.hidden_size / 2) / tp
         blocks = 0 if engine.block is None or spec.head == "value" else math.ceil(logits / engine.block)
         issue, issue_back = engine.issue_block * self.layer_host, engine.issue_block_back * self.layer_host
-        forward = max(products + logits * engine.logits / self.memory, blocks * issue)
+        forward = products + logits * engine.logits / self.memory
         backward = engine.head_back * products + logits * engine.logits_back / self.memory
-        backward = max(backward, blocks * issue_back)
-        return HeadSeconds(forward + (self.train_host if one.trained else 0.0), backward, products)
+        loss = self.train_host if one.trained else 0.0
+        if not self.this_engine:
+            return HeadSeconds(forward + loss, backward, products)
+        return HeadSeconds(forward, backward, products, blocks * issue + loss, blocks * issue_back)
 
     def decode(
         self, spec: ModelSpec, tp: int, rows: int, cached: float, graphs: bool, across: bool
@@ -148,6 +151,10 @@ class Rates:
         read = ITEM * head_flops(spec) / 2 / tp / self.memory
         replayed = graphs and self.this_engine
         return (read + REST * self.floor, 0.0) if replayed else (read, self.pass_host)
+
+    def decode_host(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> float:
+        """That of any pass."""
+        return self.pass_host
 
     def send(self, nbytes: float, across: bool, *, decode: bool = False) -> float:
         """Bytes at the links' rate; of a decode pass also the hop."""

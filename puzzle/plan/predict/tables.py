@@ -57,8 +57,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer's pass over `tokens` tokens in sequences of `length`: seconds without gradients, with them,
-    backward, of that the gradients of weights; and of the host to issue the three passes."""
+    """A layer's pass over `tokens` tokens in sequences of `length`: seconds of the device without gradients,
+    with them, backward, of that the gradients of weights; and of the host to issue the three passes."""
 
     shape: Shape
     tp: int
@@ -80,7 +80,8 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class HeadRow:
-    """Log-probabilities at `tokens` positions over `vocab` tokens."""
+    """Log-probabilities at `tokens` positions over `vocab` tokens: seconds of the device, and of the host to
+    issue them."""
 
     hidden: int
     vocab: int
@@ -89,6 +90,9 @@ class HeadRow:
     infer_s: float
     forward_s: float
     backward_s: float
+    issue_infer_s: float
+    issue_forward_s: float
+    issue_backward_s: float
 
     @property
     def flops(self) -> float:
@@ -99,7 +103,8 @@ class HeadRow:
 @dataclass(frozen=True)
 class DecodeRow:
     """One token of `rows` sequences with `cached` tokens each: seconds of a layer, and of all that comes once
-    a pass (embedding, head, sampling, the host's part); replayed as a graph, and launched step by step."""
+    a pass (embedding, head, sampling); replayed as a graph, and launched step by step, the host's part
+    included. `host_s`: of the host for a pass that is replayed, while the device may be at the one before."""
 
     shape: Shape
     vocab: int
@@ -110,6 +115,7 @@ class DecodeRow:
     graph_rest_s: float
     eager_s: float
     eager_rest_s: float
+    host_s: float
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,9 @@ class Tables:
 
         forward = seconds(lambda row: row.forward_s if one.trained else row.infer_s)
         backward = seconds(lambda row: row.backward_s) if one.trained else 0.0
-        return HeadSeconds(forward, backward, backward / 2)
+        issued = seconds(lambda row: row.issue_forward_s if one.trained else row.issue_infer_s)
+        back = seconds(lambda row: row.issue_backward_s) if one.trained else 0.0
+        return HeadSeconds(forward, backward, backward / 2, issued, back)
 
     def decode(
         self, spec: ModelSpec, tp: int, rows: int, cached: float, graphs: bool, across: bool
@@ -266,6 +274,13 @@ class Tables:
         most = max(row.cached for row in found)
         rest = self._decoded(found, rows, most, lambda row: row.graph_rest_s if graphs else row.eager_rest_s)
         return rest, 0.0
+
+    def decode_host(self, spec: ModelSpec, tp: int, rows: int, graphs: bool) -> float:
+        """As measured of replayed passes, whatever is cached; of launched ones, that of any pass."""
+        if not graphs:
+            return self.pass_host
+        found = self._rows(self.decodes, Shape.of(spec), tp) or self._rows(self.decodes, Shape.of(spec), 1)
+        return self._decoded(found, rows, found[0].cached, lambda row: row.host_s)
 
     def _decoded(
         self, found: Sequence[DecodeRow], rows: int, cached: float, of: Callable[[DecodeRow], float]
