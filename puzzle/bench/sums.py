@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from puzzle.model.peer_sums import PeerSums
 from puzzle.model.pointwise import kernels
 from puzzle.plan.layout import Layout, Placement
 
+T = TypeVar("T")
 EPS = 1e-5
 IN_A_GRAPH = 7
 """Calls of the graph that is compared, an odd number: its replays begin with either buffer by turns."""
@@ -156,7 +157,7 @@ class Subject:
         value, of = device.most(self.world, count), sum(x.numel() for x, _ in given)
         return {"what": what, "value": value, "of": of, "limit": limit, "ok": limit is None or value <= limit}
 
-    def _graph(self, work: Callable[[], list]) -> tuple[torch.cuda.CUDAGraph, list]:
+    def _graph(self, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """A recording, and what its replays leave."""
         work()
         self.world.synchronize()
@@ -170,15 +171,16 @@ class Subject:
         x, part = self._given(0, rows)
         plain = kernels().add_norm
 
-        def collective() -> list:
-            # Out of place, as products leave their parts; nothing is copied for it in a pass.
-            return [plain(x, self.group.all_reduce(part), self.weight, EPS) for _ in range(TIMED)]
+        def collective() -> None:
+            for _ in range(TIMED):
+                plain(x, self.group.all_reduce(part), self.weight, EPS)
 
-        def peer() -> list:
-            return [self.sums.add_norm(x, part, self.weight, EPS) for _ in range(TIMED)]
+        def peer() -> None:
+            for _ in range(TIMED):
+                self.sums.add_norm(x, part, self.weight, EPS)
 
+        part.zero_()  # a collective leaves the sum in its place, again and again
         graphs = {"collective": self._graph(collective)[0], "peer": self._graph(peer)[0]}
-        part.zero_()  # added to itself again and again
         runs = {
             way: lambda graph=graph: device.measure(self.world, graph.replay, 1)[0]
             for way, graph in graphs.items()

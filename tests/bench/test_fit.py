@@ -41,7 +41,7 @@ LARGE = {
 }
 TINY: dict[str, Any] = {"model": "350m", "layers": 1, "dtype": "fp32", "device": "cpu"}
 SHORT: dict[str, Any] = {"rows": 2, "length": 64, "microbatches": 2, "modes": ("eager",), "repeats": 1}
-SMALL = {"check", "iterations", "numerics"}
+SMALL = {"check", "iterations", "numerics", "sums"}
 """They make no model but their own, of a few MB, or none."""
 
 

@@ -17,9 +17,10 @@ which alone read the buffer, is over. One meeting a call is enough; with one buf
 call n + 1 while a slower one reads for call n.
 
 Programs wait for each other, so all of them must have a place on the device: there are at most as many as the
-smallest device of the run has multiprocessors. All ranks make the same calls in the same order, each on one
-stream: the rank that is behind waits for nobody, so nobody waits for ever. All that changes from call to call
-lies on the device, so that CUDA graphs can hold calls.
+smallest device of the run has multiprocessors. Where another kernel holds some of these, programs that have a
+place meet and end all the same, for they begin in their order, and make place for the others. All ranks make
+the same calls in the same order, each on one stream: the rank that is behind waits for nobody, so nobody
+waits for ever. All that changes from call to call lies on the device, so that CUDA graphs can hold calls.
 """
 
 from __future__ import annotations
