@@ -29,8 +29,13 @@ from puzzle.plan.predict.tables import (
     Shape,
     StepRow,
 )
+from puzzle.rlhf.algorithms.ppo import gae
 from puzzle.spec.model import ModelSpec
 
+PASSES = 4
+"""Of a training step that is timed."""
+POSITIONS = 64
+"""Of advantages that are timed."""
 MAPPED = 1 << 30
 """Bytes of device memory that are asked for anew."""
 
@@ -81,7 +86,7 @@ def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[Model
     tp = world.size if fits(spec, world.size) else 1
     cut = replace(spec, num_layers=SHALLOW)
     sizes, length = (tp, 1, world.size // tp), min(bench.length, min(bench.tokens))
-    found.pass_host = _pass_host(bench, world, found, cut, sizes, length)
+    prepare_s, found.pass_host = _pass_host(bench, world, found, cut, sizes, length)
     cuts = [replace(one, num_layers=SHALLOW) for one in specs]
     step_s = _steps(bench, world, found, cuts, sizes, length)
     yield {"step": "alone", "s/billion": found.step * 1e9, "beside_s": step_s}
@@ -93,11 +98,18 @@ def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[Model
     clock = StageClock(world)
     stage_s = timed(world, lambda: clock.end("training"), bench.repeats)
     found.fixed = Fixed(
-        map_s_per_byte=_mapping(world), stage_s=stage_s, host_s_per_byte=_to_host(world), step_s=step_s
+        map_s_per_byte=_mapping(world),
+        stage_s=stage_s,
+        host_s_per_byte=_to_host(world),
+        step_s=step_s,
+        prepare_s=prepare_s,
+        position_s=_position(bench, world),
     )
     yield {
         "beside": f"{cut.hidden_size} x {cut.num_layers}",
         "pass_host_s": found.pass_host,
+        "prepare_s": prepare_s,
+        "position_s": found.fixed.position_s,
         "map s/GB": found.fixed.map_s_per_byte * 1e9,
         "host s/GB": found.fixed.host_s_per_byte * 1e9,
         "capture_s": found.capture,
@@ -107,38 +119,40 @@ def beside(bench: PiecesBench, world: World, found: Found, specs: Sequence[Model
 
 def _pass_host(
     bench: PiecesBench, world: World, found: Found, spec: ModelSpec, sizes: harness.Sizes, length: int
-) -> float:
-    """Seconds of the host for a pass beside its layers and its head: to pack a micro-batch, to find the
-    positions of its loss, to follow a schedule; forward and backward alike."""
+) -> tuple[float, float]:
+    """Seconds of the host to prepare a micro-batch: to pack it, to find the positions of its loss; and of a
+    pass beside its layers and its head, to follow a schedule: forward and backward alike."""
     runtime = harness.random_model("model", spec, sizes, world, bench.dtype)
     pipeline, sums = Pipeline([runtime]), [GradientSum(runtime.decoder)]
-
-    def train() -> None:
-        count, batches = random_batches(runtime, 4, 1, length)
-        loss = mean_loss(runtime, batches, count * (length - 1))
-        pipeline.train([PipelineInput(runtime, batches, loss)], gradients=sums)
-
-    train()
-    seconds = []
-    for _ in range(bench.repeats):
+    prepared, passed = [], []
+    for _ in range(1 + bench.repeats):
         device.meet(world)
         start = time.perf_counter()
-        train()
-        seconds.append(time.perf_counter() - start)
+        count, batches = random_batches(runtime, PASSES, 1, length)
+        given = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (length - 1)))
+        ready = time.perf_counter()
+        pipeline.train([given], gradients=sums)
+        passed.append(time.perf_counter() - ready)
+        prepared.append(ready - start)
         world.synchronize()
+    prepare_s, whole = (device.most(world, median(one[1:])) / PASSES for one in (prepared, passed))
     alone = 0.0
     for row in found.layers:
         if (row.shape, row.tp, row.tokens) == (Shape.of(spec), sizes[0], length):
             alone += SHALLOW * (row.issue_forward_s + row.issue_backward_s)
-    for row in found.heads:
-        if (row.hidden, row.vocab, row.tp, row.tokens) == (
-            spec.hidden_size,
-            spec.vocab_size,
-            sizes[0],
-            length,
-        ):
-            alone += row.issue_forward_s + row.issue_backward_s
-    return max(LEAST, (device.most(world, median(seconds)) / 4 - alone) / 2)
+    widths = (spec.hidden_size, spec.vocab_size, sizes[0], length)
+    for head in found.heads:
+        if (head.hidden, head.vocab, head.tp, head.tokens) == widths:
+            alone += head.issue_forward_s + head.issue_backward_s
+    return prepare_s, max(LEAST, (whole - alone) / 2)
+
+
+def _position(bench: PiecesBench, world: World) -> float:
+    """Seconds of a position of advantages, whose host issues one after another."""
+    shape = (max(1, min(bench.rows)), POSITIONS)
+    values = torch.zeros(shape, device=world.device)
+    mask = torch.ones(shape, dtype=torch.bool, device=world.device)
+    return timed(world, lambda: gae(values, values, mask, 1.0, 0.95), bench.repeats) / POSITIONS
 
 
 def _steps(
@@ -176,7 +190,7 @@ def _trained(
 ) -> tuple[float, int, float]:
     """Seconds of a training step of short passes, how many passes, and the parameters a rank would step."""
     runtime = harness.random_model("model", spec, sizes, world, bench.dtype)
-    count, batches = random_batches(runtime, 4, 1, length)
+    count, batches = random_batches(runtime, PASSES, 1, length)
     given = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (length - 1)))
     pipeline = Pipeline([runtime])
     if optimizer:

@@ -23,6 +23,8 @@ from puzzle.spec.published import published
 
 NOT_PUZZLE = ("dschat", "theoretical")
 """Variants of logs that hold no run of this engine or of the published one."""
+RECURSED = ("ppo", "reinforce_pp", "reinforce_pp_baseline", "remax")
+"""Algorithms whose advantages follow one from another, position by position."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def workload_of(plan: RunPlan) -> Workload:
         samples=config.generation.samples,
         prefill_tokens=config.generation.prefill_tokens,
         graphs=config.generation.graphs and config.device != "cpu",
+        recursed=batch.response if config.algorithm.name in RECURSED else 0,
     )
 
 

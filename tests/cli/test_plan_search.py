@@ -65,7 +65,7 @@ def test_every_plan_is_one_that_runs(config: Path, capsys) -> None:
         assert main(predict) == 0
         alone = json.loads(capsys.readouterr().out)
         assert alone["end_to_end"] == pytest.approx(row["end_to_end"])
-        assert alone["memory"]["bytes"] == row["memory_bytes"] <= 141e9
+        assert alone["memory"]["bytes"] == row["memory_bytes"] <= 150109880320
         plan = resolve(load_config(config, options))
         assert plan.world == 4
         stages, size = plan.actor.layout.pp, row["options"]["algorithm.microbatch"]
@@ -167,7 +167,7 @@ def test_files_that_are_no_plans_are_refused_in_a_line(
     [
         (["train", "--plan", "auto", "--dry-run"], "--plan auto needs --config FILE"),
         (["train", "--calibration", "h200", "--dry-run"], "--calibration: only --plan auto rests on one"),
-        (["plan", "search", "--config", "CONFIG", "--gpus", "1"], "no plan fits 131.3 GiB per device"),
+        (["plan", "search", "--config", "CONFIG", "--gpus", "1"], "no plan fits 139.8 GiB per device"),
         (["plan", "search", "--config", "CONFIG", "--gpus", "0"], "from 1 to"),
         (["plan", "search", "--config", "CONFIG", "--gpus", "2", "--batch", "0"], "batch"),
     ],

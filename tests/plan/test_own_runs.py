@@ -70,6 +70,13 @@ def test_iterations_that_nothing_was_fitted_on() -> None:
     assert all(error <= bar for error, bar in zip(errors, (16, 17, 12, 12), strict=True)), errors
 
 
+def test_advantages_that_follow_one_from_another() -> None:
+    """PPO's do, of every position of a response; those of groups do not."""
+    (ppo,) = measured_runs([*RUNS.glob("350m_350m_base*")])
+    (grpo,) = measured_runs([BENCH / "2026-12-01-h200" / "lora"])
+    assert (ppo.work.recursed, grpo.work.recursed) == (256, 0)
+
+
 def test_what_is_kept_is_not_recorded_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`compare` knows the device's memory, as `predict` does; runs from before graphs could be kept recorded
     them in every iteration."""

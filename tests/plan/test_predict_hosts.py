@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,6 +147,23 @@ def test_a_small_model_is_issued_while_a_large_one_computes() -> None:
     assert abs(once - sum(steps) - passes(large, True)[0] - passes(small, True)[0] - 0.01) < 1e-6
     twice = training_seconds(replace(both, steps=2), RATES)
     assert abs(twice - 2 * once + 0.01) < 1e-6, "the host is still ahead"
+
+
+def test_what_is_prepared_comes_before_the_first_pass() -> None:
+    """Micro-batches of all models, and after the last pass the advantages; a host that is ahead has time."""
+    slow = replace(RATES, fixed=replace(RATES.fixed, prepare_s=1e-3, position_s=1e-4))
+    one = work(["7b", "7b"], recursed=256)
+    count = 2 * 8 // 4
+    assert inference_seconds(one, slow) - inference_seconds(one, RATES) == pytest.approx(
+        count * 1e-3 + 0.0256
+    )
+    for fused in (False, True):
+        trained = replace(one, fuse_training=fused)
+        late = training_seconds(trained, slow) - training_seconds(trained, RATES)
+        assert late == pytest.approx(count * 1e-3)
+        several = replace(trained, steps=3)
+        assert training_seconds(several, slow) - training_seconds(several, RATES) == pytest.approx(late)
+        assert training_bound(several, slow) <= training_seconds(several, slow)
 
 
 @FEW

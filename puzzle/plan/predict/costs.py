@@ -59,14 +59,17 @@ class DecodeSeconds:
 @dataclass(frozen=True)
 class Fixed:
     """Seconds that do not follow from passes: to map a byte of device memory, to record a graph, at the
-    border of two stages of an iteration, to bring a byte from the host or there, and of an optimizer step
-    beside its parameters."""
+    border of two stages of an iteration, to bring a byte from the host or there, of an optimizer step beside
+    its parameters, of the host to prepare a micro-batch before passes begin, and of a position of advantages
+    that follow one from another."""
 
     map_s_per_byte: float = 0.0
     capture_s_per_bucket: float = 0.0
     stage_s: float = 0.0
     host_s_per_byte: float = 0.0
     step_s: float = 0.0
+    prepare_s: float = 0.0
+    position_s: float = 0.0
 
 
 @dataclass(frozen=True)

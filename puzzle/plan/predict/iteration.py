@@ -53,6 +53,7 @@ class Workload:
         samples: sequences of a prompt, which is prefilled once.
         prefill_tokens: most of a prefill pass; longer prompts are cached in parts.
         kept: cache and graphs are there from the iteration before.
+        recursed: positions of a response whose advantages follow one from another (none: 0).
         remapped: bytes that training gives back before generation and takes anew, as both do not fit at once.
     """
 
@@ -81,6 +82,7 @@ class Workload:
     samples: int = 1
     prefill_tokens: int = PREFILL_TOKENS
     kept: bool = False
+    recursed: int = 0
     remapped: float = 0.0
 
     @property
@@ -146,6 +148,12 @@ class _Streams:
         self.seconds = 0.0
         self._hosts: list[float] = []
 
+    def prepare(self, parts: Sequence[Part], sequences: int) -> None:
+        """The micro-batches of all models, before the first pass of one."""
+        counts = [_cut(sequences, part.layout.dp, self.work.microbatch)[1] for part in parts]
+        ahead = self._hosts or [0.0] * parts[0].layout.pp
+        self._hosts = [one + self.costs.fixed.prepare_s * sum(counts) for one in ahead]
+
     def run(
         self, parts: Sequence[Part], sequences: int, makespan: Callable[..., float] | None = None
     ) -> None:
@@ -159,11 +167,12 @@ class _Streams:
 
 
 def inference_seconds(work: Workload, costs: Costs) -> float:
-    """Forward passes of the models that judge, together or one after the other."""
+    """Forward passes of the models that judge, together or one after the other, and what advantages take."""
     streams = _Streams(work, costs)
+    streams.prepare(work.inferred, work.sequences)
     for parts in [work.inferred] if work.fuse_inference else [[part] for part in work.inferred]:
         streams.run(parts, work.sequences)
-    return streams.seconds + costs.fixed.stage_s
+    return streams.seconds + costs.fixed.stage_s + costs.fixed.position_s * work.recursed
 
 
 def training_seconds(work: Workload, costs: Costs) -> float:
@@ -184,6 +193,7 @@ def _training(work: Workload, costs: Costs, makespan: Callable[..., float]) -> f
     steps += [0.0] * (len(work.trained) - len(steps))
     apart = costs.this_engine and work.steps > 1
     for _ in range(2 if apart else 1):
+        streams.prepare(work.trained, work.minibatch)
         if work.fuse_training:
             streams.run(work.trained, work.minibatch, makespan)
             streams.seconds += sum(steps)
@@ -216,15 +226,17 @@ def step_seconds(part: Part, costs: Costs) -> float:
 
 
 def generation_seconds(work: Workload, costs: Costs) -> float:
-    """Prefill through the pipeline, then a step of the decode ring per token but the first; before them what
-    mapping the cache and recording graphs take, unless both are kept."""
+    """Prefill through the pipeline, then steps of the decode ring; before them what mapping the cache and
+    recording graphs take, unless both are kept. The published engine draws first tokens in prefill; this one
+    makes no logits there, and first tokens are drawn by a step like the others."""
     spec, layout = work.actor.spec, work.generation
     rows = -(-work.sequences // layout.dp)
     prompts = -(-rows // work.samples)
     share = -(-prompts // layout.pp)
     size, count = _cut(prompts, 1, min(work.prefill or share, max(1, work.prefill_tokens // work.prompt)))
     parts = -(-work.prompt // work.prefill_tokens)
-    one, count = Pass(size * work.prompt // parts, work.prompt, size), count * parts
+    headed = 0 if costs.this_engine else size
+    one, count = Pass(size * work.prompt // parts, work.prompt, headed), count * parts
     stages = stage_costs(spec, layout, one, costs)
     prefill = forward_makespan([StageCosts(stages.forward, issued=stages.issued)], [count])
     _, count = decode_cut(work)
@@ -246,16 +258,18 @@ def decode_cut(work: Workload) -> tuple[int, int]:
 
 
 def decode_seconds(work: Workload, costs: Costs) -> float:
-    """Steps of the ring: one per token but the first, with the sequences that are there."""
+    """Steps of the ring, with the sequences that are there: one per token, of the published engine but the
+    first."""
     rows = -(-work.sequences // work.generation.dp)
     size, count = decode_cut(work)
     lengths = None if work.lengths is None else work.lengths.drawn(rows)
     if lengths is None or not work.early_stop:
         lengths = [work.response] * rows
+    first = int(costs.this_engine)
     total = 0.0
-    for stretch in merged(stretches(lengths, size * count)):
+    for stretch in merged(stretches([length + first for length in lengths], size * count)):
         each = -(-stretch.active // count)
-        cached = work.prompt + stretch.grown
+        cached = work.prompt + stretch.grown - first
         ring = decode_stages(work.actor.spec, work.generation, each, cached, costs, work.graphs)
         total += stretch.steps * ring.step(-(-stretch.active // each))
     return total

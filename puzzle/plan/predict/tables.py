@@ -213,8 +213,8 @@ class Tables:
         )
 
     def head(self, spec: ModelSpec, tp: int, one: Pass) -> HeadSeconds:
-        """By utilisation; a head of one label takes nothing to speak of."""
-        if spec.head == "value":
+        """By utilisation; a head of one label takes nothing to speak of, and so do no positions."""
+        if spec.head == "value" or not one.heads:
             return HeadSeconds(0.0, 0.0, 0.0)
         rows = [row for row in self.heads if row.tp == tp] or [row for row in self.heads if row.tp == 1]
         flops = 2 * spec.hidden_size * spec.vocab_size * one.heads / tp
