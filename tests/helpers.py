@@ -40,11 +40,19 @@ def _rank_main(
             timeout=timedelta(seconds=timeout),
         )
         answer = (True, fn(rank, *args))
+        _meet(dist.FileStore(f"{store}.end", world), world)
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it was, the parent shows it
         answer = (False, traceback.format_exc())
     # Plain pickle: torch's own pickler shares memory with a process that is about to end.
     pipe.send_bytes(pickle.dumps(answer))
+
+
+def _meet(store: Any, world: int) -> None:
+    """Wait for all ranks: one that ends closes its connections, which another may only now be making."""
+    store.add("ended", 1)
+    while store.add("ended", 0) < world:
+        time.sleep(0.01)
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
