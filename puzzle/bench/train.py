@@ -7,7 +7,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, ClassVar
@@ -28,7 +27,7 @@ from puzzle.engine.runtime.world import World
 from puzzle.engine.train.zero_adamw import AdamWSettings
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
-from puzzle.model.linear import Weight, accumulate
+from puzzle.model.linear import accumulate, send_gradients
 from puzzle.model.packing import PackedBatch
 from puzzle.plan.memory import RankMemory
 from puzzle.plan.pipeline.actions import Op
@@ -130,9 +129,7 @@ class GradientSum:
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in decoder.parameters()}
         self.fresh: set[nn.Parameter] = set()
         for parameter in self.sums:
-            parameter.register_post_accumulate_grad_hook(self._take)
-            if isinstance(parameter, Weight):
-                parameter.sink = partial(self._take_product, parameter)
+            send_gradients(parameter, self._take, self._take_product)
 
     def begin(self, passes: int) -> None:
         """Forget the sums of the step before."""

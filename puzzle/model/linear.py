@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,34 @@ class Weight(nn.Parameter):
     sink: Sink | None = None
     later: Later | None = None
     accumulate: Accumulate = staticmethod(accumulate)
+
+
+def send_gradients(
+    param: nn.Parameter,
+    take: Callable[[nn.Parameter], None],
+    take_product: Callable[[nn.Parameter, Tensor, Tensor], None],
+) -> None:
+    """From now on two methods of an object get a parameter's gradients, which does not keep the object.
+
+    `take` finds a whole gradient in `param.grad`, or None if that of the last pass went to `take_product`, as
+    the two matrices whose product it is. Without the object, passes end in a ReferenceError.
+    """
+    # Hooks lie where Python's collector sees no cycle: by them, weights, masters and moments would never go.
+    param.register_post_accumulate_grad_hook(_weakly(take))
+    if isinstance(param, Weight):
+        param.sink = partial(_weakly(take_product), param)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    held = WeakMethod(method)
+
+    def call(*given: Any) -> None:
+        found = held()
+        if found is None:
+            raise ReferenceError("what gradients are added up by is gone")
+        found(*given)
+
+    return call
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -287,3 +289,30 @@ def test_neither_importing_nor_a_step_loads_a_compiler() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_a_model_is_left_when_it_is_dropped(dtype: torch.dtype) -> None:
+    """Hooks of weights do not keep the optimizer, which has the weights."""
+    model = runtime(AdamWSettings(lambda _: 1e-3), dtype)
+    train(model)
+    kept: list[weakref.ref[Tensor]] = [weakref.ref(param) for param in model.decoder.parameters()]
+    kept += [weakref.ref(master) for master in optimizer_of(model).masters]
+    kept += [
+        weakref.ref(state) for each in optimizer_of(model).adam.state.values() for state in each.values()
+    ]
+    assert len(kept) > 2 * len(list(model.decoder.parameters()))
+    del model
+    gc.collect()
+    assert not [one for one in (ref() for ref in kept) if one is not None]
+
+
+def test_gradients_without_an_optimizer_are_not_lost_in_silence() -> None:
+    """Where weights outlive what adds their gradients up."""
+    model = runtime(AdamWSettings(lambda _: 1e-3), torch.float32)
+    decoder = model.decoder
+    del model
+    gc.collect()
+    hidden = decoder(torch.tensor(TEXTS[0]), pack([TEXTS[0]]))
+    with pytest.raises(ReferenceError, match="what gradients are added up by is gone"):
+        hidden.sum().backward()

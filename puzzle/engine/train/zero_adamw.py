@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from puzzle.engine.train.grad_buckets import Bucket, Slot, fill_buckets
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.invariant.sums import across
-from puzzle.model.linear import Weight
+from puzzle.model.linear import send_gradients
 from puzzle.model.parallel import TensorGroup, reduce_scatter_flat
 from puzzle.plan.layout import Coord, Placement
 from puzzle.plan.memory import BUCKET, EXCHANGES
@@ -78,10 +77,8 @@ class ZeroAdamW:
         self.shared = self._shared_rows()
         self.owned = self._owned_rows()
         self.adam = make_adam(self.masters, settings)
-        for home, slot in self._home.values():
-            slot.param.register_post_accumulate_grad_hook(self._take)
-            if isinstance(slot.param, Weight):
-                slot.param.sink = partial(self._take_product, home, slot)
+        for slot in self.slots:
+            send_gradients(slot.param, self._take, self._take_product)
 
     def _master(self, slot: Slot) -> Tensor:
         """fp32 values of the own rows; the parameter's own memory where that is fp32 already."""
@@ -142,8 +139,9 @@ class ZeroAdamW:
         bucket.add(slot, grad)
         self._reduce_if_full(bucket)
 
-    def _take_product(self, bucket: Bucket, slot: Slot, left: Tensor, right: Tensor) -> None:
+    def _take_product(self, param: nn.Parameter, left: Tensor, right: Tensor) -> None:
         """A matrix's gradient left @ right, added up by the product itself."""
+        bucket, slot = self._home[id(param)]
         bucket.add_product(slot, left, right)
         self._reduce_if_full(bucket)
 
