@@ -18,7 +18,7 @@ from puzzle.model.attention import (
     flash,
     packed_attention,
 )
-from puzzle.model.linear import accumulate, product, sums_in_place
+from puzzle.model.linear import Owed, accumulate, product, sums_in_place
 from puzzle.model.noise import gumbel, position_keys, row_keys, row_seeds
 from puzzle.model.packing import DecodeBatch, pack
 from puzzle.model.parallel import TensorGroup
@@ -36,7 +36,7 @@ def compare(device: torch.device) -> Found:
     yield from _in_parts(device)
     yield from _decode(device)
     if has_kernels(device):
-        for kernels in (_fused, _families, _trained, _few_rows, _draws):
+        for kernels in (_fused, _families, _trained, _few_rows, _norms, _draws):
             yield from kernels(device)
     yield from _sums(device)
     yield from _noise(device)
@@ -225,6 +225,24 @@ def _few_rows(device: torch.device) -> Found:
             how = "stored transposed" if transposed else "stored plainly"
             got = product(x, weight, transposed=transposed)
             yield f"kernel: 20 rows x {width}, {how}", _relative(got, expected), 1e-2
+
+
+def _norms(device: torch.device) -> Found:
+    """Norms that the products around them do: rows of sizes that differ by a factor of ten thousand."""
+    rows, hidden = 37, 1280
+    shapes = ((rows, 768), (768, hidden), (rows, hidden), (hidden,), (4096, hidden))
+    x, inward, before, norm, weight = (torch.randn(shape, device=device, dtype=BF16) for shape in shapes)
+    before *= 100 ** torch.linspace(-1, 1, rows, device=device)[:, None]
+    stream = Owed(x, inward).add_norm(before, norm, EPS)[1]
+    total, normed = pointwise.add_norm(before.double(), x.double() @ inward.double(), norm.double(), EPS)
+    product = normed @ weight.double().t()
+    gated = pointwise.gated(product, 2)
+    for name, got, expected in (
+        ("product and sum", stream.total, total),
+        ("norm in a product", stream.product(weight), product),
+        ("norm in gates", stream.gates(weight, 2), gated),
+    ):
+        yield f"kernel: {name}, {rows} rows", _relative(got, expected), 1e-2
 
 
 def _draws(device: torch.device) -> Found:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from puzzle.errors import UserError
 from puzzle.model.adapter import Adapter
 from puzzle.model.attention import KVCache
-from puzzle.model.linear import Later, Weight
+from puzzle.model.linear import Later, Owed, Stream, Weight
 from puzzle.model.logprobs import TokenStats
 from puzzle.model.numerics import Fast, Invariant
 from puzzle.model.packing import DecodeBatch, PackedBatch
@@ -30,13 +30,16 @@ from puzzle.plan.layout import Coord, Layout
 from puzzle.plan.shards import LocalParam, adapted, local_params
 from puzzle.spec.model import ModelSpec
 
+Summand = Tensor | Part | Owed | None
+"""What is to be added to hidden states: there already, or to be made where it is added, or nothing."""
+
 
 @dataclass
 class Pass:
     """What the layers of a stage share during one forward pass.
 
     A packed pass is `sharded`: hidden states are (T/tp, D). A decode pass keeps all B rows on every
-    tensor rank.
+    tensor rank. Where it `owes`, products wait for the norm behind them and do a part of its work.
     """
 
     spec: ModelSpec
@@ -46,17 +49,38 @@ class Pass:
     cos: Tensor
     sin: Tensor
     pointwise: Pointwise
+    owes: bool
 
     def __post_init__(self) -> None:
         self.sharded = isinstance(self.batch, PackedBatch)
 
-    def add_norm(
-        self, x: Tensor, y: Tensor | Part | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """`pointwise.add_norm`; `y` may be a sum that is still to be made."""
-        if isinstance(y, Part):
+    def add_norm(self, x: Tensor, y: Summand, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | Stream]:
+        """x + y and its norm."""
+        if isinstance(y, Part | Owed):
             return y.add_norm(x, weight, eps)
         return self.pointwise.add_norm(x, y, weight, eps)
+
+    def column(
+        self, x: Tensor | Stream, weight: Tensor, bias: Tensor | None, adapter: Adapter | None
+    ) -> Tensor:
+        """The own columns of x @ weight.T."""
+        if isinstance(x, Stream):
+            return x.product(weight)
+        out = self.numerics.column(x, weight, bias, self.sharded)
+        return out if adapter is None else adapter.add(out, x, self.numerics.group, self.sharded)
+
+    def row(
+        self, x: Tensor, weight_transposed: Tensor, bias: Tensor | None, adapter: Adapter | None
+    ) -> Tensor | Part | Owed:
+        """x @ weight, summed over the tensor group, or what is left to do of it where it is added."""
+        if self.owes:
+            return Owed(x, weight_transposed)
+        if not self.sharded and adapter is None and bias is None:
+            return self.numerics.row_later(x, weight_transposed)
+        out = self.numerics.row(x, weight_transposed, self.sharded)
+        if adapter is not None:
+            out = adapter.add(out, x, self.numerics.group, self.sharded)
+        return out if bias is None else self.numerics.plus(out, bias)
 
     def attend(self, layer: Layer, qkv: Tensor) -> Tensor:
         """Attention (T, H h) of a layer of the stage; keys and values go into the cache if there is one."""
@@ -111,46 +135,37 @@ class Layer(nn.Module):
         for name in ("qkv", "attention_out", "gate_up", "down"):
             self.register_module(f"{name}_adapter", None)
 
-    def forward(self, x: Tensor, y: Tensor | Part | None, run: Pass) -> tuple[Tensor, Tensor | Part]:
-        """Hidden states in and out, (T/tp, D), or (B, D) in a decode pass: the sum of both tensors.
+    def owes(self, rows: int, numerics: Fast) -> bool:
+        """Whether products do the work of norms where there are so many rows: `Pass.owes`."""
+        columns, inward = (self.qkv, self.gate_up), (self.attention_out, self.down)
+        biases = (self.qkv_bias, self.attention_out_bias, self.gate_up_bias, self.down_bias)
+        adapters = (self.qkv_adapter, self.attention_out_adapter, self.gate_up_adapter, self.down_adapter)
+        bare = all(part is None for part in (*biases, *adapters))
+        return bare and numerics.norms_in_products(rows, columns, inward)
 
-        They are added where they are next normed, which is one pass over memory; there, sums over tensor
-        ranks are made as well that are left as parts.
+    def forward(self, x: Tensor, y: Summand, run: Pass) -> tuple[Tensor, Summand]:
+        """Hidden states in and out, (T/tp, D), or (B, D) in a decode pass: the sum of both.
+
+        They are added where they are next normed, which is one pass over memory.
         """
         x, normed = run.add_norm(x, y, self.attention_norm, self.eps)
         x, normed = run.add_norm(x, self._attention(normed, run), self.mlp_norm, self.eps)
-        return x, self._ffn(normed, run)
+        return x, run.row(self._gated(normed, run), self.down, self.down_bias, self.down_adapter)
 
-    def _attention(self, x: Tensor, run: Pass) -> Tensor | Part:
-        qkv = run.numerics.column(x, self.qkv, self.qkv_bias, run.sharded)
-        if self.qkv_adapter is not None:
-            qkv = self.qkv_adapter.add(qkv, x, run.numerics.group, run.sharded)
+    def _attention(self, x: Tensor | Stream, run: Pass) -> Summand:
+        qkv = run.column(x, self.qkv, self.qkv_bias, self.qkv_adapter)
         weights = (self.attention_out, self.attention_out_bias, self.attention_out_adapter)
-        return self._row_linear(run.attend(self, qkv), *weights, run)
+        return run.row(run.attend(self, qkv), *weights)
 
-    def _ffn(self, x: Tensor, run: Pass) -> Tensor | Part:
-        return self._row_linear(self._gated(x, run), self.down, self.down_bias, self.down_adapter, run)
-
-    def _gated(self, x: Tensor, run: Pass) -> Tensor:
+    def _gated(self, x: Tensor | Stream, run: Pass) -> Tensor:
+        if isinstance(x, Stream):
+            return x.gates(self.gate_up, self.ffn_blocks)
         if not run.sharded and self.gate_up_bias is None and self.gate_up_adapter is None:
             found = run.numerics.gates(x, self.gate_up, self.ffn_blocks)
             if found is not None:
                 return found
-        both = run.numerics.column(x, self.gate_up, self.gate_up_bias, run.sharded)
-        if self.gate_up_adapter is not None:
-            both = self.gate_up_adapter.add(both, x, run.numerics.group, run.sharded)
+        both = run.column(x, self.gate_up, self.gate_up_bias, self.gate_up_adapter)
         return run.pointwise.gated(both, self.ffn_blocks)
-
-    @staticmethod
-    def _row_linear(
-        x: Tensor, weight_transposed: Tensor, bias: Tensor | None, adapter: Adapter | None, run: Pass
-    ) -> Tensor | Part:
-        if not run.sharded and adapter is None and bias is None:
-            return run.numerics.row_later(x, weight_transposed)
-        out = run.numerics.row(x, weight_transposed, run.sharded)
-        if adapter is not None:
-            out = adapter.add(out, x, run.numerics.group, run.sharded)
-        return out if bias is None else run.numerics.plus(out, bias)
 
 
 class Decoder(nn.Module):
@@ -250,18 +265,27 @@ class Decoder(nn.Module):
         """
         cos, sin = rotation(batch.positions_T, self.freq, self.dtype)
         pointwise = self.numerics.pointwise(x.device, self.pointwise)
-        run = Pass(self.spec, self.numerics, batch, cache, cos, sin, pointwise)
+        run = Pass(self.spec, self.numerics, batch, cache, cos, sin, pointwise, self._owes(batch))
         h: Tensor = self._embedded(x, run.sharded) if self.first else x
-        more: Tensor | Part | None = None
+        more: Summand = None
         for layer in self.layers.values():
             if self.recompute and torch.is_grad_enabled():
                 h = _sum(h, more)  # one tensor to keep
                 h, more = checkpoint(layer, h, None, run, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, more = layer(h, more, run)
-        if self.last:
-            return run.add_norm(h, more, self.final_norm, self.spec.norm_eps)[1]
-        return _sum(h, more)
+        if not self.last:
+            return _sum(h, more)
+        if isinstance(more, Owed):  # no product follows
+            more = more.value()
+        normed = run.add_norm(h, more, self.final_norm, self.spec.norm_eps)[1]
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def _owes(self, batch: PackedBatch | DecodeBatch) -> bool:
+        rows = len(batch.positions_T)
+        layers = (layer for layer in self.layers.values() if isinstance(layer, Layer))
+        return isinstance(batch, DecodeBatch) and all(layer.owes(rows, self.numerics) for layer in layers)
 
     def token_stats(
         self,
@@ -299,7 +323,7 @@ class Decoder(nn.Module):
         return self.group.combine(partial, sharded)
 
 
-def _sum(x: Tensor, y: Tensor | Part | None) -> Tensor:
-    if isinstance(y, Part):
+def _sum(x: Tensor, y: Summand) -> Tensor:
+    if isinstance(y, Part | Owed):
         return y.add_to(x)
     return x if y is None else x + y

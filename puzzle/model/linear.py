@@ -6,8 +6,9 @@ product; added by the product itself, 8, and those while it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 from weakref import WeakMethod
@@ -20,6 +21,9 @@ from puzzle.model.pointwise import has_kernels
 
 FEW = 64
 """Rows up to which `skinny_gemm` reads weights faster than the BLAS (measured on an H100 and an H200)."""
+
+NORMED = torch.bfloat16
+"""Whose hidden states products norm: in float16 a state times a norm's weight may be too large."""
 
 FEW_ON_CPU = 16
 """Rows up to which a CPU multiplies wide matrices from the left."""
@@ -119,6 +123,55 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Hidden states on their way through a norm, whose half the product before it has done (`Owed`).
+
+    `total` (M, D) and `weighted` (M, D), the total times the norm's weight; `squares`, float32: sums of the
+    total's squares, each of some columns, for all rows. The product behind the norm divides its rows.
+    """
+
+    total: Tensor
+    weighted: Tensor
+    squares: Tensor
+    eps: float
+
+    def product(self, weight: Tensor) -> Tensor:
+        """The norm @ weight.T."""
+        from puzzle.model.kernels import skinny_gemm
+
+        return skinny_gemm.product(self, weight, False)
+
+    def gates(self, weight: Tensor, blocks: int) -> Tensor:
+        """`gates` of the norm."""
+        from puzzle.model.kernels import skinny_gemm
+
+        return skinny_gemm.gates(self, weight, blocks)
+
+
+@dataclass(frozen=True)
+class Owed:
+    """x @ weight, the weight stored (in, out), that is multiplied where it is known what follows."""
+
+    x: Tensor
+    weight: Tensor
+
+    def add_norm(self, before: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Stream]:
+        """before + the product, and that on its way through a norm."""
+        from puzzle.model.kernels import skinny_gemm
+
+        stream = skinny_gemm.add(self.x, self.weight, before, norm, eps)
+        return stream.total, stream
+
+    def add_to(self, before: Tensor) -> Tensor:
+        """before + the product."""
+        return before + self.value()
+
+    def value(self) -> Tensor:
+        """The product."""
+        return product(self.x, self.weight, transposed=True)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """x @ weight.T + bias, or x @ weight if the weight is stored `transposed` (in, out)."""
     if not torch.is_grad_enabled():
@@ -151,13 +204,28 @@ def gates(x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
         return None
     from puzzle.model.kernels import skinny_gemm
 
-    return skinny_gemm.gates(x, weight, blocks) if skinny_gemm.fits_gates(weight, blocks) else None
+    return skinny_gemm.gates(x, weight, blocks) if skinny_gemm.fits(weight, False) else None
 
 
 def _few(x: Tensor) -> bool:
     """Whether `skinny_gemm` multiplies rows such as these faster than the BLAS."""
     few = x.dim() == 2 and len(x) <= FEW and x.dtype in (torch.bfloat16, torch.float16)
     return few and has_kernels(x.device)
+
+
+def norms(rows: int, columns: Sequence[Tensor], inward: Sequence[Tensor]) -> bool:
+    """Whether the products of a layer can norm its hidden states, so many rows, between them.
+
+    Its matrices: `columns`, which states are multiplied by behind a norm; `inward`, stored (in, out), whose
+    products are added to states.
+    """
+    one = columns[0]
+    if torch.is_grad_enabled() or rows > FEW or one.dtype != NORMED or not has_kernels(one.device):
+        return False
+    from puzzle.model.kernels import skinny_gemm
+
+    fit = all(skinny_gemm.fits(weight, False) for weight in columns)
+    return fit and all(skinny_gemm.fits(weight, True) for weight in inward)
 
 
 def few_and_wide(x: Tensor, matrix: Tensor) -> bool:

@@ -6,7 +6,7 @@ query heads, K key/value heads, h head_dim, N chosen tokens, V vocabulary rows h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,10 @@ class Fast:
     def gates(self, x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
         """`linear.gates`: silu(gate) * up of the own columns, for the rows of a decode pass."""
         return linear.gates(x, weight, blocks)
+
+    def norms_in_products(self, rows: int, columns: Sequence[Tensor], inward: Sequence[Tensor]) -> bool:
+        """`linear.norms`: whether products of these matrices do the norms between them, too."""
+        return self.group.size == 1 and linear.norms(rows, columns, inward)
 
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         """x @ weight, summed over the group: the own T/tp rows if `sharded`, else all."""
@@ -136,6 +140,9 @@ class Invariant(Fast):
 
     def gates(self, x: Tensor, weight: Tensor, blocks: int) -> Tensor | None:
         return None
+
+    def norms_in_products(self, rows: int, columns: Sequence[Tensor], inward: Sequence[Tensor]) -> bool:
+        return False
 
     def row(self, x: Tensor, weight_transposed: Tensor, sharded: bool) -> Tensor:
         return steady_linear.row(x, weight_transposed, self.group, self.parts, sharded)

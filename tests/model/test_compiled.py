@@ -46,12 +46,12 @@ def build() -> None:
     from puzzle.model.kernels import flash_decode, peer_sum, skinny_gemm
 
     product = {
-        **dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), HALF),
-        "partial_ptr": FLOAT,
+        **dict.fromkeys(("x_ptr", "w_ptr", "out_ptr", "before_ptr", "norm_ptr", "weighted_ptr"), HALF),
+        **dict.fromkeys(("partial_ptr", "normed_ptr", "squares_ptr"), FLOAT),
         "locks_ptr": WORD,
+        "eps": "fp32",
         **dict.fromkeys(("rows", "width", "depth", "share"), "i32"),
     }
-    tile = {"HEIGHT": 16, "STEP": 128}
     rows = {
         **dict.fromkeys(("x_ptr", "part_ptr", "weight_ptr", "total_ptr", "normed_ptr"), HALF),
         **dict.fromkeys(("addresses_ptr", "calls_ptr"), "*i64"),
@@ -59,14 +59,18 @@ def build() -> None:
         "eps": "fp32",
     }
     ranks = {"RANK": 2, "SIZE": 3, "PEERS": 4, "BLOCK": 4096}
+    plain = {"SIZE": 0, "TILES": 0, "ADD": False}
+    tile = {"HEIGHT": 16, "STEP": 128} | plain
     family = {"GROUPS": 8, "SOME": 8, "MOST": 8, "PARTS": 2}
     jobs: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         (flash_decode._attend, *attention(1, 1, 0, 0)),
         (flash_decode._attend, *attention(4, 4, 2, 0)),
         (flash_decode._prefix, READ | {"to_ptr": FLOAT}, HEADS | family | {"QUERIES": 7, "PADDED": 64}),
-        (skinny_gemm._product, product, tile | {"TRANSPOSED": True, "SIZE": 0, "PARTS": 2}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": True, "PARTS": 2}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": True, "PARTS": 2, "ADD": True}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "PARTS": 1, "TILES": 64}),
         (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 1}),
-        (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 2}),
+        (skinny_gemm._product, product, tile | {"TRANSPOSED": False, "SIZE": 1376, "PARTS": 2, "TILES": 64}),
         (peer_sum._peer_sum, rows, ranks | {"NORM": True}),
         (peer_sum._peer_sum, rows, ranks | {"NORM": False}),
     ]
@@ -84,17 +88,18 @@ def build() -> None:
     # Counts of other devices: their orders hold for the whole system.
     orders = re.findall(r"\.sys\.(\w+)\.", found.asm["ptx"])
     assert orders == ["release", "acquire"], orders
-    high = tile | {"HEIGHT": 64, "TRANSPOSED": False, "SIZE": 0, "PARTS": 2}
+    high = tile | {"HEIGHT": 64, "TRANSPOSED": False, "PARTS": 2}
     stages = skinny_gemm._stages((64 + 64) * 128 * 2, 1, SMALLEST)
-    found = compiled(89, skinny_gemm._product, product, high, num_warps=4, num_stages=stages)
-    assert found.metadata.shared <= SMALLEST, found.metadata.shared
+    for more in ({}, {"TILES": 128}, {"ADD": True}):
+        found = compiled(89, skinny_gemm._product, product, high | more, num_warps=4, num_stages=stages)
+        assert found.metadata.shared <= SMALLEST, found.metadata.shared
 
 
 def test_kernels_compile() -> None:
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=given, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["_attend", "_attend", "_prefix", *["_product"] * 3, *["_peer_sum"] * 2]
+    assert done.stdout.split() == ["_attend", "_attend", "_prefix", *["_product"] * 5, *["_peer_sum"] * 2]
 
 
 if __name__ == "__main__":

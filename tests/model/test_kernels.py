@@ -256,19 +256,18 @@ def test_tiles_under_way_have_room(room):
 def test_offsets_of_a_weight_fit_into_31_bits():
     for rows, fits in ((1 << 20, False), ((1 << 20) - skinny.COLUMNS, True)):
         weight = torch.empty(rows, 1 << 11, dtype=torch.bfloat16, device="meta")
-        assert skinny.fits(weight, False) == skinny.fits_gates(weight, 1) == fits
+        assert skinny.fits(weight, False) == fits
         assert skinny.fits(weight.t().contiguous(), True) == fits
 
 
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 2), (40, 4), (64, 1)])
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 2), (40, 4), (64, 1), (5, 8), (2, 16)])
 @pytest.mark.parametrize("narrow", [skinny.NARROW, 0])
 def test_gates_of_few_rows(monkeypatch, rows, blocks, narrow):
-    """As of the whole product, gated by itself."""
+    """As of the whole product, gated by itself; tiles have parts of blocks, blocks, or several of them."""
     monkeypatch.setattr(skinny, "NARROW", narrow)
     x = random((rows, 2 * skinny.STEP), torch.float32, 10)
     weight = random((4 * skinny.COLUMNS, 2 * skinny.STEP), torch.float32, 11)
-    assert skinny.fits_gates(weight, blocks)
-    assert not skinny.fits_gates(weight, 8)
+    assert skinny.fits(weight, False)
     close(skinny.gates(x, weight, blocks), pointwise.gated(x @ weight.t(), blocks), torch.float32)
 
 
