@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +49,35 @@ def test_another_process_reads_what_is_written_as_long_as_it_likes() -> None:
     with pytest.raises(RuntimeError, match=rf"/proc/{child.pid}/fd/\d+: No such file"):
         ipc.opened(offered, CPU)
     assert found["whole"].tolist()[1] == [4, 5, 6, 7], "what is opened stays"
+
+
+@pytest.mark.parametrize(
+    ("code", "value", "said"),
+    [
+        (0, 1, None),
+        (0, 0, "the link between the devices has no atomic operations"),
+        (101, 1, "the link between the devices has no atomic operations"),
+    ],
+)
+def test_counting_on_another_device_needs_a_link_with_atomics(
+    code: int, value: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is asked for this device and that one, by their numbers here; readers do not ask."""
+    asked = []
+
+    def attribute(found: Any, *what: int) -> int:
+        asked.append(what)
+        found._obj.value = value
+        return code
+
+    monkeypatch.setattr(ipc, "_place", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(cuDeviceGetP2PAttribute=attribute))
+    offered, device = ipc.Offer(ipc._host(), "GPU 2", (), {}), torch.device("cuda", 1)
+    found = ipc.unreachable(offered, device, counts=True)
+    assert found == said
+    assert asked == [(3, 1, 2)]
+    assert ipc.unreachable(offered, device) is None
+    assert ipc.unreachable(offered._replace(device="GPU 1"), device, counts=True) is None
+    assert len(asked) == 1
