@@ -13,9 +13,10 @@ from claims.logs import ROOT
 from puzzle.spec.published import published
 
 VISIT = ROOT / "logs/bench/2026-12-01-1xh200-c"
-"""Of all workloads of both; FAMILIES and TILES came after it, TILES with fixed lengths of both."""
+"""Of all workloads of both; the others came after it, TILES with fixed lengths of both."""
 FAMILIES = ROOT / "logs/bench/2026-12-01-1xh200-families"
 TILES = ROOT / "logs/bench/2026-12-01-1xh200-tiles"
+NORMS = ROOT / "logs/bench/2026-12-01-1xh200-norms"
 FIXED, VARIED, GROUPS = (16, 32, 64, 128, 256), 1024, 512
 WORK = {
     **{count: f"{count} of 256 + 256 tokens" for count in FIXED},
@@ -76,6 +77,15 @@ def varied_again() -> list[float]:
     (row,) = (row for row in rows("more.jsonl", TILES) if row["sequences"] == VARIED)
     arm = row["arms"]["early stop"]
     return [arm["seconds"][0], arm["capture_s"][0]]
+
+
+def since_then() -> list[float]:
+    """Seconds of a later visit, vLLM's over them, and seconds of the table's code in that visit."""
+    now = [min(ours(count, visit=NORMS)) for count in FIXED]
+    ratios = [
+        min(theirs(count, TILES)["seconds"]) / seconds for count, seconds in zip(FIXED, now, strict=True)
+    ]
+    return [*now, *ratios, *(min(ours(count, "before.jsonl", NORMS)) for count in FIXED[:3])]
 
 
 def decoded(visit: Path, name: str = "generate.jsonl") -> list[float]:
@@ -143,6 +153,27 @@ def shares(sequences: int) -> list[float]:
     return [before, step, floor, step - floor, 100 * now["prefill_s"] / now["total_s"]]
 
 
+def norms_in_products(sequences: int) -> list[float]:
+    """Milliseconds of a decode step before and now, and of its floor; tokens per second before and now."""
+    before, now = (
+        next(row for row in rows(name, NORMS) if row["sequences"] == sequences)
+        for name in ("before.jsonl", "generate.jsonl")
+    )
+    step = [1e3 * one[key] / (one["new"] - 1) for one, key in ((before, "decode_s"), (now, "decode_s"))]
+    floor = 1e3 * now["decode_floor_s"] / (now["new"] - 1)
+    return [*step, floor, before["tokens_per_s"], now["tokens_per_s"]]
+
+
+def of_a_layer() -> list[float]:
+    """Microseconds of a layer's products and norms before and now, of 64 rows and of 16."""
+    text = (NORMS / "products.log").read_text()
+    found: list[float] = []
+    for count in (64, 16):
+        for kind in ("1 None None", "- 0 1"):
+            found += map(float, re.findall(rf"^{count} {kind} .*'layer': ([\d.]+)", text, re.M))
+    return found
+
+
 def first_iterations() -> list[float]:
     """Seconds of the first and the third iteration of a run, now and before."""
     found: list[float] = []
@@ -184,6 +215,13 @@ def peers_rows() -> list[Claim]:
             "for fixed lengths {:.2f}, {:,d} tokens, {:d}, {:d} and {:d}, without FlashInfer's sampler",
             lambda: setting(TILES),
         ),
+        Claim(
+            page,
+            "gave {:.3f}, {:.3f}, {:.3f}, {:.3f} and {:.3f} s, which beside vLLM's seconds above would be"
+            " {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f}. The code of the table took {:.3f}, {:.3f} and"
+            " {:.3f} s there",
+            since_then,
+        ),
         Claim(page, "vLLM took {:.1f} to {:.1f} % less in the visit of 2026-11-29", without_logprobs),
         Claim(page, "{:,d} tokens in all, one run, in which ours recorded {:d} graphs in {:.2f} s", varied),
     ]
@@ -198,6 +236,15 @@ def performance_rows() -> list[Claim]:
         Claim(
             page, "at 256 sequences the layers' products alone are {:.0f} TFLOP/s", lambda: prefill_rate(256)
         ),
+        *(
+            Claim(
+                page,
+                f"| {count} | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.0f}} | {{:.0f}} |",
+                lambda n=count: norms_in_products(n),
+            )
+            for count in FIXED[:3]
+        ),
+        Claim(page, "norms {:.1f} us become {:.1f}; at 16 rows {:.1f} become {:.1f}", of_a_layer),
         Claim(page, "| by each row | {:.2f} | {:.2f} |", lambda: decoded(VISIT)),
         Claim(page, "| once for eight rows | {:.2f} | {:.2f} |", lambda: decoded(FAMILIES)),
         Claim(page, "| so, in smaller blocks | {:.2f} | {:.2f} |", lambda: decoded(TILES, "more.jsonl")),

@@ -78,9 +78,11 @@ def numerics_page() -> list[Claim]:
             lambda: [*learnt(folder + "invariant", 100)[:4], *apart(folder + "invariant")],
         ),
     ]
+    whole = "2026-12-01-1xh200-norms"
     for stage in ("generation", "inference", "training"):
         form = "| {:.3f} | {:.3f} | {:.2f} x | {:.3f} | {:.2f} x |"
         claims.append(Claim(page, f"| {stage} {form}", lambda stage=stage: price(stage)))
+        claims.append(Claim(page, f"| whole {stage} {form}", lambda stage=stage: price(stage, whole)))
     return claims
 
 

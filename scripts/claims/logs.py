@@ -120,9 +120,9 @@ def apart(folder: str) -> list[float]:
     ]
 
 
-def price(stage: str) -> list[float]:
+def price(stage: str, visit: str = "2026-12-01-1xh200-tiles") -> list[float]:
     """Seconds of a stage by fast numerics, and by invariant ones of one and two parts with their ratios."""
-    lines = (ROOT / "logs/bench/2026-12-01-1xh200-tiles/exact.log").read_text().splitlines()
+    lines = (ROOT / "logs/bench" / visit / "exact.log").read_text().splitlines()
     rows = [line.replace(",", "").split() for line in lines if line.startswith(f"{stage} ")]
     return [float(rows[0][2]), *(float(number) for row in rows for number in row[-3:-1])]
 
