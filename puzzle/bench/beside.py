@@ -14,7 +14,7 @@ from torch import Tensor
 from puzzle.bench import device, harness
 from puzzle.bench.harness import Row
 from puzzle.bench.pieces import LEAST, SHALLOW, Found, PiecesBench, as_row, fits, timed
-from puzzle.bench.texts import mean_loss, random_batches
+from puzzle.bench.texts import mean_loss, ppo_loss, random_batches
 from puzzle.bench.train import GradientSum
 from puzzle.engine.pipeline.pipeline import Pipeline, PipelineInput
 from puzzle.engine.runtime.stage_timer import StageClock
@@ -128,8 +128,8 @@ def _pass_host(
     for _ in range(1 + bench.repeats):
         device.meet(world)
         start = time.perf_counter()
-        count, batches = random_batches(runtime, PASSES, 1, length)
-        given = PipelineInput(runtime, batches, mean_loss(runtime, batches, count * (length - 1)))
+        _, batches = random_batches(runtime, PASSES, 1, length)
+        given = PipelineInput(runtime, batches, ppo_loss(runtime, batches))
         ready = time.perf_counter()
         pipeline.train([given], gradients=sums)
         passed.append(time.perf_counter() - ready)

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from puzzle.config.algorithm import AlgorithmConfig
 from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.pipeline.stage import OutputFn
 from puzzle.model.packing import PackedBatch, pack
+from puzzle.rlhf.algorithms import make_algorithm
+from puzzle.rlhf.algorithms.base import Outputs, total
+from puzzle.rlhf.first_step import FirstStep
 
 
 def next_tokens(batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -47,6 +51,29 @@ def mean_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int)
     """A micro-batch's share of the mean loss over `total` next tokens of all micro-batches and replicas."""
     logprobs = token_logprobs(runtime, batches)
     return lambda index, hidden: -logprobs(index, hidden).sum() / total
+
+
+def ppo_loss(runtime: ModelRuntime, batches: Sequence[PackedBatch]) -> OutputFn:
+    """The surrogate of PPO's actor at every next token, with all that its trainer notes of it; of advantages
+    and log-probabilities that are 0."""
+    algorithm, first = make_algorithm(AlgorithmConfig()), FirstStep(runtime.world)
+    wanted = [next_tokens(batch) for batch in batches]
+    given = [
+        {name: torch.zeros(len(rows)).to(rows.device) for name in (*algorithm.inputs("actor"), "weights")}
+        for rows, _ in wanted
+    ]
+
+    def loss(index: int, hidden: Tensor) -> Tensor:
+        fields = dict(given[index])
+        weights = fields.pop("weights")
+        stats = runtime.decoder.token_stats(hidden, *wanted[index], entropy=algorithm.wants_entropy)
+        found = algorithm.loss("actor", Outputs(stats.logprobs, stats.entropy), fields, weights, 0.1)
+        for value in (found.loss, *found.sums.values()):
+            total(value)
+        first.note(stats.logprobs.detach(), weights, weights, found.sums.get("clipped"))
+        return found.loss
+
+    return loss
 
 
 def mean_square_value(runtime: ModelRuntime, batches: Sequence[PackedBatch], total: int) -> OutputFn:

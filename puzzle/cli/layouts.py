@@ -61,11 +61,13 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Plans from the fastest on, and which of them is taken: the simplest of those tied with the fastest."""
+    """Plans from the fastest on, and which of them is taken: the simplest of those tied with the fastest.
+    `itemsize`: bytes of a weight."""
 
     plans: tuple[Ranked, ...]
     taken: int
     found: Found
+    itemsize: int
     lengths: Lengths | None = None
 
 
@@ -152,7 +154,7 @@ def rank_plans(
     plans.sort(key=lambda plan: plan.seconds.total)
     tied = [plan for plan in plans if plan.seconds.total <= plans[0].seconds.total * (1 + TIED)]
     taken = min(tied, key=lambda plan: (plan.choice.complexity, plan.seconds.total))
-    return Ranking(tuple(plans), plans.index(taken), found, told)
+    return Ranking(tuple(plans), plans.index(taken), found, plain.itemsize, told)
 
 
 def _on_nodes(costs: Any, per_node: int) -> Costs:

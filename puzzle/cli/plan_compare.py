@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from puzzle.cli import Parser, named, real
+from puzzle.cli.plan_predict import other_dtype
 from puzzle.cli.workloads import Measured, measured_runs, remapped
 from puzzle.config import memory_report as footprint
 from puzzle.plan.predict.calibration import Calibration, read_calibration
@@ -26,6 +27,7 @@ class Row:
     predicted: Mapping[str, float]
     measured: Mapping[str, float]
     calibrated_on: bool
+    remark: str = ""
 
     def error(self, column: str) -> float:
         """How much more is predicted than was measured, as a share."""
@@ -71,9 +73,14 @@ def _row(one: Measured, calibration: Calibration) -> Row:
     for stage in ("generation", "inference", "training", "switch"):
         predicted[stage], measured[stage] = getattr(seconds, stage), getattr(one.seconds, stage)
     run = one.run
-    # Ids of our own runs say nothing to people; their folders do.
-    name = run.run_id if run.provenance == "published" else Path(run.source).parent.name
-    return Row(name, predicted, measured, False)
+    # Ids of our own runs say nothing to people; their folders do, or the names of shipped logs.
+    log = Path(run.source)
+    own = log.parent.name if log.stem == "run" else log.stem
+    name = run.run_id if run.provenance == "published" else own
+    item = calibration.costs.item
+    other = one.plan is not None and one.plan.itemsize != item
+    remark = other_dtype(item, one.plan.itemsize) if other and one.plan is not None else ""
+    return Row(name, predicted, measured, False, remark)
 
 
 def compared(runs: Sequence[Measured], calibration: Calibration) -> list[Row]:
@@ -101,4 +108,4 @@ def _table(name: str, rows: Sequence[Row], means: Mapping[str, float]) -> str:
     held = sum(not row.calibrated_on for row in rows)
     shown = "".join(f"{value:17.1%}" for value in means.values())
     lines.append(f"{f'mean absolute, {held} runs not calibrated on':<{width}} {shown}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{row.run}: {row.remark}" for row in rows if row.remark)])

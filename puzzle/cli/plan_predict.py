@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
         return 0
     lines = [f"{name:<12}{value:10.3f} s   {limits[name]}" for name, value in stages.items()]
     lines += [f"{'end to end':<12}{seconds.total:10.3f} s", _memory(most, calibration.memory_bytes)]
-    print("\n".join([*lines, *grounds(calibration, work.lengths)]))
+    print("\n".join([*lines, *grounds(calibration, work.lengths, plan.itemsize)]))
     return 0
 
 
@@ -78,8 +78,14 @@ def _memory(most: RankMemory, limit: int) -> str:
     return said if most.peak <= limit else f"{said}: TOO MUCH; {footprint.remedy(most)}"
 
 
-def grounds(calibration: Calibration, lengths: Lengths | None) -> list[str]:
-    """What a prediction rests on, and what it knows nothing of."""
+def other_dtype(known: int, itemsize: int) -> str:
+    """A calibration is of another dtype than a run."""
+    said = f"the calibration is of weights of {known} bytes, the run's have {itemsize} (dtype)"
+    return f"{said}: seconds are not its"
+
+
+def grounds(calibration: Calibration, lengths: Lengths | None, itemsize: int) -> list[str]:
+    """What a prediction of a run with weights of `itemsize` bytes rests on, and what it knows nothing of."""
     measured = isinstance(calibration.costs, Tables)
     runs = ", ".join(calibration.runs) or ("its parts" if measured else "no run: all constants are expected")
     found = [
@@ -97,5 +103,7 @@ def grounds(calibration: Calibration, lengths: Lengths | None) -> list[str]:
         if lengths is None
         else f"prompts at full length, responses of {lengths.mean:.0f} tokens on average"
     )
+    if (known := calibration.costs.item) != itemsize:
+        found.append(other_dtype(known, itemsize))
     found += [f"outside of what was measured: {note}" for note in calibration.costs.notes()]
     return found

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     print(_table(ranking, values))
     found = ranking.found
     print(f"{found.choices} choices, {found.too_large} of those looked at too large; {took:.1f} s")
-    print("\n".join(["tp, pp, dp; * is taken", *grounds(calibration, ranking.lengths)]))
+    print("\n".join(["tp, pp, dp; * is taken", *grounds(calibration, ranking.lengths, ranking.itemsize)]))
     return 0
 
 

@@ -102,16 +102,16 @@ def measured_runs(paths: Sequence[Path]) -> list[Measured]:
 
 
 def _measured(run: Run) -> Measured:
-    """Means without the first iteration, a warm-up; of inference the least, as single iterations stall."""
+    """Means without the first iteration, a warm-up; of inference of published runs the least, as single
+    iterations stall there, for half a second and more."""
     series = {name: values[1:] or values for name, values in run.printed.items()}
     for name in ("e2e", "generation", "inference", "training"):
         values = series.get(name)
         if not values or not all(0 < value < MOST_SECONDS for value in values):
             raise UserError(f"{run.source}: seconds of {name} must be positive and below {MOST_SECONDS:g}")
     switch = fmean(series["reshard"]) if "reshard" in series else 0.0
-    seconds = Seconds(
-        fmean(series["generation"]) - switch, min(series["inference"]), fmean(series["training"]), switch
-    )
+    inference = (min if run.provenance == "published" else fmean)(series["inference"])
+    seconds = Seconds(fmean(series["generation"]) - switch, inference, fmean(series["training"]), switch)
     plan = None if run.provenance == "published" else _plan_of_run(run)
     work = _published_workload(run) if plan is None else workload_of(plan)
     return Measured(run, work, seconds, fmean(series["e2e"]), plan)
