@@ -20,7 +20,7 @@ from puzzle.engine.reshard.transports import Unreachable
 from puzzle.engine.runtime.world import World
 from puzzle.model import hf, pointwise
 from puzzle.plan.layout import Layout, Placement
-from tests.helpers import run_ranks
+from tests.helpers import PATIENCE, run_ranks
 from tests.model.tiny import save_variant
 
 pytest.importorskip("triton")
@@ -32,7 +32,7 @@ EPS = 1e-5
 
 
 def runtime_of(rank: int, layout: Layout, folder: Path, parts: int | None = None) -> ModelRuntime:
-    world = World(rank, layout.world, torch.device("cpu"), timeout=60.0)
+    world = World(rank, layout.world, torch.device("cpu"), timeout=PATIENCE)
     spec = hf.read_spec(folder)
     # Tensor ranks are not in the order of ranks.
     placement = Placement(layout, tuple(reversed(range(layout.world))))
