@@ -93,6 +93,8 @@ def named(text: str) -> Path:
     """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: is no UTF-8 text, as names of models are; rename it")
     try:
         return Path(expanded(text))
     except ValueError as error:

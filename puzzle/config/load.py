@@ -146,12 +146,35 @@ def build_as(schema: type[Config], data: Mapping[str, Any], place: Callable[[Key
 def validated(schema: type[Any], data: Mapping[str, Any], place: Callable[[Key], str]) -> Any:
     """The same for any schema."""
     sections = {key for key, is_section in keys(schema) if is_section and key[-1] != "init"}
+    if (broken := _broken(data)) is not None:
+        expected = f"expected {_EXPECTED['string_unicode']}, got {shown(_inside(data, broken))}"
+        raise UserError(f"{place(broken)}: {'.'.join(broken)}: {expected}")
     try:
         return schema.model_validate(_without_empty_sections(data, sections))
     except ValidationError as error:
         problems = error.errors()
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
         raise UserError(_explain(problem, problems, place, schema, data)) from None
+
+
+def _broken(values: Mapping[str, Any]) -> Key | None:
+    """The first key of a text, or of a list with one, that UTF-8 cannot hold."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if (inner := _broken(value)) is not None:
+                return (str(name), *inner)
+        elif any(re.search("[\ud800-\udfff]", text) for text in _texts(value)):
+            return (str(name),)
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def _without_empty_sections(data: Mapping[str, Any], sections: set[Key], prefix: Key = ()) -> dict[str, Any]:

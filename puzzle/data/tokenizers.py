@@ -51,6 +51,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"{folder}: transformers knows no tokenizer for this model")
     with foreign(f"{folder}: its tokenizer cannot be used"), standard_error_kept():
         tokenizer.decode(tokenizer("a text").input_ids)
+        special_tokens(tokenizer)  # an unk_token that the vocabulary lacks is looked for without end
     return tokenizer
 
 

@@ -86,8 +86,10 @@ def refuse_replacing(checkpoints: Path) -> None:
         return saved.get(f"{checkpoints.name}/{name}") != 0 and (began or name != "best")
 
     if found := list(filter(trained, models(checkpoints))):
+        policies = [name for name in found if not name.endswith("-critic")]
+        from_it = checkpoints / (policies or found)[-1]
         raise UserError(
             f"--resume: {checkpoints} holds models ({', '.join(found)}) but no state-N to go on from: the run"
             " would begin again and replace them; begin a new one in another folder, with --actor.model"
-            f" {checkpoints / found[-1]} from that model, and with checkpoint.every to be able to go on"
+            f" {from_it} from that model, and with checkpoint.every to be able to go on"
         )

@@ -185,8 +185,15 @@ def _biases(fields: Fields, family: str) -> dict[str, bool]:
 
 
 def _window(fields: Fields, family: str) -> int | None:
-    """The one attention window of all layers; refuses models whose layers differ."""
+    """The one attention window of all layers; refuses models whose layers differ.
+
+    Llama has none, but transformers' cache forgets what lies before a window that its config.json names: it
+    generates otherwise than it computes.
+    """
     if family == "llama":
+        window = _optional(fields, "sliding_window", None)
+        if window is not None and window < _count(fields, "max_position_embeddings", 2048):
+            fields.refuse("sliding_window", "null in a Llama, which has no window; for one use Mistral")
         return None
     window = _optional(fields, "sliding_window", _FAMILIES[family].window)
     if window is None or family == "mistral":

@@ -75,6 +75,7 @@ NO_CONFIGS: list[dict[str, Any]] = [
     *({"architectures": None, "model_type": value} for value in (None, [], {}, 3, "gpt2")),
     {"hidden_size": 60, "head_dim": None},
     {"head_dim": 7},
+    {"sliding_window": 2},
     {"num_key_value_heads": 3},
 ]
 
@@ -218,6 +219,11 @@ def test_tokenizers_that_the_library_cannot_use(model: Path, capfd, kind: str) -
 def test_templates_that_fail(model: Path, capfd, template: Any) -> None:
     (model / "chat_template.jinja").unlink(missing_ok=True)
     edit(model / "tokenizer_config.json", {"chat_template": template})
+    answer(capfd)
+
+
+def test_an_unknown_token_that_the_vocabulary_lacks(model: Path, capfd) -> None:
+    edit(model / "tokenizer_config.json", {"unk_token": ""})
     answer(capfd)
 
 

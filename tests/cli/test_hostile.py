@@ -51,6 +51,8 @@ OPTIONS = [
     ([*FUSE, "/dev/null"], "not valid JSON"),
     (["generate", "m", "--jsonl", ""], "the name is empty"),
     (["generate", "m", "--jsonl", "."], "is a folder"),
+    (["generate", "m", "--jsonl", "x\udcff"], "is no UTF-8 text, as names of models are"),
+    ([*TRAIN, "--out", "o\udcff"], "is no UTF-8 text, as names of models are"),
     (["generate", "m", "--jsonl", "absent/x"], "no folder absent"),
     (["generate", "m", "--jsonl", "n" * 300], "File name too long"),
     (["generate", "m", "--seed", "-1"], "from 0 to 9223372036854775807"),

@@ -303,3 +303,8 @@ def test_what_was_saved_before_training_does_not_forbid_to_begin_again(tmp_path:
             else:
                 with pytest.raises(UserError, match=r"holds models \(best\) but no state-N"):
                     folders.refuse_replacing(tmp_path / "checkpoints")
+    for name in ("last", "last-critic"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "config.json").touch()
+    with pytest.raises(UserError, match=r"--actor.model \S+/checkpoints/last from that model"):
+        folders.refuse_replacing(tmp_path / "checkpoints")

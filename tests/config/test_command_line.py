@@ -77,6 +77,9 @@ def test_sections_lie_over_one_another_in_order() -> None:
 
 
 PLACES = [
+    (["--generation.stop", '["a", "\\ud83d"]'], "command line: generation.stop: expected text without half"),
+    (["--data.system", "a\udcff"], "command line: data.system: expected text without half characters"),
+    (["--reward.functions", '[{"function": "m:\\udc00"}]'], "command line: reward.functions: expected text"),
     (["--numerics_parts", "2"], "command line: numerics_parts: only"),
     (["--batch", "7", "--algorithm.minibatch", "5"], "command line: algorithm.minibatch 5 does not divide"),
     (["--algorithm.minibatch", "7"], "command line: algorithm.minibatch 7 does not divide"),

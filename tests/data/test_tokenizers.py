@@ -233,6 +233,9 @@ def test_templates_write_the_date_that_they_are_told() -> None:
     assert text == "\n " + "".join(f"{now.strftime(form)}|" for form in forms) + "yes03!"
     plain = "\n{{ messages[0].content }}"
     assert at(plain, now) == plain
+    for form in ("100%% of %%d on %d", "%_d %0e %^b %#B", "%%%Y%%%%m"):
+        tokenizer.chat_template = f"{{{{ strftime_now(format='{form}') }}}}"
+        assert render(tokenizer, [{"role": "user", "content": "!"}], now=now) == now.strftime(form)
 
 
 @pytest.mark.parametrize("zone", [None, UTC, timezone(timedelta(hours=-7))])
