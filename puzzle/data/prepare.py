@@ -10,7 +10,7 @@ from puzzle.config.supervised import SupervisedConfig
 from puzzle.data.endings import Endings, endings
 from puzzle.data.examples import Example, ExampleSet, load_examples
 from puzzle.data.prompts import Choose, PromptSet, PromptStream, RandomStream, load_prompts, no_columns
-from puzzle.data.reading import Reader
+from puzzle.data.reading import Reader, padding_of
 from puzzle.data.records import drop_is_a_remedy
 from puzzle.data.stream import Stream
 from puzzle.data.tokenizers import Tokenizer, load_tokenizer, special_tokens
@@ -21,7 +21,8 @@ from puzzle.errors import UserError
 class RunData:
     """`tokenizer` is None for random tokens, which have no text; `endings` say what ends responses.
 
-    `reader` makes the reward model's ids of the actor's; None where they are the same.
+    `reader` makes the reward model's ids of the actor's; None where they are the same. `reward_pad` is of
+    `padding_of`.
     """
 
     tokenizer: Tokenizer | None
@@ -29,6 +30,7 @@ class RunData:
     train: PromptStream
     held_out: PromptSet | None
     reader: Reader | None = None
+    reward_pad: int | None = None
 
 
 def prepare(
@@ -57,7 +59,15 @@ def prepare(
             raise UserError(f"the tokenizer {name} gives token {largest}, {limit}")
     stream = PromptStream(train, config.batch, config.seed, data.shuffle)
     ends = endings(tokenizer, folder, config.generation.stop)
-    return RunData(tokenizer, ends, stream, held_out, reader_of(config.reward, tokenizer, ends, began))
+    reader = reader_of(config.reward, tokenizer, ends, began)
+    return RunData(tokenizer, ends, stream, held_out, reader, reward_pad_of(config.reward, ends, reader))
+
+
+def reward_pad_of(reward: RewardConfig, ends: Endings, reader: Reader | None) -> int | None:
+    """`padding_of` the reward model; None without one."""
+    if reward.model is None:
+        return None
+    return padding_of(Path(reward.model), ends.eos if reader is None else reader.ends)
 
 
 def reader_of(

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from pathlib import Path
 
 from puzzle.data.prompts import Prompt
 from puzzle.data.tokenizers import Tokenizer, bare, dialogue_ids, encode, render
+from puzzle.files.jsonio import read_object
 
 _WITHOUT_EFFECT = ("truncation", "padding", "decoder")
 """Parts of a tokenizer that change no ids: a tokenizer that has padded is saved so."""
@@ -32,6 +34,22 @@ def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
     return all(ours[i] == theirs[i] for i in ours.keys() & theirs.keys())
 
 
+def padding_of(folder: Path, eos: Collection[int]) -> int | None:
+    """The token that the reward model in `folder` pads with, where it is one of `eos`, which end responses;
+    else None. UserError for a config.json that is none."""
+    pad = read_object(folder / "config.json").get("pad_token_id")
+    return pad if isinstance(pad, int) and not isinstance(pad, bool) and pad in eos else None
+
+
+def without_padding(ids: Sequence[int], pad: int | None) -> Sequence[int]:
+    """What a classifier of transformers that pads with `pad` reads of a dialogue: up to its last token that
+    is no padding, also where that padding ended the response, at which such a model has learned no score."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return ids[:end]
+
+
 class Reader:
     """Turns dialogues in the ids of `ours` into those of `theirs`, the reward model's tokenizer."""
 
@@ -55,6 +73,11 @@ class Reader:
             return [*prompt.tokens, *response]
         end = self._end(response[-1]) if response[-1] in self._eos else None
         return dialogue_ids(self._theirs, prompt.text, prompt.messages, said, end, self._now)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Their tokens that end a response of ours."""
+        return frozenset(end for token in self._eos if (end := self._end(token)) is not None)
 
     def _agree(self, prompt: Prompt, response: Sequence[int], said: str) -> bool:
         if not self._common.issuperset([*prompt.tokens, *response]):

@@ -15,7 +15,7 @@ from torch import Tensor
 from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.sources import layout_of, spec_of
 from puzzle.data.endings import Endings, endings
-from puzzle.data.prepare import reader_of
+from puzzle.data.prepare import reader_of, reward_pad_of
 from puzzle.data.prompts import Prompt, load_prompts, no_columns
 from puzzle.data.reading import Reader
 from puzzle.data.records import drop_is_a_remedy
@@ -136,7 +136,8 @@ class Evaluation:
         """float32 (B,): the reward model's score of every row."""
         assert self.reward is not None
         stops = self.config.generation.stop
-        sequences = reward_sequences(experience, prompts, self.tokenizer, self.reader, stops)
+        pad = reward_pad_of(self.config.reward, self.endings, self.reader)
+        sequences = reward_sequences(experience, prompts, self.tokenizer, self.reader, stops, pad)
         question = compute_scores(self.reward, sequences, self.config.algorithm)
         (output,) = Pipeline([self.reward]).infer([question.input])
         return question.answer(output.results)

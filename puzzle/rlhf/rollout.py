@@ -15,7 +15,7 @@ from puzzle.config.evaluation import EvaluationConfig
 from puzzle.config.run import AlgorithmConfig, GenerationConfig, TrainConfig
 from puzzle.data.endings import Endings
 from puzzle.data.prompts import Prompt
-from puzzle.data.reading import Reader
+from puzzle.data.reading import Reader, without_padding
 from puzzle.data.tokenizers import Tokenizer, response_text
 from puzzle.engine.generate.decode_ring import Tally, generate
 from puzzle.engine.generate.model_runner import ModelRunner
@@ -173,15 +173,18 @@ def reward_sequences(
     tokenizer: Tokenizer | None,
     reader: Reader | None,
     stops: Sequence[str] = (),
+    pad: int | None = None,
 ) -> list[Sequence[int]]:
-    """What the reward model reads: the same ids, or what `reader` makes of them in its own tokenizer's."""
+    """What the reward model reads: the same ids, or what `reader` makes of them in its own tokenizer's,
+    without a `pad` at their end (`without_padding`)."""
     rows = range(len(experience))
     if tokenizer is None or reader is None:
-        return [experience.sequence(row) for row in rows]
+        return [without_padding(experience.sequence(row), pad) for row in rows]
     answered = texts(experience, prompts, tokenizer, stops)[1]
-    return [
+    found = (
         reader(prompts[row // experience.samples], experience.responses[row], answered[row]) for row in rows
-    ]
+    )
+    return [without_padding(ids, pad) for ids in found]
 
 
 def compute_tokens(

@@ -266,7 +266,8 @@ class Trainer(Session):
         self, reward: ModelRuntime, experience: Experience, prompts: Sequence[Prompt]
     ) -> Computation:
         stops = self.config.generation.stop
-        sequences = reward_sequences(experience, prompts, self.data.tokenizer, self.data.reader, stops)
+        data = self.data
+        sequences = reward_sequences(experience, prompts, data.tokenizer, data.reader, stops, data.reward_pad)
         return compute_scores(reward, sequences, self.config.algorithm)
 
     def _listen(self, actor: ModelRuntime, prompts: Sequence[Prompt]) -> Heard | None:

@@ -1,14 +1,16 @@
 """What a reward model with a tokenizer of its own reads."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from puzzle.data.prompts import Prompt
-from puzzle.data.reading import Reader, same_tokenizer, same_tokens
+from puzzle.data.reading import Reader, padding_of, same_tokenizer, same_tokens, without_padding
 from puzzle.data.tokenizers import bare, encode, load_tokenizer, render
 
 CHAT = (
@@ -87,8 +89,35 @@ def test_text_is_tokenised_again_with_its_end_where_they_do_not(ended):
         assert found == [*theirs("abc bAd bad")["input_ids"], *([theirs.eos_token_id] if ended else [])]
 
 
+@pytest.mark.parametrize("pad", [None, 0, 7, 9])
+def test_what_ends_a_dialogue_is_read_as_a_classifier_of_transformers_reads_it(pad, tmp_path):
+    """Up to the last token that does not pad, which may be the one before the end of the response."""
+    sizes: dict[str, Any] = {
+        "num_labels": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=10, pad_token_id=pad, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    config.save_pretrained(tmp_path)
+    assert padding_of(tmp_path, {7, 9}) == (pad if pad in (7, 9) else None)
+    for ids in ([1, 9, 2, 7], [1, 2, 9, 9], [3, 7, 4, 5], [1, 2, 7, 9]):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0, 0]
+            read = torch.tensor([without_padding(ids, padding_of(tmp_path, {7, 9}))])
+            hidden = model.base_model(read).last_hidden_state
+            found = model.get_submodule("score")(hidden)[0, -1, 0]
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_end_by_another_name_is_that_name_s():
     """A model that ends turns by a token of its own: a tokenizer that has it too reads it."""
+    assert Reader(letters(), letters(eos="<eos>"), {letters().eos_token_id}).ends == {
+        letters(eos="<eos>").eos_token_id
+    }
     ours, theirs = letters(["<end>"]), letters(["ba", "<end>"])
     end = ours.convert_tokens_to_ids("<end>")
     reader = Reader(ours, theirs, {end})

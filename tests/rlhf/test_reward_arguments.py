@@ -186,6 +186,9 @@ def test_a_reward_model_reads_the_same_ids_or_the_same_text(knows_text, reads) -
         assert found == [[n // 2, len(responses[n]), *map(ord, text)] for n, text in enumerate(texts)]
     else:
         assert found == [prompts[n // 2].tokens + responses[n] for n in range(4)]
+        shorter = reward_sequences(experience, prompts, None, None, ("##",), pad=responses[0][-1])
+        ends = [2, 0, 2, 2]  # of "#", which "two" has not
+        assert shorter == [ids[: len(ids) - end] for ids, end in zip(found, ends, strict=True)]
 
 
 def test_the_batch_of_an_experience() -> None:
