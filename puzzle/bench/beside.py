@@ -148,7 +148,7 @@ def _pass_host(
 
 
 def _position(bench: PiecesBench, world: World) -> float:
-    """Seconds of a position of advantages, whose host issues one after another."""
+    """Seconds of a position of advantages, which the host computes one after another."""
     shape = (max(1, min(bench.rows)), POSITIONS)
     values = torch.zeros(shape, device=world.device)
     mask = torch.ones(shape, dtype=torch.bool, device=world.device)

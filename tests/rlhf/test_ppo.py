@@ -88,6 +88,15 @@ def test_gae(case, discounts):
     case.check(returns_BS, [r for _, r in both])
 
 
+@pytest.mark.parametrize(("rows", "positions"), [(0, 4), (3, 0), (1, 1)])
+def test_gae_of_next_to_nothing(rows, positions):
+    given, mask = torch.ones(rows, positions), torch.ones(rows, positions, dtype=torch.bool)
+    advantages, returns = ppo.gae(given, 3 * given, mask, 0.9, 0.8)
+    assert advantages.shape == returns.shape == (rows, positions)
+    assert advantages.eq(-2).all()
+    assert returns.eq(1).all()
+
+
 def test_gae_does_not_change_its_inputs_and_carries_no_gradient():
     values = torch.ones(2, 3, requires_grad=True)
     rewards = torch.ones(2, 3)
