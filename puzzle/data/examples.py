@@ -168,7 +168,7 @@ def _judged(
         if data.prompt_field not in record:
             raise UserError(f"no field {data.prompt_field!r}, which {name} answers")
         return answered(record[data.prompt_field], answer, data, tokenizer, True, now).ended
-    turns = turns_of(answer, name)
+    turns = turns_of(answer, name, may_end_in_silence=True)
     if turns[0]["role"] == "assistant" and data.prompt_field in record:
         turns = [*_asked(record[data.prompt_field], data.prompt_field), *turns]
     if turns[-1]["role"] != "assistant":
@@ -217,8 +217,12 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
-def turns_of(value: Any, name: str) -> Turns:
-    """The turns of a chat; UserError for anything else. An empty answer would teach to say nothing."""
+def turns_of(value: Any, name: str, may_end_in_silence: bool = False) -> Turns:
+    """The turns of a chat; UserError for anything else.
+
+    An empty answer would teach to say nothing. Of a pair, it `may_end_in_silence`: one answer is the better
+    for saying something.
+    """
     if value is None or (isinstance(value, Sequence) and not value):
         raise EmptyRow(f"{name} is empty")
     listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
@@ -228,6 +232,7 @@ def turns_of(value: Any, name: str) -> Turns:
         raise UserError(f"{name} must be turns with role and content")
     for number, turn in enumerate(turns, 1):
         refuse_broken(f"{name}: turn {number}", turn["content"])
-        if turn["role"] in ("user", "assistant") and not turn["content"].strip():
+        silent = may_end_in_silence and number == len(turns) and turn["role"] == "assistant"
+        if turn["role"] in ("user", "assistant") and not turn["content"].strip() and not silent:
             raise EmptyRow(f"{name}: turn {number}, the {turn['role']}'s, is empty")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

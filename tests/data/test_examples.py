@@ -226,6 +226,18 @@ def test_empty_ones_are_dropped_where_that_is_said_and_the_first_is_named(
         load_examples(file(tmp_path, row), config(**options, empty="drop"), own)
 
 
+def test_an_answer_of_a_pair_may_say_nothing(tmp_path: Path) -> None:
+    """Public preferences have such, of which the end is learned. Turns before must say something."""
+    own = tokenizer(CHATML, marked=False)
+    row = {"chosen": CHAT[:2], "rejected": [CHAT[0], answer("")]}
+    ((better, worse),) = (e.sequences for e in load_examples(file(tmp_path, row), PAIR(**FULL), own).examples)
+    assert len(worse) < len(better)
+    assert [own.decode(worse.tokens[a:b]) for a, b in worse.spans] == ["<|im_end|>"]
+    row["rejected"] = [CHAT[0], answer(""), CHAT[0], answer("on")]
+    with pytest.raises(EmptyRow, match="rejected: turn 2, the assistant's, is empty"):
+        load_examples(file(tmp_path, row), PAIR(**FULL), own)
+
+
 def test_a_digest_tells_examples_apart_and_nothing_else() -> None:
     labelled = Labelled((1, 2, 3), ((1, 3),))
     one = Example(0, (labelled,), 0.5)
