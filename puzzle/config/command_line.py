@@ -29,7 +29,6 @@ def read(words: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
     be read.
     """
     found: dict[str, Any] = {}
-    given: dict[str, list[Any]] = {}
     for option, value in options(words):
         name = option.removeprefix("--")
         if not option:
@@ -44,7 +43,7 @@ def read(words: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
         elif (items := _items(kind)) is None:
             read_as = value
         else:
-            read_as = given[name] = [*given.get(name, ()), *_list(option, value, str in items)]
+            read_as = [*_listed(found, name.split(".")), *_list(option, value, str in items)]
         _put(found, name.split("."), read_as)
     return found
 
@@ -94,6 +93,13 @@ def under_present_names(words: Sequence[str]) -> list[str]:
     for text in sorted(said):
         print(f"note: the command line: {text}", file=sys.stderr)
     return renewed
+
+
+def _listed(values: Any, key: Sequence[str]) -> list[Any]:
+    """What stands at a key, if it is a list."""
+    for name in key:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, list) else []
 
 
 def _put(values: dict[str, Any], key: Sequence[str], value: Any) -> None:

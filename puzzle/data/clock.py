@@ -25,4 +25,5 @@ def at(template: str, now: datetime) -> str:
         "{% set now.text = now.text|replace(old, new) %}{% endfor %}{{ now.text }}"
     )
     macro = f"{{% macro strftime_now(format) %}}{{% set now = namespace(text=format) %}}{steps}"
-    return f"{macro}{{% endmacro +%}}{template}"
+    # transformers trims the line end behind a block: the template begins a line, as it does without this.
+    return f"{macro}{{% endmacro %}}\n{template}"

@@ -36,8 +36,9 @@ def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
 
 def padding_of(folder: Path, eos: Collection[int]) -> int | None:
     """The token that the reward model in `folder` pads with, where it is one of `eos`, which end responses;
-    else None. UserError for a config.json that is none."""
-    pad = read_object(folder / "config.json").get("pad_token_id")
+    else None, as where there is no config.json. UserError for one that is none."""
+    config = folder / "config.json"
+    pad = read_object(config).get("pad_token_id") if config.is_file() else None
     return pad if isinstance(pad, int) and not isinstance(pad, bool) and pad in eos else None
 
 

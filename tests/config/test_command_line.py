@@ -67,6 +67,19 @@ def test_lists_go_on_and_words_are_taken_as_they_are() -> None:
     assert parse_overrides(words) == {"generation": {"stop": [r"\n", "5", "x"]}, "log": {"trace": [1, 2, 3]}}
 
 
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [
+        (["--generation.stop", "a", "--generation", '{"stop": ["b"]}', "--generation.stop", "c"], ["b", "c"]),
+        (["--generation.stop", "a", "--generation.stop", "null", "--generation.stop", "b"], ["b"]),
+        (["--generation", '{"stop": ["b"]}', "--generation.stop", "c"], ["b", "c"]),
+        (["--generation", '{"stop": null}', "--generation.stop", "c"], ["c"]),
+    ],
+)
+def test_lists_go_on_with_what_stands_there(words: list[str], stop: list[str]) -> None:
+    assert parse_overrides(words) == {"generation": {"stop": stop}}
+
+
 def test_sections_lie_over_one_another_in_order() -> None:
     one, other = ["--actor.layout", '{"tp": 2, "dp": 3}'], ["--actor.layout.tp", "4"]
     assert parse_overrides([*one, *other]) == {"actor": {"layout": {"tp": "4", "dp": 3}}}

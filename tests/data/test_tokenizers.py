@@ -238,6 +238,17 @@ def test_templates_write_the_date_that_they_are_told() -> None:
         assert render(tokenizer, [{"role": "user", "content": "!"}], now=now) == now.strftime(form)
 
 
+@pytest.mark.parametrize("begin", ["", "\n", "  ", "\n\n", " \n  "])
+def test_the_clock_changes_nothing_about_where_a_template_begins(begin: str) -> None:
+    """transformers trims blanks before a block and the line end behind it; its clock tells the century."""
+    turns = [{"role": "user", "content": "hi"}]
+    for rest in ("{% if true %}\n{{ strftime_now('%C') }}{% endif %}!", "{{ strftime_now('%C') }}!"):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = begin + rest
+        theirs = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert render(tokenizer, turns, now=datetime(2026, 1, 5, tzinfo=UTC)) == theirs
+
+
 @pytest.mark.parametrize("zone", [None, UTC, timezone(timedelta(hours=-7))])
 def test_every_form_of_the_date_is_python_s(zone: tzinfo | None) -> None:
     """With and without padding, also those that a platform does not know or that are nothing without a zone;
