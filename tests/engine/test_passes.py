@@ -19,7 +19,6 @@ from puzzle.engine.generate.scheduler import Join, Prefill
 from puzzle.errors import UserError
 from puzzle.model.decoder import Decoder
 from puzzle.model.noise import row_seeds
-from puzzle.model.peer_sums import PeerSums
 from puzzle.plan import memory
 from puzzle.plan.layout import Placement
 from puzzle.plan.pages import KEPT_FREE
@@ -395,16 +394,3 @@ def test_buckets_hold_their_rows() -> None:
     assert all(size <= rows * 5 // 4 for rows, size in enumerate(sizes[256:], 257))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 17
-
-
-def test_a_recording_is_of_one_way_to_sum(tmp_path: Path) -> None:
-    """A graph holds what it was recorded with, so another way to sum has another graph."""
-    save_lm(tmp_path / "model")
-    decoder = stage(tmp_path / "model")
-    passes = ModelRunner(decoder)
-    passes.start((2,), PAGES, 16, COLUMNS, SamplingParams())
-    plain = passes._recording(0, 2)
-    decoder.group.sums = PeerSums(0, [torch.zeros(2, 2, 8)], [torch.zeros(1)])
-    assert passes._recording(0, 2) is not plain
-    decoder.group.sums = None
-    assert passes._recording(0, 2) is plain

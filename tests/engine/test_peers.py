@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from puzzle.engine.generate.decode_ring import generate
+from puzzle.engine.generate.model_runner import ModelRunner
 from puzzle.engine.generate.peers import mapped, peer_sums, share_sums
 from puzzle.engine.generate.requests import Request
 from puzzle.engine.generate.sampling import SamplingParams
@@ -19,9 +20,10 @@ from puzzle.engine.pipeline.model import ModelRuntime
 from puzzle.engine.reshard.transports import Unreachable
 from puzzle.engine.runtime.world import World
 from puzzle.model import hf, pointwise
+from puzzle.model.peer_sums import PeerSums
 from puzzle.plan.layout import Layout, Placement
 from tests.helpers import PATIENCE, run_ranks
-from tests.model.tiny import save_variant
+from tests.model.tiny import save_variant, stage
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(
@@ -126,3 +128,15 @@ def test_why_collectives_sum(tmp_path: Path) -> None:
     folder = save_variant(tmp_path / "model", "llama")
     told = [None, "kernels need a GPU and Triton", "invariant numerics add parts in a tree", None]
     assert run_ranks(declined, 2, folder) == [told, told]
+
+
+def test_a_recording_is_of_one_way_to_sum(tmp_path: Path) -> None:
+    """A graph holds what it was recorded with, so another way to sum has another graph."""
+    decoder = stage(save_variant(tmp_path / "model", "llama"))
+    passes = ModelRunner(decoder)
+    passes.start((2,), 4, 16, 3, SamplingParams())
+    plain = passes._recording(0, 2)
+    decoder.group.sums = PeerSums(0, [torch.zeros(2, 2, 8)], [torch.zeros(1)])
+    assert passes._recording(0, 2) is not plain
+    decoder.group.sums = None
+    assert passes._recording(0, 2) is plain
